@@ -1,0 +1,83 @@
+"""Noise priors: which noise a clip is diffused with, given its key frame (our reading of arXiv 2311.18829)."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange
+
+from microcinema.errors import UserError
+
+KINDS = ("none", "appearance", "mixed", "progressive")
+
+
+@dataclass(frozen=True)
+class NoisePrior:
+    """How the noise of a clip is made from independent noise and the key frame.
+
+    - `none`: `eps_hat = eps`, plain diffusion;
+    - `appearance`: `eps_hat = eps + lam z_ref`, the appearance noise prior, `lam = strength`;
+    - `mixed`, `progressive`: unit variance in each frame, correlated over frames, `a = strength` (arXiv 2305.10474).
+
+    At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling further towards the key frame.
+    """
+
+    kind: str = "appearance"
+    strength: float = 0.03
+    gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"noise prior '{self.kind}' is unknown; use one of {KINDS}")
+        for name in ("strength", "gamma"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"the noise prior's {name} is {value}; use a number >= 0")
+
+    def covariance(self, frames: int) -> torch.Tensor:
+        """Covariance of one pixel's noise over frames, float64 (f, f).
+
+        PYoCo, eq. 3: mixed noise shares `a^2 / (1 + a^2)` of its variance among all frames. Eq. 4: progressive noise is
+        `eps_i = a / sqrt(1 + a^2) eps_{i-1} + 1 / sqrt(1 + a^2) n_i`, an autoregression, so it decays with distance.
+        """
+        index = torch.arange(frames, dtype=torch.float64)
+        distance = (index[:, None] - index).abs()
+        shared = self.strength**2 / (1 + self.strength**2)
+        if self.kind == "mixed":
+            return torch.where(distance == 0, 1.0, shared).double()
+        if self.kind == "progressive":
+            return torch.full_like(distance, shared**0.5) ** distance
+        return torch.eye(frames, dtype=torch.float64)
+
+    def noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
+        """`eps_hat` for training, from independent standard noise.
+
+        Args:
+            eps: (b, f, c, h, w), independent N(0, 1).
+            z_ref: clean latents of the key frame, (b, c, h, w).
+        """
+        if self.kind == "appearance":
+            return eps + self.strength * rearrange(z_ref, "b c h w -> b 1 c h w")
+        if self.kind == "none":
+            return eps
+        # Any Gaussian over frames is a linear map of independent noise, so one draw per frame serves all kinds.
+        root = torch.linalg.cholesky(self.covariance(eps.shape[1])).to(eps)
+        return einsum(root, eps, "f g, b g c h w -> b f c h w")
+
+    def initial(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
+        """`z_T`, where sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""
+        return self.noise(eps, z_ref) + self.gamma * rearrange(z_ref, "b c h w -> b 1 c h w")
+
+
+def reference_index(reference_frame: str | int, frames: int) -> int:
+    """Which frame of a clip the key frame is: `first`, `center` or an index; the same in training and in sampling.
+
+    Raises:
+        UserError: another word, or an index outside the clip.
+    """
+    named: dict[str | int, int] = {"first": 0, "center": frames // 2}
+    index = named.get(reference_frame, reference_frame)
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < frames:
+        raise UserError(
+            f"reference frame {reference_frame!r} is not in a clip of {frames}; use first, center or an index"
+        )
+    return index

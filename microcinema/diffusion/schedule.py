@@ -1,0 +1,113 @@
+"""Noise schedules: diffusers' own schedulers, made for latents, and the proof that sampler and training agree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+from microcinema.errors import UserError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# Several schedulers clamp the predicted sample to [-1, 1] unless told otherwise: right for pixels, the ruin of latents.
+_FOR_LATENTS = {"clip_sample": False, "thresholding": False}
+
+
+def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> DDPMScheduler:
+    """The training scheduler of a video model: the base's schedule, with `overrides` on top, never clipping.
+
+    Args:
+        base_config: what a scheduler file of diffusers holds; any class, its betas and prediction type are kept.
+        overrides: scheduler settings that replace the base's, by their diffusers names.
+
+    Raises:
+        UserError: the schedule has no betas (flow matching), an override is unknown, or the prediction type is.
+    """
+    overrides = dict(overrides or {})
+    if "beta_schedule" not in base_config and "trained_betas" not in base_config:
+        raise UserError(
+            f"scheduler '{base_config.get('_class_name', '?')}' has no betas; use a base with a DDPM-like schedule"
+        )
+    scheduler, unused = DDPMScheduler.from_config(
+        dict(base_config), **{**overrides, **_FOR_LATENTS}, return_unused_kwargs=True
+    )
+    unknown = sorted(set(unused) & (set(overrides) - set(base_config)))
+    if unknown:
+        raise UserError(f"unknown scheduler settings {unknown}; use the names of diffusers' DDPMScheduler")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"prediction type '{scheduler.config.prediction_type}' is unknown; use one of {PREDICTION_TYPES}"
+        )
+    return scheduler
+
+
+def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:
+    """A scheduler of diffusers, by class name, for sampling a model that was trained with `training`.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or the overrides make it disagree with the training schedule.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UserError(
+            f"diffusers has no scheduler '{name}'; use for example DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+    sampler = kind.from_config(  # type: ignore[attr-defined]
+        training.config, **{**overrides, **_FOR_LATENTS}
+    )
+    check_schedules_agree(training, sampler)
+    return sampler
+
+
+def alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:
+    """`abar_t` of every training step, (t,).
+
+    Raises:
+        UserError: the scheduler has none (flow matching).
+    """
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if abar is None:
+        raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod; use a scheduler with a DDPM-like schedule")
+    return abar
+
+
+def snr(scheduler: SchedulerMixin, t: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio `abar_t / (1 - abar_t)` at steps `t`, same shape as `t`, on its device."""
+    abar = alphas_cumprod(scheduler).to(t.device)[t]
+    return abar / (1 - abar)
+
+
+def signal_and_noise(
+    scheduler: SchedulerMixin, t: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sqrt(abar_t)` and `sqrt(1 - abar_t)` for `t` (b,) or a scalar, shaped for `like` (b ...), at least float32."""
+    abar = alphas_cumprod(scheduler).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    abar = abar[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+    return abar**0.5, (1 - abar) ** 0.5
+
+
+def check_schedules_agree(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
+    """Refuses a sampler whose noise levels or prediction type differ from the training schedule's.
+
+    Raises:
+        UserError: names what differs and both values.
+    """
+    name = type(sampling).__name__
+    for key in ("num_train_timesteps", "prediction_type"):
+        trained, sampled = training.config.get(key), sampling.config.get(key)
+        if trained != sampled:
+            raise UserError(
+                f"the model was trained with {key} {trained}, but {name} has {sampled}; "
+                "make it by from_config of the model's scheduler"
+            )
+    trained, sampled = alphas_cumprod(training).cpu().double(), alphas_cumprod(sampling).cpu().double()
+    if not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-7):
+        raise UserError(
+            f"the model was trained down to alpha_bar {trained[-1]:.6f}, but {name} goes to {sampled[-1]:.6f}; "
+            "make it by from_config of the model's scheduler"
+        )
+    if sampling.config.get("clip_sample") or sampling.config.get("thresholding"):
+        raise UserError(
+            f"{name} clips the predicted sample, which ruins latents; set clip_sample=False, thresholding=False"
+        )

@@ -1,0 +1,330 @@
+"""The mathematics of microcinema.diffusion by closed forms, round trips and oracles, in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from microcinema.diffusion import objective
+from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.noise_prior import NoisePrior, reference_index
+from microcinema.diffusion.randomness import generator
+from microcinema.diffusion.schedule import (
+    PREDICTION_TYPES,
+    alphas_cumprod,
+    check_schedules_agree,
+    make_sampler,
+    make_scheduler,
+    snr,
+)
+from microcinema.errors import UserError
+
+SD15 = {  # the scheduler file of Stable Diffusion 1.5
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+def double(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    return scheduler
+
+
+@pytest.fixture
+def clip():
+    random = generator(0, 1)
+    z0, eps = torch.randn(2, 2, 5, 4, 3, 3, dtype=torch.float64, generator=random)
+    z_ref = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=random)
+    return z0, eps, z_ref
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_training_schedule_is_the_bases_and_never_clips():
+    scheduler = make_scheduler(SD15)
+    assert torch.equal(scheduler.alphas_cumprod, PNDMScheduler.from_config(SD15).alphas_cumprod)
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.clip_sample is False
+    assert make_scheduler({**SD15, "clip_sample": True}).config.clip_sample is False
+    v = make_scheduler(SD15, {"prediction_type": "v_prediction"})
+    assert v.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDPMScheduler"]
+)
+def test_samplers_keep_the_training_schedule(name, tmp_path):
+    training = make_scheduler(SD15, {"prediction_type": "v_prediction"})
+    sampler = make_sampler(training, name)
+    assert type(sampler).__name__ == name
+    assert not sampler.config.get("clip_sample")
+    sampler.save_pretrained(tmp_path)
+    check_schedules_agree(training, type(sampler).from_pretrained(tmp_path))
+
+
+def test_sampler_keeps_settings_the_training_class_has_not():
+    assert make_sampler(make_scheduler(SD15)).config.set_alpha_to_one is False
+
+
+def test_disagreeing_schedules_are_refused():
+    training = make_scheduler(SD15)
+    for other, word in [
+        (DDIMScheduler.from_config(training.config, prediction_type="v_prediction"), "prediction_type"),
+        (DDIMScheduler.from_config(training.config, beta_end=0.02), "alpha_bar"),
+        (DPMSolverMultistepScheduler.from_config(training.config, num_train_timesteps=500), "num_train_timesteps"),
+        (DDIMScheduler.from_config(training.config, clip_sample=True), "clip"),
+        (EulerDiscreteScheduler.from_config(training.config, beta_schedule="linear"), "alpha_bar"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            check_schedules_agree(training, other)
+
+
+def test_bad_schedules_are_named():
+    with pytest.raises(UserError, match="no betas"):
+        make_scheduler(FlowMatchEulerDiscreteScheduler().config)
+    with pytest.raises(UserError, match="beta_ende"):
+        make_scheduler(SD15, {"beta_ende": 0.1})
+    with pytest.raises(UserError, match="guess"):
+        make_scheduler(SD15, {"prediction_type": "guess"})
+    with pytest.raises(UserError, match="NoScheduler"):
+        make_sampler(make_scheduler(SD15), "NoScheduler")
+
+
+def test_snr_is_its_definition():
+    scheduler = double(make_scheduler(SD15))
+    t = torch.tensor([0, 500, 999])
+    abar = torch.cumprod(1 - scheduler.betas.double(), 0)[t]
+    assert torch.allclose(snr(scheduler, t), abar / (1 - abar), rtol=1e-4)
+
+
+# ---------------------------------------------------------------- noise prior: the three exact facts of method.md
+
+
+@pytest.mark.parametrize("kind", ["none", "appearance", "mixed", "progressive"])
+def test_strength_zero_is_the_schedulers_own_add_noise(kind, clip):
+    z0, eps, z_ref = clip
+    scheduler = make_scheduler(SD15)
+    t = torch.tensor([17, 801])
+    ours = objective.add_noise(scheduler, z0, NoisePrior(kind, 0.0).noise(eps, z_ref), t)
+    assert torch.equal(ours, scheduler.add_noise(z0, eps, t))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prior", [NoisePrior("appearance", 0.3), NoisePrior("mixed", 1.0)])
+def test_oracle_lets_ddim_recover_the_clip(prediction_type, prior, clip):
+    z0, eps, z_ref = clip
+    training = double(make_scheduler({**SD15, "set_alpha_to_one": True}, {"prediction_type": prediction_type}))
+    sampler = double(make_sampler(training))
+    sampler.set_timesteps(20)
+    noise = prior.noise(eps, z_ref)
+    z = objective.add_noise(training, z0, noise, sampler.timesteps[:1])
+    for t in sampler.timesteps:
+        z = sampler.step(objective.target(training, z0, noise, t), t, z).prev_sample
+    assert torch.allclose(z, z0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_mean_of_noisy_latents(prediction_type, clip):
+    """Averaging over eps and -eps is the exact mean, since eps is symmetric and z_t affine in it."""
+    z0, eps, z_ref = clip
+    scheduler, prior, t = (
+        make_scheduler(SD15, {"prediction_type": prediction_type}),
+        NoisePrior("appearance", 0.3),
+        torch.tensor([3, 700]),
+    )
+    mean = sum(objective.add_noise(scheduler, z0, prior.noise(sign * eps, z_ref), t) for sign in (1, -1)) / 2
+    abar = alphas_cumprod(scheduler).double()[t].reshape(2, 1, 1, 1, 1)
+    assert torch.allclose(mean, abar.sqrt() * z0 + (1 - abar).sqrt() * 0.3 * z_ref[:, None], atol=1e-12)
+    # and of the target, which is what makes the network subtract the key frame again
+    target = sum(objective.target(scheduler, z0, prior.noise(sign * eps, z_ref), t) for sign in (1, -1)) / 2
+    wanted = {
+        "epsilon": 0.3 * z_ref[:, None].expand_as(z0),
+        "v_prediction": abar.sqrt() * 0.3 * z_ref[:, None] - (1 - abar).sqrt() * z0,
+        "sample": z0,
+    }
+    assert torch.allclose(target, wanted[prediction_type], atol=1e-12)
+
+
+def test_sampling_starts_at_the_key_frames_noise(clip):
+    _, eps, z_ref = clip
+    z_T = NoisePrior("appearance", 0.03, gamma=0.02).initial(eps, z_ref)
+    assert torch.allclose(z_T, eps + 0.05 * z_ref[:, None], atol=1e-14)
+    assert torch.equal(NoisePrior("none").initial(eps, z_ref), eps)
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+def test_correlated_priors_have_pyocos_covariance(frames):
+    """noise() is linear, so its response to unit vectors is its matrix M, and its covariance M M^T, exactly."""
+    basis = torch.eye(frames, dtype=torch.float64).reshape(frames, frames, 1, 1, 1)  # clip g is one at frame g
+    a = 2.0
+    shared, step = a**2 / (1 + a**2), a / (1 + a**2) ** 0.5
+    i = torch.arange(frames)
+    gap = (i[:, None] - i).abs().double()
+    wanted = {"mixed": torch.where(gap == 0, 1.0, shared).double(), "progressive": step**gap}
+    for kind, covariance in wanted.items():
+        root = (
+            NoisePrior(kind, a)
+            .noise(basis, torch.zeros(frames, 1, 1, 1, dtype=torch.float64))
+            .reshape(frames, frames)
+            .T
+        )
+        assert torch.allclose(root @ root.T, covariance, atol=1e-12), kind
+        assert torch.allclose((root @ root.T).diagonal(), torch.ones(frames, dtype=torch.float64), atol=1e-12)
+
+
+def test_progressive_noise_is_pyocos_recursion():
+    eps = torch.randn(1, 7, 1, 1, 1, dtype=torch.float64, generator=generator(3))
+    a, noise = 1.5, NoisePrior("progressive", 1.5).noise(eps, torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+    previous = eps[:, 0]
+    for frame in range(1, 7):
+        previous = a / (1 + a**2) ** 0.5 * previous + eps[:, frame] / (1 + a**2) ** 0.5
+        assert torch.allclose(noise[:, frame], previous, atol=1e-12)
+
+
+def test_bad_priors_are_named():
+    with pytest.raises(UserError, match="pink"):
+        NoisePrior("pink")
+    with pytest.raises(UserError, match="-1"):
+        NoisePrior(strength=-1)
+    with pytest.raises(UserError, match="nan"):
+        NoisePrior(gamma=float("nan"))
+
+
+def test_reference_frame():
+    assert [reference_index(r, 16) for r in ("first", "center", 15)] == [0, 8, 15]
+    assert reference_index("center", 1) == 0
+    for bad in ("last", 16, -1, 1.5, True):
+        with pytest.raises(UserError, match="reference frame"):
+            reference_index(bad, 16)
+
+
+# ---------------------------------------------------------------- objective
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_predicted_sample_inverts_target(prediction_type, clip):
+    z0, eps, _ = clip
+    scheduler = make_scheduler(SD15, {"prediction_type": prediction_type})
+    t = torch.tensor([5, 990])
+    z_t, wanted = objective.add_noise(scheduler, z0, eps, t), objective.target(scheduler, z0, eps, t)
+    assert torch.allclose(objective.predicted_sample(scheduler, wanted, z_t, t), z0, atol=1e-10)
+
+
+def test_velocity_is_the_schedulers_own(clip):
+    z0, eps, _ = clip
+    scheduler = make_scheduler(SD15, {"prediction_type": "v_prediction"})
+    t = torch.tensor([5, 990])
+    assert torch.equal(objective.target(scheduler, z0, eps, t), scheduler.get_velocity(z0, eps, t))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_weights_are_one_weight_on_the_sample(prediction_type, clip):
+    """Whatever is predicted, the weighted error is min(snr, gamma) times the error of the z0 it stands for."""
+    z0, eps, _ = clip
+    scheduler = double(make_scheduler(SD15, {"prediction_type": prediction_type}))
+    t = torch.tensor([2, 600])
+    assert snr(scheduler, t)[0] > 5 > snr(scheduler, t)[1]
+    z_t, wanted = objective.add_noise(scheduler, z0, eps, t), objective.target(scheduler, z0, eps, t)
+    wrong = wanted + 0.1 * torch.randn(z0.shape, dtype=torch.float64, generator=generator(9))
+    ours = objective.loss_weights(scheduler, t, 5.0) * objective.squared_error(wrong, wanted)
+    of_sample = objective.squared_error(objective.predicted_sample(scheduler, wrong, z_t, t), z0)
+    assert torch.allclose(ours, snr(scheduler, t).clamp(max=5.0) * of_sample, rtol=1e-9)
+
+
+def test_without_snr_gamma_all_steps_weigh_alike():
+    assert torch.equal(objective.loss_weights(make_scheduler(SD15), torch.tensor([0, 999]), None), torch.ones(2))
+    with pytest.raises(UserError, match="snr_gamma"):
+        objective.loss_weights(make_scheduler(SD15), torch.tensor([0]), 0.0)
+
+
+def test_half_precision_latents_meet_a_full_precision_schedule():
+    """In float16, 1 - abar of the first step would round to nothing like itself."""
+    scheduler = make_scheduler(SD15)
+    z0, eps = torch.randn(2, 1, 2, 4, 3, 3, generator=generator(1)).half()
+    t = torch.tensor([0])
+    z_t = objective.add_noise(scheduler, z0, eps, t)
+    assert torch.allclose(z_t, objective.add_noise(scheduler, z0.float(), eps.float(), t), atol=1e-6)
+
+
+# ---------------------------------------------------------------- guidance
+
+
+class Denoiser:
+    """p(z, image, text), not linear in anything, which counts its calls and evaluations."""
+
+    def __init__(self, guidance):
+        self.cases, self.calls, self.evaluations = guidance.cases, 0, 0
+
+    def __call__(self, z, t):
+        self.calls += 1
+        parts = z.chunk(len(self.cases))
+        self.evaluations += len(parts)
+        return torch.cat([self.at(part, case.image, case.text) for part, case in zip(parts, self.cases, strict=True)])
+
+    @staticmethod
+    def at(z, image, text):
+        return torch.sin(z) + 0.3 * image * torch.cos(z) + text * z**2
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "evaluations"),
+    [
+        (7.5, 2.0, 3),
+        (3.0, 3.0, 2),
+        (1.0, 1.0, 1),
+        (4.0, 1.0, 2),
+        (1.0, 2.0, 3),
+        (0.0, 1.0, 1),
+        (0.0, 0.0, 1),
+        (0.0, 2.0, 2),
+    ],
+)
+def test_guidance_is_its_formula_with_no_wasted_evaluation(text, image, evaluations, clip):
+    z = clip[0]
+    guidance = Guidance(text, image)
+    denoiser = Denoiser(guidance)
+    p00, p10, p11 = Denoiser.at(z, 0, 0), Denoiser.at(z, 1, 0), Denoiser.at(z, 1, 1)
+    ours = guidance(denoiser, z, torch.tensor(5))
+    assert torch.allclose(ours, p00 + image * (p10 - p00) + text * (p11 - p10), atol=1e-6)
+    assert (denoiser.calls, denoiser.evaluations) == (1, evaluations)
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def test_generators_depend_on_every_number_and_nothing_else():
+    draws = [torch.randn(8, generator=generator(*numbers)) for numbers in [(1,), (1, 0), (1, 1), (0, 1), (1, 0, 0)]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    assert torch.equal(draws[2], torch.randn(8, generator=generator(1, 1)))
+    with pytest.raises(UserError, match="negative"):
+        generator(-1)
+
+
+def test_diffusion_knows_no_network():
+    code = (
+        "import sys, importlib, pkgutil, microcinema.diffusion as d\n"
+        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(d.__path__, d.__name__ + '.')]\n"
+        "ours = {m.split('.')[1] for m in sys.modules if m.startswith('microcinema.')}\n"
+        "assert ours <= {'diffusion', 'errors'}, ours\n"
+        "networks = {'diffusers.models.unets.unet_2d_condition', 'transformers.models.clip.modeling_clip'}\n"
+        "assert not networks & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
