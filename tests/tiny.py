@@ -1,0 +1,148 @@
+"""Tiny random models in the exact folder layouts of Stable Diffusion 1.5 and 2.1, for every test that needs a base.
+
+Import as `import tiny`; pytest puts this folder on the path. Random weights of a seed are always the same.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.tokenization_clip import VOCAB_FILES_NAMES
+
+FLAVOURS = ("sd15", "sd21")
+WIDTH = 32
+MAX_TOKENS = 16
+LATENT_CHANNELS = 4
+VAE_FACTOR = 4
+SIZE = 32  # pixels; latents are 8x8, which the tiny UNets halve once
+
+_WORDS = "a an large small red orange blue green yellow purple star circle square moon heart moving still to left right on sand grass"
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def vae(seed: int = 0) -> AutoencoderKL:
+    """4x, 4 latent channels; scaled latents of noise images have a standard deviation near 1."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        scaling_factor=3.0,
+    ).eval()
+
+
+def unet(flavour: str = "sd15", seed: int = 0, **changes) -> UNet2DConditionModel:
+    """Two levels. `sd15`: convolution projections, one head count for all; `sd21`: linear projections, head counts per level."""
+    torch.manual_seed(seed)
+    kind = (
+        {"attention_head_dim": 4}
+        if flavour == "sd15"
+        else {"attention_head_dim": (2, 4), "use_linear_projection": True}
+    )
+    settings = {
+        "sample_size": SIZE // VAE_FACTOR,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "norm_num_groups": 8,
+        **kind,
+        **changes,
+    }
+    return UNet2DConditionModel(**settings).eval()
+
+
+def scheduler(flavour: str = "sd15") -> SchedulerMixin:
+    """`sd15`: PNDM, epsilon, and a file that says nothing of clip_sample; `sd21`: DDIM, v-prediction."""
+    if flavour == "sd15":
+        return PNDMScheduler(**_BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        **_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+
+
+def text_encoder(tokens: CLIPTokenizer, flavour: str = "sd15", seed: int = 0) -> CLIPTextModel:
+    """Two layers of width 32."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu" if flavour == "sd15" else "gelu",
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tokenizer(folder: str | Path, flavour: str = "sd15") -> CLIPTokenizer:
+    """Writes `vocab.json`, `merges.txt` and their config in CLIP's format into `folder` and opens them.
+
+    The words of Moving Sprites are single tokens, all other text is bytes. SD 1.5 pads with the end token, SD 2.1 with "!".
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = [chr(code) for code in range(33, 127)]
+    vocabulary = [*characters, *(character + "</w>" for character in characters)]
+    merges: list[str] = []
+    for word in _WORDS.split():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair, parts = parts[:2], ["".join(parts[:2]), *parts[2:]]
+            if " ".join(pair) not in merges:
+                merges.append(" ".join(pair))
+                vocabulary.append(parts[0])
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
+    (folder / VOCAB_FILES_NAMES["vocab_file"]).write_text(json.dumps(ids), encoding="utf-8")
+    (folder / VOCAB_FILES_NAMES["merges_file"]).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = "<|endoftext|>" if flavour == "sd15" else "!"
+    config = {**special, "model_max_length": MAX_TOKENS, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def base_pipeline(folder: str | Path, flavour: str = "sd15", seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
+    """A whole Stable Diffusion; only its tokenizer's files are written, to `folder/tokenizer`."""
+    tokens = tokenizer(Path(folder) / "tokenizer", flavour)
+    pipeline = StableDiffusionPipeline(
+        vae=vae(seed),
+        text_encoder=text_encoder(tokens, flavour, seed),
+        tokenizer=tokens,
+        unet=unet(flavour, seed, **unet_changes),
+        scheduler=scheduler(flavour),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def base_folder(folder: str | Path, flavour: str = "sd15", seed: int = 0, **unet_changes) -> Path:
+    """Writes a whole Stable Diffusion as a diffusers folder (safetensors) and returns it."""
+    base_pipeline(folder, flavour, seed, **unet_changes).save_pretrained(folder)
+    return Path(folder)
