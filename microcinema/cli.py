@@ -1,0 +1,84 @@
+"""The command line: `microcinema <command> key=value ...`."""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from microcinema import __version__, config
+from microcinema.errors import UserError
+
+# Imported when called: each brings torch along.
+BODIES = {
+    "train": ("microcinema.training.trainer", "train the video model"),
+    "sample": ("microcinema.sampling", "make videos from prompts or images"),
+    "evaluate": ("microcinema.evaluation.run", "generate videos, measure them, write a report"),
+    "prepare": ("microcinema.data.prepare", "render a Moving Sprites data set"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:10}{meaning}" for name, (_, meaning) in BODIES.items())
+    parser = argparse.ArgumentParser(
+        prog="microcinema",
+        usage="microcinema <command> [key=value ...] [--traceback]",
+        description=f"Text-to-video in two steps: text to key frame, key frame to video.\n\ncommands:\n{commands}",
+        epilog="`microcinema <command> --help` lists the keys of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("command", nargs="?", choices=BODIES, help=argparse.SUPPRESS, metavar="command")
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, or the keys of a command")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action="version", version=__version__, help="show the version")
+    return parser
+
+
+def command_help(command: str) -> str:
+    """The keys of a command with their defaults and meanings, and those of its groups' default options."""
+    lines = [f"usage: microcinema {command} [key=value ...] [--traceback]", "", f"{BODIES[command][1]}.", ""]
+    groups = config.group_defaults(command)
+
+    def describe(rows: list[tuple[str, str, str]]) -> None:
+        for key, value, meaning in rows:
+            lines.append(f"  {f'{key}={value}':40} {meaning}")
+        lines.append("")
+
+    rows = list(config.documented_keys(command))
+    if groups:
+        lines.append("groups:")
+        for key, value, meaning in rows:
+            if key in groups:
+                lines.append(f"  {f'{key}={value}':40} {meaning}: {', '.join(config.group_options(key))}")
+        lines.append("")
+    lines.append("keys:")
+    describe([row for row in rows if row[0] not in groups])
+    for group, option in groups.items():
+        if option is not None:
+            lines.append(f"keys of {group}={option}:")
+            inside = config.documented_keys(f"{group}/{option}")
+            describe([(f"{group}.{key}", value, meaning) for key, value, meaning in inside])
+    return "\n".join(lines).rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 2 for bad input (told in one line on stderr) or 130 when interrupted."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.help or options.command is None:
+        print(command_help(options.command) if options.command else parser.format_help().rstrip())
+        return 0 if options.help else 2
+    try:
+        composed = config.compose(options.command, options.overrides)
+        importlib.import_module(BODIES[options.command][0]).run(composed)
+    except UserError as error:
+        if options.traceback:
+            traceback.print_exc()
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

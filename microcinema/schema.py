@@ -1,0 +1,107 @@
+"""The top-level keys of each command, their types and bounds. Defaults and meanings are in `configs/<command>.yaml`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Group = dict[str, Any]
+"""A node that a config group fills; its keys are the ones that the chosen file holds."""
+
+
+@dataclass
+class Train:
+    model: Group
+    base: Group
+    data: Group
+    diffusion: Group
+    output_dir: str
+    seed: int
+    train: Literal["temporal", "all"]
+    resolution: Count | tuple[Count, Count]
+    num_frames: Count
+    fps: Positive | None
+    train_batch_size: Count
+    gradient_accumulation_steps: Count
+    max_train_steps: Count
+    learning_rate: Positive
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ]
+    lr_warmup_steps: CountOrZero
+    adam_beta1: Fraction
+    adam_beta2: Fraction
+    adam_weight_decay: NotNegative
+    adam_epsilon: Positive
+    max_grad_norm: Positive
+    snr_gamma: Positive | None
+    text_dropout: Fraction
+    image_dropout: Fraction
+    use_ema: bool
+    ema_decay: Fraction
+    mixed_precision: Literal["no", "fp16", "bf16"] | None
+    gradient_checkpointing: bool
+    dataloader_num_workers: CountOrZero
+    validation_prompts: list[str]
+    validation_steps: Count
+    report_to: Literal["tensorboard", "wandb"] | None
+    checkpointing_steps: Count
+    checkpoints_total_limit: Count | None
+    resume_from_checkpoint: str | None
+
+
+@dataclass
+class Sample:
+    prompt: str | None
+    motion_prompt: str | None
+    image: str | None
+    prompts: str | None
+    seed: CountOrZero
+    output_dir: str
+    pipeline: str
+    num_frames: Count | None
+    fps: Positive | None
+    height: Count | None
+    width: Count | None
+    num_inference_steps: Count
+    guidance_scale: NotNegative
+    image_guidance_scale: NotNegative
+    negative_prompt: str
+    num_videos_per_prompt: Count
+    decode_chunk_size: Count | None
+    scheduler: str | None
+    crf: Annotated[int, Field(ge=0, le=51)]
+
+
+@dataclass
+class Evaluate:
+    evaluation: Group
+    pipeline: str
+    output_dir: str
+    seed: CountOrZero
+    batch_size: Count
+
+
+@dataclass
+class Prepare:
+    output_dir: str
+    num_clips: Count
+    split: Literal["train", "heldout"]
+    seed: CountOrZero
+    num_frames: Count
+    size: Count
+    fps: Positive
+
+
+COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare}

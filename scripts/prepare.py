@@ -1,0 +1,8 @@
+"""`microcinema prepare` as a script, for `accelerate launch scripts/prepare.py key=value ...`."""
+
+import sys
+
+from microcinema.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`microcinema train` as a script, for `accelerate launch scripts/train.py key=value ...`."""
+
+import sys
+
+from microcinema.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
