@@ -1,0 +1,382 @@
+"""Video files to frames, frames to video files.
+
+Frames are `uint8 (f, h, w, 3)` RGB arrays everywhere in this file. Reading picks frames by their presentation times, so variable frame
+rates come out right; both decoders convert colours with swscale's plain 8-bit path and so give the same bytes (tests/test_video_io.py).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from microcinema.errors import UserError
+from microcinema.files import atomic_path
+
+if TYPE_CHECKING:
+    import av
+    import av.container
+    import av.video.stream
+
+DECODERS = ("pyav", "decord")
+_TICK = 1e-6  # seconds; times closer than this are equal, so that float rounding never decides which frame is nearest
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds: frames, mean frames per second, size as displayed (rotation applied), seconds from first frame to end."""
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    duration: float
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Every frame's time in seconds after the first frame, ascending, and its presentation stamp (None: the container stores none)."""
+
+    times: np.ndarray
+    stamps: list[int] | None
+    end: float
+    fps: float
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
+    """Opens a file's first video stream; whatever FFmpeg finds wrong with it, here or in the body, is a UserError naming the file."""
+    import av
+
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"video file '{file}' does not exist; check the path")
+    if file.stat().st_size == 0:
+        raise UserError(f"video file '{file}' is empty (0 bytes); fetch or write it again")
+    try:
+        with av.open(str(file), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise UserError(f"file '{file}' has no video stream; give a video file")
+            stream = container.streams.video[0]
+            # One thread: data-loader workers are the parallelism, and a decoder's own threads would oversubscribe the machine.
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except (av.FFmpegError, EOFError) as error:
+        raise UserError(f"{_damaged(file)} ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _damaged(path: PathLike) -> str:
+    return (
+        f"video file '{path}' cannot be decoded: damaged, truncated or not a video; replace it or take it off the list"
+    )
+
+
+def _index(path: PathLike, container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> _Index:
+    """Reads the packets' time stamps without decoding."""
+    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    entries = stream.index_entries  # what the file's header promises; a truncated file ends before its last entry
+    cut = len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path)
+    if cut or any(packet.is_corrupt for packet in packets):
+        raise UserError(f"{_damaged(path)} (its header promises more frames)")
+    if not packets:
+        raise UserError(f"video file '{path}' holds no frames; replace it or take it off the list")
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+    # AVI stores no time stamps (FFmpeg guesses some, wrongly with B-frames): its frame k is at k / rate, by definition of the format.
+    if container.format.name == "avi" or len(set(stamps)) < len(packets):
+        if rate <= 0:
+            raise UserError(f"video file '{path}' stores neither time stamps nor a frame rate; convert it to mp4")
+        times = np.arange(len(packets)) / rate
+        return _Index(times, None, end=len(packets) / rate, fps=rate)
+    base = float(stream.time_base or 0)
+    times = (np.array(stamps) - stamps[0]) * base
+    last = max(packets, key=lambda packet: packet.pts or 0)
+    shown = (last.duration or 0) * base or (1 / rate if rate > 0 else 0.0)  # how long the last frame stays on screen
+    end = float(times[-1]) + shown
+    return _Index(times, stamps, end, fps=rate if rate > 0 else len(packets) / end)
+
+
+def probe(path: PathLike) -> VideoInfo:
+    """Counts and times the frames of a video file and decodes the first one.
+
+    Raises:
+        UserError: the file is missing, empty, unreadable or truncated, or has no video.
+    """
+    with _opened(path) as (container, stream):
+        index = _index(path, container, stream)
+    height, width = _decode_pyav(path, index, np.zeros(1, dtype=int)).shape[1:3]
+    return VideoInfo(len(index.times), index.fps, width, height, index.end)
+
+
+def nearest_frames(times: np.ndarray, wanted: np.ndarray | float) -> np.ndarray:
+    """Index of the frame whose time is nearest to each wanted time; of two equally near ones, the earlier."""
+    middles = (times[1:] + times[:-1]) / 2
+    return np.searchsorted(middles, np.asarray(wanted) - _TICK, side="left")
+
+
+def _choose(
+    path: PathLike, index: _Index, num_frames: int, fps: float | None, start: float, position: float
+) -> np.ndarray:
+    times = index.times
+    if num_frames < 1:
+        raise UserError(f"num_frames={num_frames} for '{path}'; ask for at least 1 frame")
+    if fps is not None and not fps > 0:
+        raise UserError(f"fps={fps} for '{path}'; give a positive number, or null for the file's own rate")
+    if start < 0 or not 0 <= position <= 1:
+        raise UserError(
+            f"start={start}, position={position} for '{path}'; start is at least 0 seconds, position lies in [0, 1]"
+        )
+
+    def too_short() -> UserError:
+        asked = f"{num_frames} frames at {f'{fps:g}' if fps else 'its own'} fps from {start:g} s"
+        has = f"{len(times)} frames at {index.fps:g} fps, {index.end:.3f} s"
+        return UserError(
+            f"clip '{path}' ({has}) is shorter than asked ({asked}); ask for fewer frames or take it off the list"
+        )
+
+    if fps is None:
+        first = int(nearest_frames(times, start)) if start < index.end else len(times)
+        room = len(times) - first - num_frames
+        if room < 0:
+            raise too_short()
+        return np.arange(num_frames) + first + round(position * room)
+    span = (num_frames - 1) / fps
+    if start + span > index.end - _TICK:  # the last wanted moment must still be on screen
+        raise too_short()
+    latest = max(start, float(times[-1]) - span)
+    moment = start + position * (latest - start)
+    if position > 0:  # begin exactly on a frame: between two frames, jitter in the stamps would pick an uneven rhythm
+        moment = max(start, float(times[np.searchsorted(times, moment + _TICK, side="right") - 1]))
+    return nearest_frames(times, moment + np.arange(num_frames) / fps)
+
+
+def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+    from av.video.reformatter import VideoReformatter
+
+    needed, last = set(wanted.tolist()), int(wanted.max())
+    frames: dict[int, np.ndarray] = {}
+    convert = VideoReformatter()
+    with _opened(path) as (container, stream):
+        numbers = None if index.stamps is None else {stamp: number for number, stamp in enumerate(index.stamps)}
+        # From the key frame before the first wanted frame; should the container's seek table be wrong, from the beginning.
+        for origin in [0] if index.stamps is None else [index.stamps[int(wanted.min())], index.stamps[0]]:
+            if index.stamps is not None:
+                container.seek(origin, stream=stream, backward=True)
+            for count, frame in enumerate(container.decode(stream)):
+                number = count if numbers is None else numbers.get(frame.pts, -1)  # type: ignore[arg-type]
+                if number in needed and not frame.is_corrupt:
+                    pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    frames[number] = np.rot90(pixels, (frame.rotation // 90) % 4)
+                if number >= last:
+                    break
+            if len(frames) == len(needed):
+                return np.stack([frames[number] for number in wanted.tolist()])
+    raise UserError(f"{_damaged(path)} (frame {min(needed - set(frames))} of {len(index.times)} is missing)")
+
+
+def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+    import decord
+
+    try:
+        # fault_tol: by default decord quietly repeats frames in the place of those that it could not decode.
+        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
+        if len(reader) != len(index.times):
+            raise UserError(
+                f"decord counts {len(reader)} frames in '{path}', there are {len(index.times)}; use decoder=pyav"
+            )
+        return reader.get_batch(wanted.tolist()).asnumpy()
+    except (decord.DECORDError, RuntimeError):
+        raise UserError(_damaged(path)) from None
+
+
+def read_clip(
+    path: PathLike,
+    num_frames: int,
+    fps: float | None = None,
+    start: float = 0.0,
+    position: float = 0.0,
+    decoder: str = "pyav",
+) -> np.ndarray:
+    """Reads `num_frames` frames: for each k the frame nearest in time to `start + k / fps`.
+
+    Args:
+        fps: frames per second of the clip; None takes neighbouring frames as they are in the file.
+        start: seconds after the first frame.
+        position: where in the room that the video leaves the clip lies: 0 at `start`, 0.5 in the middle, 1 as late as possible.
+        decoder: "pyav" or "decord". Same bytes from both for 8-bit video, but for 4:2:0 of odd size, which H.264 cannot hold.
+
+    Returns:
+        uint8 (f, h, w, 3), rotated as displayed.
+
+    Raises:
+        UserError: a file that is missing, empty, damaged, without video, or shorter than asked; a value out of range.
+    """
+    if decoder not in DECODERS:
+        raise UserError(f"decoder='{decoder}' is not known; choose one of {', '.join(DECODERS)}")
+    with _opened(path) as (container, stream):
+        index = _index(path, container, stream)
+    wanted = _choose(path, index, num_frames, fps, start, position)
+    return (_decode_pyav if decoder == "pyav" else _decode_decord)(path, index, wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise UserError(
+            f"frames to write are {frames.dtype} {frames.shape}; give uint8 (frames, height, width, 3), none of them 0"
+        )
+    return np.ascontiguousarray(frames)
+
+
+def _check_fps(fps: float) -> None:
+    if not fps > 0:
+        raise UserError(f"fps={fps}; give a positive number of frames per second")
+
+
+def write_video(path: PathLike, frames: np.ndarray, fps: float, crf: int = 18, lossless: bool = False) -> None:
+    """Writes H.264 of exactly the frames' size, count and rate; the same frames always give the same bytes.
+
+    Args:
+        path: a name that ends in .mp4 (or another container that holds H.264, such as .mkv).
+        frames: uint8 (f, h, w, 3).
+        crf: x264's constant rate factor, 0 to 51, lower is better; 18 is near transparent.
+        lossless: x264 in RGB: `read_clip` gives back exactly these frames. For measuring; most browsers cannot play it.
+
+    Even sizes are stored as yuv420p, which plays everywhere. 4:2:0 has no odd sizes in H.264, so these are stored as yuv444p rather
+    than rescaled or padded; some players refuse that.
+
+    Raises:
+        UserError: frames of another kind, a value out of range, a folder that cannot be written.
+    """
+    import av
+
+    frames = _checked(frames)
+    _check_fps(fps)
+    if not 0 <= crf <= 51:
+        raise UserError(f"crf={crf}; give a number from 0 (best) to 51")
+    height, width = frames.shape[1:3]
+    rate = Fraction(fps).limit_denominator(1001)
+    with (
+        atomic_path(path) as temporary,
+        av.open(str(temporary), "w", options=_mp4_options(temporary, rate)) as container,
+    ):
+        stream = container.add_stream(
+            "libx264rgb" if lossless else "libx264", rate=rate, options={"crf": str(0 if lossless else crf)}
+        )
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "rgb24" if lossless else "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
+        stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
+        if not lossless:
+            stream.codec_context.colorspace = (
+                5  # BT.601, which swscale uses below: untagged, players guess by picture size
+            )
+        for number, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _mp4_options(path: Path, rate: Fraction) -> dict[str, str]:
+    """Index first, so that a browser starts at once; and a clock that counts whole frames, else durations are rounded to milliseconds."""
+    return {"movflags": "+faststart", "movie_timescale": str(rate.numerator)} if path.suffix == ".mp4" else {}
+
+
+def write_gif(path: PathLike, frames: np.ndarray, fps: float) -> None:
+    """Writes an endlessly repeating GIF with one palette, fitted to all of its frames.
+
+    GIF counts in hundredths of a second: each delay is rounded so that the whole keeps its length, and none is under 0.02 s (50 fps).
+    """
+    from PIL import Image
+
+    frames = _checked(frames)
+    _check_fps(fps)
+    count, height, width = frames.shape[:3]
+    # All frames as one tall picture: one palette for the clip, so that a still background does not flicker.
+    tall = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    images = [tall.crop((0, k * height, width, (k + 1) * height)) for k in range(count)]
+    moments = [round(100 * k / fps) for k in range(count + 1)]
+    delays = [10 * max(2, after - before) for before, after in zip(moments, moments[1:], strict=False)]
+    with atomic_path(path) as temporary:
+        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=delays, loop=0)
+
+
+def write_contact_sheet(
+    path: PathLike,
+    clips: np.ndarray | Sequence[np.ndarray],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: int = 1,
+    smooth: bool = False,
+) -> None:
+    """Writes a PNG that shows the frames of one clip or several, one clip below the other.
+
+    Args:
+        clips: uint8 (f, h, w, 3), or several of these.
+        captions: one line of text above each clip; long ones wrap.
+        columns: frames in a row; None puts a whole clip into one row.
+        scale: enlarges every frame this many times, by repeating pixels or, if `smooth`, by Lanczos resampling.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    clips = [_checked(clip) for clip in ([clips] if isinstance(clips, np.ndarray) else clips)]
+    if (
+        not clips
+        or scale < 1
+        or (columns is not None and columns < 1)
+        or (captions is not None and len(captions) != len(clips))
+    ):
+        got = f"{len(clips)} clips, {'no' if captions is None else len(captions)} captions, columns={columns}, scale={scale}"
+        raise UserError(
+            f"contact sheet of {got}; give at least 1 clip, a caption for each or none, columns and scale at least 1"
+        )
+    gap, font = 4, ImageFont.load_default(size=14)
+    resample = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+
+    def strip(clip: np.ndarray, caption: str) -> Image.Image:
+        frames, (height, width) = len(clip), (scale * clip.shape[1], scale * clip.shape[2])
+        across = min(columns or frames, frames)
+        down = -(-frames // across)
+        sheet_width = max(across * (width + gap) - gap, 160)
+        text = _wrapped(caption, sheet_width, font)
+        top = 18 * len(text) + (gap if text else 0)
+        sheet = Image.new("RGB", (sheet_width, top + down * (height + gap) - gap), "white")
+        for row, words in enumerate(text):
+            ImageDraw.Draw(sheet).text((0, 18 * row), words, fill="black", font=font)
+        for k, frame in enumerate(clip):
+            place = (k % across * (width + gap), top + k // across * (height + gap))
+            sheet.paste(Image.fromarray(frame).resize((width, height), resample), place)
+        return sheet
+
+    strips = [strip(clip, captions[k] if captions else "") for k, clip in enumerate(clips)]
+    margin, below = 8, 12
+    size = (max(s.width for s in strips) + 2 * margin, sum(s.height + below for s in strips) - below + 2 * margin)
+    page = Image.new("RGB", size, "white")
+    top = margin
+    for picture in strips:
+        page.paste(picture, (margin, top))
+        top += picture.height + below
+    with atomic_path(path) as temporary:
+        page.save(temporary, format="PNG")
+
+
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """Breaks a text between words into lines of at most `width` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
