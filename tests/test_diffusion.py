@@ -64,8 +64,9 @@ def test_training_schedule_is_the_bases_and_never_clips():
     assert scheduler.config.prediction_type == "epsilon"
     assert scheduler.config.clip_sample is False
     assert make_scheduler({**SD15, "clip_sample": True}).config.clip_sample is False
-    v = make_scheduler(SD15, {"prediction_type": "v_prediction"})
+    v = make_scheduler(SD15, {"prediction_type": "v_prediction", "beta_schedule": None})
     assert v.config.prediction_type == "v_prediction"
+    assert v.config.beta_schedule == "scaled_linear"
 
 
 @pytest.mark.parametrize(

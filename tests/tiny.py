@@ -25,7 +25,7 @@ LATENT_CHANNELS = 4
 VAE_FACTOR = 4
 SIZE = 32  # pixels; latents are 8x8, which the tiny UNets halve once
 
-_WORDS = "a an large small red orange blue green yellow purple star circle square moon heart moving still to left right on sand grass"
+_WORDS = "a an large small red orange blue green yellow purple star circle square moon heart moving still to left right on sand"
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -45,7 +45,7 @@ def vae(seed: int = 0) -> AutoencoderKL:
 
 
 def unet(flavour: str = "sd15", seed: int = 0, **changes) -> UNet2DConditionModel:
-    """Two levels. `sd15`: convolution projections, one head count for all; `sd21`: linear projections, head counts per level."""
+    """Two levels. `sd15`: convolution projections, one head count; `sd21`: linear projections, a head count per level."""
     torch.manual_seed(seed)
     kind = (
         {"attention_head_dim": 4}
@@ -99,7 +99,7 @@ def text_encoder(tokens: CLIPTokenizer, flavour: str = "sd15", seed: int = 0) ->
 def tokenizer(folder: str | Path, flavour: str = "sd15") -> CLIPTokenizer:
     """Writes `vocab.json`, `merges.txt` and their config in CLIP's format into `folder` and opens them.
 
-    The words of Moving Sprites are single tokens, all other text is bytes. SD 1.5 pads with the end token, SD 2.1 with "!".
+    Some words of Moving Sprites are single tokens, all other text is bytes. SD 1.5 pads with the end token, SD 2.1 with "!".
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

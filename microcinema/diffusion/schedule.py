@@ -19,12 +19,12 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
 
     Args:
         base_config: what a scheduler file of diffusers holds; any class, its betas and prediction type are kept.
-        overrides: scheduler settings that replace the base's, by their diffusers names.
+        overrides: scheduler settings that replace the base's, by their diffusers names; None keeps the base's.
 
     Raises:
         UserError: the schedule has no betas (flow matching), an override is unknown, or the prediction type is.
     """
-    overrides = dict(overrides or {})
+    overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     if "beta_schedule" not in base_config and "trained_betas" not in base_config:
         raise UserError(
             f"scheduler '{base_config.get('_class_name', '?')}' has no betas; use a base with a DDPM-like schedule"
