@@ -1,0 +1,141 @@
+"""AppearanceNet: MicroCinema's Appearance Injection Network (arXiv 2311.18829), features of the key frame per layer."""
+
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microcinema.errors import UserError
+from microcinema.models.layers import zero_init
+from microcinema.models.unet2d import UNet2DParts, spatial_transformer, unet2d_arguments
+
+FUSIONS = ("add", "spade")
+INJECTS = ("encoder", "decoder", "both")
+
+
+def injected_layers(net: UNet2DParts, inject: str) -> list[int]:
+    """Numbers of the layers that take a feature: `encoder` is the down and mid layers, `decoder` the up layers."""
+    down, mid, up = (sum(len(net.layers_of(block)) for block in blocks) for blocks in net.blocks())
+    encoder = range(down + mid)
+    decoder = range(down + mid, down + mid + up)
+    return [*(encoder if inject != "decoder" else ()), *(decoder if inject != "encoder" else ())]
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises a UserError unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+
+
+def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
+    """Injects a clip's feature into each of its frames; a zero feature leaves `h` exactly as it is.
+
+    add:    `h + feature`
+    spade:  `h + (norm(h) * gamma + beta)`, `gamma, beta = feature`, norm without weights, per frame. This is
+            spatially-adaptive de-normalisation (arXiv 1903.07291, equation 1) as a residual, so that it starts as
+            the identity.
+
+    Args:
+        h: `(b f) c h w`.
+        feature: `b c h w` for add, `b 2c h w` for spade.
+        fusion: `add` or `spade`.
+        groups: groups of the norm.
+    """
+    frames = rearrange(h, "(b f) c h w -> b f c h w", b=feature.shape[0])
+    if fusion == "add":
+        fused = frames + feature[:, None]
+    else:
+        gamma, beta = feature[:, None].chunk(2, dim=2)
+        norm = rearrange(functional.group_norm(h, groups), "(b f) c h w -> b f c h w", b=feature.shape[0])
+        fused = frames + (norm * gamma + beta)
+    return rearrange(fused, "b f c h w -> (b f) c h w")
+
+
+class AppearanceNet(UNet2DParts):
+    """A trainable copy of the 2D UNet that reads a clean key frame and its text: one feature per injected layer.
+
+    It sees no noise and its diffusion time is always 0, so it runs once per clip. The zero-initialised projections are
+    part of it: what it returns is ready to be injected by `fuse`. Layers that no feature needs are not built.
+
+    Args:
+        fusion: `add` (features have the layer's channels) or `spade` (twice as many: scale, shift).
+        inject: `encoder`, `decoder` or `both`.
+        the rest: as in diffusers' UNet2DConditionModel.
+
+    Raises:
+        UserError: an unknown fusion, inject or block type.
+    """
+
+    added = ("projections.",)
+    dropped: tuple[str, ...] = ("conv_norm_out.", "conv_out.")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | None = None,
+        in_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        downsample_padding: int = 1,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        attention_head_dim: int | tuple[int, ...] = 8,
+        use_linear_projection: bool = False,
+        upcast_attention: bool = False,
+        fusion: str = "add",
+        inject: str = "both",
+    ):
+        super().__init__()
+        check_choice("fusion", fusion, FUSIONS)
+        check_choice("inject", inject, INJECTS)
+        parts = ["conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block"]
+        if inject == "encoder":
+            self.dropped = (*self.dropped, "up_blocks.")
+        else:
+            parts.append("up_blocks")
+        self._build(dict(self.config), parts)
+        self.injected = injected_layers(self, inject)
+        widths = [resnet.out_channels for resnet, _ in self.layers()]
+        factor = 2 if fusion == "spade" else 1
+        self.projections = nn.ModuleList(zero_init(nn.Conv2d(widths[i], factor * widths[i], 1)) for i in self.injected)
+
+    @classmethod
+    def from_unet2d(cls, unet: UNet2DConditionModel, *, fusion: str = "add", inject: str = "both") -> "AppearanceNet":
+        """Copies a 2D UNet's weights into a new AppearanceNet.
+
+        Raises:
+            UserError: the UNet has a feature that is not supported, or its keys do not fit.
+        """
+        arguments = unet2d_arguments(dict(unet.config))
+        arguments.pop("out_channels", None)
+        net = cls(**arguments, fusion=fusion, inject=inject)
+        net.load_unet2d(unet)
+        return net
+
+    def forward(self, z_ref: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """Features of a key frame.
+
+        Args:
+            z_ref: clean latents of the key frame, `b c h w`.
+            text: text tokens, `b n d`.
+
+        Returns:
+            One `b c h w` (add) or `b 2c h w` (spade) for every injected layer, in the layers' order.
+        """
+        emb = self.embed_time(0, z_ref.shape[0])
+
+        def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
+            h = resnet(h, emb)
+            return h if transformer is None else spatial_transformer(transformer, h, text)
+
+        features = list(self.walk(self.conv_in(z_ref), layer))
+        return tuple(projection(features[i]) for projection, i in zip(self.projections, self.injected, strict=True))

@@ -1,0 +1,210 @@
+"""VideoUNet: the 2D UNet's blocks on every frame, with temporal layers and injection points between them."""
+
+from collections import deque
+
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from microcinema.errors import UserError
+from microcinema.models.appearance import FUSIONS, INJECTS, check_choice, fuse, injected_layers
+from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.layers import TemporalConv, TemporalTransformer, zero_init
+from microcinema.models.unet2d import UNet2DParts, spatial_transformer, unet2d_arguments
+
+
+class VideoUNet(UNet2DParts):
+    """Denoiser of clips, `z_t, t, conditions -> prediction`, which at initialisation equals its 2D UNet on every frame.
+
+    Every layer runs: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
+    temporal transformer (the transformers where the 2D UNet has one). The injection stands before the temporal
+    transformer, so that motion is computed from features that know the key frame.
+
+    Args:
+        max_frames: longest clip (length of the learned position tables).
+        temporal_bottleneck: the temporal transformers work at `channels / temporal_bottleneck`.
+        keyframe_channels: channels of a key frame concatenated to the input; 0 for none. The extra input weights are
+            a convolution of their own, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
+        fps_conditioning: add an embedding of the frame rate to the time embedding.
+        fusion: `add`, `spade` or None (no injection).
+        inject: `encoder`, `decoder`, `both` or None (no injection).
+        the rest: as in diffusers' UNet2DConditionModel.
+
+    Raises:
+        UserError: an unknown fusion, inject or block type.
+    """
+
+    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        downsample_padding: int = 1,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        attention_head_dim: int | tuple[int, ...] = 8,
+        use_linear_projection: bool = False,
+        upcast_attention: bool = False,
+        max_frames: int = 32,
+        temporal_bottleneck: int = 2,
+        keyframe_channels: int = 0,
+        fps_conditioning: bool = True,
+        fusion: str | None = None,
+        inject: str | None = None,
+    ):
+        super().__init__()
+        if (fusion is None) != (inject is None):
+            raise UserError(f"fusion={fusion!r} and inject={inject!r} go together; give both or neither")
+        if fusion is not None and inject is not None:
+            check_choice("fusion", fusion, FUSIONS)
+            check_choice("inject", inject, INJECTS)
+        self._build(dict(self.config))
+        layers = self.layers()
+        self.injected = [] if inject is None else injected_layers(self, inject)
+        widths = [resnet.out_channels for resnet, _ in layers]
+        self.temporal_convs = nn.ModuleList(TemporalConv(width, norm_num_groups) for width in widths)
+        self.temporal_transformers = nn.ModuleDict(
+            {
+                str(i): TemporalTransformer(widths[i], widths[i] // temporal_bottleneck, norm_num_groups, max_frames)
+                for i, (_, transformer) in enumerate(layers)
+                if transformer is not None
+            }
+        )
+        if keyframe_channels:
+            # No bias: a dropped key frame is a zero key frame and must add nothing.
+            self.keyframe_conv_in = zero_init(
+                nn.Conv2d(keyframe_channels, block_out_channels[0], 3, padding=1, bias=False)
+            )
+        if fps_conditioning:
+            self.fps_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
+            zero_init(self.fps_embedding.linear_2)
+
+    @classmethod
+    def from_unet2d(
+        cls,
+        unet: UNet2DConditionModel,
+        *,
+        max_frames: int = 32,
+        temporal_bottleneck: int = 2,
+        keyframe_channels: int = 0,
+        fps_conditioning: bool = True,
+        fusion: str | None = None,
+        inject: str | None = None,
+    ) -> "VideoUNet":
+        """A VideoUNet that starts as this 2D UNet.
+
+        Raises:
+            UserError: the UNet has a feature that is not supported, or its keys do not fit; they are named.
+        """
+        net = cls(
+            **unet2d_arguments(dict(unet.config)),
+            max_frames=max_frames,
+            temporal_bottleneck=temporal_bottleneck,
+            keyframe_channels=keyframe_channels,
+            fps_conditioning=fps_conditioning,
+            fusion=fusion,
+            inject=inject,
+        )
+        net.load_unet2d(unet)
+        return net
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the 2D UNet does not have."""
+        return [parameter for name, parameter in self.named_parameters() if name.startswith(self.added)]
+
+    def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """Predicts the target that the model was trained for.
+
+        Args:
+            z_t: noisy latents, `b f c h w`.
+            t: diffusion time, a number or `(b,)`.
+            conditions: of the same b clips.
+
+        Returns:
+            The prediction, `b f c h w`.
+
+        Raises:
+            UserError: the clip's shape or the conditions do not fit the network.
+        """
+        self._check(z_t, conditions)
+        b, frames = z_t.shape[:2]
+        emb = self.embed_time(t, b)
+        if self.config.fps_conditioning and conditions.fps is not None:
+            emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
+        emb = repeat(emb, "b d -> (b f) d", f=frames)
+        features = dict(zip(self.injected, conditions.appearance or (), strict=False))
+
+        def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
+            h = self.temporal_convs[number](resnet(h, emb), frames)
+            if transformer is not None:
+                h = spatial_transformer(transformer, h, conditions.text)
+            if number in features:
+                h = fuse(h, features[number], self.config.fusion, self.config.norm_num_groups)
+            if transformer is not None:
+                h = self.temporal_transformers[str(number)](h, frames)
+            return h
+
+        h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
+        if conditions.keyframe is not None:
+            h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", self.config.norm_num_groups)
+        h = deque(self.walk(h, layer), maxlen=1).pop()
+        h = self.conv_out(self.conv_act(self.conv_norm_out(h)))
+        return rearrange(h, "(b f) c h w -> b f c h w", f=frames)
+
+    def _check(self, z_t: Tensor, conditions: Conditions) -> None:
+        config = self.config
+        if z_t.ndim != 5 or z_t.shape[2] != config.in_channels:
+            raise UserError(
+                f"latents have shape {tuple(z_t.shape)}; they must be b f c h w with c={config.in_channels}"
+            )
+        b, frames, _, height, width = z_t.shape
+        if not 1 <= frames <= config.max_frames:
+            raise UserError(f"the clip has {frames} frames; this model takes 1 to {config.max_frames}")
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if height % stride or width % stride or not height * width:
+            raise UserError(f"latents are {height}x{width}; height and width must be multiples of {stride}")
+        if len(conditions.text) != b:
+            raise UserError(
+                f"text is for {len(conditions.text)} clips and the latents hold {b}; give one text per clip"
+            )
+        found = 0 if conditions.appearance is None else len(conditions.appearance)
+        if found and found != len(self.injected):
+            raise UserError(
+                f"conditions carry {found} appearance features and the model takes {len(self.injected)} "
+                f"(fusion={config.fusion}, inject={config.inject}); use the condition encoder that belongs to it"
+            )
+        if (0 if conditions.keyframe is None else conditions.keyframe.shape[1]) not in (0, config.keyframe_channels):
+            raise UserError(
+                f"conditions carry a key frame for the input; the model has keyframe_channels={config.keyframe_channels}"
+            )
+
+
+def set_trainable(unet: VideoUNet, condition_encoder: ConditionEncoder, train: str = "temporal") -> list[nn.Parameter]:
+    """Freezes what is not to be trained and returns what is, for the optimiser.
+
+    `temporal` freezes the 2D part of the VideoUNet; `all` freezes nothing. The condition encoder is trained in both.
+
+    Raises:
+        UserError: `train` is neither.
+    """
+    check_choice("train", train, ("temporal", "all"))
+    unet.requires_grad_(train == "all")
+    condition_encoder.requires_grad_(True)
+    for parameter in unet.added_parameters():
+        parameter.requires_grad_(True)
+    return [p for net in (unet, condition_encoder) for p in net.parameters() if p.requires_grad]
