@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.help or options.command is None:
         print(command_help(options.command) if options.command else parser.format_help().rstrip())
         return 0 if options.help else 2
+    # Otherwise transformers warns of each image processor that it would rather have torchvision for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         composed = config.compose(options.command, options.overrides)
         importlib.import_module(BODIES[options.command][0]).run(composed)

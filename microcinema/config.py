@@ -88,7 +88,19 @@ def instantiate(node: "DictConfig | Mapping[str, Any]", **extra: Any) -> Any:
     """
     from omegaconf import OmegaConf
 
-    return _build(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, extra)
+    tree = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node))
+    return _build(OmegaConf.to_container(tree, resolve=True), extra)
+
+
+def parameters(target: str) -> dict[str, inspect.Parameter]:
+    """The arguments by name that a `_target_` takes; what would vanish in `**kwargs` is not among them.
+
+    Raises:
+        UserError: as in `instantiate`.
+    """
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(_locate(target))
+    return {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in named}
 
 
 def save(config: "DictConfig", path: str | os.PathLike[str]) -> None:
@@ -170,10 +182,9 @@ def _known_option(group: str, option: str) -> str:
 
 def _refuse(key: str, known: Iterable[str]) -> NoReturn:
     """Names the known key that is nearest: one that ends in the same word, or one that is spelled alike."""
-    known = sorted(known)
-    near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(
-        key, known, n=1, cutoff=0.5
-    )
+    known = sorted(known, key=lambda name: (name.count("."), name))
+    same_word = [name for name in known if name.endswith(f".{key}")]
+    near = same_word or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     raise UserError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"))
 
 
@@ -196,24 +207,25 @@ def _override(tree: dict[str, Any], key: str, text: str, kinds: Mapping[str, Any
     if isinstance(old, dict):
         inside = [name for name in _dotted(old, f"{key}.") if not name.endswith("._target_")]
         raise UserError(f"'{key}' is a group of keys; set one of {', '.join(inside)}")
-    if path:
-        # Below the top level no type is declared: that of the value in the file stands for it here, and `instantiate`
-        # checks what the argument really takes.
-        interpolated = isinstance(old, str) and "${" in old
-        node[name] = _parsed(key, text, is_text=isinstance(old, str) and not interpolated, optional=True)
-        if isinstance(old, bool | int | float | list) and node[name] is not None:
-            node[name] = _checked(key, node[name], type(old))
-        return
-    node[name] = _parsed(key, text, is_text=_is_text(kinds[key]), optional=type(None) in typing.get_args(kinds[key]))
+    if not path:
+        kind = kinds[key]
+        optional = type(None) in typing.get_args(kind)
+        node[name] = (None if optional and text == "null" else text) if _is_text(kind) else _yaml(key, text)
+    elif isinstance(old, str) and "${" not in old:
+        # Below the top level no type is declared: that of the value in the file stands for it, and a text may give way to
+        # null or a number (`reference_frame=3`). What the argument really takes is checked in `instantiate`.
+        node[name] = None if text == "null" else int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+    else:
+        value = _yaml(key, text)
+        known = isinstance(old, bool | int | float | list) and value is not None
+        node[name] = _checked(key, value, type(old)) if known else value
 
 
-def _parsed(key: str, text: str, is_text: bool, optional: bool) -> Any:
-    """A value of the command line: the text itself where one is wanted, else YAML, in which OmegaConf takes 1e-4 for a number."""
+def _yaml(key: str, text: str) -> Any:
+    """A value of the command line as YAML, in which OmegaConf takes 1e-4 for a number."""
     import yaml
     from omegaconf import OmegaConf
 
-    if is_text:
-        return None if optional and text == "null" else text
     try:
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
     except yaml.YAMLError:
@@ -282,25 +294,20 @@ def _build(node: Any, extra: Mapping[str, Any]) -> Any:
         return {key: _build(value, {}) for key, value in node.items()}
     name = node["_target_"]
     target = _locate(name)
-    function = target.__init__ if inspect.isclass(target) else target
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
+    takes = parameters(name)
     try:
-        kinds = typing.get_type_hints(function, include_extras=True)
+        kinds = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except NameError:  # annotations of another library that only its type checker can resolve
         kinds = {}
     arguments = dict(extra)
     for key, value in node.items():
         if key == "_target_":
             continue
-        if key not in parameters:
-            raise UserError(f"'{name}' takes no argument '{key}'; it takes {', '.join(parameters)}")
+        if key not in takes:
+            raise UserError(f"'{name}' takes no argument '{key}'; it takes {', '.join(takes)}")
         value = _build(value, {})
         arguments[key] = _checked(f"{key} of '{name}'", value, kinds[key]) if key in kinds else value
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
+    missing = [key for key, taken in takes.items() if taken.default is taken.empty and key not in arguments]
     if missing:
         raise UserError(f"'{name}' needs the arguments {', '.join(missing)} as well")
     return target(**arguments)

@@ -40,6 +40,7 @@ class Train:
         "piecewise_constant",
     ]
     lr_warmup_steps: CountOrZero
+    use_8bit_adam: bool
     adam_beta1: Fraction
     adam_beta2: Fraction
     adam_weight_decay: NotNegative
