@@ -1,0 +1,484 @@
+"""Moving Sprites: a small rendered world of captioned clips with ground truth.
+
+One object (shape, colour, size) does one named motion at one named speed before one textured background. The scene is 64 units wide and high, whatever the resolution; x points right, y down, angles are
+clockwise as seen. Everything about a clip follows from (seed, index), and the truth (attributes, masks, optical flow) is exact.
+
+Objects are saturated and backgrounds muted (see `COLOURS` and `_BACKGROUND_TONES`), so that an object can be tracked without a network.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from microcinema.errors import UserError
+from microcinema.files import atomic_folder
+
+WORLD = 64.0  # width and height of the scene, in scene units
+
+COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB in [0, 1]
+    "red": (0.91, 0.15, 0.17),
+    "orange": (0.98, 0.53, 0.07),
+    "yellow": (0.98, 0.87, 0.13),
+    "green": (0.12, 0.70, 0.24),
+    "blue": (0.14, 0.36, 0.93),
+    "purple": (0.60, 0.20, 0.82),
+}
+SIZES: dict[str, float] = {"small": 9.5, "large": 14.0}  # radius at the start, in scene units
+SPEEDS = ("slowly", "quickly")
+TRANSLATIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ROTATIONS: dict[str, int] = {"clockwise": 1, "counterclockwise": -1}
+SCALINGS: dict[str, int] = {"growing": 1, "shrinking": -1}
+MOTIONS = ("still", *TRANSLATIONS, *ROTATIONS, *SCALINGS, "bouncing")
+
+# Motion is defined in seconds, so that it does not depend on the frame rate. Each value is (slowly, quickly).
+TRANSLATION_SPEED = (5.0, 13.0)  # scene units per second
+ROTATION_SPEED = (np.deg2rad(45.0), np.deg2rad(120.0))  # radians per second
+SCALING_SPEED = (float(np.log(1.15)), float(np.log(1.32)))  # change of log radius per second
+BOUNCE_PERIOD = (1.6, 0.8)  # seconds from ground to ground
+BOUNCE_HEIGHT = 12.0  # scene units
+_NOMINAL_DURATION = 15 / 8  # seconds; the start leaves room for a motion of this length
+
+# One shape and one colour each: seen in training apart, never together.
+HELD_OUT = frozenset(
+    {
+        ("circle", "blue"),
+        ("square", "purple"),
+        ("triangle", "red"),
+        ("star", "orange"),
+        ("heart", "yellow"),
+        ("moon", "green"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """All attributes of one clip. Positions are in scene units, `variation` seeds the background's texture."""
+
+    shape: str
+    colour: str
+    size: str
+    background: str
+    motion: str
+    speed: str  # empty for a still object
+    x: float
+    y: float
+    radius: float
+    angle: float  # radians, at the start
+    pace: float  # factor on the named speed
+    variation: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A clip and its truth: `frames` uint8 (f, h, w, 3); `masks` float32 (f, h, w), the object's coverage of each pixel in [0, 1];
+    `flow` float32 (f-1, h, w, 2), the forward optical flow (dx, dy) in pixels, zero outside the object."""
+
+    frames: np.ndarray
+    masks: np.ndarray
+    flow: np.ndarray
+
+
+# --- shapes: signed distances in units of the object's radius, negative inside ------------------------------------------------
+
+
+def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Exact signed distance to a simple polygon with the given `corners` (n, 2)."""
+    nearest = np.full(x.shape, np.inf, x.dtype)
+    inside = np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey = bx - ax, by - ay
+        px, py = x - ax, y - ay
+        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, (px - along * ex) ** 2 + (py - along * ey) ** 2)
+        crosses = (ay > y) != (by > y)
+        if ey != 0:
+            inside ^= crosses & (x < ax + ex * (y - ay) / ey)
+    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+
+def _regular_corners(radii: tuple[float, ...], points: int) -> np.ndarray:
+    """`points * len(radii)` corners around the centre, the first at the top, their radii cycling through `radii`."""
+    count = points * len(radii)
+    angle = 2 * np.pi * np.arange(count) / count - np.pi / 2
+    radius = np.resize(np.asarray(radii), count)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
+
+
+_TRIANGLE = _regular_corners((1.0,), 3) + np.float32([0.0, 0.12])
+_SQUARE = np.float32([[-0.7, -0.7], [0.7, -0.7], [0.7, 0.7], [-0.7, 0.7]])
+_STAR = _regular_corners((1.0, 0.46), 5)
+
+
+def _heart_corners() -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    x = 16 * np.sin(angle) ** 3
+    y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
+    return np.stack([x / 16.5, (y - 2.0) / 16.5], axis=1).astype(np.float32)
+
+
+_HEART = _heart_corners()
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 0.86
+
+
+def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x = x - 0.16  # puts the crescent's middle near the centre of rotation
+    return np.maximum(np.hypot(x, y) - 0.98, 0.80 - np.hypot(x - 0.52, y + 0.12))
+
+
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": lambda x, y: _polygon_distance(x, y, _SQUARE) - 0.06,
+    "triangle": lambda x, y: _polygon_distance(x, y, _TRIANGLE) - 0.05,
+    "star": lambda x, y: _polygon_distance(x, y, _STAR) - 0.05,
+    "heart": lambda x, y: _polygon_distance(x, y, _HEART),
+    "moon": _moon,
+}
+
+# --- backgrounds: soft textures of muted colour --------------------------------------------------------------------------------
+
+_BACKGROUND_TONES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # (dark, light) sRGB
+    "sand": ((0.74, 0.65, 0.50), (0.89, 0.82, 0.68)),
+    "grass": ((0.40, 0.49, 0.34), (0.60, 0.67, 0.50)),
+    "brick": ((0.55, 0.42, 0.38), (0.78, 0.73, 0.69)),
+    "water": ((0.40, 0.53, 0.60), (0.68, 0.78, 0.82)),
+    "wood": ((0.43, 0.34, 0.26), (0.65, 0.54, 0.43)),
+    "night": ((0.07, 0.08, 0.15), (0.62, 0.63, 0.72)),
+}
+BACKGROUNDS = tuple(_BACKGROUND_TONES)
+
+
+def _waves(
+    x: np.ndarray, y: np.ndarray, rng: np.random.Generator, lengths: tuple[float, float], count: int = 5
+) -> np.ndarray:
+    """Smooth noise of about unit variance: plane waves with wavelengths between `lengths` (scene units) in random directions."""
+    total = np.zeros_like(x)
+    for _ in range(count):
+        direction, phase = rng.uniform(0, 2 * np.pi, 2)
+        wavelength = rng.uniform(*lengths)
+        total += np.sin(2 * np.pi / wavelength * (np.cos(direction) * x + np.sin(direction) * y) + phase)
+    return total * np.sqrt(2 / count)
+
+
+def _sand(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    bend = 2.0 * _waves(x, y, rng, (34, 60), 3)
+    ripple = np.sin(2 * np.pi / 11 * (y + 0.35 * x + bend) + rng.uniform(0, 2 * np.pi))
+    return 0.5 + 0.24 * ripple + 0.09 * _waves(x, y, rng, (18, 40))
+
+
+def _grass(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    lean = 2.2 * _waves(x, y, rng, (30, 60), 3)
+    blades = np.sin(2 * np.pi / 8.5 * (x + lean) + 0.5 * np.sin(2 * np.pi / 16 * y + rng.uniform(0, 2 * np.pi)))
+    return 0.48 + 0.19 * blades + 0.12 * _waves(x, y, rng, (26, 54), 4)
+
+
+def _brick(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    width, height = 21.0, 10.5
+    row = (y + rng.uniform(0, height)) / height
+    column = (x + rng.uniform(0, width)) / width + 0.5 * (np.floor(row) % 2)
+    to_joint = np.minimum(
+        width * np.minimum(column % 1, 1 - column % 1), height * np.minimum(row % 1, 1 - row % 1)
+    )  # distance to the mortar's middle, in scene units
+    tone = rng.uniform(0.05, 0.42, (16, 16))[np.floor(row).astype(int) % 16, np.floor(column).astype(int) % 16]
+    mortar = np.clip(1.6 - to_joint, 0, 1)
+    return tone * (1 - mortar) + 0.92 * mortar
+
+
+def _water(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    sway = 2.5 * _waves(x, y, rng, (22, 44), 4)
+    crests = np.sin(2 * np.pi / 13 * (y + sway) + rng.uniform(0, 2 * np.pi))
+    return (
+        0.34
+        + 0.34 * np.exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
+        + 0.08 * _waves(x, y, rng, (26, 60), 3)
+    )
+
+
+def _wood(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    plank = (y + rng.uniform(0, 16)) / 16
+    index = np.floor(plank).astype(int) % 8
+    tone = rng.uniform(0.42, 0.72, 8)[index]
+    shift = rng.uniform(0, 60, 8)[index]
+    grain = np.sin(2 * np.pi / 5.3 * (y + 1.3 * np.sin(2 * np.pi / 38 * (x + shift)) + shift))
+    gap = np.clip(1.25 - 16 * np.minimum(plank % 1, 1 - plank % 1), 0, 1)
+    return (tone + 0.11 * grain + 0.05 * _waves(x, y, rng, (24, 50), 3)) * (1 - 0.85 * gap)
+
+
+def _night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    sky = 0.06 + 0.16 * y / WORLD + 0.03 * _waves(x, y, rng, (30, 60), 3)
+    for _ in range(9):
+        cx, cy = rng.uniform(0, WORLD, 2)
+        spread = rng.uniform(0.9, 1.3)
+        sky = sky + rng.uniform(0.35, 0.8) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * spread**2))
+    return sky
+
+
+_TEXTURES = {"sand": _sand, "grass": _grass, "brick": _brick, "water": _water, "wood": _wood, "night": _night}
+
+
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scene coordinates x, y (h, w) of the pixel centres of a `size` x `size` picture."""
+    centres = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(WORLD / size)
+    x, y = np.meshgrid(centres, centres)
+    return x, y
+
+
+def _background(name: str, variation: int, size: int) -> np.ndarray:
+    x, y = _grid(size)
+    rng = np.random.default_rng(variation)
+    shade = np.clip(_TEXTURES[name](x, y, rng), 0, 1)[..., None]
+    dark, light = (np.float32(tone) for tone in _BACKGROUND_TONES[name])
+    vignette = 1 - 0.10 * (((x - 32) ** 2 + (y - 32) ** 2) / 2048)[..., None]
+    return ((dark + (light - dark) * shade) * vignette).astype(np.float32)
+
+
+# --- motion ----------------------------------------------------------------------------------------------------------------------
+
+
+def _speed_of(sprite: Sprite, values: tuple[float, float]) -> float:
+    return values[SPEEDS.index(sprite.speed)]
+
+
+def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
+    """The object's pose (x, y, radius, angle) at each of `times` (seconds), shape (len(times), 4)."""
+    x, y, radius, angle = (np.full(len(times), value) for value in (sprite.x, sprite.y, sprite.radius, sprite.angle))
+    seconds = np.asarray(times, np.float64) * sprite.pace
+    if sprite.motion in TRANSLATIONS:
+        dx, dy = TRANSLATIONS[sprite.motion]
+        distance = _speed_of(sprite, TRANSLATION_SPEED) * seconds
+        x, y = x + dx * distance, y + dy * distance
+    elif sprite.motion in ROTATIONS:
+        angle = angle + ROTATIONS[sprite.motion] * _speed_of(sprite, ROTATION_SPEED) * seconds
+    elif sprite.motion in SCALINGS:
+        radius = radius * np.exp(SCALINGS[sprite.motion] * _speed_of(sprite, SCALING_SPEED) * seconds)
+    elif sprite.motion == "bouncing":
+        y = y - BOUNCE_HEIGHT * np.abs(np.sin(np.pi * seconds / _speed_of(sprite, BOUNCE_PERIOD)))
+    return np.stack([x, y, radius, angle], axis=1)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_attributes(seed: int, index: int, split: str = "train") -> Sprite:
+    """Draws clip number `index` of the world with this `seed`.
+
+    Args:
+        split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
+
+    Raises:
+        UserError: unknown split.
+    """
+    if split not in ("train", "heldout"):
+        raise UserError(f"unknown split '{split}' of Moving Sprites; choose train or heldout")
+    rng = np.random.default_rng([seed, index, split == "heldout"])
+
+    def choice(names: object) -> str:
+        return str(rng.choice(list(names)))  # type: ignore[call-overload]
+
+    pairs = [(s, c) for s in SHAPES for c in COLOURS if ((s, c) in HELD_OUT) == (split == "heldout")]
+    shape, colour = pairs[rng.integers(len(pairs))]
+    # A turning circle looks like a still one.
+    motion = choice(m for m in MOTIONS if not (shape == "circle" and m in ROTATIONS))
+    return place(
+        rng, shape, colour, choice(SIZES), choice(BACKGROUNDS), motion, "" if motion == "still" else choice(SPEEDS)
+    )
+
+
+def place(
+    rng: np.random.Generator, shape: str, colour: str, size: str, background: str, motion: str, speed: str
+) -> Sprite:
+    """A sprite with the named attributes at a random place from which its motion has room: whole at the start, its centre well inside at the end."""
+    radius = SIZES[size] * rng.uniform(0.94, 1.06)
+    pace = rng.uniform(0.9, 1.1)
+    low, high = np.full(2, radius + 1.5), np.full(2, WORLD - radius - 1.5)
+    sprite = Sprite(
+        shape,
+        colour,
+        size,
+        background,
+        motion,
+        speed,
+        0.0,
+        0.0,
+        radius,
+        rng.uniform(-0.12, 0.12),
+        pace,
+        int(rng.integers(2**31)),
+    )
+    x, y, last_radius, _ = poses(sprite, np.array([_NOMINAL_DURATION]))[0]
+    if motion in TRANSLATIONS:
+        travel, margin = np.array([x, y]), 8.0
+        low, high = np.maximum(low, margin - travel), np.minimum(high, WORLD - margin - travel)
+    elif motion == "bouncing":
+        low[1] += BOUNCE_HEIGHT
+    else:
+        room = max(0.9 * last_radius, radius + 1.5)
+        low, high = np.full(2, room), np.full(2, WORLD - room)
+    start = rng.uniform(low, high)
+    return dataclasses.replace(sprite, x=float(start[0]), y=float(start[1]))
+
+
+# --- captions ------------------------------------------------------------------------------------------------------------------------
+
+
+def describe(sprite: Sprite) -> str:
+    """The descriptive caption, for the key frame: `a large red star on sand`."""
+    return f"a {sprite.size} {sprite.colour} {sprite.shape} on {sprite.background}"
+
+
+def describe_motion(sprite: Sprite) -> str:
+    """The concise motion caption: `moving quickly to the left`."""
+    if sprite.motion == "still":
+        return "staying still"
+    if sprite.motion in TRANSLATIONS:
+        where = f"to the {sprite.motion}" if sprite.motion in ("left", "right") else sprite.motion
+        return f"moving {sprite.speed} {where}"
+    if sprite.motion in ROTATIONS:
+        return f"rotating {sprite.speed} {sprite.motion}"
+    return f"{sprite.motion} {sprite.speed}"
+
+
+def combined_caption(sprite: Sprite) -> str:
+    """Both in one sentence, as a video data set would have it: `a large red star moving quickly to the left on sand`."""
+    return f"a {sprite.size} {sprite.colour} {sprite.shape} {describe_motion(sprite)} on {sprite.background}"
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------------------------
+
+
+def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scene coordinates (h, w) to object coordinates (f, h, w), in units of the radius, for `pose` (f, 4)."""
+    cx, cy, radius, angle = (pose[:, i, None, None].astype(np.float32) for i in range(4))
+    dx, dy = (x - cx) / radius, (y - cy) / radius
+    return np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+
+
+def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
+    """Draws the clip and its truth.
+
+    Args:
+        num_frames: frames, at least 1.
+        size: width and height in pixels.
+        fps: frames per second; motion is defined in seconds.
+
+    Raises:
+        UserError: a number of frames, a size or a frame rate that is not positive.
+    """
+    if num_frames < 1 or size < 1 or not fps > 0:
+        raise UserError(f"num_frames={num_frames}, size={size}, fps={fps}: all three must be positive")
+    x, y = _grid(size)
+    pixel = np.float32(WORLD / size)
+    pose = poses(sprite, np.arange(num_frames) / fps)
+    radius = pose[:, 2, None, None].astype(np.float32)
+    signed_distance = SHAPES[sprite.shape]
+    ox, oy = _to_object(x, y, pose)
+    distance = signed_distance(ox, oy) * radius  # scene units
+    masks = np.clip(0.5 - distance / pixel, 0, 1)
+
+    # The shadow falls to the lower right, whatever the object's angle.
+    shadow_distance = signed_distance(*_to_object(x - 1.3, y - 1.9, pose)) * radius
+    shadow = 0.42 * np.clip(0.5 - shadow_distance / 3.6, 0, 1)
+    frames = _background(sprite.background, sprite.variation, size)[None] * (1 - shadow[..., None])
+
+    # Light from the upper left, a darker rim, a brighter body.
+    lit = np.clip(0.5 - 0.35 * ((x - pose[:, 0, None, None]) + (y - pose[:, 1, None, None])) / radius, 0, 1)[..., None]
+    rim = np.clip(1 + (distance + 0.4) / 1.6, 0, 1)[..., None]
+    colour = np.float32(COLOURS[sprite.colour])
+    body = (colour * (0.80 + 0.20 * lit) + 0.16 * lit**2 * (1 - colour)) * (1 - 0.40 * rim)
+    frames = frames + masks[..., None] * (body - frames)
+    pixels = (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Rendered(pixels, masks.astype(np.float32), _flow(pose, masks, x, y, pixel))
+
+
+def _flow(pose: np.ndarray, masks: np.ndarray, x: np.ndarray, y: np.ndarray, pixel: np.floating) -> np.ndarray:
+    """Forward flow (f-1, h, w, 2): where the object's material at each pixel is one frame later."""
+    ox, oy = _to_object(x, y, pose[:-1])
+    cx, cy, radius, angle = (pose[1:, i, None, None] for i in range(4))
+    later_x = cx + radius * (np.cos(angle) * ox - np.sin(angle) * oy)
+    later_y = cy + radius * (np.sin(angle) * ox + np.cos(angle) * oy)
+    flow = np.stack([later_x - x, later_y - y], axis=-1) / pixel
+    return np.where(masks[:-1, ..., None] > 0.5, flow, 0).astype(np.float32)
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------------------------------
+
+TRUTH_FILE = "truth.jsonl"
+CSV_FILE = "clips.csv"
+_CLIPS_PER_FOLDER = 1000
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    num_clips: int,
+    seed: int = 0,
+    split: str = "train",
+    num_frames: int = 16,
+    size: int = 64,
+    fps: float = 8.0,
+    crf: int = 14,
+    progress: bool = True,
+) -> Path:
+    """Renders clips 0 to `num_clips - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
+
+    The truth file has one line a clip: its sprite, from which `render` gives masks and flow exactly, with the frames, size and fps that it was rendered with.
+
+    Raises:
+        UserError: nothing to render, or the folder cannot be written.
+    """
+    from microcinema.data.video_io import write_video
+
+    if num_clips < 1:
+        raise UserError(f"num_clips={num_clips}: render at least one clip")
+    with atomic_folder(folder) as place_to_write:
+        with (
+            open(place_to_write / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
+            open(place_to_write / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
+        ):
+            table = csv.writer(table_file)
+            table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
+            for index in tqdm(range(num_clips), desc="render Moving Sprites", unit="clip", disable=not progress):
+                sprite = sample_attributes(seed, index, split)
+                first = index - index % _CLIPS_PER_FOLDER
+                page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"
+                video_id = f"{index:06d}"
+                video = place_to_write / "videos" / page / f"{video_id}.mp4"
+                video.parent.mkdir(parents=True, exist_ok=True)
+                write_video(video, render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
+                duration = f"PT00H00M{round(num_frames / fps):02d}S"
+                table.writerow(
+                    [video_id, "", duration, page, combined_caption(sprite), describe(sprite), describe_motion(sprite)]
+                )
+                truth = {
+                    "videoid": video_id,
+                    "num_frames": num_frames,
+                    "size": size,
+                    "fps": fps,
+                    "sprite": dataclasses.asdict(sprite),
+                }
+                truth_file.write(json.dumps(truth) + "\n")
+    return Path(folder)
+
+
+def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Sprite, int, int, float]]:
+    """Yields (videoid, sprite, num_frames, size, fps) for every clip of a folder that `write_dataset` made.
+
+    Raises:
+        UserError: the folder has no truth file.
+    """
+    path = Path(folder) / TRUTH_FILE
+    if not path.is_file():
+        raise UserError(f"'{path}' not found; render the data set with `microcinema prepare`")
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield row["videoid"], Sprite(**row["sprite"]), row["num_frames"], row["size"], row["fps"]
