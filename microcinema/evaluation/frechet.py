@@ -1,0 +1,71 @@
+"""Fréchet distance between two sets of features, in float64.
+
+`|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2)` (Dowson and Landau 1982; Heusel et al., arXiv 1706.08500, equation 6; on video
+features Unterthiner et al., arXiv 1812.01717).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from microcinema.errors import UserError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a set of features, in a form that adds up exactly over batches and processes.
+
+    `mean` (d,), `scatter` (d, d): the sum of the outer products of the deviations from the mean.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of features (n, d), n >= 1."""
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2 or len(features) < 1:
+            raise UserError(f"features have shape {features.shape}; give at least one row of (n, d)")
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both sets together (Chan, Golub, LeVeque 1979, equation 2.1)."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count)
+        return Moments(count, mean, scatter)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased (divided by n - 1), (d, d)."""
+        if self.count < 2:
+            raise UserError(f"covariance of {self.count} clip; measure at least two")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Fréchet distance of the two normal distributions with these moments.
+
+    With `S = R R^T`, `tr (S_a S_b)^1/2` is the sum of the singular values of `R_a^T R_b`: unlike a general matrix square root,
+    stable and never negative on singular covariances (fewer clips than features).
+
+    Raises:
+        UserError: fewer than two clips, or features of different widths.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide; use one detector for both sets")
+    overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    difference = a.mean - b.mean
+    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R with R R^T = covariance, by a symmetric eigendecomposition; eigenvalues that are only rounding are zero."""
+    values, vectors = np.linalg.eigh(covariance)
+    noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    return vectors * np.sqrt(np.where(values > noise, values, 0))
