@@ -1,0 +1,73 @@
+"""What a run reports of itself at every step."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+
+QUARTILES = 4
+T = TypeVar("T")
+
+
+class Meter:
+    """Collects the clips of one optimiser step over its micro-batches and all processes.
+
+    Args:
+        num_train_timesteps: diffusion steps; losses are also told by quarter of them, `loss/t1` (least noise) to `loss/t4`.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_train_timesteps: int) -> None:
+        self.accelerator = accelerator
+        self.num_train_timesteps = num_train_timesteps
+        self._pairs: list[torch.Tensor] = []
+        self._recent: deque[float] = deque(maxlen=50)
+        self._waited = 0.0
+        self._began = time.perf_counter()
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the seconds until each arrives count as `data_wait`."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    def add(self, loss: torch.Tensor, t: torch.Tensor) -> None:
+        """Takes a micro-batch: loss and diffusion step of every clip, (b,)."""
+        self._pairs.append(torch.stack([loss.detach().float(), t.float()]))
+
+    def read(self) -> dict[str, float]:
+        """The step's figures, times as this process saw them; begins the next step. One gather, one copy to the host."""
+        # gather concatenates the first axis, hence b k.
+        pairs = self.accelerator.gather(rearrange(torch.cat(self._pairs, dim=1), "k b -> b k")).double().cpu()
+        losses, quarter = pairs[:, 0], (pairs[:, 1] * QUARTILES / self.num_train_timesteps).long()
+        elapsed = time.perf_counter() - self._began
+        figures = {
+            "loss": losses.mean().item(),
+            "clips_per_second": len(losses) / elapsed,
+            "data_wait": self._waited / elapsed,
+        }
+        for k in range(QUARTILES):
+            if (quarter == k).any():
+                figures[f"loss/t{k + 1}"] = losses[quarter == k].mean().item()
+        self._recent.append(figures["loss"])
+        self.start()
+        return figures
+
+    def start(self) -> None:
+        """Forgets what was collected and begins to count time: after a validation or a checkpoint, which are no training."""
+        self._pairs.clear()
+        self._waited = 0.0
+        self._began = time.perf_counter()
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean loss of the last 50 steps: what the progress bar shows, since the loss of one step is mostly its noise levels."""
+        return sum(self._recent) / len(self._recent)

@@ -1,0 +1,132 @@
+"""One training step's mathematics: what is random about a clip, and the loss of a batch. Pure functions of their arguments."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
+
+from microcinema.diffusion.noise_prior import NoisePrior, reference_index
+from microcinema.diffusion.objective import add_noise, loss_weights, squared_error, target
+from microcinema.diffusion.randomness import generator
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips as the networks see them, all on one device.
+
+    Attributes:
+        latents: scaled VAE latents z0, (b, f, c, h, w), float32.
+        text: embeddings of the captions, (b, n, d).
+        fps: frames per second, (b,).
+        numbers: place of each clip in the global order (training/order.py).
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    fps: torch.Tensor
+    numbers: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about the clips of a batch.
+
+    Attributes:
+        noise: independent standard noise eps, (b, f, c, h, w).
+        t: diffusion steps, (b,), integers.
+        keep_text, keep_image: False where that condition is dropped, (b,), bool.
+    """
+
+    noise: torch.Tensor
+    t: torch.Tensor
+    keep_text: torch.Tensor
+    keep_image: torch.Tensor
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same draws on another device."""
+        return Draws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a clip is trained on. The prediction type is the scheduler's.
+
+    Attributes:
+        scheduler: the training schedule.
+        prior: how the noise of a clip is made.
+        reference_frame: which frame is the key frame: first, center or an index.
+        snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
+        text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
+        seed: of the run.
+    """
+
+    scheduler: SchedulerMixin
+    prior: NoisePrior
+    reference_frame: str | int
+    snr_gamma: float | None
+    text_dropout: float
+    image_dropout: float
+    seed: int
+
+    def draw(self, numbers: Sequence[int], shape: torch.Size) -> Draws:
+        """The random choices for the clips with these numbers in the global order, on the CPU.
+
+        Each clip has its own generator, so its noise depends on neither batch size nor the number of processes. The small
+        choices are drawn before the noise, and so depend on the latents' size neither.
+
+        Args:
+            shape: of one clip's latents, (f, c, h, w).
+        """
+        steps = self.scheduler.config["num_train_timesteps"]
+        choices, t, noise = [], [], []
+        for number in numbers:
+            source = generator(self.seed, number)
+            choices.append(torch.rand(2, generator=source))
+            t.append(torch.randint(steps, (), generator=source))
+            noise.append(torch.randn(shape, generator=source))
+        keep = torch.stack(choices) >= torch.tensor([self.text_dropout, self.image_dropout])
+        return Draws(torch.stack(noise), torch.stack(t), keep[:, 0], keep[:, 1])
+
+
+class Denoiser(nn.Module):
+    """VideoUNet and its ConditionEncoder as the one module that distributed wrappers want. It has no parameters of its own."""
+
+    def __init__(self, unet: VideoUNet, condition_encoder: ConditionEncoder) -> None:
+        super().__init__()
+        self.unet = unet
+        self.condition_encoder = condition_encoder
+
+    def forward(
+        self,
+        z_t: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        z_ref: torch.Tensor,
+        fps: torch.Tensor,
+        keep_image: torch.Tensor,
+    ) -> torch.Tensor:
+        """The prediction at `z_t` (b, f, c, h, w) and `t` (b,); `text` (b, n, d), `z_ref` (b, c, h, w), `fps` and `keep_image` (b,)."""
+        return self.unet(z_t, t, self.condition_encoder(text, z_ref, fps, keep_image))
+
+
+def training_loss(
+    denoiser: Callable[..., torch.Tensor], batch: Batch, draws: Draws, empty_text: torch.Tensor, objective: Objective
+) -> torch.Tensor:
+    """The weighted squared error of every clip, (b,), float32; their mean is what is minimised.
+
+    Args:
+        denoiser: called like `Denoiser.forward`.
+        draws: on the batch's device.
+        empty_text: embedding of the empty prompt, (1, n, d), which stands for a dropped caption.
+    """
+    z_ref = batch.latents[:, reference_index(objective.reference_frame, batch.latents.shape[1])]
+    noise = objective.prior.noise(draws.noise, z_ref)
+    z_t = add_noise(objective.scheduler, batch.latents, noise, draws.t)
+    text = torch.where(draws.keep_text[:, None, None], batch.text, empty_text)
+    prediction = denoiser(z_t, draws.t, text, z_ref, batch.fps, draws.keep_image)
+    error = squared_error(prediction, target(objective.scheduler, batch.latents, noise, draws.t))
+    return error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)

@@ -1,0 +1,329 @@
+"""The training loop: order of clips, loss, optimiser, averages, checkpoints and reports, each from its own module."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from microcinema.config import instantiate, save
+from microcinema.data.latents import LatentClipDataset
+from microcinema.diffusion.schedule import make_sampler, make_scheduler
+from microcinema.errors import UserError
+from microcinema.files import atomic_folder, make_folder
+from microcinema.models.video_unet import set_trainable
+from microcinema.pipelines.base import ASSETS, INDEX, Base, load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.saved import save_pipeline
+from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
+from microcinema.training.encoding import BatchEncoder, TextCache
+from microcinema.training.meter import Meter
+from microcinema.training.order import Clips, NumberedClips, RankNumbers
+from microcinema.training.settings import Settings
+from microcinema.training.step import Denoiser, Objective, training_loss
+from microcinema.training.validation import Validation
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
+
+
+def train(pipeline: ImageToVideoPipeline, dataset: Clips, settings: Settings, validate: Validate | None = None) -> Path:
+    """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
+
+    Every process of a distributed run calls it with the same arguments. Clips, their noise and their dropout depend on `settings.seed` and
+    their number alone; interrupted and resumed, a run ends in the same bits.
+
+    Args:
+        dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
+        validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
+            averaged weights.
+
+    Returns:
+        output_dir.
+
+    Raises:
+        UserError: settings that cannot work, a checkpoint that does not fit, a loss that is not finite.
+    """
+    output_dir = make_folder(settings.output_dir)
+    checkpoint = choose_checkpoint(output_dir, settings.resume_from_checkpoint)
+    accelerator = _make_accelerator(settings)
+    device = accelerator.device
+
+    for encoder in (pipeline.vae, pipeline.text_encoder):
+        encoder.requires_grad_(False).eval().to(device)
+    denoiser: nn.Module = Denoiser(pipeline.unet, pipeline.condition_encoder).train()
+    if settings.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.condition_encoder.enable_gradient_checkpointing()
+    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
+    trained = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    parameters = list(trained.values())
+    optimizer = _make_optimizer(parameters, settings)
+    lr_schedule = get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
+    denoiser, optimizer, lr_schedule = accelerator.prepare(denoiser, optimizer, lr_schedule)
+    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
+
+    checkpoints = Checkpoints(accelerator, output_dir, trained, ema, settings.checkpoints_total_limit)
+    progress = checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
+    if settings.report_to:
+        accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
+
+    objective = Objective(
+        scheduler=pipeline.training_scheduler,
+        prior=pipeline.noise_prior,
+        reference_frame=pipeline.reference_frame,
+        snr_gamma=settings.snr_gamma,
+        text_dropout=settings.text_dropout,
+        image_dropout=settings.image_dropout,
+        seed=settings.seed,
+    )
+    embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
+    encode = BatchEncoder(pipeline.vae, embed, settings.seed, device)
+    meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
+
+    def loss_of(items: dict[str, Any]) -> torch.Tensor:
+        with accelerator.autocast():
+            batch, empty_text = encode(items), embed([""])
+        draws = objective.draw(batch.numbers, batch.latents.shape[1:]).to(device)
+        losses = training_loss(denoiser, batch, draws, empty_text, objective)
+        meter.add(losses, draws.t)
+        return losses.mean()
+
+    clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
+    micro_batches = meter.waiting(_micro_batches(accelerator, dataset, settings, progress))
+    bar = tqdm(
+        total=settings.max_train_steps,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    meter.start()
+    while progress.step < settings.max_train_steps:
+        norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of)
+        figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
+        reached = Progress(progress.step + 1, progress.clips + clips_per_step)
+        if not math.isfinite(figures["loss"]):
+            raise UserError(
+                f"the loss is {figures['loss']} at step {reached.step} (clips {progress.clips} to {reached.clips - 1}); "
+                "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
+            )
+        if not accelerator.optimizer_step_was_skipped:
+            lr_schedule.step()
+            if ema:
+                ema.step(parameters)
+        progress = reached
+        accelerator.log(figures, step=progress.step)
+        bar.set_postfix_str(f"loss {meter.recent_loss:.4f}, {figures['clips_per_second']:.1f} clips/s", refresh=False)
+        bar.update()
+
+        done = progress.step == settings.max_train_steps
+        if done or progress.step % settings.checkpointing_steps == 0:
+            checkpoints.save(progress)
+            meter.start()
+        if validate is not None and (done or progress.step % settings.validation_steps == 0):
+            with _averaged(ema, parameters), _evaluating(denoiser):
+                validate(accelerator, pipeline, progress.step)
+            meter.start()
+    bar.close()
+
+    if accelerator.is_main_process:
+        with _averaged(ema, parameters):
+            export(pipeline, output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output_dir
+
+
+def run(config: "DictConfig") -> None:
+    """The command `train`: makes the objects that its config describes, and trains.
+
+    Raises:
+        UserError: the config describes something that cannot be made or trained.
+    """
+    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    output_dir = make_folder(settings.output_dir)
+    set_seed(settings.seed)
+    base = load_base(**config.base)
+    dataset = instantiate(config.data)
+    if isinstance(dataset, LatentClipDataset):
+        dataset.check(base.vae)
+    training_scheduler = make_scheduler(base.scheduler.config, config.diffusion.scheduler)
+    prior = instantiate(config.diffusion.noise_prior)
+    keyframe_channels = base.unet.config["in_channels"] if config.model.keyframe_concat else 0
+    height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
+    pipeline = ImageToVideoPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=instantiate(config.model.unet, unet=base.unet, keyframe_channels=keyframe_channels),
+        condition_encoder=instantiate(config.model.condition_encoder, unet=base.unet),
+        scheduler=make_sampler(training_scheduler),
+        noise_prior=prior.kind,
+        noise_prior_strength=prior.strength,
+        noise_prior_gamma=prior.gamma,
+        reference_frame=config.model.reference_frame,
+        num_frames=config.num_frames,
+        fps=config.fps or dataset[0]["fps"],
+        height=height,
+        width=width,
+        base=config.base.pretrained_model_name_or_path,
+    )
+    validate = None
+    if settings.validation_prompts:
+        validate = Validation(_keyframes(base), settings.validation_prompts, height, width, output_dir, settings.seed)
+    if PartialState().is_main_process:
+        save(config, output_dir / "config.yaml")
+    del base  # its 2D UNet has been copied
+    train(pipeline, dataset, settings, validate)
+
+
+def _keyframes(base: Base) -> KeyframePipeline:
+    pipeline = StableDiffusionPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        scheduler=make_sampler(base.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return KeyframePipeline(pipeline)
+
+
+def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
+    """Saves the pipeline among the checkpoints of its run, `model_index.json` last; an embedded base is named, not copied."""
+    embedded = (ASSETS / str(pipeline.config["base"]) / INDEX).is_file()
+    whole = output_dir / ".pipeline"
+    save_pipeline(pipeline, whole, with_base=not embedded)
+    for part in sorted(whole.iterdir(), key=lambda path: path.name == INDEX):
+        if part.is_dir():
+            with atomic_folder(output_dir / part.name) as folder:
+                for file in part.iterdir():
+                    os.replace(file, folder / file.name)
+        else:
+            os.replace(part, output_dir / part.name)
+    shutil.rmtree(whole)
+
+
+def _make_accelerator(settings: Settings) -> Accelerator:
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision=settings.mixed_precision,
+            log_with=settings.report_to,
+            project_config=ProjectConfiguration(
+                settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")
+            ),
+            # accelerate would advance the schedule once for every process; here a step is a step.
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate refuses mixed_precision={settings.mixed_precision}: {error}") from error
+
+
+def _optimise(
+    accelerator: Accelerator,
+    denoiser: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    micro_batches: Iterator[dict[str, Any]],
+    loss_of: Callable[[dict[str, Any]], torch.Tensor],
+) -> float:
+    """One step of the optimiser over its micro-batches; returns the norm of the gradient before clipping."""
+    norm: torch.Tensor | float | None = None
+    for _ in range(settings.gradient_accumulation_steps):
+        items = next(micro_batches)
+        with accelerator.accumulate(denoiser):
+            accelerator.backward(loss_of(items))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(denoiser.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return math.nan if norm is None else float(norm)
+
+
+def _make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": settings.adam_epsilon,
+    }
+    if not settings.use_8bit_adam:
+        return torch.optim.AdamW(parameters, fused=True, **arguments)  # a third of the default's time on a CPU
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError("use_8bit_adam=true needs bitsandbytes; install it, or set use_8bit_adam=false") from None
+    return AdamW8bit(parameters, **arguments)
+
+
+def _micro_batches(
+    accelerator: Accelerator, dataset: Clips, settings: Settings, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """This process's share of the clips that are left, collated."""
+    clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
+    stop = progress.clips + max(0, settings.max_train_steps - progress.step) * clips_per_step
+    loader = DataLoader(
+        NumberedClips(dataset, settings.seed),
+        batch_sampler=RankNumbers(
+            progress.clips, stop, settings.train_batch_size, accelerator.process_index, accelerator.num_processes
+        ),
+        num_workers=settings.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    try:
+        yield from loader
+    except UserError as error:
+        # From a worker process it comes with that process's traceback; the last line is the error itself.
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from error
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it the parameters hold their averages."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+
+
+def _loggable(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool) else str(value)

@@ -1,0 +1,121 @@
+"""Videos of fixed prompts during training: made by all processes together, written to files, sent to the tracker."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
+from microcinema.diffusion.noise_prior import reference_index
+from microcinema.diffusion.randomness import generator
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import KeyframePipeline
+
+INFERENCE_STEPS = 25
+
+
+class Validation:
+    """The same prompts, key frames and starting noise every time, so that only the model differs between steps.
+
+    The prompts are dealt out over the processes; so are their key frames, which are drawn here, once.
+
+    Args:
+        keyframes: draws an image for a prompt; not needed afterwards.
+        prompts: what to make videos of.
+        height, width: of the videos, pixels.
+        output_dir: folder of the run.
+        seed: prompt i is drawn and animated with generator(seed, i).
+    """
+
+    def __init__(
+        self,
+        keyframes: KeyframePipeline,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        output_dir: str | Path,
+        seed: int = 0,
+    ) -> None:
+        state = PartialState()
+        self.prompts = list(prompts)
+        self.folder = Path(output_dir) / "validation"
+        self.seed = seed
+        mine = range(state.process_index, len(self.prompts), state.num_processes)
+        keyframes.to(state.device)
+        self.images: dict[int, Image.Image] = {}
+        for i in tqdm(mine, "key frames of validation", disable=not state.is_main_process):
+            (drawn,) = keyframes([self.prompts[i]], height, width, [generator(seed, i)], INFERENCE_STEPS)
+            self.images[i] = drawn.image
+
+    def __call__(self, accelerator: Accelerator, pipeline: ImageToVideoPipeline, step: int) -> None:
+        """Writes `validation/step-{step}/{i}.mp4` and `.gif` and one contact sheet, and logs them with the PSNR of the reference frames.
+
+        Every process must call it.
+        """
+        pipeline.set_progress_bar_config(disable=True)
+        made = []
+        for i, image in tqdm(self.images.items(), "validation", leave=False, disable=not accelerator.is_main_process):
+            with accelerator.autocast():
+                result = pipeline(
+                    self.prompts[i],
+                    image,
+                    num_inference_steps=INFERENCE_STEPS,
+                    generator=[generator(self.seed, i)],
+                    output_type="np",
+                )
+            frames = np.rint(result.frames[0] * 255).astype(np.uint8)
+            reference = frames[reference_index(pipeline.reference_frame, len(frames))]
+            made.append((i, frames, psnr(reference, np.asarray(result.keyframes[0]))))
+        made = sorted(gather_object(made), key=lambda entry: entry[0])
+        if accelerator.is_main_process:
+            clips = [frames for _, frames, _ in made]
+            self._write(clips, pipeline.config["fps"], self.folder / f"step-{step}")
+            self._log(accelerator, clips, step)
+        accelerator.log({"validation/reference_psnr": float(np.mean([value for *_, value in made]))}, step=step)
+
+    def _write(self, clips: list[np.ndarray], fps: float, folder: Path) -> None:
+        for i, frames in enumerate(clips):
+            write_video(folder / f"{i}.mp4", frames, fps)
+            write_gif(folder / f"{i}.gif", frames, fps)
+        write_contact_sheet(folder / "contact_sheet.png", clips, self.prompts)
+
+    def _log(self, accelerator: Accelerator, clips: list[np.ndarray], step: int) -> None:
+        files = [self.folder / f"step-{step}" / f"{i}.gif" for i in range(len(clips))]
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                writer = tracker.writer._get_file_writer()
+                for i, (file, frames) in enumerate(zip(files, clips, strict=True)):
+                    writer.add_summary(gif_summary(f"validation/{i}", file.read_bytes(), frames.shape), step)
+            elif tracker.name == "wandb":
+                import wandb
+
+                videos = {
+                    f"validation/{i}": wandb.Video(str(file), caption=prompt, format="gif")
+                    for i, (file, prompt) in enumerate(zip(files, self.prompts, strict=True))
+                }
+                tracker.log(videos, step=step)
+
+
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 images of one shape; infinite if they are equal."""
+    error = np.mean((image.astype(np.float64) - reference) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:
+    """A TensorBoard summary of an animated image, which TensorBoard plays as it stands.
+
+    SummaryWriter.add_video would want moviepy to make the same.
+
+    Args:
+        shape: of the clip, (f, h, w, 3).
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(height=shape[1], width=shape[2], colorspace=3, encoded_image_string=gif)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
