@@ -15,7 +15,7 @@ BODIES = {
     "train": ("microcinema.training.trainer", "train the video model"),
     "sample": ("microcinema.sampling", "make videos from prompts or images"),
     "evaluate": ("microcinema.evaluation.run", "generate videos, measure them, write a report"),
-    "prepare": ("microcinema.data.prepare", "render a Moving Sprites data set"),
+    "prepare": ("microcinema.preparing", "render a Moving Sprites data set"),
 }
 
 

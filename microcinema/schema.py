@@ -103,6 +103,7 @@ class Prepare:
     num_frames: Count
     size: Count
     fps: Positive
+    latents_of: str | None
 
 
 COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare}

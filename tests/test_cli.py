@@ -101,7 +101,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
         raise KeyboardInterrupt
 
     body = types.SimpleNamespace(run=interrupted)
-    monkeypatch.setitem(sys.modules, "microcinema.data.prepare", body)  # as if control-C were pressed in the command
+    monkeypatch.setitem(sys.modules, "microcinema.preparing", body)  # as if control-C were pressed in the command
     assert cli.main(["prepare"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "errors": set(),
     "files": {"errors"},
     "schema": set(),
+    "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
     "data": {"errors", "files", "config"},
     "diffusion": {"errors", "files", "config"},
@@ -27,6 +28,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
 }
 FLOORS["pipelines"] = {*FLOORS}
 FLOORS["sampling"] = {*FLOORS}
+FLOORS["preparing"] = {*FLOORS} - {"sampling"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["evaluation"] = {*FLOORS} - {"training"}
 FLOORS["cli"] = {*FLOORS}
