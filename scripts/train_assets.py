@@ -1,0 +1,451 @@
+"""The recipe of the embedded Moving Sprites models: renders the data and trains every model, each stage on the ones before it.
+
+    python scripts/train_assets.py                 # all stages that are not done yet
+    python scripts/train_assets.py stages=[vae]    # one stage
+
+A stage whose output stands is skipped; an interrupted stage goes on where its last snapshot was. Work files go to `work`, the models to `assets`.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from microcinema.data import sprites
+from microcinema.files import atomic_path
+from microcinema.models.sprite_classifier import SpriteClassifier, classifier_loss, encode_labels
+
+NUM_FRAMES = 16
+MAX_TOKENS = 32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Recipe:
+    """Everything that decides the embedded models. Steps are optimiser steps."""
+
+    work: str = "runs/assets"
+    assets: str = "microcinema/assets"
+    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "unet", "classifier"])
+    seed: int = 0
+    train_clips: int = 6000
+    clip_steps: int = 500
+    vae_steps: int = 5500
+    unet_steps: int = 12000
+    classifier_steps: int = 1500
+    snapshot_steps: int = 250
+
+
+# --- one loop for every stage ----------------------------------------------------------------------------------------------------
+
+
+def fit(
+    name: str,
+    model: torch.nn.Module,
+    loss_of: Callable[[np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    recipe: Recipe,
+    steps: int,
+    learning_rate: float,
+    ema_decay: float = 0.998,
+) -> None:
+    """Trains `model` in place with AdamW, warm-up and cosine decay in bfloat16 autocast, and leaves the averaged weights in it.
+
+    Every step's randomness follows from (seed, step) alone, so an interrupted stage resumes exactly.
+    """
+    snapshot = Path(recipe.work) / f"{name}.pt"
+    model.to(DEVICE).train().to(memory_format=torch.channels_last)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(100, steps // 10 + 1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))) + 0.01)
+    )
+    ema = EMAModel(parameters, decay=ema_decay, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
+    first = 0
+    if snapshot.exists():
+        state = torch.load(snapshot, map_location=DEVICE, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        ema.load_state_dict(state["ema"])
+        first = state["step"]
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"train {name}", mininterval=5)
+    for step in bar:
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        rng = np.random.default_rng([recipe.seed, step])
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss, figures = loss_of(rng, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        ema.step(parameters)
+        if step % 20 == 0:
+            figures = {"loss": loss.item(), **figures}
+            bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
+            with open(Path(recipe.work) / f"{name}.log", "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **figures}) + "\n")
+        if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+            }
+            with atomic_path(snapshot) as path:
+                torch.save(state, path)
+    ema.copy_to(parameters)
+    model.eval().to(memory_format=torch.contiguous_format)
+
+
+def save_half(component: torch.nn.Module, folder: Path) -> None:
+    """Saves a component in float16 safetensors, in its library's own layout. The component itself stays as it is."""
+    clone = (
+        type(component).from_config(component.config)
+        if hasattr(type(component), "from_config")
+        else type(component)(component.config)
+    )
+    clone.load_state_dict(component.state_dict())
+    clone.half().save_pretrained(folder, safe_serialization=True)
+
+
+# --- data --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pool:
+    """Rendered training clips: frames uint8 (n, f, h, w, 3), masks uint8 (n, f, h, w), and the sprite of each."""
+
+    frames: np.ndarray
+    masks: np.ndarray
+    sprites: list[sprites.Sprite]
+
+    def images(self, clip: np.ndarray, frame: np.ndarray) -> torch.Tensor:
+        """Frames (b, 3, h, w) in [-1, 1] of the given clip and frame numbers."""
+        picked = torch.from_numpy(self.frames[clip, frame]).to(DEVICE)
+        return picked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def render_pool(folder: Path, num_clips: int, seed: int, split: str) -> Pool:
+    """Renders the pool once; later calls map it from disk."""
+    drawn = [sprites.sample_attributes(seed, index, split) for index in range(num_clips)]
+    paths = folder / f"{split}-{seed}-frames.npy", folder / f"{split}-{seed}-masks.npy"
+    if not all(path.exists() for path in paths):
+        frames = np.empty((num_clips, NUM_FRAMES, 64, 64, 3), np.uint8)
+        masks = np.empty((num_clips, NUM_FRAMES, 64, 64), np.uint8)
+        for index, sprite in enumerate(tqdm(drawn, desc=f"render {split} clips")):
+            rendered = sprites.render(sprite)
+            frames[index], masks[index] = rendered.frames, np.round(rendered.masks * 255)
+        for path, array in zip(paths, (frames, masks), strict=True):
+            with atomic_path(path) as temporary:
+                np.save(temporary, array)
+    return Pool(np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r"), drawn)
+
+
+# --- stages --------------------------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges were learnt from the world's own captions, so that every word is one token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    captions = [sprites.combined_caption(sprites.sample_attributes(0, index)) for index in range(2000)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(bytes_to_unicode().values())
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=2000, min_frequency=2, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
+    words = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
+    vocabulary = {
+        word: number for number, word in enumerate(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))
+    }
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids.to(DEVICE)
+
+
+def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
+    """CLIP by its own contrastive loss (arXiv 2103.00020), except that images of one description are all each other's positives."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(recipe.seed)
+    eos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    shared = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={
+            **shared,
+            "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TOKENS,
+            "eos_token_id": eos,
+            "pad_token_id": eos,
+            "bos_token_id": tokenizer.convert_tokens_to_ids("<|startoftext|>"),
+            "projection_dim": 64,
+        },
+        vision_config={**shared, "num_hidden_layers": 3, "image_size": 64, "patch_size": 8, "projection_dim": 64},
+        projection_dim=64,
+    )
+    model = CLIPModel(config)
+    descriptions = [sprites.describe(sprite) for sprite in pool.sprites]
+    combined = [sprites.combined_caption(sprite) for sprite in pool.sprites]
+
+    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clip = rng.integers(len(pool.sprites), size=96)
+        frame = rng.integers(NUM_FRAMES, size=len(clip))
+        captions = [(combined if rng.random() < 0.5 else descriptions)[c] for c in clip]
+        output = model(input_ids=tokenize(tokenizer, captions), pixel_values=pool.images(clip, frame))
+        names = [descriptions[c] for c in clip]
+        same = torch.tensor([[float(a == b) for b in names] for a in names], device=DEVICE)
+        target = same / same.sum(1, keepdim=True)
+        logits = output.logits_per_text.float()
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        right = same.gather(1, logits.argmax(1, keepdim=True)).mean().item()
+        return loss, {"retrieval": right}
+
+    fit("clip", model, loss_of, recipe, recipe.clip_steps, 1e-3)
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
+
+    text = CLIPTextModel(config.text_config)
+    text.text_model.load_state_dict(model.text_model.state_dict()) if hasattr(
+        text, "text_model"
+    ) else text.load_state_dict(model.text_model.state_dict())
+    vision = CLIPVisionModelWithProjection(config.vision_config)
+    vision.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k.startswith(("vision_model", "visual_projection"))}
+    )
+    save_half(text, base / "text_encoder")
+    save_half(vision, base / "image_encoder")
+    tokenizer.save_pretrained(base / "tokenizer")
+    CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(base / "feature_extractor")
+
+
+def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
+    """AutoencoderKL, 8x, 16 channels. The object is a small part of the picture and would be learnt last, so the loss weighs it up."""
+    torch.manual_seed(recipe.seed)
+    vae = AutoencoderKL(
+        block_out_channels=(24, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clip, frame = rng.integers(len(pool.sprites), size=8), rng.integers(NUM_FRAMES, size=8)
+        images = pool.images(clip, frame)
+        mask = torch.from_numpy(pool.masks[clip, frame]).to(DEVICE).float()[:, None] / 255
+        near = F.max_pool2d(mask, 5, 1, 2)
+        posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(DEVICE)
+        error = vae.decode(latents).sample.float() - images
+        weight = 1 + 4 * near
+        edges = (error.diff(dim=-1).abs() * weight[..., 1:]).mean() + (
+            error.diff(dim=-2).abs() * weight[..., 1:, :]
+        ).mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (weight * (error.abs() + 2 * error.square())).mean() + edges + 1e-3 * kl
+        in_mask = (near * error.square()).sum() / (3 * near.sum())
+        return loss, {
+            "psnr": -10 * math.log10(error.square().mean().item() / 4),
+            "object_psnr": -10 * math.log10(in_mask.item() / 4),
+            "kl": kl.item(),
+        }
+
+    fit("vae", vae, loss_of, recipe, recipe.vae_steps, 1.2e-3)
+    with torch.no_grad():
+        clip = np.arange(256)
+        spread = vae.encode(pool.images(clip, clip % NUM_FRAMES)).latent_dist.mean.std().item()
+    vae.register_to_config(scaling_factor=round(1 / spread, 5))
+    save_half(vae, base / "vae")
+
+
+def text_states(captions: list[str], base: Path) -> dict[str, torch.Tensor]:
+    """The frozen text encoder's tokens (n, d) of each distinct caption."""
+    from transformers import CLIPTextModel
+
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32).to(DEVICE).eval()
+    distinct = sorted(set(captions))
+    states: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for start in range(0, len(distinct), 256):
+            chunk = distinct[start : start + 256]
+            states |= zip(chunk, encoder(tokenize(tokenizer, chunk)).last_hidden_state, strict=True)
+    return states
+
+
+@torch.no_grad()
+def pool_latents(recipe: Recipe, pool: Pool, base: Path, frames_per_clip: int = 4) -> tuple[torch.Tensor, np.ndarray]:
+    """Scaled latents (n, k, c, h, w) of the first and `frames_per_clip - 1` random frames of every clip, and the numbers (n, k) of those frames."""
+    rng = np.random.default_rng(recipe.seed)
+    others = rng.permuted(np.tile(np.arange(1, NUM_FRAMES), (len(pool.sprites), 1)), axis=1)[:, : frames_per_clip - 1]
+    frames = np.concatenate([np.zeros((len(pool.sprites), 1), int), others], axis=1)
+    path = Path(recipe.work) / "latents.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE).eval()
+        chunks = []
+        for start in tqdm(range(0, len(frames), 32), desc="encode frames"):
+            clip = np.arange(start, min(start + 32, len(frames)))
+            images = pool.images(np.repeat(clip, frames_per_clip), frames[clip].ravel())
+            latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
+            chunks.append(latents.unflatten(0, (-1, frames_per_clip)).half().cpu())
+        with atomic_path(path) as temporary:
+            torch.save(torch.cat(chunks), temporary)
+    return torch.load(path, weights_only=True), frames
+
+
+def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
+    """The text-to-image UNet: v-prediction (arXiv 2202.00512) on Stable Diffusion's schedule.
+
+    Half of the pictures are any frame with the descriptive caption, half are first frames with the combined one, since the key
+    frame of a motion must leave it room; one caption in ten is empty, for guidance.
+    """
+    torch.manual_seed(recipe.seed)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    latents, _ = pool_latents(recipe, pool, base)
+    descriptions = [sprites.describe(sprite) for sprite in pool.sprites]
+    combined = [sprites.combined_caption(sprite) for sprite in pool.sprites]
+    states = text_states([*descriptions, *combined, ""], base)
+
+    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clip = rng.integers(len(pool.sprites), size=64)
+        any_frame = rng.random(64) < 0.5
+        frame = np.where(any_frame, rng.integers(latents.shape[1], size=64), 0)
+        captions = [(descriptions if d else combined)[c] for c, d in zip(clip, any_frame, strict=True)]
+        captions = ["" if empty else caption for empty, caption in zip(rng.random(64) < 0.1, captions, strict=True)]
+        clean = latents[clip, frame].float().to(DEVICE)
+        noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
+        t = torch.randint(1000, (64,), generator=generator).to(DEVICE)
+        noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
+        predicted = unet(noisy, t, torch.stack([states[caption] for caption in captions])).sample
+        return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, t)), {}
+
+    fit("unet", unet, loss_of, recipe, recipe.unet_steps, 1.5e-3, ema_decay=0.999)
+    save_half(unet, base / "unet")
+    scheduler.save_pretrained(base / "scheduler")
+    write_base_index(base)
+
+
+def write_base_index(base: Path) -> None:
+    """The `model_index.json` that makes the folder a StableDiffusionPipeline of diffusers."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "requires_safety_checker": False,
+    }
+    with atomic_path(base / "model_index.json") as path:
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
+    """The judge. It must know the pairs that the generators never see, so it also trains on held-out clips."""
+    torch.manual_seed(recipe.seed)
+    held_out = render_pool(Path(recipe.work), recipe.train_clips // 4, recipe.seed, "heldout")
+    classes = {
+        "shape": list(sprites.SHAPES),
+        "colour": list(sprites.COLOURS),
+        "size": list(sprites.SIZES),
+        "background": list(sprites.BACKGROUNDS),
+        "motion": list(sprites.MOTIONS),
+        "speed": list(sprites.SPEEDS),
+    }
+    model = SpriteClassifier(classes)
+    everything = [*pool.sprites, *held_out.sprites]
+    labels = encode_labels(classes, [dataclasses.asdict(sprite) for sprite in everything])
+
+    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        number = rng.integers(len(everything), size=32)
+        seen = len(pool.sprites)
+        clips = np.stack([pool.frames[n] if n < seen else held_out.frames[n - seen] for n in number])
+        video = torch.from_numpy(clips).to(DEVICE).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        targets = {name: label[number].to(DEVICE) for name, label in labels.items()}
+        logits = {name: value.float() for name, value in model(video).items()}
+        right = [(logits[name].argmax(1) == targets[name]) for name in ("shape", "colour", "background")]
+        return classifier_loss(logits, targets), {"joint": torch.stack(right).all(0).float().mean().item()}
+
+    fit("classifier", model, loss_of, recipe, recipe.classifier_steps, 2e-3, ema_decay=0.99)
+    save_half(model, folder)
+
+
+def main() -> None:
+    recipe: Recipe = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.from_cli(sys.argv[1:]))
+    )
+    work, assets = Path(recipe.work), Path(recipe.assets)
+    work.mkdir(parents=True, exist_ok=True)
+    base = assets / "sprites-base"
+    pool = render_pool(work, recipe.train_clips, recipe.seed, "train")
+    stages = {
+        "clip": (train_clip, base, "text_encoder"),
+        "vae": (train_vae, base, "vae"),
+        "unet": (train_unet, base, "model_index.json"),
+        "classifier": (train_classifier, assets / "sprites-classifier", "config.json"),
+    }
+    for name in recipe.stages:
+        train, folder, output = stages[name]
+        if not (folder / output).exists():
+            train(recipe, pool, folder)
+
+
+if __name__ == "__main__":
+    main()
