@@ -18,6 +18,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import VOCAB_FILES_NAMES
 
+from microcinema.diffusion.schedule import make_sampler
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.base import load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+
 FLAVOURS = ("sd15", "sd21")
 WIDTH = 32
 MAX_TOKENS = 16
@@ -146,3 +152,35 @@ def base_folder(folder: str | Path, flavour: str = "sd15", seed: int = 0, **unet
     """Writes a whole Stable Diffusion as a diffusers folder (safetensors) and returns it."""
     base_pipeline(folder, flavour, seed, **unet_changes).save_pretrained(folder)
     return Path(folder)
+
+
+def video_pipeline(
+    folder: str | Path, flavour: str = "sd15", fusion: str | None = "add", stirred: bool = True, **settings
+) -> ImageToVideoPipeline:
+    """A video pipeline on a base that is written to `folder` (unless it is there): 4 frames, at most 8.
+
+    Args:
+        fusion: of the AppearanceNet; None for none.
+        stirred: fill the zero-initialised layers with noise, so that every part has an effect, as after training.
+        settings: of the pipeline, such as `noise_prior`.
+    """
+    folder = Path(folder)
+    base = load_base(folder if (folder / "model_index.json").is_file() else base_folder(folder, flavour))
+    inject = None if fusion is None else "both"
+    pipeline = ImageToVideoPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=VideoUNet.from_unet2d(base.unet, max_frames=8, fusion=fusion, inject=inject).eval(),
+        condition_encoder=ConditionEncoder.from_unet2d(base.unet, fusion=fusion).eval(),
+        scheduler=make_sampler(base.scheduler),
+        **{"num_frames": 4, "base": str(folder), **settings},
+    )
+    if stirred:
+        noise = torch.Generator().manual_seed(0)
+        for network in (pipeline.unet, pipeline.condition_encoder):
+            for parameter in network.parameters():
+                if not parameter.any():
+                    parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,330 @@
+"""Stage 2: a key frame and a text become a video."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from einops import rearrange, repeat
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.noise_prior import NoisePrior, reference_index
+from microcinema.diffusion.schedule import check_schedules_agree, make_scheduler
+from microcinema.errors import UserError
+from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.base import encode_text
+from microcinema.pipelines.keyframe import make_keyframe
+
+PixelImage = Image.Image | np.ndarray
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+@dataclass
+class ImageToVideoOutput(BaseOutput):
+    """Videos.
+
+    Attributes:
+        frames: by `output_type`: `pil` lists of images, `np` (b, f, h, w, 3) and `pt` (b, f, 3, h, w) in [0, 1], `latent` z0
+            (b, f, c, h/8, w/8), scaled.
+        keyframes: the images that the videos were made from, at the videos' size.
+    """
+
+    frames: Any
+    keyframes: list[Image.Image]
+
+
+class ImageToVideoPipeline(DiffusionPipeline):
+    """Key frame and text to video: everything that depends on neither noise nor time is computed once, then the loop runs.
+
+    Args:
+        vae, text_encoder, tokenizer: of the base.
+        unet: the denoiser.
+        condition_encoder: makes its conditions, with the AppearanceNet inside.
+        scheduler: of sampling; it must agree with the training schedule.
+        noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`.
+        reference_frame: which frame of a clip the key frame is in training: `first`, `center` or an index.
+        num_frames, fps, height, width: what the model was trained with, and the defaults of a call. Size in pixels; None is
+            the size that the base was trained with.
+        base: name or path of the text-to-image model that this one was trained from: draws key frames by default, and lends
+            the parts that a saved folder leaves out.
+        training_schedule: settings of the schedule that the model was trained with; None takes the scheduler's.
+
+    Raises:
+        UserError: unknown settings, or a scheduler that disagrees with the training schedule.
+    """
+
+    model_cpu_offload_seq = "text_encoder->condition_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: VideoUNet,
+        condition_encoder: ConditionEncoder,
+        scheduler: SchedulerMixin,
+        noise_prior: str = "appearance",
+        noise_prior_strength: float = 0.03,
+        noise_prior_gamma: float = 0.0,
+        reference_frame: str | int = "first",
+        num_frames: int = 16,
+        fps: float = 8.0,
+        height: int | None = None,
+        width: int | None = None,
+        base: str | None = None,
+        training_schedule: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if training_schedule is None:
+            config = make_scheduler(scheduler.config).config
+            training_schedule = {key: config[key] for key in _SCHEDULE_KEYS if key in config}
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            condition_encoder=condition_encoder,
+            scheduler=scheduler,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
+        self.register_to_config(
+            noise_prior=noise_prior,
+            noise_prior_strength=noise_prior_strength,
+            noise_prior_gamma=noise_prior_gamma,
+            reference_frame=reference_frame,
+            num_frames=num_frames,
+            fps=fps,
+            height=height or native,
+            width=width or native,
+            base=base,
+            training_schedule=training_schedule,
+        )
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+        NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma)
+        reference_index(reference_frame, num_frames)
+        check_schedules_agree(self.training_scheduler, scheduler)
+
+    @property
+    def noise_prior(self) -> NoisePrior:
+        """Which noise the model was trained with and starts from."""
+        return NoisePrior(*(self.config[f"noise_prior{part}"] for part in ("", "_strength", "_gamma")))
+
+    @property
+    def reference_frame(self) -> str | int:
+        """Which frame of a clip the key frame is."""
+        return self.config["reference_frame"]
+
+    @property
+    def training_scheduler(self) -> DDPMScheduler:
+        """The schedule that the model was trained with."""
+        return make_scheduler(self.config["training_schedule"])
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        """Embeddings (b, n, d) of texts."""
+        return encode_text(self.tokenizer, self.text_encoder, texts)
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (b, c, h, w), the posterior's mean, of images (b, 3, H, W) in [-1, 1]."""
+        return (
+            self.vae.encode(image.to(self.vae.device, self.vae.dtype)).latent_dist.mean
+            * self.vae.config["scaling_factor"]
+        )
+
+    def decode_latents(self, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
+        """Pixels (b, f, 3, H, W) in [-1, 1] of scaled latents (b, f, c, h, w), `chunk_size` frames at a time."""
+        frames = rearrange(latents, "b f c h w -> (b f) c h w") / self.vae.config["scaling_factor"]
+        chunks = frames.to(self.vae.dtype).split(chunk_size or len(frames))
+        pixels = torch.cat([self.vae.decode(chunk).sample for chunk in chunks])
+        return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(latents))
+
+    def check(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None,
+        width: int | None,
+        num_frames: int | None,
+        fps: float | None,
+    ) -> tuple[list[str], int, int, int, float]:
+        """Prompts, height, width, frames and frames per second of a call, with the model's defaults for what is None.
+
+        Raises:
+            UserError: an empty prompt, a size that does not divide, too few or too many frames, a frame rate that is none.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
+            raise UserError("the prompt is empty; say what is to be seen and how it moves")
+        if (height or self.config["height"]) is None or (width or self.config["width"]) is None:
+            raise UserError("the model does not say at which size it was trained; give height and width")
+        height, width = (
+            self.config[key] if value is None else value for key, value in (("height", height), ("width", width))
+        )
+        stride = self.vae_scale_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        for name, value in (("height", height), ("width", width)):
+            if value < stride or value % stride:
+                nearest = max(1, round(value / stride)) * stride
+                raise UserError(f"{name} {value} is not a positive multiple of {stride}; use for example {nearest}")
+        num_frames = self.config["num_frames"] if num_frames is None else num_frames
+        if not 1 <= num_frames <= self.unet.config["max_frames"]:
+            raise UserError(
+                f"num_frames is {num_frames}; this model makes 1 to {self.unet.config['max_frames']} frames"
+            )
+        fps = self.config["fps"] if fps is None else fps
+        if not 0 < fps < float("inf"):
+            raise UserError(f"fps is {fps}; use a number > 0")
+        return prompts, height, width, num_frames, float(fps)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: PixelImage | Sequence[PixelImage],
+        motion_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        image_guidance_scale: float = 1.0,
+        negative_prompt: str = "",
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        decode_chunk_size: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    ) -> ImageToVideoOutput:
+        """Animates key frames.
+
+        Args:
+            prompt: what is to be seen and how it moves; one, or one for every video.
+            image: PIL images or uint8 arrays (h, w, 3): one for all prompts, or one each; resized and cropped to the video's size.
+            motion_prompt: the text that the denoiser reads instead of `prompt`.
+            height, width: pixels; a multiple of the model's stride. None: as the model was trained.
+            num_frames, fps: None: as the model was trained.
+            num_inference_steps: denoising steps.
+            guidance_scale, image_guidance_scale: see `Guidance`; 1 is no guidance.
+            negative_prompt: stands where guidance drops the text.
+            num_videos_per_prompt: videos of one prompt follow one another in the result.
+            generator: one for every video (which makes a video independent of its batch), or one for all.
+            decode_chunk_size: frames that the VAE decodes at once; None: all.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            callback_on_step_end: called as `callback(pipeline, step, t, {"latents": z})`; latents that it returns in such a
+                dictionary replace those of the loop.
+
+        Raises:
+            UserError: bad input; see `check`.
+        """
+        prompts, height, width, num_frames, fps = self.check(prompt, height, width, num_frames, fps)
+        if motion_prompt is not None:
+            texts = [motion_prompt] * len(prompts) if isinstance(motion_prompt, str) else list(motion_prompt)
+            if len(texts) != len(prompts):
+                raise UserError(
+                    f"{len(texts)} motion prompts for {len(prompts)} prompts; give one each, or one for all"
+                )
+        else:
+            texts = prompts
+        images = [image] * len(prompts) if isinstance(image, Image.Image | np.ndarray) else list(image)
+        if len(images) != len(prompts):
+            raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one each, or one for all")
+        if num_videos_per_prompt < 1 or num_inference_steps < 1:
+            raise UserError(
+                f"num_videos_per_prompt={num_videos_per_prompt}, num_inference_steps={num_inference_steps}; both must be >= 1"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type '{output_type}' is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        check_schedules_agree(self.training_scheduler, self.scheduler)
+        videos = len(prompts) * num_videos_per_prompt
+        if isinstance(generator, Sequence):
+            generator = list(generator)
+            if len(generator) != videos:
+                raise UserError(f"{len(generator)} generators for {videos} videos; give one each, or one for all")
+
+        keyframes = [make_keyframe(_as_pil(img), height, width, {}).image for img in images]
+        device = self._execution_device
+        guidance = Guidance(text=guidance_scale, image=image_guidance_scale)
+        z_ref = repeat(self.encode_image(_as_tensor(keyframes)), "b ... -> (b n) ...", n=num_videos_per_prompt).float()
+        text = repeat(self.encode_text(texts), "b ... -> (b n) ...", n=num_videos_per_prompt)
+        conditions = self.prepare_conditions(guidance, text, self.encode_text([negative_prompt]), z_ref, fps)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        c, h, w = z_ref.shape[1:]
+        eps = randn_tensor((videos, num_frames, c, h, w), generator=generator, device=device, dtype=torch.float32)
+        z = self.noise_prior.initial(eps, z_ref) * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
+
+        def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(z_t.to(self.unet.dtype), t, conditions).float()
+
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for step, t in enumerate(self.scheduler.timesteps):
+                prediction = guidance(denoise, self.scheduler.scale_model_input(z, t), t)
+                z = self.scheduler.step(prediction, t, z, **step_arguments).prev_sample
+                if callback_on_step_end is not None:
+                    z = (callback_on_step_end(self, step, t, {"latents": z}) or {}).get("latents", z)
+                # Solvers of second order visit a time twice; the bar counts steps.
+                bar.update(min(1, num_inference_steps - bar.n))
+
+        frames = z if output_type == "latent" else self._pixels(z, decode_chunk_size, output_type)
+        self.maybe_free_model_hooks()
+        return ImageToVideoOutput(frames, [img for img in keyframes for _ in range(num_videos_per_prompt)])
+
+    def prepare_conditions(
+        self, guidance: Guidance, text: torch.Tensor, dropped_text: torch.Tensor, z_ref: torch.Tensor, fps: float
+    ) -> Conditions:
+        """Conditions of every evaluation that guidance needs, in its order, by one run of the condition encoder.
+
+        Args:
+            text: embeddings (b, n, d).
+            dropped_text: what stands for them where guidance drops the text, (1, n, d).
+            z_ref: (b, c, h, w).
+
+        Returns:
+            Conditions of `(k b)` clips, k = number of `guidance.cases`.
+        """
+        cases, dtype = guidance.cases, self.unet.dtype
+        texts = torch.cat([text if case.text else dropped_text.expand_as(text) for case in cases])
+        keep_image = torch.tensor([case.image for case in cases], device=z_ref.device).repeat_interleave(len(text))
+        rates = torch.full((len(texts),), fps, device=z_ref.device)
+        return self.condition_encoder(
+            texts.to(dtype), repeat(z_ref, "b ... -> (k b) ...", k=len(cases)).to(dtype), rates, keep_image
+        )
+
+    def _pixels(self, z: torch.Tensor, chunk_size: int | None, output_type: str) -> Any:
+        pixels = self.decode_latents(z, chunk_size).float()
+        return self.video_processor.postprocess_video(rearrange(pixels, "b f c h w -> b c f h w"), output_type)
+
+
+def _as_pil(image: PixelImage) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"a key frame is {kind}; give a PIL image or a uint8 array (height, width, 3)")
+    return Image.fromarray(image)
+
+
+def _as_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """(b, 3, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")

@@ -1,0 +1,85 @@
+"""Both stages: a prompt becomes a key frame, the key frame a video (arXiv 2311.18829)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline
+
+
+@dataclass
+class TextToVideoOutput(BaseOutput):
+    """Videos and what they were made from.
+
+    Attributes:
+        frames: as in `ImageToVideoOutput`.
+        keyframes: one for every video, with its provenance.
+    """
+
+    frames: Any
+    keyframes: list[Keyframe]
+
+
+class TextToVideoPipeline:
+    """A key frame pipeline before an image-to-video pipeline.
+
+    Args:
+        keyframe: stage 1.
+        video: stage 2.
+    """
+
+    def __init__(self, keyframe: KeyframePipeline, video: ImageToVideoPipeline):
+        self.keyframe = keyframe
+        self.video = video
+
+    def to(self, device: torch.device | str) -> "TextToVideoPipeline":
+        """Moves both stages."""
+        self.keyframe.to(device)
+        self.video.to(device)
+        return self
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        motion_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: Sequence[torch.Generator] | None = None,
+        keyframe_arguments: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> TextToVideoOutput:
+        """Makes videos; each has a key frame of its own.
+
+        Args:
+            generator: one for every video: it draws first the key frame's noise, then the video's.
+            keyframe_arguments: for `KeyframePipeline.__call__`, such as `guidance_scale`.
+            arguments: for `ImageToVideoPipeline.__call__`, whose other arguments these are.
+
+        Raises:
+            UserError: bad input; found before the first stage starts.
+        """
+        prompts, height, width, num_frames, fps = self.video.check(prompt, height, width, num_frames, fps)
+        prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
+        if motion_prompt is not None and not isinstance(motion_prompt, str):
+            motion_prompt = [text for text in motion_prompt for _ in range(num_videos_per_prompt)]
+        with torch.no_grad():
+            keyframes = self.keyframe(prompts, height, width, generator, **(keyframe_arguments or {}))
+        output = self.video(
+            prompts,
+            [keyframe.image for keyframe in keyframes],
+            motion_prompt,
+            height,
+            width,
+            num_frames,
+            fps,
+            generator=generator,
+            **arguments,
+        )
+        return TextToVideoOutput(output.frames, keyframes)
