@@ -4,6 +4,7 @@ Frames are `uint8 (f, h, w, 3)` RGB arrays everywhere in this file. Reading pick
 rates come out right; both decoders convert colours with swscale's plain 8-bit path and so give the same bytes (tests/test_video_io.py).
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -186,16 +187,23 @@ def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarra
 def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
     import decord
 
+    needed, frames = set(wanted.tolist()), {}
     try:
         # fault_tol: by default decord quietly repeats frames in the place of those that it could not decode.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
-        if len(reader) != len(index.times):
-            raise UserError(
-                f"decord counts {len(reader)} frames in '{path}', there are {len(index.times)}; use decoder=pyav"
-            )
-        return reader.get_batch(wanted.tolist()).asnumpy()
-    except (decord.DECORDError, RuntimeError):
-        raise UserError(_damaged(path)) from None
+        if len(reader) == len(index.times):
+            # In order from the first frame: where decord seeks, it gives wrong frames if the key frame is no fresh start.
+            for number in range(max(needed) + 1):
+                frame = reader.next()
+                if number in needed:
+                    # Rows come padded to 32 pixels; if that divides by the width, decord takes the padding for more channels.
+                    height, width = frame.shape[:2]
+                    frames[number] = frame.asnumpy().reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+            return np.stack([frames[number] for number in wanted.tolist()])
+    except (decord.DECORDError, RuntimeError, StopIteration):
+        pass
+    # What decord refuses, PyAV says what is wrong with, or reads to the same bytes.
+    return _decode_pyav(path, index, wanted)
 
 
 def read_clip(
@@ -271,12 +279,12 @@ def write_video(path: PathLike, frames: np.ndarray, fps: float, crf: int = 18, l
         atomic_path(path) as temporary,
         av.open(str(temporary), "w", options=_mp4_options(temporary, rate)) as container,
     ):
-        stream = container.add_stream(
-            "libx264rgb" if lossless else "libx264", rate=rate, options={"crf": str(0 if lossless else crf)}
-        )
+        # Same frames, same bytes: x264's output depends on its number of threads, and its macroblock tree reads memory that nobody wrote.
+        options = {"crf": str(0 if lossless else crf), "mbtree": "0"}
+        stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=rate, options=options)
+        stream.codec_context.thread_count = 1
         stream.width, stream.height = width, height
         stream.pix_fmt = "rgb24" if lossless else "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-        stream.codec_context.thread_count = 1  # x264's output depends on its number of threads
         if not lossless:
             stream.codec_context.colorspace = (
                 5  # BT.601, which swscale uses below: untagged, players guess by picture size
@@ -307,7 +315,7 @@ def write_gif(path: PathLike, frames: np.ndarray, fps: float) -> None:
     tall = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(256, kmeans=1, dither=Image.Dither.NONE)
     images = [tall.crop((0, k * height, width, (k + 1) * height)) for k in range(count)]
     moments = [round(100 * k / fps) for k in range(count + 1)]
-    delays = [10 * max(2, after - before) for before, after in zip(moments, moments[1:], strict=False)]
+    delays = [10 * max(2, after - before) for before, after in itertools.pairwise(moments)]
     with atomic_path(path) as temporary:
         images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=delays, loop=0)
 
