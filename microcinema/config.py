@@ -37,6 +37,7 @@ def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
         UserError: an unknown key or option (the nearest one is named), a value of the wrong type, a config that does
             not compose.
     """
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -64,7 +65,7 @@ def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
         for key, text in values:
             _override(tree, key, text, kinds)
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"the config of {command} does not compose: {_one_line(error)}") from error
     for key in tree:  # a file of the group `experiment` may hold any key
         if key not in kinds:
