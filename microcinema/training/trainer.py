@@ -75,7 +75,12 @@ def train(pipeline: ImageToVideoPipeline, dataset: Clips, settings: Settings, va
     trained = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
     optimizer = _make_optimizer(parameters, settings)
-    lr_schedule = get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
+    lr_schedule = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
     denoiser, optimizer, lr_schedule = accelerator.prepare(denoiser, optimizer, lr_schedule)
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
 
