@@ -8,12 +8,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import einops
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -23,12 +22,15 @@ from microcinema.data.clips import ClipDataset
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 WEIGHTS, RECORDS = "latents.safetensors", "clips.json"
 TEXTS = ("id", "caption", "description", "motion")
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, video: torch.Tensor) -> torch.Tensor:
+def encode(vae: "AutoencoderKL", video: torch.Tensor) -> torch.Tensor:
     """Latents of clips or of key frames: the posterior's mean, scaled as the denoiser expects.
 
     Args:
@@ -53,7 +55,7 @@ def encode(vae: AutoencoderKL, video: torch.Tensor) -> torch.Tensor:
     return einops.unpack(latents, leading, "* c h w")[0]
 
 
-def fingerprint(vae: AutoencoderKL | None = None, dataset: ClipDataset | None = None) -> dict[str, Any]:
+def fingerprint(vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None) -> dict[str, Any]:
     """What decides the contents of a cache: the VAE (sha256 of weights and scale), the transform, the clips (sha256 of ids and file sizes).
 
     A part of which the maker is not given is left out.
@@ -77,7 +79,7 @@ def fingerprint(vae: AutoencoderKL | None = None, dataset: ClipDataset | None = 
 
 def encode_dataset(
     dataset: ClipDataset,
-    vae: AutoencoderKL,
+    vae: "AutoencoderKL",
     path: str | os.PathLike[str],
     batch_size: int = 4,
     num_workers: int = 0,
@@ -139,7 +141,7 @@ class LatentClipDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], vae: AutoencoderKL | None = None, dataset: ClipDataset | None = None
+        self, path: str | os.PathLike[str], vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None
     ) -> None:
         self.folder = Path(path)
         self._latents: Any = None
@@ -161,7 +163,7 @@ class LatentClipDataset(Dataset[dict[str, Any]]):
             )
         self.check(vae, dataset)
 
-    def check(self, vae: AutoencoderKL | None = None, dataset: ClipDataset | None = None) -> None:
+    def check(self, vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None) -> None:
         """Compares the cache's fingerprint with that of a VAE, a data set, or both.
 
         Raises:

@@ -144,19 +144,20 @@ def _choose(
             f"clip '{path}' ({has}) is shorter than asked ({asked}); ask for fewer frames or take it off the list"
         )
 
+    def pick(starts: np.ndarray) -> Any:
+        return starts[min(int(position * len(starts)), len(starts) - 1)]  # each as likely if the position is
+
     if fps is None:
         first = int(nearest_frames(times, start)) if start < index.end else len(times)
-        room = len(times) - first - num_frames
-        if room < 0:
+        if first + num_frames > len(times):
             raise too_short()
-        return np.arange(num_frames) + first + round(position * room)
+        return pick(np.arange(first, len(times) - num_frames + 1)) + np.arange(num_frames)
     span = (num_frames - 1) / fps
     if start + span > index.end - _TICK:  # the last wanted moment must still be on screen
         raise too_short()
-    latest = max(start, float(times[-1]) - span)
-    moment = start + position * (latest - start)
-    if position > 0:  # begin exactly on a frame: between two frames, jitter in the stamps would pick an uneven rhythm
-        moment = max(start, float(times[np.searchsorted(times, moment + _TICK, side="right") - 1]))
+    # Elsewhere than at `start`, begin exactly on a frame: between two, jitter in the stamps would pick an uneven rhythm.
+    starts = times[(times > start - _TICK) & (times < times[-1] - span + _TICK)]
+    moment = pick(starts) if position > 0 and len(starts) else start
     return nearest_frames(times, moment + np.arange(num_frames) / fps)
 
 
@@ -219,7 +220,8 @@ def read_clip(
     Args:
         fps: frames per second of the clip; None takes neighbouring frames as they are in the file.
         start: seconds after the first frame.
-        position: where in the room that the video leaves the clip lies: 0 at `start`, 0.5 in the middle, 1 as late as possible.
+        position: where in the room that the video leaves the clip lies: 0 at `start`, 0.5 in the middle, 1 as late as
+            possible. Uniform over [0, 1), it makes every possible first frame equally likely.
         decoder: "pyav" or "decord". Same bytes from both for 8-bit video, but for 4:2:0 of odd size, which H.264 cannot hold.
 
     Returns:
