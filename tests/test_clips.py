@@ -193,6 +193,7 @@ def test_small_is_not_aliased():
         ({"resolution": (32, 60)}, "32x60.* does not divide by 8"),
         ({"resolution": 48, "multiple_of": 32}, "does not divide by 32"),
         ({"resolution": 0}, "0x0"),
+        ({"resolution": (64, 64, 3)}, "64, 64, 3"),
         ({"decoder": "opencv"}, "decoder='opencv'"),
         ({"clip": "last"}, "clip='last'"),
     ],

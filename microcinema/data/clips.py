@@ -52,7 +52,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         multiple_of: int = 8,
     ) -> None:
-        height, width = (resolution, resolution) if isinstance(resolution, int) else (int(side) for side in resolution)
+        sides = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        if len(sides) != 2:
+            raise UserError(f"resolution={list(sides)}; give one number for a square, or [height, width]")
+        height, width = sides
         if num_frames < 1 or (fps is not None and not fps > 0):
             raise UserError(f"num_frames={num_frames}, fps={fps}; give at least 1 frame, and a positive rate or null")
         if min(height, width) < 1 or height % multiple_of or width % multiple_of:
