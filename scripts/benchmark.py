@@ -1,16 +1,20 @@
 """Measures what the video model costs: `python scripts/benchmark.py denoiser` prints the table, `--help` the options.
 
-The denoiser stands beside the 2D UNet that it is built from, run on every frame, and beside diffusers' video UNets, all at equal widths,
-head widths and depths, each with the inputs that it takes. A round runs every contestant once; the figure is the ratio of medians to the
-per-frame 2D UNet, which other load on the machine hardly moves. A training step is forward, mean squared error, backward.
+The denoiser stands beside the 2D UNet that it is built from, run on every frame, and beside diffusers' video UNets, all
+at equal widths, head widths and depths, each with the inputs that it takes. A round runs every contestant once; the
+figure is the ratio of medians to the per-frame 2D UNet, which other load on the machine hardly moves. On a crowded
+machine `--clock cpu` counts the processor time of this process instead of the time that passes. A training step is
+forward, mean squared error, backward.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -28,14 +32,20 @@ from microcinema.files import atomic_path
 from microcinema.models import ConditionEncoder, VideoUNet, set_trainable
 
 REFERENCE = "2D UNet per frame"
-FULL = {
+FULL: dict[str, Any] = {
     "block_out_channels": (160, 320, 640, 640),
     "head_width": 32,
     "cross_attention_dim": 768,
     "frames": 16,
     "latents": 32,
 }
-QUICK = {"block_out_channels": (32, 64), "head_width": 16, "cross_attention_dim": 32, "frames": 3, "latents": 8}
+QUICK: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "head_width": 16,
+    "cross_attention_dim": 32,
+    "frames": 3,
+    "latents": 8,
+}
 TOKENS = 77
 
 
@@ -67,8 +77,11 @@ class Contestant:
             net.zero_grad(set_to_none=True)
 
 
-def contestants(size: dict, fusion: str, training: bool) -> dict[str, Contestant]:
-    """Builds all of them. In training AppearanceNet runs within the step, in the forward its features are given."""
+def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequence[str]) -> dict[str, Contestant]:
+    """Builds those whose name contains one of `only` (all without it), and the reference.
+
+    In training AppearanceNet runs within the step, in the forward its features are given.
+    """
     torch.manual_seed(0)
     widths, dim, side, f = size["block_out_channels"], size["cross_attention_dim"], size["latents"], size["frames"]
     levels = len(widths)
@@ -83,82 +96,112 @@ def contestants(size: dict, fusion: str, training: bool) -> dict[str, Contestant
     text, t, fps = torch.randn(1, TOKENS, dim), torch.tensor([500]), torch.tensor([8.0])
     text_of_frames = repeat(text, "b n d -> (b f) n d", f=f)
     z_ref = torch.randn(1, 4, side, side)
-    image = repeat(z_ref, "b c h w -> b c f h w", f=f)
-
+    image = repeat(z_ref, "b c h w -> b f c h w", f=f)
     unet2d = UNet2DConditionModel(**common, **blocks("2D"), attention_head_dim=heads)
 
-    def per_frame(z_t: Tensor) -> Tensor:
-        return unet2d(rearrange(z_t, "b f c h w -> (b f) c h w"), t, text_of_frames).sample
+    def per_frame() -> Contestant:
+        return Contestant(
+            lambda z_t: unet2d(rearrange(z_t, "b f c h w -> (b f) c h w"), t, text_of_frames).sample, unet2d
+        )
 
-    def ours(train: str) -> Contestant:
-        video = VideoUNet.from_unet2d(unet2d, fusion=fusion, inject="both")
-        encoder = ConditionEncoder.from_unet2d(unet2d, fusion=fusion, inject="both")
-        if training:
-            set_trainable(video, encoder, train)
-            return Contestant(lambda z_t: video(z_t, t, encoder(text, z_ref, fps)), video, encoder)
+    @functools.cache
+    def nets() -> tuple[VideoUNet, ConditionEncoder]:
+        options = {"fusion": fusion, "inject": "both"}
+        return VideoUNet.from_unet2d(unet2d, **options), ConditionEncoder.from_unet2d(unet2d, **options)
+
+    def ours() -> Contestant:
+        video, encoder = nets()
         with torch.inference_mode():
             conditions = encoder(text, z_ref, fps)
         return Contestant(lambda z_t: video(z_t, t, conditions), video)
 
-    found = {REFERENCE: Contestant(per_frame, unet2d)}
-    for train in ("all", "temporal") if training else ("",):
-        found[f"VideoUNet, train: {train}" if train else "VideoUNet"] = ours(train)
+    def ours_in_training(train: str) -> Contestant:
+        video, encoder = nets()
 
-    motion = UNetMotionModel(**common, **blocks("Motion"), num_attention_heads=heads)
-    found["UNetMotionModel"] = Contestant(
-        lambda z_t: motion(rearrange(z_t, "b f c h w -> b c f h w"), t, text_of_frames).sample, motion
-    )
+        def run(z_t: Tensor) -> Tensor:
+            set_trainable(video, encoder, train)
+            return video(z_t, t, encoder(text, z_ref, fps))
 
-    unet3d = UNet3DConditionModel(**common, **blocks("3D"), attention_head_dim=size["head_width"])
-    found["UNet3DConditionModel"] = Contestant(
-        lambda z_t: unet3d(rearrange(z_t, "b f c h w -> b c f h w"), t, text).sample, unet3d
-    )
+        return Contestant(run, video, encoder)
 
-    i2vgen = I2VGenXLUNet(**common, **blocks("3D"), attention_head_dim=size["head_width"])
-    embedding = torch.randn(1, dim)
-    found["I2VGenXLUNet"] = Contestant(
-        lambda z_t: i2vgen(rearrange(z_t, "b f c h w -> b c f h w"), t, fps, image, embedding, text).sample, i2vgen
-    )
+    def motion() -> Contestant:
+        net = UNetMotionModel(**common, **blocks("Motion"), num_attention_heads=heads)
+        return Contestant(lambda z_t: net(rearrange(z_t, "b f c h w -> b c f h w"), t, text_of_frames).sample, net)
 
-    svd = UNetSpatioTemporalConditionModel(
-        **common, **blocks("SpatioTemporal"), num_attention_heads=heads, num_frames=f
-    )
-    frames_of_image, ids = rearrange(image, "b c f h w -> b f c h w"), torch.tensor([[7.0, 127.0, 0.02]])
-    found["UNetSpatioTemporalConditionModel"] = Contestant(
-        lambda z_t: svd(torch.cat([z_t, frames_of_image], dim=2), t, text[:, :1], ids).sample, svd
-    )
-    return found
+    def unet3d() -> Contestant:
+        net = UNet3DConditionModel(**common, **blocks("3D"), attention_head_dim=size["head_width"])
+        return Contestant(lambda z_t: net(rearrange(z_t, "b f c h w -> b c f h w"), t, text).sample, net)
+
+    def i2vgen() -> Contestant:
+        net = I2VGenXLUNet(**common, **blocks("3D"), attention_head_dim=size["head_width"])
+        given = {
+            "fps": fps,
+            "image_latents": rearrange(image, "b f c h w -> b c f h w"),
+            "image_embeddings": torch.randn(1, dim),
+            "encoder_hidden_states": text,
+        }
+        return Contestant(lambda z_t: net(rearrange(z_t, "b f c h w -> b c f h w"), t, **given).sample, net)
+
+    def svd() -> Contestant:
+        net = UNetSpatioTemporalConditionModel(
+            **common, **blocks("SpatioTemporal"), num_attention_heads=heads, num_frames=f
+        )
+        ids = torch.tensor([[7.0, 127.0, 0.02]])
+        # It is conditioned on one image token instead of text.
+        return Contestant(lambda z_t: net(torch.cat([z_t, image], dim=2), t, text[:, :1], ids).sample, net)
+
+    video_unets: dict[str, Callable[[], Contestant]] = {"VideoUNet": ours}
+    if training:
+        video_unets = {
+            f"VideoUNet, train: {train}": functools.partial(ours_in_training, train) for train in ("all", "temporal")
+        }
+    peers = {
+        "UNetMotionModel": motion,
+        "UNet3DConditionModel": unet3d,
+        "I2VGenXLUNet": i2vgen,
+        "UNetSpatioTemporalConditionModel": svd,
+    }
+    builders = {REFERENCE: per_frame, **video_unets, **peers}
+    return {
+        name: build()
+        for name, build in builders.items()
+        if name == REFERENCE or not only or any(part in name for part in only)
+    }
 
 
-def measure(actions: dict[str, Callable[[], None]], rounds: int, what: str) -> dict[str, float]:
+def measure(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float], what: str
+) -> dict[str, float]:
     """Median seconds of each action over interleaved rounds, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     with tqdm(total=(rounds + 1) * len(actions), desc=what) as bar:
         for _ in range(rounds + 1):
             for name, action in actions.items():
-                start = time.perf_counter()
+                start = clock()
                 action()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
                 bar.update()
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def denoiser(arguments: argparse.Namespace) -> None:
     """Prints forward and training ratios to the per-frame 2D UNet."""
-    size = QUICK if arguments.quick else FULL
+    size = (QUICK if arguments.quick else FULL) | ({"latents": arguments.latents} if arguments.latents else {})
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
-    report: dict = {
+    report: dict[str, Any] = {
         "size": size,
         "fusion": arguments.fusion,
+        "clock": arguments.clock,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
     for part in arguments.parts:
-        runs = contestants(size, arguments.fusion, training=part == "training")
+        runs = contestants(size, arguments.fusion, part == "training", arguments.only)
         parameters = {name: sum(p.numel() for net in c.nets for p in net.parameters()) for name, c in runs.items()}
         step = Contestant.training_step if part == "training" else Contestant.forward
         actions = {name: (lambda c=c, step=step: step(c, z_t)) for name, c in runs.items()}
-        seconds = measure(actions, arguments.rounds, part)
+        seconds = measure(actions, arguments.rounds, clock, part)
         ratios = {name: value / seconds[REFERENCE] for name, value in seconds.items()}
         report[part] = {
             name: {"seconds": seconds[name], "ratio": ratios[name], "parameters": parameters[name]} for name in runs
@@ -181,6 +224,11 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--parts", nargs="+", choices=("forward", "training"), default=("forward", "training"))
     command.add_argument("--rounds", type=int, default=5, help="rounds that count")
     command.add_argument("--fusion", choices=("add", "spade"), default="add")
+    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
+    command.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="run these and the reference (parts of names)"
+    )
+    command.add_argument("--latents", type=int, help="height and width of the latents")
     command.add_argument(
         "--quick", action="store_true", help="tiny widths: shows that it runs, measures nothing of use"
     )
