@@ -104,11 +104,12 @@ class Sampler:
         self.keyframe = keyframe.to(device) if keyframe else None
         self.arguments, self.keyframe_arguments = arguments, keyframe_arguments
         video.set_progress_bar_config(desc="video", unit="step", leave=False)
-        weights = hash_networks(video.components)
-        if keyframe is not None and not isinstance(keyframe.source, Path):
-            keyframe.source.set_progress_bar_config(desc="key frame", unit="step", leave=False)
-            weights |= {f"keyframe.{name}": value for name, value in hash_networks(keyframe.source.components).items()}
-        self.record = {**record, "weights_sha256": weights, "versions": describe_code()}
+        if keyframe is not None:
+            keyframe.set_progress_bar_config(desc="key frame", unit="step", leave=False)
+            networks = TextToVideoPipeline(keyframe, video).networks
+        else:
+            networks = video.components
+        self.record = {**record, "weights_sha256": hash_networks(networks), "versions": describe_code()}
 
     def make(self, request: Request) -> tuple[np.ndarray, Keyframe, dict[str, Any]]:
         """Frames, uint8 (f, h, w, 3), the key frame, and the provenance of a video."""
@@ -219,7 +220,8 @@ def read_requests(
         if own_seed and not own_seed.isdecimal():
             raise UserError(f"{where}: seed '{own_seed}' is not a whole number >= 0")
         numbers = (int(own_seed), 0) if own_seed else (seed, number)
-        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].rstrip("-") or "video"
+        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "video"
+        slug = slug if len(slug) <= 60 else slug[:60].rpartition("-")[0] or slug[:60]
         name = row.get("id", "").strip() or (f"{number:04d}-{slug}" if prompts else f"{slug}-seed{seed}")
         if not re.fullmatch(r"[\w][\w. +-]*", name):
             raise UserError(f"{where}: id '{name}' cannot be a file name; use letters, digits, '-', '_' and '.'")

@@ -167,6 +167,7 @@ def video_pipeline(
     folder = Path(folder)
     base = load_base(folder if (folder / "model_index.json").is_file() else base_folder(folder, flavour))
     inject = None if fusion is None else "both"
+    torch.manual_seed(0)
     pipeline = ImageToVideoPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,

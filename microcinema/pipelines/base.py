@@ -28,7 +28,7 @@ _CONSTANTS = ("position_ids",)
 
 @dataclass(frozen=True)
 class Base:
-    """A Stable Diffusion's parts, in evaluation mode. VAE and text encoder are frozen; the scheduler is for training."""
+    """A Stable Diffusion's parts; networks are frozen and in evaluation mode, the scheduler is for training."""
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer

@@ -77,6 +77,11 @@ class KeyframePipeline:
             ) from error
         return cls(pipeline)
 
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Settings of the bar over steps (tqdm's); a pipeline shows one."""
+        if isinstance(self.source, DiffusionPipeline):
+            self.source.set_progress_bar_config(**settings)
+
     def to(self, device: torch.device | str) -> "KeyframePipeline":
         """Moves the text-to-image pipeline, if there is one."""
         if isinstance(self.source, DiffusionPipeline):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class TextToVideoPipeline:
     def __init__(self, keyframe: KeyframePipeline, video: ImageToVideoPipeline):
         self.keyframe = keyframe
         self.video = video
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """All networks: those of stage 2 by their names, those of stage 1 as `keyframe.` and their names."""
+        drawing = {} if isinstance(self.keyframe.source, Path) else self.keyframe.source.components
+        parts = {**self.video.components, **{f"keyframe.{name}": part for name, part in drawing.items()}}
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     def to(self, device: torch.device | str) -> "TextToVideoPipeline":
         """Moves both stages."""
