@@ -1,0 +1,164 @@
+"""The command `evaluate`: generates the clips of a protocol, judges them and real ones alike, writes numbers and a report."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from microcinema.config import instantiate
+from microcinema.data import sprites
+from microcinema.evaluation import summary
+from microcinema.evaluation.detectors import SpriteJudge
+from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, generate, load_sample
+from microcinema.evaluation.judging import Verdict, judge_clips
+from microcinema.evaluation.protocols import PARTS, SpritesProtocol, Task
+from microcinema.evaluation.report import write_report
+from microcinema.files import atomic_path, make_folder
+from microcinema.pipelines.saved import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.provenance import describe_code, hash_networks
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+SAMPLES_FOLDER = "samples"
+ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
+
+
+def run(config: "DictConfig") -> None:
+    """Does what the config of `evaluate` asks for and prints the numbers and where the report is.
+
+    Raises:
+        UserError: bad input; clips that were already made stay and are used by the next run.
+    """
+    from microcinema.sampling import quieten_libraries
+
+    settings = config.evaluation
+    protocol = instantiate(settings.protocol)
+    folder = make_folder(config.output_dir)
+    quieten_libraries()
+    judge = SpriteJudge.load(settings.classifier)
+    video = load_pipeline(config.pipeline)
+    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
+    steps = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
+    maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
+    identity = {"pipeline": str(config.pipeline), "seed": config.seed, **steps, "weights_sha256": weights(pipeline)}
+    results = evaluate(protocol, maker, judge, folder, identity, config.batch_size)
+    print(text_table(results))
+    print(folder / REPORT_FILE)
+
+
+def weights(pipeline: TextToVideoPipeline) -> dict[str, str]:
+    """sha256 of every network of both stages."""
+    found = hash_networks(pipeline.video.components)
+    if not isinstance(pipeline.keyframe.source, Path):
+        stage1 = hash_networks(pipeline.keyframe.source.components)
+        found |= {f"keyframe.{name}": value for name, value in stage1.items()}
+    return found
+
+
+def evaluate(
+    protocol: SpritesProtocol,
+    make: Maker,
+    judge: SpriteJudge,
+    folder: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Makes what is missing of the protocol's clips, runs every judge on them and on real clips of the same attributes, and
+    writes `results.json` and `report.html` into the folder.
+
+    Args:
+        make: makes clips: a pipeline, or anything else that is to be measured.
+        identity: what the clips depend on beside their tasks, for the record; see `generate`.
+
+    Returns:
+        the content of `results.json`.
+    """
+    folder = make_folder(folder)
+    tasks = protocol.tasks()
+    samples = folder / SAMPLES_FOLDER
+    generate(tasks, make, samples, identity, batch_size, progress)
+    real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
+    other = anew_features(tasks, protocol, judge, progress)
+    model = judge_clips(tasks, lambda task: load_sample(samples, task), protocol, judge, "judge model", progress)
+    results = {
+        "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
+        "model": dict(identity),
+        "versions": describe_code(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "confidence": summary.CONFIDENCE,
+        "parts": {
+            part: summarise(
+                *([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in (model, real, other))
+            )
+            for part in PARTS
+            if protocol.count(part)
+        },
+        "clips": [verdict.as_json() for verdict in model],
+        "real_clips": [verdict.as_json() for verdict in real],
+    }
+    with atomic_path(folder / RESULTS_FILE) as path:
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(folder / REPORT_FILE, results, [load_sample(samples, task) for task in tasks])
+    return results
+
+
+def real_sample(sprite: sprites.Sprite, protocol: SpritesProtocol) -> Sample:
+    """The real clip, as if a perfect model had made it."""
+    frames = protocol.render(sprite).frames
+    return Sample(frames, frames[0])
+
+
+def anew_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool) -> np.ndarray:
+    """Features (n, d) of other real clips with the same attributes, placed anew: no model can be expected to come closer."""
+    features = []
+    for task in tqdm(tasks, desc="features of other real clips", unit="clip", disable=not progress):
+        attributes = [getattr(task.sprite, name) for name in ATTRIBUTES]
+        sprite = sprites.place(np.random.default_rng([*task.numbers, 1]), *attributes)
+        features.append(judge(protocol.render(sprite).frames[None])[1])
+    return np.concatenate(features)
+
+
+def summarise(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Numbers of one part: of the model's clips and of real ones, and the Fréchet distances of both, and of the features `other`
+    of another real set, to the real ones."""
+    features = [verdict.features for verdict in real]
+    return {
+        "n": len(model),
+        "model": summary.measure_all(model),
+        "real": summary.measure_all(real),
+        "frechet": {
+            "model": summary.distance([verdict.features for verdict in model], features),
+            "real": summary.distance(other, features),
+        },
+        "breakdown": summary.breakdown(model),
+        "confusion": {"model": summary.confusion(model), "real": summary.confusion(real)},
+    }
+
+
+def text_table(results: Mapping[str, Any]) -> str:
+    """The main numbers for a terminal: a line for each measure, a column for each part, real clips in brackets."""
+    parts = results["parts"]
+    lines = [f"{'':22}" + "".join(f"{part:>22}" for part in parts)]
+
+    def cell(measure: summary.Measure, part: Mapping[str, Any]) -> str:
+        values = [part[side].get(measure.key) for side in ("model", "real")]
+        forms = zip(("{}", "({})"), values, strict=True)
+        return " ".join(form.format(measure.format(value["value"])) for form, value in forms if value)
+
+    for measure in summary.MEASURES:
+        lines.append(f"{measure.label:22}" + "".join(f"{cell(measure, part):>22}" for part in parts.values()))
+    distances = [[part["frechet"][side] for side in ("model", "real")] for part in parts.values()]
+    row = "".join(f"{'-' if a is None else f'{a:.2f} ({b:.2f})':>22}" for a, b in distances)
+    lines.append(f"{'Frechet distance':22}" + row)
+    return "\n".join(lines)
