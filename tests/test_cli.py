@@ -106,23 +106,6 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_prepare_renders_and_replaces_only_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
-    folder = tmp_path / "sprites"
-    for clips in (2, 1):
-        assert cli.main(["prepare", f"output_dir={folder}", f"num_clips={clips}", "num_frames=3", "size=32"]) == 0
-        assert len((folder / "clips.csv").read_text().splitlines()) == 1 + clips
-        assert len(list(folder.rglob("*.mp4"))) == clips
-
-    precious = tmp_path / "thesis" / "chapter.tex"
-    precious.parent.mkdir()
-    precious.write_text("years of work")
-    assert cli.main(["prepare", f"output_dir={precious.parent}", "num_clips=1"]) == 2
-    assert cli.main(["prepare", f"output_dir={precious}", "num_clips=1"]) == 2
-    assert "choose a new folder" in capsys.readouterr().err
-    assert precious.read_text() == "years of work"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sprites", "thesis"]
-
-
 @pytest.mark.parametrize("command", config.COMMANDS)
 def test_a_script_is_the_command(command: str):
     done = run(str(ROOT / "scripts" / f"{command}.py"), "no_such_key=1")

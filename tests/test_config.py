@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from microcinema.data.latents import LatentClipDataset, encode_dataset
 from microcinema.data.sprites import CSV_FILE, write_dataset
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.errors import UserError
+from microcinema.pipelines.base import load_base
+from microcinema.training.settings import Settings
 
 GROUPS = {group: command for command in config.COMMANDS for group in config.group_defaults(command)}
 OPTIONS = [(command, group, option) for group, command in GROUPS.items() for option in config.group_options(group)]
@@ -76,6 +78,22 @@ def test_every_option_composes_and_makes_its_objects(
         loaded = {"unet": tiny.unet()} if "unet" in config.parameters(node._target_) else {}
         assert config.instantiate(node, **loaded) is not None
     assert command == "train" or group not in composed or composed[group]
+
+
+@pytest.mark.parametrize("option", config.group_options("base"))
+def test_every_base_that_is_embedded_opens(option: str):
+    base = config.compose("train", [f"base={option}"]).base
+    if "/" in base.pretrained_model_name_or_path:
+        pytest.skip("a repository of the hub")
+    assert load_base(**base).unet.config["in_channels"] > 0
+
+
+def test_a_run_without_config_has_the_same_defaults():
+    composed = config.compose("train")
+    for field in fields(Settings):
+        if field.default is not MISSING:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert composed[field.name] == default, field.name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""The README tells the truth about the tree, and its commands are ones that the program takes."""
+"""The README tells the truth about the tree, and its commands, as those of the demo, are ones that the program takes."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def commands() -> list[str]:
 def test_commands_compose(line: str):
     command, *overrides = shlex.split(line)
     if "--help" not in overrides:
+        config.compose(command, overrides)
+
+
+def test_commands_of_the_demo_compose():
+    for _, (command, *overrides) in runpy.run_path(str(ROOT / "scripts" / "demo.py"))["STEPS"]:
         config.compose(command, overrides)
 
 
