@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str):
+        # A DataLoader raises its worker's error again with the worker's whole traceback as the message.
+        super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
