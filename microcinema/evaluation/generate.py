@@ -56,7 +56,7 @@ def generate(
         UserError: the folder holds clips of another identity, or cannot be written.
     """
     folder = make_folder(folder)
-    _check_identity(folder / IDENTITY_FILE, json.loads(json.dumps(identity)))
+    claim(folder, identity)
     missing = [task for task in tasks if not sample_path(folder, task).exists()]
     done = len(tasks) - len(missing)
     with tqdm(total=len(tasks), initial=done, desc="generate", unit="clip", disable=not progress or not missing) as bar:
@@ -69,18 +69,25 @@ def generate(
     return len(missing)
 
 
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+def claim(folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
+    """Marks a folder as holding clips of this identity.
+
+    Raises:
+        UserError: it already holds clips of another one (every difference is named), or cannot be written.
+    """
+    path = make_folder(folder) / IDENTITY_FILE
+    new = json.loads(json.dumps(identity))
     if not path.exists():
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        old = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"'{path}' is damaged; delete the folder or choose another output_dir") from None
-    differing = sorted(key for key in stored.keys() | identity.keys() if stored.get(key) != identity.get(key))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
-        changes = ", ".join(f"{key} was {stored.get(key)}, now {identity.get(key)}" for key in differing)
+        changes = ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
         raise UserError(f"'{path.parent}' holds clips made otherwise ({changes}); choose another output_dir")
 
 

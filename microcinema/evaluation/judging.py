@@ -54,8 +54,10 @@ def judge_clips(
         label: of the progress bar.
 
     Raises:
-        UserError: a clip of another length or size than the protocol's.
+        UserError: a clip of another length or size than the protocol's, or a classifier that does not know `LOOKS`.
     """
+    if missing := set(LOOKS) - set(judge.classifier.config["classes"]):
+        raise UserError(f"the classifier does not name {', '.join(sorted(missing))}; give one of Moving Sprites")
     verdicts = []
     with tqdm(total=len(tasks), desc=label, unit="clip", disable=not progress) as bar:
         for batch in _batches(tasks, judge.batch_size):

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from microcinema.config import instantiate
 from microcinema.data import sprites
 from microcinema.evaluation import summary
 from microcinema.evaluation.detectors import SpriteJudge
-from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, generate, load_sample
+from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, claim, generate, load_sample
 from microcinema.evaluation.judging import Verdict, judge_clips
 from microcinema.evaluation.protocols import PARTS, SpritesProtocol, Task
 from microcinema.evaluation.report import write_report
@@ -48,6 +49,12 @@ def run(config: "DictConfig") -> None:
     judge = SpriteJudge.load(settings.classifier)
     video = load_pipeline(config.pipeline)
     pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline.to(device)
+    judge.classifier.to(device)
+    video.set_progress_bar_config(desc="videos", unit="step", leave=False)
+    if not isinstance(pipeline.keyframe.source, Path):
+        pipeline.keyframe.source.set_progress_bar_config(desc="key frames", unit="step", leave=False)
     steps = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
     maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
     identity = {"pipeline": str(config.pipeline), "seed": config.seed, **steps, "weights_sha256": weights(pipeline)}
@@ -74,8 +81,8 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Makes what is missing of the protocol's clips, runs every judge on them and on real clips of the same attributes, and
-    writes `results.json` and `report.html` into the folder.
+    """Runs every judge on real clips, makes what is missing of the protocol's clips, runs the judges on these, and writes
+    `results.json` and `report.html` into the folder.
 
     Args:
         make: makes clips: a pipeline, or anything else that is to be measured.
@@ -87,9 +94,10 @@ def evaluate(
     folder = make_folder(folder)
     tasks = protocol.tasks()
     samples = folder / SAMPLES_FOLDER
-    generate(tasks, make, samples, identity, batch_size, progress)
+    claim(samples, identity)  # before the first minute is spent
     real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
     other = anew_features(tasks, protocol, judge, progress)
+    generate(tasks, make, samples, identity, batch_size, progress)
     model = judge_clips(tasks, lambda task: load_sample(samples, task), protocol, judge, "judge model", progress)
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
