@@ -227,7 +227,7 @@ def read_requests(
             raise UserError(f"{where}: id '{name}' cannot be a file name; use letters, digits, '-', '_' and '.'")
         own_image = row.get("image", "").strip()
         path = Path(prompts or "").parent / own_image if own_image else given
-        motion = row.get("motion_prompt", "").strip() or motion_prompt
+        motion = row.get("motion_prompt", "").strip() or motion_prompt or None
         for video in range(num_videos_per_prompt):
             suffix = f"-{video}" if num_videos_per_prompt > 1 else ""
             requests.append(Request(name + suffix, text, motion, (*numbers, video), path))

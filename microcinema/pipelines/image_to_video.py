@@ -145,10 +145,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latents (b, c, h, w), the posterior's mean, of images (b, 3, H, W) in [-1, 1]."""
-        return (
-            self.vae.encode(image.to(self.vae.device, self.vae.dtype)).latent_dist.mean
-            * self.vae.config["scaling_factor"]
-        )
+        # Not the VAE's own device: with offloading it waits on another one until it is called.
+        posterior = self.vae.encode(image.to(self._execution_device, self.vae.dtype)).latent_dist
+        return posterior.mean * self.vae.config["scaling_factor"]
 
     def decode_latents(self, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         """Pixels (b, f, 3, H, W) in [-1, 1] of scaled latents (b, f, c, h, w), `chunk_size` frames at a time."""

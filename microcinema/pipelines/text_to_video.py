@@ -71,7 +71,7 @@ class TextToVideoPipeline:
             arguments: for `ImageToVideoPipeline.__call__`, whose other arguments these are.
 
         Raises:
-            UserError: bad input; found before the first stage starts.
+            UserError: bad input; an empty prompt, sizes and frames are found before the first stage starts.
         """
         prompts, height, width, num_frames, fps = self.video.check(prompt, height, width, num_frames, fps)
         prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
