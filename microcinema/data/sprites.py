@@ -112,8 +112,8 @@ def _regular_corners(radii: tuple[float, ...], points: int) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
 
 
-_TRIANGLE = _regular_corners((1.0,), 3) + np.float32([0.0, 0.12])
-_SQUARE = np.float32([[-0.7, -0.7], [0.7, -0.7], [0.7, 0.7], [-0.7, 0.7]])
+_TRIANGLE = _regular_corners((1.0,), 3) + np.asarray([0.0, 0.12], np.float32)
+_SQUARE = np.asarray([[-0.7, -0.7], [0.7, -0.7], [0.7, 0.7], [-0.7, 0.7]], np.float32)
 _STAR = _regular_corners((1.0, 0.46), 5)
 
 
@@ -237,7 +237,7 @@ def _background(name: str, variation: int, size: int) -> np.ndarray:
     x, y = _grid(size)
     rng = np.random.default_rng(variation)
     shade = np.clip(_TEXTURES[name](x, y, rng), 0, 1)[..., None]
-    dark, light = (np.float32(tone) for tone in _BACKGROUND_TONES[name])
+    dark, light = (np.asarray(tone, np.float32) for tone in _BACKGROUND_TONES[name])
     vignette = 1 - 0.10 * (((x - 32) ** 2 + (y - 32) ** 2) / 2048)[..., None]
     return ((dark + (light - dark) * shade) * vignette).astype(np.float32)
 
@@ -393,7 +393,7 @@ def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.
     # Light from the upper left, a darker rim, a brighter body.
     lit = np.clip(0.5 - 0.35 * ((x - pose[:, 0, None, None]) + (y - pose[:, 1, None, None])) / radius, 0, 1)[..., None]
     rim = np.clip(1 + (distance + 0.4) / 1.6, 0, 1)[..., None]
-    colour = np.float32(COLOURS[sprite.colour])
+    colour = np.asarray(COLOURS[sprite.colour], np.float32)
     body = (colour * (0.80 + 0.20 * lit) + 0.16 * lit**2 * (1 - colour)) * (1 - 0.40 * rim)
     frames = frames + masks[..., None] * (body - frames)
     pixels = (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
