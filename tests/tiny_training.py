@@ -6,6 +6,7 @@ from typing import Any
 
 import tiny
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,19 +54,27 @@ class LatentClips:
         return {"latents": latents, "caption": f"a red star {index % 2}", "fps": 8.0}
 
 
-def train(
-    model: ImageToVideoPipeline, dataset: Any, output_dir: str | Path, validate: Any = None, **settings: Any
-) -> Path:
-    """`trainer.train` with small settings and a fresh accelerate, which keeps one state for a whole process."""
+SMALL = {
+    "max_train_steps": 4,
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 2,
+    "dataloader_num_workers": 0,
+}
+
+
+def accelerator(settings: Settings) -> Accelerator:
+    """A fresh one, though accelerate keeps one state for a whole process."""
     AcceleratorState._reset_state(reset_partial_state=False)
-    small = {
-        "max_train_steps": 4,
-        "train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 2,
-        "dataloader_num_workers": 0,
-    }
-    return trainer.train(model, dataset, Settings(str(output_dir), **{**small, **settings}), validate)
+    return trainer.make_accelerator(settings)
+
+
+def train(
+    model: ImageToVideoPipeline, dataset: Any, output_dir: str | Path, validate: Any = None, **changes: Any
+) -> Path:
+    """`trainer.train` with small settings."""
+    settings = Settings(str(output_dir), **{**SMALL, **changes})
+    return trainer.train(accelerator(settings), model, dataset, settings, validate)
 
 
 def logged(output_dir: str | Path, name: str = "loss") -> dict[int, float]:

@@ -9,6 +9,7 @@ checkpoint-1000/
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def load_component(module: nn.Module, folder: Path) -> None:
         UserError: no readable weights, or other keys or shapes than the module's.
     """
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not files and module.state_dict():  # a condition encoder without networks has no weights
         raise UserError(f"'{folder}' holds no .safetensors file; resume from another checkpoint")
     weights: dict[str, torch.Tensor] = {}
     for file in files:
@@ -146,17 +147,26 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_components)
 
     def save(self, progress: Progress) -> Path:
-        """Writes `checkpoint-{step}`, then deletes the oldest ones over the limit. Every process must call it."""
+        """Writes `checkpoint-{step}`, then deletes the oldest ones over the limit. Every process must call it.
+
+        Raises:
+            UserError: it cannot be written; the checkpoints before it are intact.
+        """
         final = self.output_dir / f"checkpoint-{progress.step}"
         main = self.accelerator.is_main_process
-        with ExitStack() as stack:
-            # One process owns the rename; the others write their parts into its temporary folder.
-            folder = [str(stack.enter_context(atomic_folder(final))) if main else ""]
-            broadcast_object_list(folder)
-            self.accelerator.save_state(folder[0])
-            if main:
-                self._write_state(Path(folder[0]), progress)
-            self.accelerator.wait_for_everyone()
+        try:
+            with ExitStack() as stack:
+                # One process owns the rename; the others write their parts into its temporary folder.
+                folder = [str(stack.enter_context(atomic_folder(final))) if main else ""]
+                broadcast_object_list(folder)
+                self.accelerator.save_state(folder[0])
+                if main:
+                    self._write_state(Path(folder[0]), progress)
+                self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write '{final}' ({_first_line(error)}); make room, and resume from the one before"
+            ) from error
         if main and self.total_limit is not None:
             for old in find_checkpoints(self.output_dir)[: -self.total_limit]:
                 doomed = old.with_name(f".{old.name}.old")
@@ -182,7 +192,7 @@ class Checkpoints:
                 self.ema.shadow_params = [weights[name].to(device) for name in self.trained]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"checkpoint '{folder}' cannot be read ({_first_line(error)}); resume from another one"
             ) from error

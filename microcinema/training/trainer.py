@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -43,13 +43,21 @@ if TYPE_CHECKING:
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
-def train(pipeline: ImageToVideoPipeline, dataset: Clips, settings: Settings, validate: Validate | None = None) -> Path:
+def train(
+    accelerator: Accelerator,
+    pipeline: ImageToVideoPipeline,
+    dataset: Clips,
+    settings: Settings,
+    validate: Validate | None = None,
+) -> Path:
     """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
     Every process of a distributed run calls it with the same arguments. Clips, their noise and their dropout depend on `settings.seed` and
     their number alone; interrupted and resumed, a run ends in the same bits.
 
     Args:
+        accelerator: from `make_accelerator`, for these settings and this call alone.
+        pipeline: the model; only its `unet` and `condition_encoder` change.
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
         validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
             averaged weights.
@@ -62,7 +70,6 @@ def train(pipeline: ImageToVideoPipeline, dataset: Clips, settings: Settings, va
     """
     output_dir = make_folder(settings.output_dir)
     checkpoint = choose_checkpoint(output_dir, settings.resume_from_checkpoint)
-    accelerator = _make_accelerator(settings)
     device = accelerator.device
 
     for encoder in (pipeline.vae, pipeline.text_encoder):
@@ -112,47 +119,49 @@ def train(pipeline: ImageToVideoPipeline, dataset: Clips, settings: Settings, va
 
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     micro_batches = meter.waiting(_micro_batches(accelerator, dataset, settings, progress))
-    bar = tqdm(
+    with tqdm(
         total=settings.max_train_steps,
         initial=progress.step,
         desc="training",
         unit="step",
         disable=not accelerator.is_main_process,
-    )
-    meter.start()
-    while progress.step < settings.max_train_steps:
-        norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of)
-        figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
-        reached = Progress(progress.step + 1, progress.clips + clips_per_step)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the loss is {figures['loss']} at step {reached.step} (clips {progress.clips} to {reached.clips - 1}); "
-                "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
+    ) as bar:
+        meter.start()
+        while progress.step < settings.max_train_steps:
+            norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of)
+            figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
+            reached = Progress(progress.step + 1, progress.clips + clips_per_step)
+            if not math.isfinite(figures["loss"]):
+                raise UserError(
+                    f"the loss is {figures['loss']} at step {reached.step} (clips {progress.clips} to {reached.clips - 1}); "
+                    "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
+                )
+            if not accelerator.optimizer_step_was_skipped:
+                lr_schedule.step()
+                if ema:
+                    ema.step(parameters)
+            progress = reached
+            accelerator.log(figures, step=progress.step)
+            bar.set_postfix_str(
+                f"loss {meter.recent_loss:.4f}, {figures['clips_per_second']:.1f} clips/s", refresh=False
             )
-        if not accelerator.optimizer_step_was_skipped:
-            lr_schedule.step()
-            if ema:
-                ema.step(parameters)
-        progress = reached
-        accelerator.log(figures, step=progress.step)
-        bar.set_postfix_str(f"loss {meter.recent_loss:.4f}, {figures['clips_per_second']:.1f} clips/s", refresh=False)
-        bar.update()
+            bar.update()
 
-        done = progress.step == settings.max_train_steps
-        if done or progress.step % settings.checkpointing_steps == 0:
-            checkpoints.save(progress)
-            meter.start()
-        if validate is not None and (done or progress.step % settings.validation_steps == 0):
-            with _averaged(ema, parameters), _evaluating(denoiser):
-                validate(accelerator, pipeline, progress.step)
-            meter.start()
-    bar.close()
+            done = progress.step == settings.max_train_steps
+            if done or progress.step % settings.checkpointing_steps == 0:
+                checkpoints.save(progress)
+                meter.start()
+            if validate is not None and (done or progress.step % settings.validation_steps == 0):
+                with _averaged(ema, parameters), _evaluating(denoiser):
+                    validate(accelerator, pipeline, progress.step)
+                meter.start()
 
     if accelerator.is_main_process:
         with _averaged(ema, parameters):
             export(pipeline, output_dir)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return output_dir
 
 
@@ -164,6 +173,7 @@ def run(config: "DictConfig") -> None:
     """
     settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
     output_dir = make_folder(settings.output_dir)
+    accelerator = make_accelerator(settings)
     set_seed(settings.seed)
     base = load_base(**config.base)
     dataset = instantiate(config.data)
@@ -192,11 +202,14 @@ def run(config: "DictConfig") -> None:
     )
     validate = None
     if settings.validation_prompts:
-        validate = Validation(_keyframes(base), settings.validation_prompts, height, width, output_dir, settings.seed)
-    if PartialState().is_main_process:
+        validate = Validation(
+            accelerator, _keyframes(base), settings.validation_prompts, height, width, output_dir, settings.seed
+        )
+    if accelerator.is_main_process:
         save(config, output_dir / "config.yaml")
     del base  # its 2D UNet has been copied
-    train(pipeline, dataset, settings, validate)
+    train(accelerator, pipeline, dataset, settings, validate)
+    accelerator.end_training()
 
 
 def _keyframes(base: Base) -> KeyframePipeline:
@@ -229,20 +242,16 @@ def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
     shutil.rmtree(whole)
 
 
-def _make_accelerator(settings: Settings) -> Accelerator:
-    try:
-        return Accelerator(
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.report_to,
-            project_config=ProjectConfiguration(
-                settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")
-            ),
-            # accelerate would advance the schedule once for every process; here a step is a step.
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate refuses mixed_precision={settings.mixed_precision}: {error}") from error
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The processes, device, precision and tracker of a run. To be made before anything else of accelerate, whose first object decides."""
+    return Accelerator(
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.report_to,
+        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
+        # accelerate would advance the schedule once for every process; here a step is a step.
+        step_scheduler_with_optimizer=False,
+    )
 
 
 def _optimise(
@@ -298,13 +307,7 @@ def _micro_batches(
         # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    try:
-        yield from loader
-    except UserError as error:
-        # From a worker process it comes with that process's traceback; the last line is the error itself.
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from error
+    return iter(loader)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ class Validation:
     The prompts are dealt out over the processes; so are their key frames, which are drawn here, once.
 
     Args:
+        accelerator: of the run.
         keyframes: draws an image for a prompt; not needed afterwards.
         prompts: what to make videos of.
         height, width: of the videos, pixels.
@@ -34,6 +35,7 @@ class Validation:
 
     def __init__(
         self,
+        accelerator: Accelerator,
         keyframes: KeyframePipeline,
         prompts: Sequence[str],
         height: int,
@@ -41,14 +43,13 @@ class Validation:
         output_dir: str | Path,
         seed: int = 0,
     ) -> None:
-        state = PartialState()
         self.prompts = list(prompts)
         self.folder = Path(output_dir) / "validation"
         self.seed = seed
-        mine = range(state.process_index, len(self.prompts), state.num_processes)
-        keyframes.to(state.device)
+        mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
+        keyframes.to(accelerator.device)
         self.images: dict[int, Image.Image] = {}
-        for i in tqdm(mine, "key frames of validation", disable=not state.is_main_process):
+        for i in tqdm(mine, "key frames of validation", disable=not accelerator.is_main_process):
             (drawn,) = keyframes([self.prompts[i]], height, width, [generator(seed, i)], INFERENCE_STEPS)
             self.images[i] = drawn.image
 

@@ -1,0 +1,65 @@
+import math
+
+import numpy as np
+import pytest
+import tiny
+import tiny_training
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from microcinema.data.video_io import probe, read_clip
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.training.settings import Settings
+from microcinema.training.validation import Validation, psnr
+
+PROMPTS = ["a red star", "a blue circle"]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """Two prompts validated at step 7, and again at step 8 with the same model."""
+    folder = tmp_path_factory.mktemp("validation")
+    torch.set_num_threads(1)
+    accelerator = tiny_training.accelerator(Settings(str(folder), max_train_steps=1))
+    accelerator.init_trackers("microcinema")
+    keyframe = Image.fromarray(np.full((tiny.SIZE, tiny.SIZE, 3), 90, dtype=np.uint8))
+    keyframe.save(folder / "keyframe.png")
+    validation = Validation(
+        accelerator, KeyframePipeline(folder / "keyframe.png"), PROMPTS, tiny.SIZE, tiny.SIZE, folder, seed=1
+    )
+    model = tiny_training.pipeline(folder)
+    for step in (7, 8):
+        validation(accelerator, model, step)
+    accelerator.trackers[0].finish()
+    return folder
+
+
+def test_videos_are_written_for_every_prompt(validated):
+    for i in range(len(PROMPTS)):
+        info = probe(validated / f"validation/step-7/{i}.mp4")
+        assert (info.num_frames, info.fps, info.width, info.height) == (tiny_training.FRAMES, 8.0, tiny.SIZE, tiny.SIZE)
+    with Image.open(validated / "validation/step-7/contact_sheet.png") as sheet:
+        assert sheet.width >= tiny_training.FRAMES * tiny.SIZE
+
+
+def test_only_the_model_differs_between_steps(validated):
+    one, other = (read_clip(validated / f"validation/step-{step}/0.mp4", tiny_training.FRAMES) for step in (7, 8))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, read_clip(validated / "validation/step-7/1.mp4", tiny_training.FRAMES))
+
+
+def test_videos_and_fidelity_go_to_the_tracker(validated):
+    events = EventAccumulator(str(validated / "logs/microcinema"))
+    events.Reload()
+    assert events.Tags()["images"] == ["validation/0", "validation/1"]
+    assert [event.step for event in events.Images("validation/1")] == [7, 8]
+    assert events.Images("validation/1")[0].encoded_image_string == (validated / "validation/step-7/1.gif").read_bytes()
+    assert [event.step for event in events.Scalars("validation/reference_psnr")] == [7, 8]
+
+
+def test_psnr():
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    assert psnr(image, image) == math.inf
+    assert psnr(image, image + 255) == 0.0
+    assert psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
