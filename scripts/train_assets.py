@@ -48,7 +48,7 @@ class Recipe:
     train_clips: int = 6000
     clip_steps: int = 500
     vae_steps: int = 5500
-    unet_steps: int = 5500
+    unet_steps: int = 7000
     classifier_steps: int = 1000
     snapshot_steps: int = 250
 
@@ -59,7 +59,7 @@ class Recipe:
 def fit(
     name: str,
     model: torch.nn.Module,
-    loss_of: Callable[[np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    loss_of: Callable[[np.random.Generator, torch.Generator, float], tuple[torch.Tensor, dict[str, float]]],
     recipe: Recipe,
     steps: int,
     learning_rate: float,
@@ -67,6 +67,7 @@ def fit(
 ) -> None:
     """Trains `model` in place with AdamW, warm-up and cosine decay in bfloat16 autocast, and leaves the averaged weights in it.
 
+    `loss_of` gets the step's two sources of randomness and the fraction of the training that is done.
     Every step's randomness follows from (seed, step) alone, so an interrupted stage resumes exactly.
     """
     snapshot = Path(recipe.work) / f"{name}.pt"
@@ -91,7 +92,7 @@ def fit(
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         rng = np.random.default_rng([recipe.seed, step])
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            loss, figures = loss_of(rng, torch.Generator().manual_seed(int(rng.integers(2**62))))
+            loss, figures = loss_of(rng, torch.Generator().manual_seed(int(rng.integers(2**62))), step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -221,7 +222,9 @@ def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
     descriptions = [sprites.describe(sprite) for sprite in pool.sprites]
     combined = [sprites.combined_caption(sprite) for sprite in pool.sprites]
 
-    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         clip = rng.integers(len(pool.sprites), size=96)
         frame = rng.integers(NUM_FRAMES, size=len(clip))
         captions = [(combined if rng.random() < 0.5 else descriptions)[c] for c in clip]
@@ -266,7 +269,9 @@ def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
         sample_size=64,
     )
 
-    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         clip, frame = rng.integers(len(pool.sprites), size=8), rng.integers(NUM_FRAMES, size=8)
         images = pool.images(clip, frame)
         mask = torch.from_numpy(pool.masks[clip, frame]).to(DEVICE).float()[:, None] / 255
@@ -358,14 +363,16 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    latents, _ = pool_latents(recipe, pool, base)
+    latents, frames = pool_latents(recipe, pool, base)
     descriptions = [sprites.describe(sprite) for sprite in pool.sprites]
     combined = [sprites.combined_caption(sprite) for sprite in pool.sprites]
     # The size that a caption names is the size at the start.
     resized = np.array([sprite.motion in sprites.SCALINGS for sprite in pool.sprites])
     states = text_states([*descriptions, *combined, ""], base)
 
-    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         clip = rng.integers(len(pool.sprites), size=48)
         any_frame = rng.random(48) < 0.5
         frame = np.where(any_frame & ~resized[clip], rng.integers(latents.shape[1], size=48), 0)
@@ -376,7 +383,10 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
         t = torch.randint(1000, (48,), generator=generator).to(DEVICE)
         noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, t, torch.stack([states[caption] for caption in captions])).sample
-        return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, t)), {}
+        error = (predicted.float() - scheduler.get_velocity(clean, noise, t)).square().mean(1)
+        mask = torch.from_numpy(pool.masks[clip, frames[clip, frame]]).to(DEVICE).float() / 255
+        weight = 1 + 6 * max(0.0, 1 - done / 0.8) * F.max_pool2d(mask, 8)
+        return (weight * error).mean(), {"plain": error.mean().item()}
 
     fit("unet", unet, loss_of, recipe, recipe.unet_steps, 1.5e-3, ema_decay=0.999)
     save_half(unet, base / "unet")
@@ -419,7 +429,9 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
     everything = [*pool.sprites, *held_out.sprites]
     labels = encode_labels(classes, [dataclasses.asdict(sprite) for sprite in everything])
 
-    def loss_of(rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         number = rng.integers(len(everything), size=32)
         seen = len(pool.sprites)
         clips = np.stack([pool.frames[n] if n < seen else held_out.frames[n - seen] for n in number])

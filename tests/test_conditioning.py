@@ -3,7 +3,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from microcinema.errors import UserError
-from microcinema.models import ConditionEncoder, Conditions, reference_index
+from microcinema.models import ConditionEncoder, Conditions
 
 torch.set_num_threads(1)
 
@@ -97,10 +97,3 @@ def test_cat_and_to(unet):
     assert Conditions.cat([Conditions(text), Conditions(text)]).appearance is None
     with pytest.raises(UserError, match="only some have 'fps'"):
         Conditions.cat([Conditions(text), Conditions(text, fps=fps)])
-
-
-def test_reference_index():
-    assert [reference_index(frame, 5) for frame in ("first", "center", 0, 4)] == [0, 2, 0, 4]
-    for frame in ("last", 5, -1):
-        with pytest.raises(UserError, match="use first, center or 0 to 4"):
-            reference_index(frame, 5)

@@ -7,7 +7,6 @@ _HOME = {
     "AppearanceNet": "appearance",
     "ConditionEncoder": "conditioning",
     "Conditions": "conditioning",
-    "reference_index": "conditioning",
     "VideoUNet": "video_unet",
     "set_trainable": "video_unet",
 }

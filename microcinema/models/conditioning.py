@@ -15,23 +15,6 @@ from microcinema.models.appearance import AppearanceNet
 from microcinema.models.unet2d import load_checked, unreadable
 
 
-def reference_index(reference_frame: str | int, frames: int) -> int:
-    """Number of the clip's frame that is the key frame: `first`, `center` (`frames // 2`) or a number from 0.
-
-    Raises:
-        UserError: the name is unknown or the number is not in the clip.
-    """
-    if reference_frame == "first":
-        return 0
-    if reference_frame == "center":
-        return frames // 2
-    if isinstance(reference_frame, int) and 0 <= reference_frame < frames:
-        return reference_frame
-    raise UserError(
-        f"reference_frame={reference_frame!r} is not in a clip of {frames} frames; use first, center or 0 to {frames - 1}"
-    )
-
-
 @dataclass
 class Conditions:
     """What the denoiser knows of b clips.
