@@ -12,7 +12,7 @@ import tiny_training
 import torch
 import yaml
 from PIL import Image
-from tiny_training import LatentClips, logged, pipeline, train, weights
+from tiny_training import LatentClips, logged, one_thread, pipeline, train, weights  # noqa: F401
 
 from microcinema import cli
 from microcinema.data.clips import ClipDataset
@@ -26,14 +26,6 @@ from microcinema.training.encoding import BatchEncoder, TextCache, sample_latent
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tiny
 import tiny_training
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import one_thread  # noqa: F401
 
 from microcinema.data.video_io import probe, read_clip
 from microcinema.pipelines.keyframe import KeyframePipeline
@@ -20,7 +20,6 @@ PROMPTS = ["a red star", "a blue circle"]
 def validated(tmp_path_factory):
     """Two prompts validated at step 7, and again at step 8 with the same model."""
     folder = tmp_path_factory.mktemp("validation")
-    torch.set_num_threads(1)
     accelerator = tiny_training.accelerator(Settings(str(folder), max_train_steps=1))
     accelerator.init_trackers("microcinema")
     keyframe = Image.fromarray(np.full((tiny.SIZE, tiny.SIZE, 3), 90, dtype=np.uint8))

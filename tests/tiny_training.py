@@ -1,9 +1,10 @@
 """A tiny video pipeline, tiny latent clips and what a run has logged, for the tests of training. Import as `import tiny_training`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,15 @@ from microcinema.training import trainer
 from microcinema.training.settings import Settings
 
 FRAMES = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks this small, threads cost more than they save, most of all beside other work. For a module that imports it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pipeline(folder: str | Path, seed: int = 0, **settings: Any) -> ImageToVideoPipeline:
