@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from jinja2 import Template
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -475,6 +477,34 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     save_pipeline(pipeline, folder, with_base=False)
 
 
+def write_card(recipe: Recipe, pool: Pool, assets: Path) -> None:
+    """Measures the video model on the protocol of Moving Sprites, and writes what was trained and measured into the model card."""
+    report = Path(recipe.work) / "report"
+    if microcinema(["evaluate", f"pipeline={assets / 'sprites-microcinema'}", f"output_dir={report}"]):
+        sys.exit("the evaluation failed; its message is above")
+    result = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    parameters = {
+        folder.relative_to(assets): sum(
+            tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values()
+        )
+        for folder in sorted(assets.rglob("*"))
+        if any(folder.glob("*.safetensors"))
+    }
+    parts = result["parts"]
+    template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
+    card = Template(template).render(
+        recipe=recipe,
+        world=sprites,
+        parameters=parameters,
+        parts=parts,
+        protocol=result["protocol"]["identifier"],
+        model=result["model"],
+        video=OmegaConf.load(Path(recipe.work) / "sprites-microcinema" / "config.yaml"),
+    )
+    with atomic_path(assets / "README.md") as path:
+        path.write_text(card.strip() + "\n", encoding="utf-8")
+
+
 def main() -> None:
     recipe: Recipe = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.from_cli(sys.argv[1:]))
@@ -489,6 +519,7 @@ def main() -> None:
         "unet": (train_unet, base, "model_index.json"),
         "microcinema": (train_video, assets / "sprites-microcinema", "model_index.json"),
         "classifier": (train_classifier, assets / "sprites-classifier", "config.json"),
+        "card": (write_card, assets, "README.md"),
     }
     for name in recipe.stages:
         train, folder, output = stages[name]
