@@ -37,7 +37,6 @@ class Train:
         "cosine",
         "cosine_with_restarts",
         "polynomial",
-        "piecewise_constant",
     ]
     lr_warmup_steps: CountOrZero
     use_8bit_adam: bool
@@ -47,6 +46,7 @@ class Train:
     adam_epsilon: Positive
     max_grad_norm: Positive
     snr_gamma: Positive | None
+    motion_weight: NotNegative
     text_dropout: Fraction
     image_dropout: Fraction
     use_ema: bool

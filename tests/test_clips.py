@@ -124,7 +124,7 @@ def test_a_random_clip_depends_on_seed_epoch_and_index_alone(world, tmp_path):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_give_the_same_items_and_see_the_epoch(world, tmp_path, context):
     clips = dataset(world, tmp_path)
-    loader = DataLoader(clips, batch_size=2, num_workers=1, persistent_workers=True, multiprocessing_context=context)
+    loader = DataLoader(clips, batch_size=2, num_workers=1, multiprocessing_context=context)
     for epoch in (0, 1):
         clips.set_epoch(epoch)
         batches = list(loader)

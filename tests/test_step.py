@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from microcinema.diffusion.noise_prior import NoisePrior
-from microcinema.diffusion.objective import add_noise, target
+from microcinema.diffusion.objective import add_noise, motion_weights, target
 from microcinema.diffusion.randomness import generator
 from microcinema.training.step import Batch, Draws, Objective, training_loss
 
@@ -16,6 +16,7 @@ def objective(**changes) -> Objective:
         "prior": NoisePrior("appearance", 0.5),
         "reference_frame": "center",
         "snr_gamma": None,
+        "motion_weight": 0.0,
         "text_dropout": 0.25,
         "image_dropout": 0.5,
         "seed": 3,
@@ -82,6 +83,23 @@ def test_the_loss_of_a_silent_denoiser_is_the_weighted_power_of_the_target():
     weight = torch.clamp(5.0 * (1 - abar) / abar, max=1)  # min(snr, 5) / snr
     weighted = training_loss(silent, clips, draws, torch.zeros(1, 5, 6), objective(snr_gamma=5.0))
     torch.testing.assert_close(weighted, weight * power)
+
+
+def test_what_moves_weighs_more():
+    clips, draws = batch(), objective().draw([7, 8], SHAPE)
+    clips.latents[:] = clips.latents[:, 1:2]  # nothing moves
+    clips.latents[0, 0, :, 0, 0] += 0.25  # but one place, a little, and another, a lot
+    clips.latents[1, 2, :, 1, 1] += 40.0
+    weights = torch.ones(2, 1, 1, *SHAPE[2:])
+    weights[0, ..., 0, 0], weights[1, ..., 1, 1] = 1 + 4 * 0.25, 1 + 4
+    torch.testing.assert_close(motion_weights(clips.latents, clips.latents[:, 1], 4.0), weights)
+
+    def silent(z_t, *conditions):
+        return torch.zeros_like(z_t)
+
+    power = (draws.noise + 0.5 * clips.latents[:, 1:2]) ** 2
+    weighted = training_loss(silent, clips, draws, torch.zeros(1, 5, 6), objective(motion_weight=4.0))
+    torch.testing.assert_close(weighted, (weights * power).mean(dim=(1, 2, 3, 4)))
 
 
 def test_a_dropped_caption_is_the_empty_one_and_a_dropped_image_is_told():

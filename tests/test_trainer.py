@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import math
 import os
 import socket
 from pathlib import Path
@@ -16,13 +15,14 @@ from tiny_training import LatentClips, logged, one_thread, pipeline, train, weig
 
 from microcinema import cli
 from microcinema.data.clips import ClipDataset
+from microcinema.data.latents import encode
 from microcinema.data.sprites import write_dataset
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saved import load_pipeline
 from microcinema.training import trainer
-from microcinema.training.encoding import BatchEncoder, TextCache, sample_latents
+from microcinema.training.encoding import BatchEncoder, TextCache
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
@@ -261,18 +261,16 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
     run("two-parts", seed=5, resume_from_checkpoint="latest")
 
 
-def test_latents_of_a_raw_clip_do_not_depend_on_its_batch():
+def test_raw_clips_train_on_the_latents_that_a_cache_would_hold():
     vae = tiny.vae()
     video = torch.rand(3, 2, 3, tiny.SIZE, tiny.SIZE, generator=generator(1)) * 2 - 1
-    together = sample_latents(vae, video, 0, [4, 5, 6])
-    assert torch.equal(together[1:2], sample_latents(vae, video[1:2], 0, [5]))
-    assert not torch.equal(together[1:2], sample_latents(vae, video[1:2], 0, [6]))
-    posterior = vae.encode(video[0]).latent_dist
-    drawn = torch.stack([sample_latents(vae, video[:1], 0, [k])[0] for k in range(200)]) / vae.config.scaling_factor
-    torch.testing.assert_close(
-        drawn.mean(0), posterior.mean, atol=5 * posterior.std.max().item() / math.sqrt(200), rtol=0
-    )
-    torch.testing.assert_close(drawn.std(0).mean(), posterior.std.mean(), rtol=0.05, atol=0)
+    embed = TextCache(lambda captions: torch.zeros(1, 2, 3))
+    items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "number": torch.arange(3)}
+    batch = BatchEncoder(vae, embed, torch.device("cpu"))(items)
+    for clip, latents in zip(video, batch.latents, strict=True):
+        assert torch.equal(latents, encode(vae, clip[None])[0])  # whatever the batch
+    mean = vae.encode(video[0]).latent_dist.mean * vae.config.scaling_factor
+    torch.testing.assert_close(batch.latents[0], mean)
 
 
 def test_captions_are_encoded_once_while_they_are_kept():

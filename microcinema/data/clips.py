@@ -68,8 +68,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise UserError(f"clip='{clip}' is not known; choose one of random, {', '.join(POSITIONS)}")
         self.root, self.num_frames, self.fps, self.size = Path(root), num_frames, fps, (height, width)
         self.decoder, self.clip, self.seed = decoder, clip, seed
-        # In shared memory, so that data-loader workers that outlive an epoch see the new one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = 0
         self.rows = _read_rows(Path(csv))
         if not any(path.is_file() for row in self.rows for path in self._candidates(row)):
             tried = [str(path) for row in self.rows[:3] for path in self._candidates(row)][:3]
@@ -78,8 +77,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass choose other random parts of the videos; call it before iterating."""
-        self._epoch.fill_(epoch)
+        """Makes the next pass choose other random parts of the videos; call it before iterating (a worker process keeps the epoch of its start)."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,7 +91,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """
         row, path = self.rows[index], self.path(index)
         if self.clip == "random":
-            position = float(np.random.default_rng([self.seed, int(self._epoch), index]).random())
+            position = float(np.random.default_rng([self.seed, self._epoch, index]).random())
         else:
             position = POSITIONS[self.clip]
         frames = video_io.read_clip(path, self.num_frames, self.fps, position=position, decoder=self.decoder)

@@ -121,7 +121,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         except OSError as error:
             raise unreadable(pretrained_model_name_or_path, error) from error
         if config["appearance"] is None:  # no weights, so no weight file either
-            return cls.from_config(config)
+            net = cls.from_config(config)
+            return (net, {"missing_keys": [], "unexpected_keys": []}) if kwargs.get("output_loading_info") else net
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def forward(

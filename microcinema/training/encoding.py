@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from microcinema.diffusion.randomness import generator
+from microcinema.data.latents import encode
 from microcinema.training.step import Batch
-
-_POSTERIOR = 1  # second number of a clip's generator: the noise of the VAE's posterior, apart from that of diffusion
 
 
 class TextCache:
@@ -43,32 +41,12 @@ class TextCache:
         return embedding
 
 
-@torch.no_grad()
-def sample_latents(vae: AutoencoderKL, video: torch.Tensor, seed: int, numbers: Sequence[int]) -> torch.Tensor:
-    """Scaled latents (b, f, c, h, w), float32, drawn from the VAE's posterior with each clip's own generator.
-
-    One clip at a time: bounded memory, and latents that do not depend on the batch.
-
-    Args:
-        video: pixels in [-1, 1], (b, f, 3, H, W).
-        numbers: of the clips in the global order.
-    """
-    latents = []
-    for frames, number in zip(video, numbers, strict=True):
-        posterior = vae.encode(frames.to(vae.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator(seed, number, _POSTERIOR))
-        drawn = (posterior.mean + posterior.std * noise.to(posterior.mean)).float()
-        latents.append((drawn - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor)
-    return torch.stack(latents)
-
-
 class BatchEncoder:
     """Turns a collated batch of items (`video` or scaled `latents`, `caption`, `fps`, `number`) into a `Batch` on the device."""
 
-    def __init__(self, vae: AutoencoderKL, embed: TextCache, seed: int, device: torch.device) -> None:
+    def __init__(self, vae: AutoencoderKL, embed: TextCache, device: torch.device) -> None:
         self.vae = vae
         self.embed = embed
-        self.seed = seed
         self.device = device
 
     def __call__(self, items: Mapping[str, Any]) -> Batch:
@@ -76,5 +54,7 @@ class BatchEncoder:
         if "latents" in items:
             latents = items["latents"].to(self.device, torch.float32, non_blocking=True)
         else:
-            latents = sample_latents(self.vae, items["video"].to(self.device, non_blocking=True), self.seed, numbers)
+            # One clip at a time: bounded memory, and latents that do not depend on the batch.
+            video = items["video"].to(self.device, non_blocking=True)
+            latents = torch.cat([encode(self.vae, clip) for clip in video.split(1)])
         return Batch(latents, self.embed(items["caption"]), items["fps"].to(self.device, torch.float32), numbers)

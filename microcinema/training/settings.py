@@ -33,6 +33,7 @@ class Settings:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     snr_gamma: float | None = None
+    motion_weight: float = 0.0
     text_dropout: float = 0.1
     image_dropout: float = 0.1
     use_ema: bool = True

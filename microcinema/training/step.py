@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from microcinema.diffusion.noise_prior import NoisePrior, reference_index
-from microcinema.diffusion.objective import add_noise, loss_weights, squared_error, target
+from microcinema.diffusion.objective import add_noise, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.randomness import generator
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -60,6 +60,7 @@ class Objective:
         prior: how the noise of a clip is made.
         reference_frame: which frame is the key frame: first, center or an index.
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
+        motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         seed: of the run.
     """
@@ -68,6 +69,7 @@ class Objective:
     prior: NoisePrior
     reference_frame: str | int
     snr_gamma: float | None
+    motion_weight: float
     text_dropout: float
     image_dropout: float
     seed: int
@@ -128,5 +130,6 @@ def training_loss(
     z_t = add_noise(objective.scheduler, batch.latents, noise, draws.t)
     text = torch.where(draws.keep_text[:, None, None], batch.text, empty_text)
     prediction = denoiser(z_t, draws.t, text, z_ref, batch.fps, draws.keep_image)
-    error = squared_error(prediction, target(objective.scheduler, batch.latents, noise, draws.t))
+    wanted = target(objective.scheduler, batch.latents, noise, draws.t)
+    error = squared_error(prediction, wanted, motion_weights(batch.latents, z_ref, objective.motion_weight))
     return error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)

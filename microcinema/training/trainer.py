@@ -101,12 +101,13 @@ def train(
         prior=pipeline.noise_prior,
         reference_frame=pipeline.reference_frame,
         snr_gamma=settings.snr_gamma,
+        motion_weight=settings.motion_weight,
         text_dropout=settings.text_dropout,
         image_dropout=settings.image_dropout,
         seed=settings.seed,
     )
     embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
-    encode = BatchEncoder(pipeline.vae, embed, settings.seed, device)
+    encode = BatchEncoder(pipeline.vae, embed, device)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
 
     def loss_of(items: dict[str, Any]) -> torch.Tensor:
