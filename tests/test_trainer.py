@@ -62,7 +62,7 @@ class Fuse:
 def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     model, dataset = pipeline(tmp_path), LatentClips(2)
     objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, 0.0, 0.0, seed=99)
-    encode = BatchEncoder(model.vae, TextCache(model.encode_text), 0, torch.device("cpu"))
+    encode = BatchEncoder(model.vae, TextCache(model.encode_text), torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:
