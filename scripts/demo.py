@@ -1,6 +1,7 @@
 """`make demo`: the whole system on Moving Sprites, each step the command that a user would type, shown before it runs."""
 
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,8 @@ STEPS = [
 
 def main() -> int:
     """Runs the steps in order, stops at the first that fails, and prints what to look at."""
-    PROMPTS.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(HERE, ignore_errors=True)  # of an earlier demo: training would refuse to overwrite its checkpoints
+    PROMPTS.parent.mkdir(parents=True)
     PROMPTS.write_text(
         "a large red star moving quickly to the left on sand\n"
         "a small blue heart rotating slowly clockwise on wood\n"
