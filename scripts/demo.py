@@ -23,7 +23,7 @@ STEPS = [
     ),
     (
         f"Sample with the embedded model {EMBEDDED}: text to key frame, key frame to video",
-        ["sample", f"pipeline={EMBEDDED}", f"prompts={PROMPTS}", f"output_dir={HERE}/videos", "num_inference_steps=25"],
+        ["sample", f"pipeline={EMBEDDED}", f"prompts={PROMPTS}", f"output_dir={HERE}/videos"],
     ),
     (
         "Measure the embedded model: is the named object there, does it move as named?",

@@ -55,7 +55,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
     record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert (record["prompt"], record["motion_prompt"], record["seed"]) == (PROMPT, None, 3)
     assert (record["num_frames"], record["fps"], record["height"], record["width"]) == (5, 6.0, 24, tiny.SIZE)
-    assert record["config"]["guidance_scale"] == record["guidance_scale"] == 7.5
+    assert record["config"]["guidance_scale"] == record["guidance_scale"] == 4.0
     assert record["schedule"]["class"] == "DDIMScheduler"
     assert len(record["schedule"]["timesteps"]) == record["num_inference_steps"] == 2
     assert record["pipeline"]["training_schedule"]["prediction_type"] == "epsilon"
