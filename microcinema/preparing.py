@@ -7,7 +7,7 @@ import torch
 
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import encode_dataset
-from microcinema.data.sprites import CSV_FILE, TRUTH_FILE, write_dataset
+from microcinema.data.sprites_dataset import CSV_FILE, TRUTH_FILE, write_dataset
 from microcinema.errors import UserError
 from microcinema.pipelines.base import load_base
 

@@ -30,6 +30,7 @@ from microcinema.cli import main as microcinema
 from microcinema.data import sprites
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import encode_dataset
+from microcinema.data.sprites_dataset import CSV_FILE, write_dataset
 from microcinema.files import atomic_path
 from microcinema.models.sprite_classifier import SpriteClassifier, classifier_loss, encode_labels
 from microcinema.pipelines.saved import load_pipeline, save_pipeline
@@ -456,12 +457,12 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """The MicroCinema model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, data, output = folder.parent / "sprites-base", Path(recipe.work) / "data", Path(recipe.work) / folder.name
-    if not (data / sprites.CSV_FILE).exists():
-        sprites.write_dataset(data, recipe.train_clips, recipe.seed)
+    if not (data / CSV_FILE).exists():
+        write_dataset(data, recipe.train_clips, recipe.seed)
     if not (data / "latents").exists():
         vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
         encode_dataset(
-            ClipDataset(str(data / sprites.CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"), vae, data / "latents"
+            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"), vae, data / "latents"
         )
     overrides = [
         "experiment=sprites_microcinema",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, ReadonlyConfigError
 from microcinema import config, schema
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import LatentClipDataset, encode_dataset
-from microcinema.data.sprites import CSV_FILE, write_dataset
+from microcinema.data.sprites_dataset import CSV_FILE, write_dataset
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.errors import UserError
 from microcinema.pipelines.base import load_base

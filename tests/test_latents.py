@@ -123,7 +123,7 @@ def test_another_vae_is_refused(cache, vae):
 def test_the_dtype_of_loading_is_not_another_vae(root, tmp_path):
     half = tiny.vae().half()
     encode_dataset(clips(root), half.float(), tmp_path / "cache", progress=False)
-    LatentClipDataset(tmp_path / "cache", vae=half.half())
+    assert len(LatentClipDataset(tmp_path / "cache", vae=half.half())) == len(clips(root))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_another_transform_is_named(cache, root, arguments, difference):
 
 
 def test_the_decoder_is_no_difference(cache, root):
-    LatentClipDataset(cache, dataset=clips(root, decoder="decord"))
+    assert len(LatentClipDataset(cache, dataset=clips(root, decoder="decord"))) == len(clips(root))
 
 
 def test_other_clips_are_refused(cache, tmp_path):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from microcinema.data import sprites
+from microcinema.data import sprites, sprites_dataset
 from microcinema.data.clips import ClipDataset
 from microcinema.errors import UserError
 
@@ -118,10 +118,12 @@ def test_the_picture_does_not_depend_on_the_resolution():
 
 
 def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
-    folder = sprites.write_dataset(tmp_path / "sprites", 5, seed=9, progress=False)
+    folder = sprites_dataset.write_dataset(tmp_path / "sprites", 5, seed=9, progress=False)
     dataset = ClipDataset(str(folder / "clips.csv"), str(folder), num_frames=16, fps=8, resolution=64, clip="first")
     assert len(dataset) == 5
-    for item, (video_id, sprite, num_frames, size, fps) in zip(dataset, sprites.read_truth(folder), strict=True):
+    for item, (video_id, sprite, num_frames, size, fps) in zip(
+        dataset, sprites_dataset.read_truth(folder), strict=True
+    ):
         assert item["id"] == video_id
         assert item["caption"] == sprites.combined_caption(sprite)
         assert item["description"] == sprites.describe(sprite)
@@ -133,9 +135,9 @@ def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
 
 def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="num_clips=0"):
-        sprites.write_dataset(tmp_path / "none", 0)
+        sprites_dataset.write_dataset(tmp_path / "none", 0)
     with pytest.raises(UserError, match="num_frames=0"):
         sprites.render(example(), num_frames=0)
     with pytest.raises(UserError, match=r"truth\.jsonl"):
-        next(sprites.read_truth(tmp_path))
+        next(sprites_dataset.read_truth(tmp_path))
     assert not (tmp_path / "none").exists()

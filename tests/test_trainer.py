@@ -16,7 +16,7 @@ from tiny_training import LatentClips, logged, one_thread, pipeline, train, weig
 from microcinema import cli
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import encode
-from microcinema.data.sprites import write_dataset
+from microcinema.data.sprites_dataset import write_dataset
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.pipelines.keyframe import KeyframePipeline
