@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from microcinema.cli import main as microcinema
 from microcinema.data import sprites
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import encode_dataset
+from microcinema.data.latents import WEIGHTS, encode_dataset
 from microcinema.data.sprites_dataset import CSV_FILE, write_dataset
 from microcinema.files import atomic_path
 from microcinema.models.sprite_classifier import SpriteClassifier, classifier_loss, encode_labels
@@ -68,7 +68,9 @@ def fit(
     learning_rate: float,
     ema_decay: float = 0.998,
 ) -> None:
-    """Trains `model` in place with AdamW, warm-up and cosine decay in bfloat16 autocast, and leaves the averaged weights in it.
+    """Trains `model` in place with AdamW, warm-up and cosine decay, and leaves the averaged weights in it.
+
+    On a GPU in bfloat16 autocast; on a CPU, where the casts of such small networks cost more than they save, in float32.
 
     `loss_of` gets the step's two sources of randomness and the fraction of the training that is done.
     Every step's randomness follows from (seed, step) alone, so an interrupted stage resumes exactly.
@@ -94,7 +96,7 @@ def fit(
     for step in bar:
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         rng = np.random.default_rng([recipe.seed, step])
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss, figures = loss_of(rng, torch.Generator().manual_seed(int(rng.integers(2**62))), step / steps)
         optimizer.zero_grad()
         loss.backward()
@@ -322,31 +324,25 @@ def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
     save_half(vae, base / "vae")
 
 
-@torch.no_grad()
-def pool_latents(recipe: Recipe, pool: Pool, base: Path, frames_per_clip: int = 4) -> tuple[torch.Tensor, np.ndarray]:
-    """Scaled latents (n, k, c, h, w) of the first and `frames_per_clip - 1` random frames of every clip, and the numbers (n, k) of those frames."""
-    rng = np.random.default_rng(recipe.seed)
-    others = rng.permuted(np.tile(np.arange(1, NUM_FRAMES), (len(pool.sprites), 1)), axis=1)[:, : frames_per_clip - 1]
-    frames = np.concatenate([np.zeros((len(pool.sprites), 1), int), others], axis=1)
-    path = Path(recipe.work) / "latents.pt"
-    if not path.exists():
-        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE).eval()
-        chunks = []
-        for start in tqdm(range(0, len(frames), 32), desc="encode frames"):
-            clip = np.arange(start, min(start + 32, len(frames)))
-            images = pool.images(np.repeat(clip, frames_per_clip), frames[clip].ravel())
-            latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
-            chunks.append(latents.unflatten(0, (-1, frames_per_clip)).half().cpu())
-        with atomic_path(path) as temporary:
-            torch.save(torch.cat(chunks), temporary)
-    return torch.load(path, weights_only=True), frames
+def make_data(recipe: Recipe, base: Path) -> Path:
+    """The pool's clips as an ordinary data set: files on disk, and their latents by the base's VAE."""
+    data = Path(recipe.work) / "data"
+    if not (data / CSV_FILE).exists():
+        write_dataset(data, recipe.train_clips, recipe.seed)
+    if not (data / "latents").exists():
+        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
+        encode_dataset(
+            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"), vae, data / "latents"
+        )
+    return data
 
 
 def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
     """The text-to-image UNet: v-prediction (arXiv 2202.00512) on Stable Diffusion's schedule.
 
     Half of the pictures are any frame with the descriptive caption, half are first frames with the motion named as well, since the key
-    frame of a motion must leave it room; one caption in ten is empty, for guidance.
+    frame of a motion must leave it room; one caption in ten is empty, for guidance. Most diffusion times are drawn where shapes are decided,
+    by a logit-normal distribution (arXiv 2403.03206): at the noisiest times the object's place is all that matters, and it cannot be known.
     """
     torch.manual_seed(recipe.seed)
     scheduler = DDIMScheduler(
@@ -370,7 +366,7 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    latents, frames = pool_latents(recipe, pool, base)
+    latents = load_file(make_data(recipe, base) / "latents" / WEIGHTS)["latents"]
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32).to(DEVICE).eval()
     encoder.requires_grad_(False)
@@ -380,16 +376,18 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         clip = rng.integers(len(pool.sprites), size=48)
         any_frame = rng.random(48) < 0.5
-        frame = pool.frames_of_named_size(clip, np.where(any_frame, rng.integers(latents.shape[1], size=48), 0))
+        frame = pool.frames_of_named_size(clip, np.where(any_frame, rng.integers(NUM_FRAMES, size=48), 0))
         captions = [brief(rng, pool.sprites[c], not d)[0] for c, d in zip(clip, any_frame, strict=True)]
         captions = ["" if empty else caption for empty, caption in zip(rng.random(48) < 0.1, captions, strict=True)]
         clean = latents[clip, frame].float().to(DEVICE)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        t = torch.randint(1000, (48,), generator=generator).to(DEVICE)
+        decisive = torch.sigmoid(0.4 + torch.randn(48, generator=generator))
+        anywhere = torch.rand(48, generator=generator)
+        t = (1000 * torch.where(torch.rand(48, generator=generator) < 0.8, decisive, anywhere)).long().to(DEVICE)
         noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, t, encoder(tokenize(tokenizer, captions)).last_hidden_state).sample
         error = (predicted.float() - scheduler.get_velocity(clean, noise, t)).square().mean(1)
-        mask = torch.from_numpy(pool.masks[clip, frames[clip, frame]]).to(DEVICE).float() / 255
+        mask = torch.from_numpy(pool.masks[clip, frame]).to(DEVICE).float() / 255
         weight = 1 + 6 * max(0.0, 1 - done / 0.8) * F.max_pool2d(mask, 8)
         return (weight * error).mean(), {"plain": error.mean().item()}
 
@@ -456,14 +454,8 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
 
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """The MicroCinema model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
-    base, data, output = folder.parent / "sprites-base", Path(recipe.work) / "data", Path(recipe.work) / folder.name
-    if not (data / CSV_FILE).exists():
-        write_dataset(data, recipe.train_clips, recipe.seed)
-    if not (data / "latents").exists():
-        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
-        encode_dataset(
-            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"), vae, data / "latents"
-        )
+    base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
+    data = make_data(recipe, base)
     overrides = [
         "experiment=sprites_microcinema",
         f"base.pretrained_model_name_or_path={base}",
