@@ -47,6 +47,7 @@ class Train:
     max_grad_norm: Positive
     snr_gamma: Positive | None
     motion_weight: NotNegative
+    timestep_logit_normal: tuple[float, Positive] | None
     text_dropout: Fraction
     image_dropout: Fraction
     use_ema: bool

@@ -17,6 +17,7 @@ def objective(**changes) -> Objective:
         "reference_frame": "center",
         "snr_gamma": None,
         "motion_weight": 0.0,
+        "timestep_logit_normal": None,
         "text_dropout": 0.25,
         "image_dropout": 0.5,
         "seed": 3,
@@ -53,6 +54,15 @@ def test_dropout_is_independent_and_as_frequent_as_asked():
     assert kept.keep_text.all() and kept.keep_image.all()
     dropped = objective(text_dropout=1.0, image_dropout=1.0).draw(range(500), torch.Size((1, 1, 1, 1)))
     assert not dropped.keep_text.any() and not dropped.keep_image.any()
+
+
+def test_diffusion_steps_follow_the_logit_normal_distribution():
+    t = objective(timestep_logit_normal=(0.8, 1.2)).draw(range(4000), torch.Size((1, 1, 1, 1))).t
+    logit = torch.logit((t + 0.5) / 1000)
+    assert logit.mean().item() == pytest.approx(0.8, abs=0.06)
+    assert logit.std().item() == pytest.approx(1.2, abs=0.06)
+    far = objective(timestep_logit_normal=(40.0, 1.0)).draw(range(9), torch.Size((1, 1, 1, 1))).t
+    assert (far == 999).all()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -61,7 +61,7 @@ class Fuse:
 
 def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     model, dataset = pipeline(tmp_path), LatentClips(2)
-    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, 0.0, 0.0, seed=99)
+    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, seed=99)
     encode = BatchEncoder(model.vae, TextCache(model.encode_text), torch.device("cpu"))
 
     @torch.no_grad()
@@ -360,6 +360,7 @@ def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
         {"text_dropout": 1.5},
         {"learning_rate": 0.0},
         {"checkpoints_total_limit": 0},
+        {"timestep_logit_normal": (0.0, 0.0)},
         {"report_to": "paper"},
         {"mixed_precision": "fp8"},
     ],

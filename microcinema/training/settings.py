@@ -34,6 +34,7 @@ class Settings:
     max_grad_norm: float = 1.0
     snr_gamma: float | None = None
     motion_weight: float = 0.0
+    timestep_logit_normal: Sequence[float] | None = None
     text_dropout: float = 0.1
     image_dropout: float = 0.1
     use_ema: bool = True
@@ -69,6 +70,12 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.timestep_logit_normal is not None and not (
+            len(self.timestep_logit_normal) == 2 and self.timestep_logit_normal[1] > 0
+        ):
+            raise UserError(
+                f"timestep_logit_normal is {list(self.timestep_logit_normal)}; give [mean, standard deviation > 0], or null"
+            )
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise UserError(
                 f"checkpoints_total_limit is {self.checkpoints_total_limit}; use 1 or more, or null to keep all"

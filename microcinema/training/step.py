@@ -61,6 +61,8 @@ class Objective:
         reference_frame: which frame is the key frame: first, center or an index.
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
         motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
+        timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which diffusion steps are drawn (arXiv 2403.03206,
+            section 3.1); None draws all steps alike.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         seed: of the run.
     """
@@ -70,6 +72,7 @@ class Objective:
     reference_frame: str | int
     snr_gamma: float | None
     motion_weight: float
+    timestep_logit_normal: Sequence[float] | None
     text_dropout: float
     image_dropout: float
     seed: int
@@ -83,15 +86,22 @@ class Objective:
         Args:
             shape: of one clip's latents, (f, c, h, w).
         """
-        steps = self.scheduler.config["num_train_timesteps"]
         choices, t, noise = [], [], []
         for number in numbers:
             source = generator(self.seed, number)
             choices.append(torch.rand(2, generator=source))
-            t.append(torch.randint(steps, (), generator=source))
+            t.append(self._step(source))
             noise.append(torch.randn(shape, generator=source))
         keep = torch.stack(choices) >= torch.tensor([self.text_dropout, self.image_dropout])
         return Draws(torch.stack(noise), torch.stack(t), keep[:, 0], keep[:, 1])
+
+    def _step(self, source: torch.Generator) -> torch.Tensor:
+        steps = self.scheduler.config["num_train_timesteps"]
+        if self.timestep_logit_normal is None:
+            return torch.randint(steps, (), generator=source)
+        mean, std = self.timestep_logit_normal
+        # The smallest float32 below 1 times T may round up to T.
+        return (steps * torch.sigmoid(mean + std * torch.randn((), generator=source))).long().clamp(max=steps - 1)
 
 
 class Denoiser(nn.Module):

@@ -102,6 +102,7 @@ def train(
         reference_frame=pipeline.reference_frame,
         snr_gamma=settings.snr_gamma,
         motion_weight=settings.motion_weight,
+        timestep_logit_normal=settings.timestep_logit_normal,
         text_dropout=settings.text_dropout,
         image_dropout=settings.image_dropout,
         seed=settings.seed,
