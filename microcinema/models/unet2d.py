@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -12,9 +12,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional
 
 from microcinema.errors import UserError
+from microcinema.models.layers import Attended, attend
 
 # What of a UNet2DConditionModel's config may vary: all that Stable Diffusion 1.x and 2.x vary.
 # The rest must stand at its default.
@@ -74,11 +74,59 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in UNET2D_ARGUMENTS if key in config}
 
 
+class LayerShape(NamedTuple):
+    """Where a layer stands.
+
+    Attributes:
+        width: channels of its output.
+        attends: whether it has a spatial transformer.
+        scale: places of the latent grid per place of the layer, in each direction.
+    """
+
+    width: int
+    attends: bool
+    scale: int
+
+
+def layer_shapes(net: Any) -> list[LayerShape]:
+    """Shapes of all layers, in the order of their numbers, of a UNet2DConditionModel or of a network of its parts."""
+    shapes: list[LayerShape] = []
+    scale = 1
+
+    def add(block: Any) -> None:
+        for resnet, transformer in UNet2DParts.layers_of(block):
+            shapes.append(LayerShape(resnet.out_channels, transformer is not None, scale))
+
+    for block in net.down_blocks:
+        add(block)
+        scale *= 2 if block.downsamplers else 1
+    add(net.mid_block)
+    for block in net.up_blocks:
+        add(block)
+        scale //= 2 if block.upsamplers else 1
+    return shapes
+
+
+class TextAndImage(NamedTuple):
+    """What a spatial cross-attention reads if an adapter is on.
+
+    Attributes:
+        text: text tokens `b m d`.
+        image: keys and values of the image tokens.
+        gate: factor of each channel of their result, `(c,)`.
+    """
+
+    text: Tensor
+    image: Attended
+    gate: Tensor
+
+
 class ClipCrossAttention:
     """Attention processor for frames that share one text: keys and values are computed once per clip, not per frame.
 
-    `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d`; the queries of a clip's frames are one long
-    sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
+    `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d` or TextAndImage; the queries of a clip's frames are
+    one long sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
+    With an image the same queries also attend to its keys, and the gated result is added (arXiv 2308.06721, equation 5).
     Returns `(b f) n d`.
     """
 
@@ -86,24 +134,23 @@ class ClipCrossAttention:
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | TextAndImage,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        b = encoder_hidden_states.shape[0]
-        f = hidden_states.shape[0] // b
-        heads = attn.heads
-        query = rearrange(attn.to_q(hidden_states), "(b f) n (h d) -> b h (f n) d", b=b, h=heads)
-        key, value = (
-            rearrange(to(encoder_hidden_states), "b m (h d) -> b h m d", h=heads) for to in (attn.to_k, attn.to_v)
-        )
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        out = rearrange(out, "b h (f n) d -> (b f) n (h d)", f=f)
+        given = encoder_hidden_states
+        text = given.text if isinstance(given, TextAndImage) else given
+        frames = len(hidden_states) // len(text)
+        query = rearrange(attn.to_q(hidden_states), "(b f) n c -> b (f n) c", f=frames)
+        out = attend(query, Attended(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
+        if isinstance(given, TextAndImage):
+            out = out + given.gate * attend(query, given.image, attn.heads)
+        out = rearrange(out, "b (f n) c -> (b f) n c", f=frames)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         return out
 
 
-def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor) -> Tensor:
+def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextAndImage) -> Tensor:
     """Runs one of the base's spatial transformers.
 
     This is its own forward without the forced return to the contiguous layout (a copy per call) and without its inner
@@ -111,7 +158,7 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor) -> 
 
     Args:
         h: `(b f) c h w`.
-        text: `b n d`.
+        text: `b n d`, with or without an image beside it.
     """
     height = h.shape[-2]
     x = module.norm(h)

@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
@@ -13,16 +14,22 @@ from torch import Tensor, nn
 from microcinema.errors import UserError
 from microcinema.models.appearance import FUSIONS, INJECTS, check_choice, fuse, injected_layers
 from microcinema.models.conditioning import ConditionEncoder, Conditions
-from microcinema.models.layers import TemporalConv, TemporalTransformer, zero_init
-from microcinema.models.unet2d import UNet2DParts, spatial_transformer, unet2d_arguments
+from microcinema.models.layers import PixelAwareCrossAttention, TemporalConv, TemporalTransformer, zero_init
+from microcinema.models.unet2d import (
+    TextAndImage,
+    UNet2DParts,
+    layer_shapes,
+    spatial_transformer,
+    unet2d_arguments,
+)
 
 
 class VideoUNet(UNet2DParts):
     """Denoiser of clips, `z_t, t, conditions -> prediction`, which at initialisation equals its 2D UNet on every frame.
 
     Every layer runs: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
-    temporal transformer (the transformers where the 2D UNet has one). The injection stands before the temporal
-    transformer, so that motion is computed from features that know the key frame.
+    pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). What brings in the key frame
+    stands before the temporal transformer, so that motion is computed from features that know it.
 
     Args:
         max_frames: longest clip (length of the learned position tables).
@@ -32,13 +39,17 @@ class VideoUNet(UNet2DParts):
         fps_conditioning: add an embedding of the frame rate to the time embedding.
         fusion: `add`, `spade` or None (no injection).
         inject: `encoder`, `decoder`, `both` or None (no injection).
+        image_attention: the spatial cross-attentions read an adapter's image tokens as well, behind zero gates.
+        pixel_scales: scales (places of the latent grid per place of the layer) at which layers with a transformer look at the
+            key frame's pixels.
+        motion_attention: the temporal transformers read the motion caption.
         the rest: as in diffusers' UNet2DConditionModel.
 
     Raises:
         UserError: an unknown fusion, inject or block type.
     """
 
-    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.")
+    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.", "image_gates.", "pixel_attentions.")
 
     @register_to_config
     def __init__(
@@ -66,6 +77,9 @@ class VideoUNet(UNet2DParts):
         fps_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
+        image_attention: bool = False,
+        pixel_scales: tuple[int, ...] = (),
+        motion_attention: bool = False,
     ):
         super().__init__()
         if (fusion is None) != (inject is None):
@@ -74,15 +88,28 @@ class VideoUNet(UNet2DParts):
             check_choice("fusion", fusion, FUSIONS)
             check_choice("inject", inject, INJECTS)
         self._build(dict(self.config))
-        layers = self.layers()
         self.injected = [] if inject is None else injected_layers(self, inject)
-        widths = [resnet.out_channels for resnet, _ in layers]
+        shapes = layer_shapes(self)
+        widths = [shape.width for shape in shapes]
         self.temporal_convs = nn.ModuleList(TemporalConv(width, norm_num_groups) for width in widths)
         self.temporal_transformers = nn.ModuleDict(
             {
-                str(i): TemporalTransformer(widths[i], widths[i] // temporal_bottleneck, norm_num_groups, max_frames)
-                for i, (_, transformer) in enumerate(layers)
-                if transformer is not None
+                str(i): TemporalTransformer(
+                    widths[i], widths[i] // temporal_bottleneck, norm_num_groups, max_frames, motion_attention
+                )
+                for i, shape in enumerate(shapes)
+                if shape.attends
+            }
+        )
+        # As pairs: a ParameterDict sorts the keys of a dict, "10" before "2".
+        self.image_gates = nn.ParameterDict(
+            [(str(i), torch.zeros(shape.width)) for i, shape in enumerate(shapes) if image_attention and shape.attends]
+        )
+        self.pixel_attentions = nn.ModuleDict(
+            {
+                str(i): PixelAwareCrossAttention(shape.width, norm_num_groups)
+                for i, shape in enumerate(shapes)
+                if shape.attends and shape.scale in pixel_scales
             }
         )
         if keyframe_channels:
@@ -105,6 +132,9 @@ class VideoUNet(UNet2DParts):
         fps_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
+        image_attention: bool = False,
+        pixel_scales: tuple[int, ...] = (),
+        motion_attention: bool = False,
     ) -> "VideoUNet":
         """A VideoUNet that starts as this 2D UNet.
 
@@ -119,6 +149,9 @@ class VideoUNet(UNet2DParts):
             fps_conditioning=fps_conditioning,
             fusion=fusion,
             inject=inject,
+            image_attention=image_attention,
+            pixel_scales=pixel_scales,
+            motion_attention=motion_attention,
         )
         net.load_unet2d(unet)
         return net
@@ -141,30 +174,53 @@ class VideoUNet(UNet2DParts):
         Raises:
             UserError: the clip's shape or the conditions do not fit the network.
         """
+        h = self.head(self.features(z_t, t, conditions))
+        return rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))
+
+    def features(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
         self._check(z_t, conditions)
         b, frames = z_t.shape[:2]
         emb = self.embed_time(t, b)
         if self.config.fps_conditioning and conditions.fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
         emb = repeat(emb, "b d -> (b f) d", f=frames)
-        features = dict(zip(self.injected, conditions.appearance or (), strict=False))
+        appearance = dict(zip(self.injected, conditions.appearance or (), strict=False))
+        image, pixels, motion = (
+            dict(zip(layers, given or (), strict=False))
+            for layers, given in (
+                (self.image_gates, conditions.image),
+                (self.pixel_attentions, conditions.pixels),
+                (self.temporal_transformers, conditions.motion),
+            )
+        )
 
         def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
+            name = str(number)
             h = self.temporal_convs[number](resnet(h, emb), frames)
             if transformer is not None:
-                h = spatial_transformer(transformer, h, conditions.text)
-            if number in features:
-                h = fuse(h, features[number], self.config.fusion, self.config.norm_num_groups)
+                context = (
+                    TextAndImage(conditions.text, image[name], self.image_gates[name])
+                    if name in image
+                    else conditions.text
+                )
+                h = spatial_transformer(transformer, h, context)
+            if number in appearance:
+                h = fuse(h, appearance[number], self.config.fusion, self.config.norm_num_groups)
+            if name in pixels:
+                h = self.pixel_attentions[name](h, pixels[name])
             if transformer is not None:
-                h = self.temporal_transformers[str(number)](h, frames)
+                h = self.temporal_transformers[name](h, frames, motion.get(name))
             return h
 
         h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
         if conditions.keyframe is not None:
             h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", self.config.norm_num_groups)
-        h = deque(self.walk(h, layer), maxlen=1).pop()
-        h = self.conv_out(self.conv_act(self.conv_norm_out(h)))
-        return rearrange(h, "(b f) c h w -> b f c h w", f=frames)
+        return deque(self.walk(h, layer), maxlen=1).pop()
+
+    def head(self, features: Tensor) -> Tensor:
+        """The prediction `(b f) c h w` of the decoder's last features."""
+        return self.conv_out(self.conv_act(self.conv_norm_out(features)))
 
     def _check(self, z_t: Tensor, conditions: Conditions) -> None:
         config = self.config
@@ -188,6 +244,16 @@ class VideoUNet(UNet2DParts):
                 f"conditions carry {found} appearance features and the model takes {len(self.injected)} "
                 f"(fusion={config.fusion}, inject={config.inject}); use the condition encoder that belongs to it"
             )
+        for given, layers, part in (
+            (conditions.image, self.image_gates, "image_attention"),
+            (conditions.pixels, self.pixel_attentions, "pixel_scales"),
+            (conditions.motion, self.temporal_transformers if config.motion_attention else (), "motion_attention"),
+        ):
+            if given is not None and len(given) != len(layers):
+                raise UserError(
+                    f"conditions carry {len(given)} keys and values for {part} and the model takes {len(layers)}; "
+                    "use the condition encoder that belongs to it"
+                )
         if (0 if conditions.keyframe is None else conditions.keyframe.shape[1]) not in (0, config.keyframe_channels):
             raise UserError(
                 f"conditions carry a key frame for the input; the model has keyframe_channels={config.keyframe_channels}"
