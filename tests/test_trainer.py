@@ -309,6 +309,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
             "train_batch_size=2",
             "model=plain",
             "model.reference_frame=center",
+            "train=all",  # or the base's prediction type could not be changed
             "diffusion.scheduler.prediction_type=v_prediction",
             "validation_prompts=[a red star, a blue circle]",
         ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from microcinema.config import instantiate, save
 from microcinema.data.latents import LatentClipDataset
-from microcinema.diffusion.schedule import make_sampler, make_scheduler
+from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder, make_folder
 from microcinema.models.video_unet import set_trainable
@@ -40,6 +40,7 @@ from microcinema.training.validation import Validation
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+CONFIG = "config.yaml"
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
@@ -173,45 +174,71 @@ def run(config: "DictConfig") -> None:
     Raises:
         UserError: the config describes something that cannot be made or trained.
     """
+    from omegaconf import OmegaConf
+
     settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
     output_dir = make_folder(settings.output_dir)
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
     base = load_base(**config.base)
+    if settings.train == "temporal":
+        check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
     dataset = instantiate(config.data)
     if isinstance(dataset, LatentClipDataset):
         dataset.check(base.vae)
-    training_scheduler = make_scheduler(base.scheduler.config, config.diffusion.scheduler)
-    prior = instantiate(config.diffusion.noise_prior)
+    if config.fps is None:  # the saved config has to know it
+        config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
     keyframe_channels = base.unet.config["in_channels"] if config.model.keyframe_concat else 0
-    height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
-    pipeline = ImageToVideoPipeline(
+    pipeline = build_pipeline(
+        config,
+        base.scheduler,
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=instantiate(config.model.unet, unet=base.unet, keyframe_channels=keyframe_channels),
         condition_encoder=instantiate(config.model.condition_encoder, unet=base.unet),
-        scheduler=make_sampler(training_scheduler),
+    )
+    validate = None
+    if settings.validation_prompts:
+        size = pipeline.config["height"], pipeline.config["width"]
+        validate = Validation(
+            accelerator, _keyframes(base), settings.validation_prompts, *size, output_dir, settings.seed
+        )
+    if accelerator.is_main_process:
+        save(config, output_dir / CONFIG)
+    del base  # its 2D UNet has been copied
+    train(accelerator, pipeline, dataset, settings, validate)
+    accelerator.end_training()
+
+
+def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
+    """The video pipeline of a training run.
+
+    Args:
+        config: of the command `train`, with `fps`.
+        base_scheduler: the schedule that the base was trained with.
+        parts: the pipeline's components except the scheduler; None for the base's own.
+
+    Raises:
+        UserError: settings that cannot work, or parts that do not fit together.
+    """
+    prior = instantiate(config.diffusion.noise_prior)
+    height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
+    return ImageToVideoPipeline(
+        **parts,
+        scheduler=make_sampler(make_scheduler(base_scheduler.config, config.diffusion.scheduler)),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
         reference_frame=config.model.reference_frame,
         num_frames=config.num_frames,
-        fps=config.fps or dataset[0]["fps"],
+        fps=config.fps,
         height=height,
         width=width,
         base=config.base.pretrained_model_name_or_path,
+        base_revision=config.base.revision,
+        base_variant=config.base.variant,
     )
-    validate = None
-    if settings.validation_prompts:
-        validate = Validation(
-            accelerator, _keyframes(base), settings.validation_prompts, height, width, output_dir, settings.seed
-        )
-    if accelerator.is_main_process:
-        save(config, output_dir / "config.yaml")
-    del base  # its 2D UNet has been copied
-    train(accelerator, pipeline, dataset, settings, validate)
-    accelerator.end_training()
 
 
 def _keyframes(base: Base) -> KeyframePipeline:
