@@ -376,7 +376,7 @@ def test_8bit_adam_needs_its_library():
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(UserError, match="bitsandbytes"):
-        trainer._make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
+        trainer.make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

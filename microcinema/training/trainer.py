@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -82,7 +82,7 @@ def train(
     set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
     trained = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = _make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -97,17 +97,7 @@ def train(
     if settings.report_to:
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
-    objective = Objective(
-        scheduler=pipeline.training_scheduler,
-        prior=pipeline.noise_prior,
-        reference_frame=pipeline.reference_frame,
-        snr_gamma=settings.snr_gamma,
-        motion_weight=settings.motion_weight,
-        timestep_logit_normal=settings.timestep_logit_normal,
-        text_dropout=settings.text_dropout,
-        image_dropout=settings.image_dropout,
-        seed=settings.seed,
-    )
+    objective = make_objective(pipeline, settings)
     embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
     encode = BatchEncoder(pipeline.vae, embed, device)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
@@ -188,15 +178,13 @@ def run(config: "DictConfig") -> None:
         dataset.check(base.vae)
     if config.fps is None:  # the saved config has to know it
         config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
-    keyframe_channels = base.unet.config["in_channels"] if config.model.keyframe_concat else 0
     pipeline = build_pipeline(
         config,
         base.scheduler,
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        unet=instantiate(config.model.unet, unet=base.unet, keyframe_channels=keyframe_channels),
-        condition_encoder=instantiate(config.model.condition_encoder, unet=base.unet),
+        **build_networks(config, base.unet),
     )
     validate = None
     if settings.validation_prompts:
@@ -209,6 +197,23 @@ def run(config: "DictConfig") -> None:
     del base  # its 2D UNet has been copied
     train(accelerator, pipeline, dataset, settings, validate)
     accelerator.end_training()
+
+
+def build_networks(config: "DictConfig", unet2d: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """The pipeline's `unet` and `condition_encoder`, as new as a run begins with.
+
+    Args:
+        config: of the command `train`.
+        unet2d: of the base; its weights are copied.
+
+    Raises:
+        UserError: settings that cannot work, or a UNet that is not supported.
+    """
+    keyframe_channels = unet2d.config["in_channels"] if config.model.keyframe_concat else 0
+    return {
+        "unet": instantiate(config.model.unet, unet=unet2d, keyframe_channels=keyframe_channels),
+        "condition_encoder": instantiate(config.model.condition_encoder, unet=unet2d),
+    }
 
 
 def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
@@ -283,6 +288,21 @@ def make_accelerator(settings: Settings) -> Accelerator:
     )
 
 
+def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Objective:
+    """What a run with these settings trains the pipeline on."""
+    return Objective(
+        scheduler=pipeline.training_scheduler,
+        prior=pipeline.noise_prior,
+        reference_frame=pipeline.reference_frame,
+        snr_gamma=settings.snr_gamma,
+        motion_weight=settings.motion_weight,
+        timestep_logit_normal=settings.timestep_logit_normal,
+        text_dropout=settings.text_dropout,
+        image_dropout=settings.image_dropout,
+        seed=settings.seed,
+    )
+
+
 def _optimise(
     accelerator: Accelerator,
     denoiser: nn.Module,
@@ -304,7 +324,12 @@ def _optimise(
     return math.nan if norm is None else float(norm)
 
 
-def _make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, in 8 bits if asked to.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes.
+    """
     arguments: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
