@@ -27,8 +27,9 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "models": {"errors", "files", "config"},
 }
 FLOORS["pipelines"] = {*FLOORS}
+FLOORS["requests"] = {*FLOORS}
 FLOORS["sampling"] = {*FLOORS}
-FLOORS["preparing"] = {*FLOORS} - {"sampling"}
+FLOORS["preparing"] = {*FLOORS} - {"requests", "sampling"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["evaluation"] = {*FLOORS} - {"training"}
 FLOORS["cli"] = {*FLOORS}

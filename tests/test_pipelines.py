@@ -1,6 +1,5 @@
 """Pipelines on tiny random models in the layouts of Stable Diffusion 1.5 and 2.1."""
 
-import hashlib
 import json
 import shutil
 
@@ -24,7 +23,6 @@ from microcinema.diffusion.schedule import make_sampler
 from microcinema.errors import UserError
 from microcinema.pipelines.base import load_base, locate
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saved import load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 
@@ -150,49 +148,6 @@ def test_locate():
         locate("nowhere")
     with pytest.raises(UserError, match="/no/such"):
         locate("/no/such")
-
-
-# ---------------------------------------------------------------- key frames
-
-
-def test_any_text_to_image_pipeline_draws_key_frames_at_the_videos_size(any_base):
-    keyframes = KeyframePipeline.from_pretrained(any_base)
-    keyframes.source.set_progress_bar_config(disable=True)
-    generators = [generator(1, 0), generator(1, 1)]
-    first, second = keyframes(PROMPTS, 48, 24, generators, num_inference_steps=2)
-    assert first.image.size == (24, 48)
-    assert first.provenance["original_size"] == {"height": tiny.SIZE, "width": tiny.SIZE}
-    assert first.provenance["resize"]
-    assert first.provenance["prompt"] == PROMPTS[0]
-    assert first.provenance["sha256_of_pixels"] == hashlib.sha256(np.array(first.image).tobytes()).hexdigest()
-    alone = keyframes(PROMPTS[1:], 48, 24, [generator(1, 1)], num_inference_steps=2)[0]
-    assert np.array_equal(alone.image, second.image)
-    network = keyframes.source.unet
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_key_frames_from_a_file_and_from_a_folder(tmp_path, image):
-    image.save(tmp_path / "b.png")
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png")
-    from_file = KeyframePipeline(tmp_path / "b.png")(PROMPTS, tiny.SIZE, tiny.SIZE)
-    assert [np.array_equal(keyframe.image, image) for keyframe in from_file] == [True, True]
-    assert from_file[0].provenance["resize"] is None
-    from_folder = KeyframePipeline(tmp_path)(PROMPTS, tiny.SIZE, tiny.SIZE)
-    assert [keyframe.provenance["source"][-5:] for keyframe in from_folder] == ["a.png", "b.png"]
-    with pytest.raises(UserError, match="2 images for 1 prompts"):
-        KeyframePipeline(tmp_path)(PROMPTS[:1], 8, 8)
-
-
-def test_bad_key_frames_are_named(tmp_path, base):
-    (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(UserError, match=r"text\.png.*not an image"):
-        KeyframePipeline(tmp_path / "text.png")(PROMPTS, 8, 8)
-    with pytest.raises(UserError, match=r"gone\.png.*does not exist"):
-        KeyframePipeline(tmp_path / "gone.png")
-    with pytest.raises(UserError, match="no images"):
-        KeyframePipeline(base)
-    with pytest.raises(UserError, match="cannot open the text-to-image pipeline"):
-        KeyframePipeline.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------- image to video

@@ -14,7 +14,7 @@ from microcinema import cli, provenance
 from microcinema.data.video_io import probe, read_clip
 from microcinema.errors import UserError
 from microcinema.pipelines.saved import save_pipeline
-from microcinema.sampling import read_requests
+from microcinema.requests import read_requests
 
 PROMPT = "a large red star moving quickly to the left on sand"
 

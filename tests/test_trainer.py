@@ -309,6 +309,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
             "train_batch_size=2",
             "model=plain",
             "model.reference_frame=center",
+            "train=all",  # or the base's prediction type could not be changed
             "diffusion.scheduler.prediction_type=v_prediction",
             "validation_prompts=[a red star, a blue circle]",
         ]
@@ -375,7 +376,7 @@ def test_8bit_adam_needs_its_library():
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(UserError, match="bitsandbytes"):
-        trainer._make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
+        trainer.make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny random models in the exact folder layouts of Stable Diffusion 1.5 and 2.1, for every test that needs a base.
+"""Tiny random models in the exact folder layouts of Stable Diffusion 1.5, 2.1 and XL, for every test that needs a base.
 
 Import as `import tiny`; pytest puts this folder on the path. Random weights of a seed are always the same.
 """
@@ -10,12 +10,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.models.clip.tokenization_clip import VOCAB_FILES_NAMES
 
 from microcinema.diffusion.schedule import make_sampler
@@ -56,7 +66,7 @@ def unet(flavour: str = "sd15", seed: int = 0, **changes) -> UNet2DConditionMode
     kind = (
         {"attention_head_dim": 4}
         if flavour == "sd15"
-        else {"attention_head_dim": (2, 4), "use_linear_projection": True}
+        else {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True}
     )
     settings = {
         "sample_size": SIZE // VAE_FACTOR,
@@ -84,9 +94,13 @@ def scheduler(flavour: str = "sd15") -> SchedulerMixin:
 
 
 def text_encoder(tokens: CLIPTokenizer, flavour: str = "sd15", seed: int = 0) -> CLIPTextModel:
-    """Two layers of width 32."""
+    """Two layers of width 32. `sd15`: CLIP's activation; `sd21`: OpenCLIP's."""
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    return CLIPTextModel(_text_config(tokens, "quick_gelu" if flavour == "sd15" else "gelu")).eval()
+
+
+def _text_config(tokens: CLIPTokenizer, hidden_act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -94,12 +108,26 @@ def text_encoder(tokens: CLIPTokenizer, flavour: str = "sd15", seed: int = 0) ->
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=WIDTH,
-        hidden_act="quick_gelu" if flavour == "sd15" else "gelu",
+        hidden_act=hidden_act,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
     )
-    return CLIPTextModel(config).eval()
+
+
+def image_processor() -> CLIPImageProcessor:
+    """What a safety checker sees images through, 16 pixels wide."""
+    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def safety_checker(seed: int = 0) -> StableDiffusionSafetyChecker:
+    """One layer of width 8; its thresholds are such that it never objects."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    text = {**tower, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    return StableDiffusionSafetyChecker(config).eval()
 
 
 def tokenizer(folder: str | Path, flavour: str = "sd15") -> CLIPTokenizer:
@@ -132,7 +160,7 @@ def tokenizer(folder: str | Path, flavour: str = "sd15") -> CLIPTokenizer:
 
 
 def base_pipeline(folder: str | Path, flavour: str = "sd15", seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
-    """A whole Stable Diffusion; only its tokenizer's files are written, to `folder/tokenizer`."""
+    """A whole Stable Diffusion; only its tokenizer's files are written, to `folder/tokenizer`. `sd15` has a safety checker."""
     tokens = tokenizer(Path(folder) / "tokenizer", flavour)
     pipeline = StableDiffusionPipeline(
         vae=vae(seed),
@@ -140,9 +168,9 @@ def base_pipeline(folder: str | Path, flavour: str = "sd15", seed: int = 0, **un
         tokenizer=tokens,
         unet=unet(flavour, seed, **unet_changes),
         scheduler=scheduler(flavour),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=safety_checker(seed) if flavour == "sd15" else None,
+        feature_extractor=image_processor(),
+        requires_safety_checker=flavour == "sd15",
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -151,7 +179,65 @@ def base_pipeline(folder: str | Path, flavour: str = "sd15", seed: int = 0, **un
 def base_folder(folder: str | Path, flavour: str = "sd15", seed: int = 0, **unet_changes) -> Path:
     """Writes a whole Stable Diffusion as a diffusers folder (safetensors) and returns it."""
     base_pipeline(folder, flavour, seed, **unet_changes).save_pretrained(folder)
-    return Path(folder)
+    return _as_published(Path(folder))
+
+
+def sdxl_folder(folder: str | Path, seed: int = 0) -> Path:
+    """Writes a whole Stable Diffusion XL as a diffusers folder and returns it: two tokenizers, two text encoders, another VAE (8x)
+    and another size (64) than the other flavours'.
+    """
+    folder = Path(folder)
+    one, two = (tokenizer(folder / name, like) for name, like in (("tokenizer", "sd15"), ("tokenizer_2", "sd21")))
+    first = text_encoder(one, "sd15", seed)
+    second = CLIPTextModelWithProjection(_text_config(two, "gelu")).eval()
+    channels = (8, 8, 16, 16)
+    autoencoder = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=2 * SIZE,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    ).eval()
+    network = UNet2DConditionModel(
+        sample_size=2 * SIZE // 2 ** (len(channels) - 1),
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+    ).eval()
+    pipeline = StableDiffusionXLPipeline(
+        vae=autoencoder,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=one,
+        tokenizer_2=two,
+        unet=network,
+        scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return _as_published(folder)
+
+
+def _as_published(folder: Path) -> Path:
+    """The folder as older libraries wrote the published models: tokenizers in CLIP's own two files alone, one image processor."""
+    for file in folder.glob("tokenizer*/tokenizer.json"):
+        file.unlink()
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+    return folder
 
 
 def video_pipeline(

@@ -142,8 +142,29 @@ class ClipDataset(Dataset[dict[str, Any]]):
 RESIZE = "bicubic, antialiased, centre crop"
 
 
+def cover(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the centre crop lies: the size to which a frame of `size` is scaled so that it just covers `wanted`, and the crop's corner.
+
+    Args:
+        size, wanted: (height, width).
+
+    Returns:
+        (height, width) of the scaled frame, and (top, left) of the crop in it.
+    """
+    scale = max(wanted[0] / size[0], wanted[1] / size[1])
+    scaled = (max(wanted[0], round(size[0] * scale)), max(wanted[1], round(size[1] * scale)))
+    return scaled, ((scaled[0] - wanted[0]) // 2, (scaled[1] - wanted[1]) // 2)
+
+
+def resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Frames (f, 3, h, w), uint8, at the size (height, width), by PyTorch's antialiased bicubic interpolation, as Pillow does it."""
+    if tuple(frames.shape[2:]) == size:
+        return frames
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+
+
 def resize_and_crop(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """Scales frames to just cover a size (PyTorch's antialiased bicubic on uint8, as Pillow does it), then crops the centre.
+    """Scales frames to just cover a size, then crops the centre.
 
     Args:
         frames: uint8 (f, h, w, 3).
@@ -153,13 +174,8 @@ def resize_and_crop(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
         uint8 (f, 3, height, width); frames that already have the size are not changed.
     """
     video = torch.from_numpy(einops.rearrange(np.ascontiguousarray(frames), "f h w c -> f c h w"))
-    height, width = size
-    scale = max(height / video.shape[2], width / video.shape[3])
-    scaled = (max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale)))
-    if scaled != tuple(video.shape[2:]):
-        video = F.interpolate(video, size=scaled, mode="bicubic", antialias=True)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return video[:, :, top : top + height, left : left + width].contiguous()
+    scaled, (top, left) = cover((video.shape[2], video.shape[3]), size)
+    return resize(video, scaled)[:, :, top : top + size[0], left : left + size[1]].contiguous()
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

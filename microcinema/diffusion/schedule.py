@@ -42,6 +42,25 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     return scheduler
 
 
+def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
+    """Refuses overrides that leave frozen layers with noise levels or a target that they were not trained for.
+
+    Args:
+        base: the schedule that the frozen layers were trained with.
+        overrides: as in `make_scheduler`.
+
+    Raises:
+        UserError: names what differs and both values.
+    """
+    for key, value in overrides.items():
+        own = base.config.get(key)
+        if value not in (None, own):
+            raise UserError(
+                f"diffusion.scheduler.{key} is {value}, but the base was trained with {own} and train=temporal leaves its "
+                f"layers as they are; set diffusion.scheduler.{key}=null, or train=all"
+            )
+
+
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:
     """A scheduler of diffusers, by class name, for sampling a model that was trained with `training`.
 

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,23 +52,18 @@ def run(config: "DictConfig") -> None:
     pipeline.to(device)
     judge.classifier.to(device)
     video.set_progress_bar_config(desc="videos", unit="step", leave=False)
-    if not isinstance(pipeline.keyframe.source, Path):
-        pipeline.keyframe.source.set_progress_bar_config(desc="key frames", unit="step", leave=False)
+    pipeline.keyframe.set_progress_bar_config(desc="key frames", unit="step", leave=False)
     steps = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
     maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
-    identity = {"pipeline": str(config.pipeline), "seed": config.seed, **steps, "weights_sha256": weights(pipeline)}
+    identity = {
+        "pipeline": str(config.pipeline),
+        "seed": config.seed,
+        **steps,
+        "weights_sha256": hash_networks(pipeline.networks),
+    }
     results = evaluate(protocol, maker, judge, folder, identity, config.batch_size)
     print(text_table(results))
     print(folder / REPORT_FILE)
-
-
-def weights(pipeline: TextToVideoPipeline) -> dict[str, str]:
-    """sha256 of every network of both stages."""
-    found = hash_networks(pipeline.video.components)
-    if not isinstance(pipeline.keyframe.source, Path):
-        stage1 = hash_networks(pipeline.keyframe.source.components)
-        found |= {f"keyframe.{name}": value for name, value in stage1.items()}
-    return found
 
 
 def evaluate(

@@ -1,22 +1,23 @@
-"""What a user calls. Public names are imported on first use."""
+"""What a user calls. Once this is imported, diffusers' own `DiffusionPipeline.from_pretrained` opens saved video pipelines too."""
 
-from importlib import import_module
-from typing import Any
+import diffusers
 
-_HOME = {
-    "Base": "base",
-    "load_base": "base",
-    "KeyframePipeline": "keyframe",
-    "ImageToVideoPipeline": "image_to_video",
-    "TextToVideoPipeline": "text_to_video",
-    "load_keyframe_pipeline": "saved",
-    "load_pipeline": "saved",
-    "save_pipeline": "saved",
-}
-__all__ = sorted(_HOME)
+from microcinema.pipelines.base import Base, load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.saved import load_keyframe_pipeline, load_pipeline, save_pipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline
 
+__all__ = [
+    "Base",
+    "ImageToVideoPipeline",
+    "KeyframePipeline",
+    "TextToVideoPipeline",
+    "load_base",
+    "load_keyframe_pipeline",
+    "load_pipeline",
+    "save_pipeline",
+]
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# It looks the class that a model_index.json names up among its own.
+diffusers.ImageToVideoPipeline = ImageToVideoPipeline

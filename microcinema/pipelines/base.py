@@ -1,7 +1,8 @@
 """The text-to-image model that a video model is built on: where it is, whether it is whole and of the right kind."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.errors import UserError
-from microcinema.models.unet2d import check_keys, load_checked
+from microcinema.models.unet2d import check_keys, load_checked, unet2d_arguments
+from microcinema.pipelines.hub import fetch
 
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
-_CLASSES: dict[str, Any] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "unet": UNet2DConditionModel,
-}
+# What a video model takes from its base as it is.
+LENT: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 # Older files name position_ids, which is a constant and no longer a weight.
 _CONSTANTS = ("position_ids",)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ def load_base(
     pretrained_model_name_or_path: str | os.PathLike[str],
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> Base:
     """Opens a Stable Diffusion in the diffusers layout. Prediction type and noise schedule are what its own files say.
@@ -48,23 +48,83 @@ def load_base(
     Args:
         pretrained_model_name_or_path: the name of an embedded model, a folder, or a hub repository (`owner/name`).
         revision, variant: of a hub repository; which weight files, such as `fp16`.
+        prediction_type: what its files are expected to say; None: whatever they say.
         torch_dtype: of the weights in memory, whatever they are stored in.
 
     Raises:
         UserError: there is no such model, a component is missing, of another kind, damaged, or does not fit another one.
     """
-    source = locate(pretrained_model_name_or_path)
-    components = load_components(source, _CLASSES, revision, variant, torch_dtype)
-    base = Base(scheduler=make_scheduler(load_scheduler_config(source, revision)), **components)
-    width, wanted = base.text_encoder.config.hidden_size, base.unet.config["cross_attention_dim"]
+    name = os.fspath(pretrained_model_name_or_path)
+    folder = open_folder(name, revision=revision)
+    _check_kind(name, folder)  # from its settings, before gigabytes are fetched and read
+    scheduler = make_scheduler(load_scheduler_config(folder))
+    said = scheduler.config["prediction_type"]
+    if prediction_type not in (None, said):
+        raise UserError(
+            f"base.prediction_type is {prediction_type}, but the scheduler file of '{name}' says {said}, which wins; "
+            "set base.prediction_type=null, or name another base"
+        )
+    unet = {"unet": UNet2DConditionModel}
+    components = load_components(
+        open_folder(name, [*LENT, *unet], revision, variant), LENT | unet, variant, torch_dtype
+    )
+    base = Base(scheduler=scheduler, **components)
+    check_fit(name, base.vae, base.text_encoder, base.unet)
+    return base
+
+
+def borrow(
+    base: str | None, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The VAE, text encoder and tokenizer of a video model's base, for a pipeline that was saved without them.
+
+    Raises:
+        UserError: the pipeline names no base, or that cannot be opened.
+    """
+    if base is None:
+        raise UserError(
+            f"a video pipeline has neither its own {', '.join(LENT)} nor a base to take them from; name a base"
+        )
+    return load_components(open_folder(base, LENT, revision, variant), LENT, variant, dtype)
+
+
+def check_fit(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: Any) -> None:
+    """Refuses parts that cannot work together.
+
+    Raises:
+        UserError: the UNet reads embeddings of another width or latents of other channels.
+    """
+    width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
     if width != wanted:
         raise UserError(
             f"'{source}': the text encoder is {width} wide, its UNet reads {wanted}; use files of one model"
         )
-    channels, wanted = base.vae.config["latent_channels"], base.unet.config["in_channels"]
+    channels, wanted = vae.config["latent_channels"], unet.config["in_channels"]
     if channels != wanted:
         raise UserError(f"'{source}': the VAE has {channels} channels, its UNet reads {wanted}; use files of one model")
-    return base
+
+
+def _check_kind(name: str, folder: str) -> None:
+    """Refuses, by its settings alone, a model that no video model can be built on."""
+    index = load_index(folder)
+    cannot = f"'{name}' is a {index.get('_class_name')} and cannot be the base of a video model"
+    advice = "use a Stable Diffusion 1.x or 2.x as base, and this one for key frames alone"
+    if (index.get("unet") or [None])[0] is None:
+        found = (index.get("transformer") or index.get("prior") or [None, None])[1]
+        raise UserError(f"{cannot}: {f'its denoiser is a {found}' if found else 'it has no unet'}; {advice}")
+    try:
+        config = dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the unet's config of '{name}' ({_first_line(error)})") from None
+    try:
+        unet2d_arguments(config)
+    except UserError as error:
+        raise UserError(f"{cannot}: {error}") from None
+    reads, predicts = config.get("in_channels", 4), config.get("out_channels", 4)
+    if reads != predicts:
+        raise UserError(
+            f"{cannot}: its UNet reads {reads} channels for the {predicts} that it predicts (inpainting or the like); {advice}"
+        )
 
 
 def locate(name: str | os.PathLike[str]) -> str:
@@ -78,11 +138,35 @@ def locate(name: str | os.PathLike[str]) -> str:
         return text
     if (ASSETS / text / INDEX).is_file():
         return str(ASSETS / text)
+    if text.endswith((".safetensors", *_PICKLES)):
+        raise UserError(
+            f"model '{text}' is a single file; make a diffusers folder of it once, by "
+            f"StableDiffusionPipeline.from_single_file('{text}').save_pretrained(folder), and give that"
+        )
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     embedded = sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}"))
     there = f"the embedded models are {', '.join(embedded)}" if embedded else "no model is embedded"
     raise UserError(f"model '{text}' is neither a folder nor an embedded model ({there}) nor an owner/name of the hub")
+
+
+def open_folder(
+    name: str | os.PathLike[str],
+    components: Iterable[str] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """The folder of a local or embedded model, or that of a hub repository in the cache, with these components' weights.
+
+    Raises:
+        UserError: there is no such model, or a revision is asked of a folder.
+    """
+    source = locate(name)
+    if not Path(source).is_dir():
+        return fetch(source, components, revision, variant)
+    if revision is not None:
+        raise UserError(f"'{name}' is a folder here and has no revision '{revision}'; set revision=null")
+    return source
 
 
 def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -91,53 +175,54 @@ def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    folder = open_folder(source, revision=revision)
     try:
-        return dict(DiffusionPipeline.load_config(source, revision=revision))
+        return dict(DiffusionPipeline.load_config(folder))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read '{source}/{INDEX}' ({_first_line(error)}); give a saved diffusers pipeline"
+            f"cannot read '{folder}/{INDEX}' ({_first_line(error)}); give a saved diffusers pipeline"
         ) from None
 
 
 def load_components(
-    source: str,
+    folder: str,
     classes: Mapping[str, Any],
-    revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Opens components of a saved pipeline; networks are frozen, in evaluation mode and of the given type.
 
     Args:
+        folder: of the pipeline.
         classes: name to class: diffusers or transformers networks, or a tokenizer.
 
     Raises:
         UserError: a component is missing or of another class, or its weights are not exactly the network's.
     """
-    index = load_index(source, revision)
+    index = load_index(folder)
     loaded = {}
     for name, kind in classes.items():
         _, found = index.get(name) or (None, None)
         if found is None:
-            raise UserError(f"'{source}' has no {name}; a model of this kind needs {', '.join(classes)}")
+            raise UserError(f"'{folder}' has no {name}; a model of this kind needs {', '.join(classes)}")
         if found.removesuffix("Fast") != kind.__name__:
             raise UserError(
-                f"'{source}' has a {found} as {name}, which is not supported; it has to be a {kind.__name__}"
+                f"'{folder}' has a {found} as {name}, which is not supported; it has to be a {kind.__name__}"
             )
-        loaded[name] = _load(source, name, kind, revision, variant, dtype)
+        loaded[name] = _load(Path(folder, name), kind, variant, dtype)
     return loaded
 
 
-def load_scheduler_config(source: str, revision: str | None = None) -> dict[str, Any]:
+def load_scheduler_config(folder: str) -> dict[str, Any]:
     """The settings in a saved pipeline's scheduler file.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return dict(DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision))
+        return dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the scheduler of '{source}' ({_first_line(error)})") from None
+        raise UserError(f"cannot read the scheduler of '{folder}' ({_first_line(error)})") from None
 
 
 def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
@@ -155,21 +240,18 @@ def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torc
     return torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
 
 
-def _load(source: str, name: str, kind: Any, revision: str | None, variant: str | None, dtype: torch.dtype) -> Any:
-    # The component's own folder where there is one, so that messages of the libraries name it.
-    where: dict[str, Any]
-    path, where = (os.path.join(source, name), {}) if Path(source).is_dir() else (source, {"subfolder": name})
-    where = {**where, "revision": revision}
+def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype) -> Any:
+    name, source = path.name, path.parent
     try:
         if issubclass(kind, CLIPTokenizer):
-            return kind.from_pretrained(path, **where)
-        where = {**where, "variant": variant, "use_safetensors": True}
+            return kind.from_pretrained(path)
+        _check_weight_files(path, variant)
         if kind.__module__.startswith("transformers."):
-            network, info = kind.from_pretrained(path, output_loading_info=True, **where)
+            network, info = kind.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
             extra = [key for key in info["unexpected_keys"] if not key.endswith(_CONSTANTS)]
             check_keys(info["missing_keys"], extra, f"'{path}'")
         else:
-            network = load_checked(kind.from_pretrained, path, **where)
+            network = load_checked(kind.from_pretrained, path, variant=variant, use_safetensors=True)
     except UserError:
         raise
     except Exception as error:  # each library has its own for files that are missing, damaged or of another shape
@@ -177,6 +259,24 @@ def _load(source: str, name: str, kind: Any, revision: str | None, variant: str 
             f"cannot load the {name} of '{source}' ({_first_line(error)}); give a complete model of safetensors"
         ) from error
     return freeze(network, dtype)
+
+
+def _check_weight_files(path: Path, variant: str | None) -> None:
+    """Tells what the libraries' messages leave to guess: weights that are pickles, weights of another variant."""
+    files = sorted(file.name for file in path.glob("*") if file.suffix in (".safetensors", *_PICKLES))
+    weights = [name for name in files if name.endswith(".safetensors")]
+    if files and not weights:
+        whole = path.parent
+        raise UserError(
+            f"'{path}' has its weights as a pickle ({files[0]}), which can run any code when it is read, and not as safetensors; "
+            'if you trust it, convert it: python -c "from diffusers import DiffusionPipeline as P; '
+            f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
+        )
+    # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    variants = {match[1] for name in weights if (match := re.match(r"[^.]*\.(?:([^.]*?)(?:-\d+-of-\d+)?\.)?", name))}
+    if weights and variant not in variants:
+        there = " and ".join(sorted(f"variant={name or 'null'}" for name in variants))
+        raise UserError(f"'{path}' has no weights of variant={variant or 'null'}; it has {there}")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from microcinema.diffusion.schedule import check_schedules_agree, make_scheduler
 from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base import encode_text
+from microcinema.pipelines.base import LENT, borrow, check_fit, encode_text
 from microcinema.pipelines.keyframe import make_keyframe
 
 PixelImage = Image.Image | np.ndarray
@@ -55,7 +55,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     """Key frame and text to video: everything that depends on neither noise nor time is computed once, then the loop runs.
 
     Args:
-        vae, text_encoder, tokenizer: of the base.
+        vae, text_encoder, tokenizer: of the base; if one is None, all are opened from `base`.
         unet: the denoiser.
         condition_encoder: makes its conditions, with the AppearanceNet inside.
         scheduler: of sampling; it must agree with the training schedule.
@@ -65,20 +65,23 @@ class ImageToVideoPipeline(DiffusionPipeline):
             the size that the base was trained with.
         base: name or path of the text-to-image model that this one was trained from: draws key frames by default, and lends
             the parts that a saved folder leaves out.
+        base_revision, base_variant: of a hub repository; which weight files, such as `fp16`.
         training_schedule: settings of the schedule that the model was trained with; None takes the scheduler's.
 
     Raises:
-        UserError: unknown settings, or a scheduler that disagrees with the training schedule.
+        UserError: unknown settings, parts that do not fit together, or a scheduler that disagrees with the training schedule.
     """
 
+    # Those that `DiffusionPipeline.from_pretrained` hands over as None if the folder has none.
+    _optional_components: ClassVar = list(LENT)
     model_cpu_offload_seq = "text_encoder->condition_encoder->unet->vae"
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
         unet: VideoUNet,
         condition_encoder: ConditionEncoder,
         scheduler: SchedulerMixin,
@@ -91,21 +94,20 @@ class ImageToVideoPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         base: str | None = None,
+        base_revision: str | None = None,
+        base_variant: str | None = None,
         training_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         if training_schedule is None:
             config = make_scheduler(scheduler.config).config
             training_schedule = {key: config[key] for key in _SCHEDULE_KEYS if key in config}
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            condition_encoder=condition_encoder,
-            scheduler=scheduler,
-        )
-        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        lent = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        if any(part is None for part in lent.values()):
+            lent = borrow(base, base_revision, base_variant, unet.dtype)
+        check_fit("the video pipeline", lent["vae"], lent["text_encoder"], unet)
+        self.register_modules(**lent, unet=unet, condition_encoder=condition_encoder, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
         self.register_to_config(
             noise_prior=noise_prior,
@@ -117,6 +119,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
             height=height or native,
             width=width or native,
             base=base,
+            base_revision=base_revision,
+            base_variant=base_variant,
             training_schedule=training_schedule,
         )
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)

@@ -1,22 +1,30 @@
 """Stage 1: key frames from any text-to-image pipeline of diffusers, from an image file or from a folder of images."""
 
 import hashlib
+import inspect
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from accelerate.utils import release_memory
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMixin
+from einops import rearrange
 from PIL import Image, ImageOps
 
-from microcinema.data.clips import RESIZE, resize_and_crop
+from microcinema.data.clips import cover, resize
 from microcinema.errors import UserError
-from microcinema.pipelines.base import freeze, locate
+from microcinema.pipelines.base import load_index, locate
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Fit = Literal["crop", "stretch", "exact"]
+"""How an image comes to the video's size: scaled to cover it and cropped at the centre, as training clips are; scaled in each
+direction by itself; or not at all, so that an image of another size is an error."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Keyframe:
 
     Attributes:
         image: RGB.
-        provenance: plain values: source, original size, how it was resized, sha256 of its pixels.
+        provenance: plain values: source, original size, how it came to the video's size, sha256 of its pixels.
     """
 
     image: Image.Image
@@ -35,16 +43,29 @@ class Keyframe:
 class KeyframePipeline:
     """Makes or finds one key frame for every prompt.
 
+    Its images reach stage 2 as pixels: whatever VAE drew them, the video model's own encodes them.
+
     Args:
-        source: a text-to-image pipeline (it is frozen, made float32 and called for every prompt), an image file (the same for every prompt), or
-            a folder of images (one for every prompt, in the order of their names).
+        source: a text-to-image pipeline (it is frozen, and called for every prompt), an image file (the same for every prompt), or a
+            folder of images (one for every prompt, in the order of their names).
+        fit: how its images come to the video's size, see `Fit`.
+        origin: where a pipeline was opened from, for the record.
 
     Raises:
-        UserError: a path that holds neither.
+        UserError: a path that holds neither, or an unknown `fit`.
     """
 
-    def __init__(self, source: DiffusionPipeline | str | os.PathLike[str]):
+    def __init__(
+        self,
+        source: DiffusionPipeline | str | os.PathLike[str],
+        fit: Fit = "crop",
+        origin: Mapping[str, str | None] | None = None,
+    ):
+        if fit not in get_args(Fit):
+            raise UserError(f"fit '{fit}' is unknown; use one of {', '.join(get_args(Fit))}")
         self.source = source if isinstance(source, DiffusionPipeline) else Path(source)
+        self.fit: Fit = fit
+        self.origin = dict(origin or {})
         self.files: list[Path] = []
         if isinstance(self.source, Path):
             if not self.source.exists():
@@ -55,27 +76,62 @@ class KeyframePipeline:
                     raise UserError(
                         f"folder '{self.source}' holds no images; give one with files {', '.join(SUFFIXES)}"
                     )
-            return
-        for component in self.source.components.values():
-            if isinstance(component, torch.nn.Module):
-                freeze(component)
+        for network in self.networks.values():
+            network.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str]) -> "KeyframePipeline":
-        """Opens a saved text-to-image pipeline: an embedded model, a folder or a hub repository.
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        revision: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        fit: Fit = "crop",
+    ) -> "KeyframePipeline":
+        """Opens a saved text-to-image pipeline of any class that diffusers knows.
+
+        Args:
+            name: an embedded model, a folder or a hub repository.
+            revision, variant: of a hub repository; which weight files, such as `fp16`.
+            torch_dtype: of the weights in memory, whatever they are stored in.
 
         Raises:
-            UserError: it cannot be opened.
+            UserError: it cannot be opened, or does not make images from text.
         """
         path = locate(name)
+        index = load_index(path, revision)
+        settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
+        # Such as Stable Diffusion 3 without its T5: diffusers wants to be told that what is not there shall not be there.
+        settings |= {part: None for part, kind in index.items() if kind == [None, None]}
         try:
-            pipeline = DiffusionPipeline.from_pretrained(path)
-        except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            with warnings.catch_warnings():
+                # Releases of diffusers before 1.0 all take this name, and the later ones warn that there is another.
+                warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+                try:
+                    pipeline = AutoPipelineForText2Image.from_pretrained(path, **settings)
+                except ValueError as error:
+                    if "AutoPipeline can't find" not in str(error):
+                        raise
+                    _check_makes_images(path, index.get("_class_name"))
+                    pipeline = DiffusionPipeline.from_pretrained(path, **settings)
+        except UserError:
+            raise
+        except Exception as error:  # each library has its own for files that are missing or damaged
             raise UserError(
-                f"cannot open the text-to-image pipeline '{path}' ({reason}); give a diffusers folder"
+                f"cannot open the text-to-image pipeline '{path}' ({_first_line(error)}); "
+                "give a complete diffusers pipeline of safetensors"
             ) from error
-        return cls(pipeline)
+        return cls(pipeline, fit, {"model": os.fspath(name), "revision": revision, "variant": variant})
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The networks of the text-to-image pipeline, if there is one."""
+        parts = self.source.components if isinstance(self.source, DiffusionPipeline) else {}
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+    def takes(self, argument: str) -> bool:
+        """Whether the text-to-image pipeline knows an argument of this name."""
+        return argument in inspect.signature(type(self.source).__call__).parameters
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the bar over steps (tqdm's); a pipeline shows one."""
@@ -88,6 +144,11 @@ class KeyframePipeline:
             self.source.to(device)
         return self
 
+    def unload(self) -> None:
+        """Gives the text-to-image pipeline's memory back, for stage 2; the object cannot draw afterwards."""
+        if isinstance(self.source, DiffusionPipeline):
+            (self.source,) = release_memory(self.source)
+
     def __call__(
         self,
         prompt: Sequence[str],
@@ -97,68 +158,125 @@ class KeyframePipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        draw_height: int | None = None,
+        draw_width: int | None = None,
     ) -> list[Keyframe]:
         """One key frame for every prompt, at the wanted size.
 
         Args:
             prompt: what shall be seen.
-            height, width: of the video, pixels. A pipeline draws at its own size, and its image is then resized and cropped.
+            height, width: of the video, pixels; an image of another size is brought to it as `fit` says.
             generator: one for every prompt.
+            draw_height, draw_width: the size at which a pipeline draws, pixels; both None: its own.
             the rest: passed to the pipeline; None leaves its own default.
 
         Raises:
-            UserError: a file that is no image, or a folder with another number of images than there are prompts.
+            UserError: a file that is no image, a folder with another number of images than there are prompts, a size or another argument
+                that the pipeline refuses, or one that has been unloaded.
         """
-        if isinstance(self.source, DiffusionPipeline):
-            images, sources = self._draw(prompt, generator, num_inference_steps, guidance_scale, negative_prompt)
-        else:
+        if isinstance(self.source, Path):
             files = self.files or [self.source] * len(prompt)
             if len(files) != len(prompt):
                 raise UserError(
                     f"folder '{self.source}' holds {len(files)} images for {len(prompt)} prompts; give one each"
                 )
-            images, sources = [open_image(file) for file in files], [{"source": str(file)} for file in files]
-        return [make_keyframe(image, height, width, source) for image, source in zip(images, sources, strict=True)]
-
-    def _draw(
-        self, prompt: Sequence[str], generator: Sequence[torch.Generator] | None, *arguments: Any
-    ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        assert isinstance(self.source, DiffusionPipeline)
-        names = ("num_inference_steps", "guidance_scale", "negative_prompt")
-        # Only what was asked for: not every pipeline knows a negative prompt, and each has its own good defaults.
-        given = {name: value for name, value in zip(names, arguments, strict=True) if value is not None}
-        # One at a time: a batch takes another path through the matrix products, and then the same prompt gives other bits.
-        images = []
-        for number, text in enumerate(prompt):
-            random = None if generator is None else generator[number]
-            images.append(self.source(text, generator=random, **given).images[0])
-        source = {
-            "source": type(self.source).__name__,
-            "model": self.source.config.get("_name_or_path"),
-            "scheduler": type(self.source.scheduler).__name__,
-            **given,
+            return [make_keyframe(open_image(file), height, width, {"source": str(file)}, self.fit) for file in files]
+        arguments = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "height": draw_height,
+            "width": draw_width,
         }
-        return images, [{**source, "prompt": text} for text in prompt]
+        if (draw_height is None) != (draw_width is None):  # diffusers would ignore the one that is given
+            raise UserError(f"draw_height={draw_height}, draw_width={draw_width}; give both, or neither")
+        # Only what was asked for: not every pipeline knows a negative prompt, and each has its own good defaults.
+        given = {name: value for name, value in arguments.items() if value is not None}
+        source = self.describe(given)
+        # One at a time: a batch takes another path through the matrix products, and then the same prompt gives other bits.
+        return [
+            make_keyframe(
+                self._draw(text, None if generator is None else generator[number], given),
+                height,
+                width,
+                {**source, "prompt": text},
+                self.fit,
+            )
+            for number, text in enumerate(prompt)
+        ]
+
+    def describe(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the provenance of a drawn key frame says of the pipeline and the arguments of its call.
+
+        Raises:
+            UserError: the pipeline has been unloaded, or does not know an argument.
+        """
+        if not isinstance(self.source, DiffusionPipeline):
+            raise UserError("the text-to-image pipeline has been unloaded; open it again to draw")
+        name = type(self.source).__name__
+        if unknown := [argument for argument in arguments if not self.takes(argument)]:
+            raise UserError(f"{name} takes no argument '{unknown[0]}'; leave it out, or take another stage 1")
+        return {
+            "source": name,
+            **{"model": self.source.config.get("_name_or_path"), **self.origin},
+            "schedulers": {
+                part: {"class": type(found).__name__, "settings": _plain(found.config)}
+                for part, found in self.source.components.items()
+                if isinstance(found, SchedulerMixin)
+            },
+            "arguments": dict(arguments),
+        }
+
+    def _draw(self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]) -> Image.Image:
+        assert isinstance(self.source, DiffusionPipeline)
+        name = type(self.source).__name__
+        try:
+            images = getattr(self.source(prompt=prompt, generator=generator, **arguments), "images", None)
+        except (ValueError, TypeError, RuntimeError) as error:  # what pipelines refuse a size or a value with
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
+            raise UserError(
+                f"stage 1, {name}, does not draw '{prompt}' with {given} ({_first_line(error)}); change these"
+            ) from error
+        if images is None:
+            raise UserError(f"stage 1, {name}, makes no images; give a text-to-image pipeline")
+        return images[0]
 
 
-def make_keyframe(image: Image.Image, height: int, width: int, source: dict[str, Any]) -> Keyframe:
-    """Brings an image to the video's size, as training clips are brought to it, and records what was done.
+def make_keyframe(
+    image: Image.Image, height: int, width: int, source: Mapping[str, Any], fit: Fit = "crop"
+) -> Keyframe:
+    """Brings an image to the video's size and records what was done.
 
     Raises:
-        UserError: a size below one pixel.
+        UserError: a size below one pixel, or an image of another size where `fit` is `exact`.
     """
     if min(height, width) < 1:
         raise UserError(f"key frame of {height}x{width} pixels asked for; give a height and a width of at least 1")
     pixels = np.array(image.convert("RGB"))
-    fitted = resize_and_crop(pixels[None], (height, width))[0].permute(1, 2, 0).contiguous().numpy()
+    size, wanted = (pixels.shape[0], pixels.shape[1]), (height, width)
+    if fit == "exact" and size != wanted:
+        raise UserError(
+            f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}; "
+            "give one of the video's size, or fit=crop or stretch"
+        )
+    scaled, (top, left) = (wanted, (0, 0)) if fit == "stretch" else cover(size, wanted)
+    frame = resize(rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w"), scaled)[0]
+    fitted = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
     provenance = {
         **source,
-        "original_size": {"height": pixels.shape[0], "width": pixels.shape[1]},
-        "size": {"height": height, "width": width},
-        "resize": None if fitted.shape == pixels.shape else RESIZE,
-        "sha256_of_pixels": hashlib.sha256(fitted.tobytes()).hexdigest(),
+        "original_size": _size(*size),
+        "size": _size(height, width),
+        "fit": fit,
+        "scaled": None if scaled == size else {"method": "bicubic, antialiased", **_size(*scaled)},
+        "cropped": None if scaled == wanted else {"top": top, "left": left, **_size(height, width)},
+        "sha256_of_pixels": hash_pixels(fitted),
     }
     return Keyframe(Image.fromarray(fitted), provenance)
+
+
+def hash_pixels(image: Image.Image | np.ndarray) -> str:
+    """sha256 of an image's uint8 pixels (h, w, 3)."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -170,6 +288,31 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
         raise UserError(f"cannot open image '{path}' ({reason}); give a PNG or JPEG file") from None
+
+
+def _check_makes_images(path: str, name: str | None) -> None:
+    """Refuses a class that the automatic one does not know and that is not of its kind either, before its weights are read."""
+    kind = getattr(diffusers, name or "", None)
+    if kind is None:
+        raise UserError(
+            f"'{path}' holds a {name}, which diffusers {diffusers.__version__} does not know; "
+            "give a text-to-image pipeline, or update diffusers"
+        )
+    takes = inspect.signature(kind.__call__).parameters
+    if not {"prompt", "height"} <= set(takes) or {"image", "num_frames"} & set(takes):
+        raise UserError(f"'{path}' holds a {name}, which does not make images from text; give a text-to-image pipeline")
+
+
+def _size(height: int, width: int) -> dict[str, int]:
+    return {"height": height, "width": width}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

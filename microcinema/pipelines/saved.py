@@ -1,42 +1,50 @@
 """Saved video pipelines: writing them, opening them, and keeping one beside its base without storing the base's parts twice."""
 
 import os
-import shutil
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from microcinema.diffusion.schedule import make_sampler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base import INDEX, load_components, load_index, load_scheduler_config, locate
+from microcinema.pipelines.base import LENT, load_components, load_index, load_scheduler_config, open_folder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 _TRAINED = {"unet": VideoUNet, "condition_encoder": ConditionEncoder}
-_BASES = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 
 
 def save_pipeline(pipeline: ImageToVideoPipeline, folder: str | os.PathLike[str], with_base: bool = True) -> None:
     """Writes the pipeline as a diffusers folder, whole or not at all. Files that are already in the folder are replaced with it.
 
     Args:
-        with_base: store VAE, text encoder and tokenizer too; without them, `load_pipeline` takes them from the pipeline's `base`.
+        with_base: store VAE, text encoder and tokenizer too; without them, whoever opens it takes them from the pipeline's `base`.
 
     Raises:
         UserError: the folder cannot be written, or there is no base to leave the parts to.
     """
-    if not with_base and pipeline.config["base"] is None:
-        raise UserError("the pipeline names no base to take its VAE and text encoder from; save it with them")
     with atomic_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-        for name in () if with_base else _BASES:
-            shutil.rmtree(temporary / name)
+        write_pipeline(pipeline, temporary, with_base)
+
+
+def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> None:
+    """Writes the pipeline's files into a folder, as in `save_pipeline`."""
+    if with_base:
+        pipeline.save_pretrained(folder)
+        return
+    if pipeline.config["base"] is None:
+        raise UserError("the pipeline names no base to take its VAE and text encoder from; save it with them")
+    own = {name: pipeline.config[name] for name in LENT}
+    # How diffusers writes down a part that is not there.
+    pipeline.register_to_config(**dict.fromkeys(own, (None, None)))
+    try:
+        pipeline.save_pretrained(folder)
+    finally:
+        pipeline.register_to_config(**own)
 
 
 def load_pipeline(
@@ -45,14 +53,14 @@ def load_pipeline(
     """Opens a saved video pipeline.
 
     Args:
-        name: an embedded model or a folder.
+        name: an embedded model, a folder or a hub repository.
         scheduler: a scheduler class of diffusers for sampling; None: the saved one.
         torch_dtype: of the weights in memory, whatever they are stored in.
 
     Raises:
         UserError: there is no such pipeline, a component is missing, or its keys are not the network's (they are named).
     """
-    folder = locate(name)
+    folder = open_folder(name, [*_TRAINED, *LENT])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(
@@ -60,30 +68,36 @@ def load_pipeline(
         )
     settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     trained = load_components(folder, _TRAINED, dtype=torch_dtype)
-    if all((Path(folder) / part).is_dir() for part in _BASES):
-        borrowed = load_components(folder, _BASES, dtype=torch_dtype)
-    else:
-        borrowed = load_components(locate(_base_of(folder, settings)), _BASES, dtype=torch_dtype)
+    whole = all((Path(folder) / part).is_dir() for part in LENT)
+    lent = load_components(folder, LENT, dtype=torch_dtype) if whole else dict.fromkeys(LENT)
     config = load_scheduler_config(folder)
     saved = getattr(diffusers, config["_class_name"]).from_config(config)
     pipeline = ImageToVideoPipeline(
-        **borrowed, **trained, scheduler=make_sampler(saved, scheduler) if scheduler else saved, **settings
+        **lent, **trained, scheduler=make_sampler(saved, scheduler) if scheduler else saved, **settings
     )
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
 
 
-def load_keyframe_pipeline(video: ImageToVideoPipeline, name: str | os.PathLike[str] | None = None) -> KeyframePipeline:
+def load_keyframe_pipeline(
+    video: ImageToVideoPipeline | str | os.PathLike[str],
+    name: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> KeyframePipeline:
     """The text-to-image pipeline `name`, or the base that the video model was trained from.
+
+    Args:
+        video: a video pipeline, or where one is saved; its weights are not read.
+        the rest: as in `KeyframePipeline.from_pretrained`.
 
     Raises:
         UserError: neither can be opened.
     """
-    return KeyframePipeline.from_pretrained(name or _base_of("the video pipeline", dict(video.config)))
-
-
-def _base_of(source: str, settings: dict[str, object]) -> str:
-    base = settings.get("base")
-    if not isinstance(base, str):
-        raise UserError(f"{source} has neither its own {', '.join(_BASES)} nor a base in its {INDEX}; name a base")
-    return base
+    if name is None:
+        config = video.config if isinstance(video, ImageToVideoPipeline) else load_index(os.fspath(video))
+        name, revision, variant = (config.get(key) for key in ("base", "base_revision", "base_variant"))
+        if name is None:
+            raise UserError("the video pipeline names no base to draw key frames with; name a text-to-image pipeline")
+    return KeyframePipeline.from_pretrained(name, revision, variant, torch_dtype)

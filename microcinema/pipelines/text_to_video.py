@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +39,7 @@ class TextToVideoPipeline:
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """All networks: those of stage 2 by their names, those of stage 1 as `keyframe.` and their names."""
-        drawing = {} if isinstance(self.keyframe.source, Path) else self.keyframe.source.components
-        parts = {**self.video.components, **{f"keyframe.{name}": part for name, part in drawing.items()}}
+        parts = {**self.video.components, **{f"keyframe.{name}": part for name, part in self.keyframe.networks.items()}}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     def to(self, device: torch.device | str) -> "TextToVideoPipeline":
@@ -67,7 +65,7 @@ class TextToVideoPipeline:
 
         Args:
             generator: one for every video: it draws first the key frame's noise, then the video's.
-            keyframe_arguments: for `KeyframePipeline.__call__`, such as `guidance_scale`.
+            keyframe_arguments: for `KeyframePipeline.__call__`, such as `guidance_scale` and `draw_height`.
             arguments: for `ImageToVideoPipeline.__call__`, whose other arguments these are.
 
         Raises:

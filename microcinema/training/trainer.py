@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from microcinema.config import instantiate, save
 from microcinema.data.latents import LatentClipDataset
-from microcinema.diffusion.schedule import make_sampler, make_scheduler
+from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder, make_folder
 from microcinema.models.video_unet import set_trainable
@@ -40,6 +40,7 @@ from microcinema.training.validation import Validation
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+CONFIG = "config.yaml"
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
@@ -81,7 +82,7 @@ def train(
     set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
     trained = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = _make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -96,17 +97,7 @@ def train(
     if settings.report_to:
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
-    objective = Objective(
-        scheduler=pipeline.training_scheduler,
-        prior=pipeline.noise_prior,
-        reference_frame=pipeline.reference_frame,
-        snr_gamma=settings.snr_gamma,
-        motion_weight=settings.motion_weight,
-        timestep_logit_normal=settings.timestep_logit_normal,
-        text_dropout=settings.text_dropout,
-        image_dropout=settings.image_dropout,
-        seed=settings.seed,
-    )
+    objective = make_objective(pipeline, settings)
     embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
     encode = BatchEncoder(pipeline.vae, embed, device)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
@@ -173,45 +164,86 @@ def run(config: "DictConfig") -> None:
     Raises:
         UserError: the config describes something that cannot be made or trained.
     """
+    from omegaconf import OmegaConf
+
     settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
     output_dir = make_folder(settings.output_dir)
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
     base = load_base(**config.base)
+    if settings.train == "temporal":
+        check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
     dataset = instantiate(config.data)
     if isinstance(dataset, LatentClipDataset):
         dataset.check(base.vae)
-    training_scheduler = make_scheduler(base.scheduler.config, config.diffusion.scheduler)
-    prior = instantiate(config.diffusion.noise_prior)
-    keyframe_channels = base.unet.config["in_channels"] if config.model.keyframe_concat else 0
-    height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
-    pipeline = ImageToVideoPipeline(
+    if config.fps is None:  # the saved config has to know it
+        config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
+    pipeline = build_pipeline(
+        config,
+        base.scheduler,
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        unet=instantiate(config.model.unet, unet=base.unet, keyframe_channels=keyframe_channels),
-        condition_encoder=instantiate(config.model.condition_encoder, unet=base.unet),
-        scheduler=make_sampler(training_scheduler),
+        **build_networks(config, base.unet),
+    )
+    validate = None
+    if settings.validation_prompts:
+        size = pipeline.config["height"], pipeline.config["width"]
+        validate = Validation(
+            accelerator, _keyframes(base), settings.validation_prompts, *size, output_dir, settings.seed
+        )
+    if accelerator.is_main_process:
+        save(config, output_dir / CONFIG)
+    del base  # its 2D UNet has been copied
+    train(accelerator, pipeline, dataset, settings, validate)
+    accelerator.end_training()
+
+
+def build_networks(config: "DictConfig", unet2d: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """The pipeline's `unet` and `condition_encoder`, as new as a run begins with.
+
+    Args:
+        config: of the command `train`.
+        unet2d: of the base; its weights are copied.
+
+    Raises:
+        UserError: settings that cannot work, or a UNet that is not supported.
+    """
+    keyframe_channels = unet2d.config["in_channels"] if config.model.keyframe_concat else 0
+    return {
+        "unet": instantiate(config.model.unet, unet=unet2d, keyframe_channels=keyframe_channels),
+        "condition_encoder": instantiate(config.model.condition_encoder, unet=unet2d),
+    }
+
+
+def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
+    """The video pipeline of a training run.
+
+    Args:
+        config: of the command `train`, with `fps`.
+        base_scheduler: the schedule that the base was trained with.
+        parts: the pipeline's components except the scheduler; None for the base's own.
+
+    Raises:
+        UserError: settings that cannot work, or parts that do not fit together.
+    """
+    prior = instantiate(config.diffusion.noise_prior)
+    height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
+    return ImageToVideoPipeline(
+        **parts,
+        scheduler=make_sampler(make_scheduler(base_scheduler.config, config.diffusion.scheduler)),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
         reference_frame=config.model.reference_frame,
         num_frames=config.num_frames,
-        fps=config.fps or dataset[0]["fps"],
+        fps=config.fps,
         height=height,
         width=width,
         base=config.base.pretrained_model_name_or_path,
+        base_revision=config.base.revision,
+        base_variant=config.base.variant,
     )
-    validate = None
-    if settings.validation_prompts:
-        validate = Validation(
-            accelerator, _keyframes(base), settings.validation_prompts, height, width, output_dir, settings.seed
-        )
-    if accelerator.is_main_process:
-        save(config, output_dir / "config.yaml")
-    del base  # its 2D UNet has been copied
-    train(accelerator, pipeline, dataset, settings, validate)
-    accelerator.end_training()
 
 
 def _keyframes(base: Base) -> KeyframePipeline:
@@ -256,6 +288,21 @@ def make_accelerator(settings: Settings) -> Accelerator:
     )
 
 
+def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Objective:
+    """What a run with these settings trains the pipeline on."""
+    return Objective(
+        scheduler=pipeline.training_scheduler,
+        prior=pipeline.noise_prior,
+        reference_frame=pipeline.reference_frame,
+        snr_gamma=settings.snr_gamma,
+        motion_weight=settings.motion_weight,
+        timestep_logit_normal=settings.timestep_logit_normal,
+        text_dropout=settings.text_dropout,
+        image_dropout=settings.image_dropout,
+        seed=settings.seed,
+    )
+
+
 def _optimise(
     accelerator: Accelerator,
     denoiser: nn.Module,
@@ -277,7 +324,12 @@ def _optimise(
     return math.nan if norm is None else float(norm)
 
 
-def _make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, in 8 bits if asked to.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes.
+    """
     arguments: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
