@@ -23,6 +23,7 @@ from microcinema.diffusion.schedule import (
     check_schedules_agree,
     make_sampler,
     make_scheduler,
+    shifted_betas,
     snr,
 )
 from microcinema.errors import UserError
@@ -56,6 +57,61 @@ def clip():
 
 
 # ---------------------------------------------------------------- schedule
+
+FACTORIZED = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "snr_shift": 2.0,
+}
+
+
+def test_the_last_step_of_zero_terminal_snr_has_exactly_no_signal():
+    for overrides in (FACTORIZED, {**FACTORIZED, "snr_shift": None}):
+        scheduler = make_scheduler(SD15, overrides)
+        assert scheduler.alphas_cumprod[-1].item() == 0.0
+        assert (scheduler.alphas_cumprod.diff() < 0).all()
+        sampler = make_sampler(scheduler)
+        sampler.set_timesteps(20)
+        assert sampler.timesteps[0].item() == 999  # the spacing reaches it
+        assert sampler.alphas_cumprod[-1].item() == 0.0
+
+
+@pytest.mark.parametrize("shift", [0.5, 2.0, 3.0])
+def test_the_snr_shift_is_its_closed_form(shift):
+    plain = make_scheduler(SD15)
+    shifted = make_scheduler(SD15, {"snr_shift": shift})
+    steps = torch.arange(1000)
+    torch.testing.assert_close(snr(shifted, steps), snr(plain, steps) / shift**2, rtol=2e-3, atol=0)
+    betas = shifted_betas(plain.alphas_cumprod.double(), shift)
+    abar = plain.alphas_cumprod.double()
+    torch.testing.assert_close(torch.cumprod(1 - betas, 0), abar / (abar + shift**2 * (1 - abar)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(make_scheduler(SD15, {"snr_shift": 1.0}).betas, plain.betas)
+
+
+def test_a_shifted_schedule_is_kept_by_what_saves_and_samples_it(tmp_path):
+    training = make_scheduler(SD15, FACTORIZED)
+    training.save_pretrained(tmp_path)
+    again = make_scheduler(DDIMScheduler.load_config(tmp_path))
+    torch.testing.assert_close(again.alphas_cumprod, training.alphas_cumprod, rtol=1e-4, atol=1e-9)
+    check_schedules_agree(training, make_sampler(again, "DDIMScheduler"))
+    with pytest.raises(UserError, match="snr_shift is -1"):
+        make_scheduler(SD15, {"snr_shift": -1.0})
+
+
+def test_an_oracle_of_v_recovers_the_clip_from_pure_noise(clip):
+    z0, eps, _ = clip
+    training = make_scheduler(SD15, FACTORIZED)
+    sampler = double(make_sampler(training))
+    sampler.set_timesteps(10)
+    z = eps  # nothing of z0 is in it
+    for t in sampler.timesteps:
+        signal, sigma = sampler.alphas_cumprod[t] ** 0.5, (1 - sampler.alphas_cumprod[t]) ** 0.5
+        implied = (z - signal * z0) / sigma
+        z = sampler.step(signal * implied - sigma * z0, t, z).prev_sample
+    torch.testing.assert_close(z, z0, rtol=0, atol=1e-6)
+    first = objective.target(training, z0, eps, torch.full((len(z0),), 999))
+    torch.testing.assert_close(first, -z0)
 
 
 def test_training_schedule_is_the_bases_and_never_clips():

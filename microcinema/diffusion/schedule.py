@@ -19,12 +19,14 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
 
     Args:
         base_config: what a scheduler file of diffusers holds; any class, its betas and prediction type are kept.
-        overrides: scheduler settings that replace the base's, by their diffusers names; None keeps the base's.
+        overrides: scheduler settings that replace the base's, by their diffusers names; None keeps the base's. And `snr_shift`,
+            see `shifted_betas`; the shifted betas are then the schedule's `trained_betas`.
 
     Raises:
         UserError: the schedule has no betas (flow matching), an override is unknown, or the prediction type is.
     """
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    shift = overrides.pop("snr_shift", 1.0)
     if "beta_schedule" not in base_config and "trained_betas" not in base_config:
         raise UserError(
             f"scheduler '{base_config.get('_class_name', '?')}' has no betas; use a base with a DDPM-like schedule"
@@ -39,7 +41,30 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
         raise UserError(
             f"prediction type '{scheduler.config.prediction_type}' is unknown; use one of {PREDICTION_TYPES}"
         )
-    return scheduler
+    if shift == 1.0:
+        return scheduler
+    betas = shifted_betas(scheduler.alphas_cumprod, shift)
+    # Stable Diffusion's samplers end at the noise of step 0, which the shift has made visible; this makes them end at none.
+    return DDPMScheduler.from_config({**scheduler.config, "set_alpha_to_one": True}, trained_betas=betas.tolist())
+
+
+def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
+    """Betas of the schedule whose signal-to-noise ratio is `snr / shift^2` at every step (arXiv 2301.11093, section 3.1).
+
+    Neighbouring frames tell of one another, so a clip needs more noise than an image to lose as much: shift > 1. The new
+    `abar' = abar / (abar + shift^2 (1 - abar))`; where abar is 0 it stays exactly 0.
+
+    Args:
+        abar: cumulative signal of every step, (t,).
+
+    Raises:
+        UserError: a shift that is not positive.
+    """
+    if not shift > 0:
+        raise UserError(f"snr_shift is {shift}; use a number > 0, 1 for no shift")
+    abar = abar.double()
+    shifted = abar / (abar + shift**2 * (1 - abar))
+    return 1 - shifted / torch.cat([torch.ones(1, dtype=torch.float64), shifted[:-1]])
 
 
 def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
@@ -53,7 +78,9 @@ def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> 
         UserError: names what differs and both values.
     """
     for key, value in overrides.items():
-        own = base.config.get(key)
+        if key == "timestep_spacing":  # says which of the trained steps a sampler visits
+            continue
+        own = 1.0 if key == "snr_shift" else base.config.get(key)
         if value not in (None, own):
             raise UserError(
                 f"diffusion.scheduler.{key} is {value}, but the base was trained with {own} and train=temporal leaves its "
