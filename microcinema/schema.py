@@ -72,6 +72,7 @@ class Sample:
     seed: CountOrZero
     output_dir: str
     pipeline: str
+    keyframe: Group
     num_frames: Count | None
     fps: Positive | None
     height: Count | None
