@@ -16,6 +16,7 @@ BODIES = {
     "sample": ("microcinema.sampling", "make videos from prompts or images"),
     "evaluate": ("microcinema.evaluation.run", "generate videos, measure them, write a report"),
     "prepare": ("microcinema.preparing", "render a Moving Sprites data set"),
+    "export": ("microcinema.exporting", "make a pipeline folder of a training checkpoint"),
 }
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 ALLOWED_PACKAGES = ("microcinema", "torch", "diffusers", "transformers", "accelerate")
-COMMANDS = ("train", "sample", "evaluate", "prepare")
+COMMANDS = ("train", "sample", "evaluate", "prepare", "export")
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":

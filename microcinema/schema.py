@@ -108,4 +108,13 @@ class Prepare:
     latents_of: str | None
 
 
-COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare}
+@dataclass
+class Export:
+    checkpoint: str | None
+    output_dir: str
+    use_ema: bool
+    with_base: bool
+    torch_dtype: Literal["float32", "float16", "bfloat16"]
+
+
+COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare, "export": Export}

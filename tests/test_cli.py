@@ -106,7 +106,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", config.COMMANDS)
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "prepare"])  # those for `accelerate launch`
 def test_a_script_is_the_command(command: str):
     done = run(str(ROOT / "scripts" / f"{command}.py"), "no_such_key=1")
     assert (done.returncode, done.stdout) == (2, "")

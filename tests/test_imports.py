@@ -32,6 +32,7 @@ FLOORS["sampling"] = {*FLOORS}
 FLOORS["preparing"] = {*FLOORS} - {"requests", "sampling"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["evaluation"] = {*FLOORS} - {"training"}
+FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
 FLOORS["cli"] = {*FLOORS}
 
 

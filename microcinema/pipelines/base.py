@@ -138,7 +138,7 @@ def locate(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if Path(text).is_dir():
         return text
-    if (ASSETS / text / INDEX).is_file():
+    if is_embedded(text):
         return str(ASSETS / text)
     if text.endswith((".safetensors", *_PICKLES)):
         raise UserError(
@@ -150,6 +150,11 @@ def locate(name: str | os.PathLike[str]) -> str:
     embedded = sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}"))
     there = f"the embedded models are {', '.join(embedded)}" if embedded else "no model is embedded"
     raise UserError(f"model '{text}' is neither a folder nor an embedded model ({there}) nor an owner/name of the hub")
+
+
+def is_embedded(name: str | os.PathLike[str]) -> bool:
+    """Whether `locate` finds the model among the embedded ones."""
+    return not Path(name).is_dir() and (ASSETS / name / INDEX).is_file()
 
 
 def open_folder(
