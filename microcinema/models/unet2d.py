@@ -80,7 +80,13 @@ class ClipCrossAttention:
     `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d`; the queries of a clip's frames are one long
     sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
     Returns `(b f) n d`.
+
+    Args:
+        xformers: compute with xformers' memory-efficient attention instead of torch's scaled-dot-product attention.
     """
+
+    def __init__(self, xformers: bool = False):
+        self.xformers = xformers
 
     def __call__(
         self,
@@ -96,11 +102,31 @@ class ClipCrossAttention:
         key, value = (
             rearrange(to(encoder_hidden_states), "b m (h d) -> b h m d", h=heads) for to in (attn.to_k, attn.to_v)
         )
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        out = self._attention(query, key, value, attention_mask)
         out = rearrange(out, "b h (f n) d -> (b f) n (h d)", f=f)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         return out
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.xformers:
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        from xformers.ops import memory_efficient_attention
+
+        # It wants the heads behind the tokens.
+        query, key, value = (rearrange(x, "b h n d -> b n h d") for x in (query, key, value))
+        return rearrange(memory_efficient_attention(query, key, value, attn_bias=mask), "b n h d -> b h n d")
+
+
+class ClipAttention(Attention):
+    """A cross-attention of diffusers that stays with `ClipCrossAttention` when xformers is turned on or off."""
+
+    def set_use_memory_efficient_attention_xformers(
+        self, use_memory_efficient_attention_xformers: bool, attention_op: Any = None
+    ) -> None:
+        """As diffusers' own, which this calls for its checks."""
+        super().set_use_memory_efficient_attention_xformers(use_memory_efficient_attention_xformers, attention_op)
+        self.set_processor(ClipCrossAttention(use_memory_efficient_attention_xformers))
 
 
 def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor) -> Tensor:
@@ -154,6 +180,7 @@ class UNet2DParts(ModelMixin, ConfigMixin):
             setattr(self, name, getattr(base, name))
         for module in self.modules():
             if isinstance(module, Attention) and module.is_cross_attention:
+                module.__class__ = ClipAttention  # diffusers builds the blocks; this class adds nothing that is stored
                 module.set_processor(ClipCrossAttention())
         self.gradient_checkpointing = False
 
@@ -170,9 +197,9 @@ class UNet2DParts(ModelMixin, ConfigMixin):
         """All layers in the order of their numbers."""
         return [layer for blocks in self.blocks() for block in blocks for layer in self.layers_of(block)]
 
-    def embed_time(self, t: Tensor | float, b: int) -> Tensor:
-        """Time embedding `b d` of a diffusion time that is a number or a tensor `(b,)`."""
-        t = torch.as_tensor(t, device=self.conv_in.weight.device).expand(b)
+    def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
+        """Time embedding `b d`, on the device, of a diffusion time that is a number or a tensor `(b,)`."""
+        t = torch.as_tensor(t, device=device).expand(b)
         return self.time_embedding(self.time_proj(t).to(self.time_embedding.linear_1.weight.dtype))
 
     def walk(self, h: Tensor, layer: LayerFunction) -> Iterator[Tensor]:

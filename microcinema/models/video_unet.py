@@ -143,7 +143,7 @@ class VideoUNet(UNet2DParts):
         """
         self._check(z_t, conditions)
         b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, b)
+        emb = self.embed_time(t, b, z_t.device)
         if self.config.fps_conditioning and conditions.fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
         emb = repeat(emb, "b d -> (b f) d", f=frames)

@@ -234,12 +234,18 @@ def load_scheduler_config(folder: str) -> dict[str, Any]:
         raise UserError(f"cannot read the scheduler of '{folder}' ({_first_line(error)})") from None
 
 
-def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
-    """Embeddings (b, n, d) of texts, padded or cut to the tokenizer's length n, as Stable Diffusion reads them."""
+def encode_text(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str], device: torch.device | None = None
+) -> torch.Tensor:
+    """Embeddings (b, n, d) of texts, padded or cut to the tokenizer's length n, as Stable Diffusion reads them.
+
+    Args:
+        device: that the encoder runs on; None: where it is. With offloading that is elsewhere until it is called.
+    """
     tokens = tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+    return text_encoder(tokens.input_ids.to(device or text_encoder.device))[0]
 
 
 def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
