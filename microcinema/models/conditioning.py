@@ -80,8 +80,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, appearance: dict[str, Any] | None = None, keyframe_concat: bool = False):
         super().__init__()
-        # Without networks this still has a dtype and a device, which diffusers' pipelines ask for.
+        # Without networks this still has a dtype and a device, which diffusers' pipelines ask for, and can be asked for checkpoints.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
+        self.gradient_checkpointing = False
         self.appearance_net = None if appearance is None else AppearanceNet(**appearance)
 
     @classmethod
