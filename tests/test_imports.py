@@ -20,6 +20,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "errors": set(),
     "files": {"errors"},
     "schema": set(),
+    "live_memory": set(),
     "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
     "data": {"errors", "files", "config"},
@@ -33,6 +34,7 @@ FLOORS["preparing"] = {*FLOORS} - {"requests", "sampling"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["evaluation"] = {*FLOORS} - {"training"}
 FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
+FLOORS["preflight"] = {*FLOORS} - {"evaluation", "exporting", "preparing", "requests", "sampling"}
 FLOORS["cli"] = {*FLOORS}
 
 

@@ -51,7 +51,7 @@ def load_base(
         revision, variant: of a hub repository; which weight files, such as `fp16`.
         prediction_type: what its files are expected to say; None: whatever they say.
         torch_dtype: of the weights in memory, whatever they are stored in.
-        weights: read them; False: the networks as their settings describe them, newly initialised.
+        weights: read them; False: the networks as their settings describe them, newly initialised in torch's default type.
 
     Raises:
         UserError: there is no such model, a component is missing, of another kind, damaged, or does not fit another one.
@@ -267,7 +267,7 @@ def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype, weight
                 if of_transformers
                 else kind.from_config(kind.load_config(path))
             )
-            return freeze(network, dtype)
+            return network.eval().requires_grad_(False)
         _check_weight_files(path, kind, variant)
         if kind.__module__.startswith("transformers."):
             network, info = kind.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)

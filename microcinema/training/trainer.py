@@ -145,12 +145,12 @@ def train(
                 checkpoints.save(progress)
                 meter.start()
             if validate is not None and (done or progress.step % settings.validation_steps == 0):
-                with _averaged(ema, parameters), _evaluating(denoiser):
+                with averaged(ema, parameters), _evaluating(denoiser):
                     validate(accelerator, pipeline, progress.step)
                 meter.start()
 
     if accelerator.is_main_process:
-        with _averaged(ema, parameters):
+        with averaged(ema, parameters):
             export(pipeline, output_dir)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
@@ -365,7 +365,7 @@ def _micro_batches(
 
 
 @contextmanager
-def _averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within it the parameters hold their averages."""
     if ema is None:
         yield
