@@ -1,4 +1,4 @@
-"""Where a result comes from: hashes of weights, versions, the commit of the code, in a record beside its files."""
+"""Where a result comes from: hashes of weights, versions, the commit of the code; as a record beside its files."""
 
 import hashlib
 import json

@@ -1,9 +1,9 @@
 """The command `sample`: all key frames, then all videos, dealt out over the processes; what stands from an earlier run is not made again."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from tqdm.auto import tqdm
 from microcinema.config import instantiate
 from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
 from microcinema.diffusion.randomness import generator
+from microcinema.diffusion.schedule import set_timesteps
 from microcinema.errors import UserError
 from microcinema.files import atomic_path, make_folder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Fit, KeyframePipeline, hash_pixels, open_image
+from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.saved import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.windows import Windows
 from microcinema.provenance import describe_code, hash_networks, read_record, write_record
 from microcinema.requests import Request, read_requests
 from microcinema.schema import Count, NotNegative
@@ -32,15 +35,8 @@ RECORD, KEYFRAME_RECORD = ".json", "_keyframe.json"
 _DRAWING = 1  # follows a video's own numbers in the generator of its key frame
 _SHARED = ("num_inference_steps", "guidance_scale", "negative_prompt")  # by both stages, unless stage 1 has its own
 _PASSED_ON = (*_SHARED, "image_guidance_scale", "decode_chunk_size")
-_DESCRIBED = (
-    "_name_or_path",
-    "base",
-    "noise_prior",
-    "noise_prior_strength",
-    "noise_prior_gamma",
-    "reference_frame",
-    "training_schedule",
-)
+_DESCRIBED = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "reference_frame", "training_schedule")
+_ORIGIN = ("source", "revision", "variant")  # where a model or an image was found; what it is, its hash says
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Stage1:
     pretrained_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None
     height: Count | None
     width: Count | None
     num_inference_steps: Count | None
@@ -73,13 +70,12 @@ def run(config: "DictConfig") -> None:
         requests = read_requests(
             config.prompt, config.motion_prompt, config.prompts, config.image, config.seed, config.num_videos_per_prompt
         )
-        for request in requests:
-            if request.image is not None:
-                open_image(request.image)
-        stage1 = instantiate(config.keyframe)
+        for image in {request.image for request in requests if request.image is not None}:
+            open_image(image)
+        stage1, memory = instantiate(config.keyframe), instantiate(config.memory)
         make_folder(config.output_dir)
         quieten_libraries()
-        sampler = Sampler(config, stage1, state.device, progress=state.is_main_process)
+        sampler = Sampler(config, stage1, memory, state.device, progress=state.is_main_process)
         mine = requests[state.process_index :: state.num_processes]
         sampler.make_keyframes(mine)
         sampler.make_videos(mine)
@@ -90,12 +86,12 @@ def run(config: "DictConfig") -> None:
 class Sampler:
     """Makes key frames and videos one at a time, so that a video has the same bits whatever was asked for beside it.
 
-    What stands is not made again: its provenance says what is asked for now, and all files that belong to it are there. Versions of code and
-    libraries are recorded, not compared.
+    What stands is not made again: its provenance says what is asked for now, with the same weights, and all files that belong to it are
+    there. Versions of code and libraries and names of models are recorded, not compared.
 
     Args:
         config: of `sample`.
-        stage1: its part of that.
+        stage1, memory: the objects of its nodes `keyframe` and `memory`.
         device: to compute on.
         progress: show bars.
 
@@ -103,21 +99,34 @@ class Sampler:
         UserError: a video model that cannot be opened, or that does not make what is asked for.
     """
 
-    def __init__(self, config: "DictConfig", stage1: Stage1, device: torch.device, progress: bool = True):
+    def __init__(
+        self,
+        config: "DictConfig",
+        stage1: Stage1,
+        memory: MemorySettings,
+        device: torch.device,
+        progress: bool = True,
+    ):
         from omegaconf import OmegaConf
 
-        self.config, self.stage1, self.device, self.progress = config, stage1, device, progress
+        self.config, self.stage1, self.memory, self.device, self.progress = config, stage1, memory, device, progress
         self.folder = Path(config.output_dir)
         self.run_record = {"config": OmegaConf.to_container(config, resolve=True), "versions": describe_code()}
         # Opened here for its checks and hashes, before anything long starts, and again when stage 1 has left the memory.
         video = self._open_video()
-        _, height, width, num_frames, fps = video.check(
-            "any", config.height, config.width, config.num_frames, config.fps
-        )
-        self.size = {"height": height, "width": width}
-        self.arguments: dict[str, Any] = {**self.size, "num_frames": num_frames, "fps": fps}
-        self.arguments |= {key: config[key] for key in _PASSED_ON}
-        self.video_record = {**self.arguments, "crf": config.crf, **describe(video, config.num_inference_steps)}
+        asked = {key: config[key] for key in ("height", "width", "num_frames", "fps", "num_clips", "window_overlap")}
+        _, self.height, self.width, num_frames, fps = video.check("any", **asked)
+        found = {"height": self.height, "width": self.width, "num_frames": num_frames, "fps": fps}
+        self.arguments: dict[str, Any] = {**asked, **found, **{key: config[key] for key in _PASSED_ON}}
+        windows = Windows(num_frames, video.config["num_frames"], config.window_overlap)
+        self.video_record = {
+            **self.arguments,
+            "windows": [[place.start, place.stop] for place in windows.places],
+            "frames_of_all_clips": config.num_clips * (num_frames - 1) + 1,
+            "crf": config.crf,
+            "memory": asdict(memory),
+            **describe(video, config.num_inference_steps),
+        }
 
     def make_keyframes(self, requests: Sequence[Request]) -> None:
         """Writes the key frames that are missing. The model that draws them leaves the memory again.
@@ -128,7 +137,7 @@ class Sampler:
         for request in requests:
             if request.image is not None:
                 source = KeyframePipeline(request.image, self.stage1.fit)
-                (keyframe,) = source([request.prompt], **self.size)
+                (keyframe,) = source([request.prompt], self.height, self.width)
                 record = {"id": request.id, **keyframe.provenance}
                 if not self._keyframe_stands(request, record):
                     self._write_keyframe(request, keyframe.image, record)
@@ -136,7 +145,11 @@ class Sampler:
             self._draw_keyframes(drawn)
 
     def make_videos(self, requests: Sequence[Request]) -> None:
-        """Writes the videos that are missing, from the key frames in the folder, and says of each where it is."""
+        """Writes the videos that are missing, from the key frames in the folder, and says of each where it is.
+
+        Raises:
+            UserError: pixels that are no numbers.
+        """
         video: ImageToVideoPipeline | None = None
         for request in self._bar(requests, "videos", "video"):
             record = {
@@ -149,11 +162,12 @@ class Sampler:
                 "keyframe": read_record(self._path(request, KEYFRAME_RECORD)),
             }
             path = self._path(request, FILES["video"])
-            if read_record(self._path(request, RECORD), record) is not None:
+            if self._stands(request, RECORD, record) is not None:
                 tqdm.write(f"{path} stands")
                 continue
             if video is None:
-                video = self._open_video().to(self.device)
+                video = self._open_video()
+                apply(video, self.memory, self.device)
                 video.set_progress_bar_config(desc="video", unit="step", leave=False, disable=not self.progress)
             output = video(
                 request.prompt,
@@ -163,21 +177,31 @@ class Sampler:
                 output_type="np",
                 **self.arguments,
             )
+            if not np.isfinite(output.frames).all():
+                raise UserError(
+                    f"'{request.id}' has pixels that are no numbers, made in {self.memory.torch_dtype}; "
+                    "use memory.torch_dtype=bfloat16 or float32, and see that the weights are whole"
+                )
             self._write_video(request, np.rint(output.frames[0] * 255).astype(np.uint8), record)
             tqdm.write(str(path))
 
     def _open_video(self) -> ImageToVideoPipeline:
-        return load_pipeline(self.config.pipeline, self.config.scheduler)
+        return load_pipeline(self.config.pipeline, self.config.scheduler, self.memory.dtype)
 
     def _draw_keyframes(self, requests: Sequence[Request]) -> None:
         chosen = self.stage1
+        memory = replace(self.memory, torch_dtype=chosen.torch_dtype or self.memory.torch_dtype)
         source = load_keyframe_pipeline(
-            self.config.pipeline, chosen.pretrained_model_name_or_path, chosen.revision, chosen.variant
+            self.config.pipeline, chosen.pretrained_model_name_or_path, chosen.revision, chosen.variant, memory.dtype
         )
         source.fit = chosen.fit
         arguments = self._drawing_arguments(source)
-        shared = {**source.describe(**arguments), "weights_sha256": hash_networks(source.networks)}
-        source.to(self.device)
+        shared = {
+            **source.describe(**arguments),
+            "weights_sha256": hash_networks(source.networks),
+            "memory": asdict(memory),
+        }
+        apply(source.source, memory, self.device)
         source.set_progress_bar_config(desc="key frame", unit="step", leave=False, disable=not self.progress)
         for request in self._bar(requests, "key frames", "image"):
             numbers = (*request.numbers, _DRAWING)
@@ -186,11 +210,11 @@ class Sampler:
                 "prompt": request.prompt,
                 "generator": list(numbers),
                 **shared,
-                "size": self.size,
+                "size": {"height": self.height, "width": self.width},
                 "fit": chosen.fit,
             }
             if not self._keyframe_stands(request, record):
-                (keyframe,) = source([request.prompt], **self.size, generator=[generator(*numbers)], **arguments)
+                (keyframe,) = source([request.prompt], self.height, self.width, [generator(*numbers)], **arguments)
                 self._write_keyframe(request, keyframe.image, {**record, **keyframe.provenance})
         source.unload()
 
@@ -203,13 +227,17 @@ class Sampler:
         return own | {key: None if self.config[key] == "" else self.config[key] for key in open_to}
 
     def _keyframe_stands(self, request: Request, record: Mapping[str, Any]) -> bool:
-        found = read_record(self._path(request, KEYFRAME_RECORD), record)
+        found = self._stands(request, KEYFRAME_RECORD, record)
         if found is None:
             return False
         try:
             return found["sha256_of_pixels"] == hash_pixels(open_image(self._path(request, FILES["keyframe"])))
         except UserError:  # damaged since
             return False
+
+    def _stands(self, request: Request, ending: str, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        wanted = {key: value for key, value in record.items() if key not in _ORIGIN}
+        return read_record(self._path(request, ending), wanted)
 
     def _write_keyframe(self, request: Request, image: Image.Image, record: Mapping[str, Any]) -> None:
         # A provenance must never stand beside files of another run: it goes first and comes last.
@@ -245,12 +273,10 @@ def describe(video: ImageToVideoPipeline, num_inference_steps: int) -> dict[str,
         UserError: the scheduler cannot make so many steps.
     """
     scheduler = video.scheduler
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except ValueError as error:
-        raise UserError(f"{type(scheduler).__name__} cannot make {num_inference_steps} steps ({error})") from None
+    set_timesteps(scheduler, num_inference_steps)
     weights = hash_networks(video.components)
     return {
+        "source": video.config.get("_name_or_path"),
         "pipeline": {key: video.config.get(key) for key in _DESCRIBED},
         "keyframe_encoder": {
             "class": type(video.vae).__name__,

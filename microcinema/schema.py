@@ -73,7 +73,10 @@ class Sample:
     output_dir: str
     pipeline: str
     keyframe: Group
+    memory: Group
     num_frames: Count | None
+    num_clips: Count
+    window_overlap: CountOrZero | None
     fps: Positive | None
     height: Count | None
     width: Count | None

@@ -77,7 +77,7 @@ def test_key_frames_of_another_family_come_to_life(exported: Path, tmp_path: Pat
     call("sample", *arguments, f"output_dir={tmp_path / 'out'}")
     record = record_of(tmp_path / "out")
     keyframe = record["keyframe"]
-    assert keyframe["source"] == "StableDiffusionXLPipeline"
+    assert keyframe["class"] == "StableDiffusionXLPipeline"
     assert keyframe["original_size"] == {"height": 2 * tiny.SIZE, "width": 2 * tiny.SIZE}
     assert keyframe["size"] == {"height": tiny.SIZE, "width": tiny.SIZE}
     with Image.open(tmp_path / "out" / record["files"]["keyframe"]) as image:

@@ -24,6 +24,7 @@ from microcinema.data.clips import resize_and_crop
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.pipelines.keyframe import KeyframePipeline, hash_pixels, make_keyframe, open_image
+from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 
 PROMPTS = ["a red star moving to the left on sand", "a large blue moon"]
@@ -111,8 +112,8 @@ def test_any_text_to_image_pipeline_draws_key_frames_at_the_videos_size(kind, si
     first, second = keyframes(PROMPTS, 48, 24, generators, num_inference_steps=2)
     assert first.image.size == (24, 48)
     found = first.provenance
-    assert (found["source"], found["prompt"]) == (type(keyframes.source).__name__, PROMPTS[0])
-    assert found["model"] == str(request.getfixturevalue(kind))
+    assert (found["class"], found["prompt"]) == (type(keyframes.source).__name__, PROMPTS[0])
+    assert found["source"] == str(request.getfixturevalue(kind))
     assert found["original_size"] == {"height": size, "width": size}
     assert found["sha256_of_pixels"] == hash_pixels(first.image) != second.provenance["sha256_of_pixels"]
     assert json.loads(json.dumps(found)) == found
@@ -148,7 +149,7 @@ def test_a_class_that_the_automatic_one_does_not_know_draws_too(base, tmp_path):
     keyframes = open_quietly(folder)
     assert type(keyframes.source) is StableDiffusionSAGPipeline
     (keyframe,) = keyframes(PROMPTS[:1], 32, 32, [generator(0)], num_inference_steps=1)
-    assert keyframe.provenance["source"] == "StableDiffusionSAGPipeline"
+    assert keyframe.provenance["class"] == "StableDiffusionSAGPipeline"
 
 
 def test_a_folder_saved_by_a_pipeline_of_another_task_draws_from_text(base, tmp_path):
@@ -193,6 +194,18 @@ def test_unloading_gives_the_memory_back(base):
     with pytest.raises(UserError, match="unloaded"):
         keyframes(PROMPTS[:1], 32, 32)
     keyframes.unload()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_unloading_empties_the_device(sdxl, offload):
+    before = torch.cuda.memory_allocated()
+    keyframes = open_quietly(sdxl)
+    apply(keyframes.source, MemorySettings(offload=offload), "cuda")
+    keyframes(PROMPTS[:1], 32, 32, [generator(0)], num_inference_steps=1)
+    keyframes.unload()
+    assert torch.cuda.memory_allocated() == before
 
 
 # Bad pipelines

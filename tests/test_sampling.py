@@ -28,6 +28,7 @@ from microcinema.pipelines.saved import save_pipeline
 ROOT = Path(__file__).parents[1]
 PROMPT = "a large red star moving quickly to the left on sand"
 TEXTS = {"a": "a star", "b": "a moon", "c": "a heart on sand", "d": "a large circle"}
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
 ENDINGS = (".mp4", ".gif", ".png", ".json", "_keyframe.png", "_keyframe.json")
 
 
@@ -134,7 +135,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
 
     drawn = record["keyframe"]
     assert drawn == record_of(tmp_path / "out", f"{name}_keyframe")
-    assert drawn["model"] == str(model.parent / "base")
+    assert (record["source"], drawn["source"]) == (str(model), str(model.parent / "base"))
     assert {"unet", "vae", "text_encoder"} <= set(drawn["weights_sha256"])
     assert drawn["arguments"] == {"num_inference_steps": 2, "guidance_scale": 4.0}
     pixels = np.array(Image.open(tmp_path / "out" / record["files"]["keyframe"]))
@@ -156,6 +157,15 @@ def test_the_same_request_gives_the_same_bytes_alone_or_in_a_file(run, tmp_path)
     assert videos["second"] == digest(alone)
     assert videos["third"] != videos["second"]
     assert record_of(tmp_path / "out", "first")["generator"] == [5, 0, 0]
+
+
+def test_longer_videos_say_how_they_are_made(run, tmp_path):
+    """The model was trained on 4 frames: clips of 6 are two windows, and three clips share two frames."""
+    assert run(f"prompt={PROMPT}", "num_frames=6", "num_clips=3", "window_overlap=1")[0] == 0
+    record = json.loads(next((tmp_path / "out").glob("*seed0.json")).read_text())
+    assert (record["num_clips"], record["num_frames"], record["frames_of_all_clips"]) == (3, 6, 16)
+    assert record["windows"] == [[0, 4], [2, 6]]
+    assert probe(tmp_path / "out" / record["files"]["video"]).num_frames == 16
 
 
 def test_from_an_image_file(run, tmp_path):
@@ -206,7 +216,7 @@ def test_another_stage_1_has_its_own_size_steps_and_guidance(run, tmp_path):
     overrides = [f"keyframe.{key}={value}" for key, value in own.items()]
     assert run(f"prompt={PROMPT}", "negative_prompt=grass", *overrides)[0] == 0
     record = json.loads(next((tmp_path / "out").glob("*_keyframe.json")).read_text())
-    assert (record["source"], record["model"]) == ("StableDiffusionXLPipeline", str(sdxl))
+    assert (record["class"], record["source"]) == ("StableDiffusionXLPipeline", str(sdxl))
     wanted = {"num_inference_steps": 1, "guidance_scale": 2.5, "negative_prompt": "grass", "height": 48, "width": 64}
     assert record["arguments"] == wanted
     assert record["original_size"] == {"height": 48, "width": 64}
@@ -222,13 +232,39 @@ def test_a_revision_and_a_variant_of_stage_1_are_those_of_the_config(run, tmp_pa
     repository = "someone/drawer"
     tiny.into_hub_cache(tmp_path / "fp16", tmp_path / "cache", repository, "v2")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_OFFLINE", True, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     chosen = {"pretrained_model_name_or_path": repository, "revision": "v2", "variant": "fp16"}
     code, _, told = run(f"prompt={PROMPT}", *(f"keyframe.{key}={value}" for key, value in chosen.items()))
     assert code == 0, told
     record = json.loads(next((tmp_path / "out").glob("*_keyframe.json")).read_text())
-    assert (record["model"], record["revision"], record["variant"]) == (repository, "v2", "fp16")
+    assert (record["source"], record["revision"], record["variant"]) == (repository, "v2", "fp16")
+
+
+# Memory
+
+
+def test_memory_settings_reach_both_stages_and_their_provenance(run, tmp_path, monkeypatch):
+    applied = []
+    works = sampling.apply
+
+    def apply(pipeline, settings, device):
+        works(pipeline, settings, device)
+        applied.append((pipeline.unet.dtype, pipeline.vae.use_slicing, pipeline.vae.use_tiling))
+
+    monkeypatch.setattr(sampling, "apply", apply)
+    chosen = ["memory.torch_dtype=bfloat16", "memory.vae_slicing=true", "memory.vae_tiling=true"]
+    assert run(f"prompt={PROMPT}", *chosen, "keyframe.torch_dtype=float32")[0] == 0
+    assert applied == [(torch.float32, True, True), (torch.bfloat16, True, True)]
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*seed0.json"))
+    assert record["memory"] == {
+        "torch_dtype": "bfloat16",
+        "offload": "none",
+        "vae_slicing": True,
+        "vae_tiling": True,
+        "attention": "sdpa",
+        "compile": False,
+    }
+    assert record["keyframe"]["memory"] == record["memory"] | {"torch_dtype": "float32"}
 
 
 # Going on
@@ -289,7 +325,16 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
     (tmp_path / "p.csv").write_text("id,prompt,image\na,a star,start.png")
     settings = ["prompts=p.csv", "num_inference_steps=1"]
     changes = ["seed=1", "guidance_scale=2", "image_guidance_scale=2", "negative_prompt=grass", "motion_prompt=up"]
-    changes += ["num_frames=3", "fps=4", "decode_chunk_size=1", "scheduler=EulerDiscreteScheduler", "crf=30"]
+    changes += [
+        "num_frames=3",
+        "num_frames=5",
+        "window_overlap=1",
+        "num_clips=2",
+        "fps=4",
+        "decode_chunk_size=1",
+        "scheduler=EulerDiscreteScheduler",
+        "crf=30",
+    ]
     drawn = None
     for change in changes:
         settings.append(change)
@@ -323,6 +368,9 @@ def test_what_is_missing_damaged_or_of_other_weights_is_made_again(run, tmp_path
         (out / lost).unlink()
     (out / "d.json").write_text("{")
     assert remade() == both("abcd")[4:]
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert cli.main(["sample", *arguments, f"pipeline={moved}"]) == 0
+    assert made == both("abcd")[4:]  # nothing was made for another name of the same weights
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(out / "a_keyframe.png")  # not what its provenance says
     (out / "b_keyframe.png").write_text("torn")
     (out / "c_keyframe.json").unlink()
@@ -402,6 +450,8 @@ def test_a_process_that_fails_leaves_the_others_working(tmp_path, four):
         (["prompt="], "empty"),
         ([f"prompt={PROMPT}", "prompts=x.csv"], "one of"),
         ([f"prompt={PROMPT}", "num_frames=0"], "num_frames"),
+        ([f"prompt={PROMPT}", "num_clips=0"], "num_clips"),
+        ([f"prompt={PROMPT}", "window_overlap=4"], "window_overlap is 4"),
         ([f"prompt={PROMPT}", "width=30"], "multiple of 8"),
         ([f"prompt={PROMPT}", "num_inference_steps=2000"], "cannot make 2000 steps"),
         ([f"prompt={PROMPT}", "image=gone.png"], "gone.png"),
@@ -415,6 +465,10 @@ def test_a_process_that_fails_leaves_the_others_working(tmp_path, four):
         ([f"prompt={PROMPT}", "keyframe.height=30", "keyframe.width=30"], "height=30"),
         ([f"prompt={PROMPT}", "keyframe.num_inference_steps=0"], "num_inference_steps"),
         ([f"prompt={PROMPT}", "keyframe.fits=crop"], "keyframe.fit"),
+        ([f"prompt={PROMPT}", "keyframe.torch_dtype=int8"], "'int8'"),
+        ([f"prompt={PROMPT}", "memory.attention=flash"], "'flash'"),
+        ([f"prompt={PROMPT}", "memory.compile=maybe"], "memory.compile is 'maybe'"),
+        pytest.param([f"prompt={PROMPT}", "memory.offload=model"], "offload=model", marks=ON_CPU),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(run, tmp_path, overrides, words):
@@ -431,6 +485,17 @@ def test_what_is_no_text_to_image_pipeline_is_refused_before_anything_is_drawn(r
     code, _, said = run(f"prompt={PROMPT}", f"keyframe.pretrained_model_name_or_path={model}")
     assert (code, made) == (2, [])
     assert "ImageToVideoPipeline" in said and "text-to-image" in said
+
+
+def test_a_video_that_is_no_numbers_is_not_written(run, tmp_path, model):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "conv_out.bias": torch.full_like(weights["conv_out.bias"], torch.nan)}, path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "start.png")
+    code, _, said = run(f"prompt={PROMPT}", "image=start.png", f"pipeline={broken}")
+    assert code == 2 and "no numbers, made in float32" in said
+    assert not list((tmp_path / "out").glob("*.mp4"))
 
 
 def test_an_image_of_another_size_is_refused_if_only_the_exact_one_will_do(run, tmp_path):

@@ -123,7 +123,7 @@ class KeyframePipeline:
                 f"cannot open the text-to-image pipeline '{path}' ({_first_line(error)}); "
                 "give a complete diffusers pipeline of safetensors"
             ) from error
-        return cls(pipeline, fit, {"model": os.fspath(name), "revision": revision, "variant": variant})
+        return cls(pipeline, fit, {"source": os.fspath(name), "revision": revision, "variant": variant})
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -227,8 +227,8 @@ class KeyframePipeline:
         if unknown := [argument for argument in given if not self.takes(argument)]:
             raise UserError(f"{name} takes no argument '{unknown[0]}'; leave it out, or take another stage 1")
         return {
-            "source": name,
-            **{"model": self.source.config.get("_name_or_path"), **self.origin},
+            **{"source": self.source.config.get("_name_or_path"), **self.origin},
+            "class": name,
             "schedulers": {
                 part: {"class": type(found).__name__, "settings": _plain(found.config)}
                 for part, found in self.source.components.items()
