@@ -120,4 +120,11 @@ class Export:
     torch_dtype: Literal["float32", "float16", "bfloat16"]
 
 
-COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare, "export": Export}
+COMMANDS = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "prepare": Prepare,
+    "export": Export,
+    "doctor": Train,
+}

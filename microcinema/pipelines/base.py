@@ -106,6 +106,17 @@ def check_fit(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet
         raise UserError(f"'{source}': the VAE has {channels} channels, its UNet reads {wanted}; use files of one model")
 
 
+def check_weights(folder: str, variant: str | None = None) -> None:
+    """Looks, without reading them, for the weights of a base.
+
+    Raises:
+        UserError: a network has none, or they are pickles or of another variant.
+    """
+    for name, kind in {**LENT, "unet": UNet2DConditionModel}.items():
+        if not issubclass(kind, CLIPTokenizer):
+            _check_weight_files(Path(folder, name), kind, variant)
+
+
 def _check_kind(name: str, folder: str) -> None:
     """Refuses, by its settings alone, a model that no video model can be built on."""
     index = load_index(folder)
