@@ -125,6 +125,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base_variant=base_variant,
             training_schedule=training_schedule,
         )
+        if (
+            next(condition_encoder.parameters(), None) is None
+        ):  # hooks of offloading ask networks where their weights are
+            self.model_cpu_offload_seq = self.model_cpu_offload_seq.replace("condition_encoder->", "")
+            self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma)
         reference_index(reference_frame, num_frames)
