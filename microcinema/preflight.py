@@ -1,9 +1,10 @@
 """What a run needs of memory, told before it starts: its own code runs once on tensors that have sizes and no data."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -11,7 +12,6 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from microcinema.live_memory import LiveMemory
@@ -144,10 +144,10 @@ def training_memory(
     phases: dict[str, int] = {}
 
     def denoise(*inputs: torch.Tensor) -> torch.Tensor:
-        with autocast(settings.mixed_precision, device):
+        with autocast(settings.mixed_precision):
             return denoiser(*inputs).float()
 
-    with LiveMemory() as live:
+    with LiveMemory() as live, like_cuda() if device == "cuda" else nullcontext():
 
         def closed(phase: str) -> None:
             phases[phase] = live.peak
@@ -165,7 +165,7 @@ def training_memory(
             _release(parameters)  # else they are there when the next batch begins
         live.restart()
 
-        with autocast(settings.mixed_precision, device):
+        with autocast(settings.mixed_precision):
             batch, empty_text = encode(_items(pipeline, settings.train_batch_size, latents)), embed([""])
         closed("encoding")
         draws = objective.draw(batch.numbers, batch.latents.shape[1:])
@@ -186,7 +186,7 @@ def training_memory(
             # The weights that the averages stand in for wait in the memory of the processor.
             with (
                 averaged(ema, parameters) if device == "cpu" else nullcontext(),
-                autocast(settings.mixed_precision, device),
+                autocast(settings.mixed_precision),
             ):
                 pipeline(PROMPT, Image.new("RGB", (64, 64)), num_inference_steps=1, output_type="pt")
             closed("validating")
@@ -245,23 +245,31 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def autocast(mixed_precision: str | None, device: str) -> Iterator[None]:
-    """Mixed precision as on the device, for tensors of the CPU."""
+def autocast(mixed_precision: str | None) -> torch.autocast:
+    """Mixed precision for tensors of the CPU, within `like_cuda` by the rules of CUDA."""
     dtype = DTYPES[mixed_precision or "no"]
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        with _LikeCuda() if device == "cuda" and dtype is not None else nullcontext():
-            yield
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
-class _LikeCuda(TorchFunctionMode):
-    """Where CUDA's autocast differs from the CPU's: it normalises in float32, and leaves the type alone when it enlarges pictures."""
+def like_cuda() -> AbstractContextManager[Any]:
+    """Within it the CPU's autocast does what CUDA's does: it normalises in float32, and enlarges pictures in their own type.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (functional.group_norm, functional.layer_norm):
-            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        elif func is functional.interpolate:
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    By other functions in torch's places, since a mode of torch would not be there when checkpoints run their forward again.
+    """
+
+    def in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def normalise(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return normalise
+
+    def in_its_type(
+        *args: Any, function: Callable[..., torch.Tensor] = functional.interpolate, **kwargs: Any
+    ) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    norms: dict[str, Any] = {name: in_float32(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
+    return patch.multiple(functional, **norms, interpolate=in_its_type)

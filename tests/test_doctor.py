@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants
-from test_benchmark import benchmark  # noqa: F401
+from test_benchmark_memory import benchmark_memory  # noqa: F401
 
 from microcinema import cli, config, doctor
 from microcinema.doctor import OK, PROBLEM, WARNING
@@ -271,8 +271,8 @@ def test_a_config_that_no_run_could_have_is_a_problem(arguments):
 
 
 @pytest.mark.slow
-def test_stable_diffusion_is_answered_in_seconds_from_its_settings_alone(arguments, benchmark, tmp_path, capfd):  # noqa: F811
-    base = benchmark.settings_of_sd15(tmp_path / "sd15")
+def test_stable_diffusion_is_answered_in_seconds_from_its_settings_alone(arguments, benchmark_memory, tmp_path, capfd):  # noqa: F811
+    base = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
     sizes = ["resolution=512", "num_frames=16", "model=microcinema", "train_batch_size=1"]
     start = time.process_time()
     assert cli.main([*arguments, f"base.pretrained_model_name_or_path={base}", *sizes]) == 1  # it has no weights

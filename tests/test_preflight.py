@@ -1,5 +1,6 @@
 """The estimate of memory is what real tensors take, in the very code that it stands for."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,14 @@ def test_what_is_held_is_told_apart(composed):
 def test_mixed_precision_follows_the_rules_of_the_device(precision, wanted):
     x, weight = torch.ones(1, 4, 2, 2), torch.ones(4, 4, 1, 1)
 
-    def types(device: str) -> list[torch.dtype]:
-        with preflight.autocast(precision, device):
+    def types(rules) -> list[torch.dtype]:
+        with rules, preflight.autocast(precision):
             h = functional.conv2d(x, weight)
             normed = functional.layer_norm(functional.group_norm(h, 2), (2,))
             return [h.dtype, normed.dtype, functional.interpolate(h, scale_factor=2.0).dtype]
 
-    assert types("cuda") == [wanted, torch.float32, wanted]
-    assert types("cpu")[:2] == [wanted, wanted]
+    assert types(preflight.like_cuda()) == [wanted, torch.float32, wanted]
+    assert types(nullcontext())[:2] == [wanted, wanted]
 
 
 @pytest.mark.gpu
@@ -181,7 +182,7 @@ def test_the_rules_of_cuda_are_those_of_cuda(precision):
 
     with torch.autocast("cuda", preflight.DTYPES[precision]):
         wanted = types("cuda")
-    with preflight.autocast(precision, "cuda"):
+    with preflight.like_cuda(), preflight.autocast(precision):
         assert types("cpu") == wanted
 
 
