@@ -112,7 +112,8 @@ def record_of(folder, name):
 
 
 def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model):
-    assert run(f"prompt={PROMPT}", "seed=3", "num_frames=5", "fps=6", "height=24")[0] == 0
+    asked = ["seed=3", "num_frames=5", "fps=6", "height=24", "guidance_scale=3", "keyframe.guidance_scale=null"]
+    assert run(f"prompt={PROMPT}", *asked)[0] == 0
     name = "a-large-red-star-moving-quickly-to-the-left-on-sand-seed3"
     assert set(digests(tmp_path / "out")) == {f"{name}{ending}" for ending in ENDINGS}
     info = probe(tmp_path / "out" / f"{name}.mp4")
@@ -123,7 +124,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
     record = record_of(tmp_path / "out", name)
     assert (record["prompt"], record["motion_prompt"], record["seed"]) == (PROMPT, None, 3)
     assert (record["num_frames"], record["fps"], record["height"], record["width"]) == (5, 6.0, 24, tiny.SIZE)
-    assert record["config"]["guidance_scale"] == record["guidance_scale"] == 4.0
+    assert record["config"]["guidance_scale"] == record["guidance_scale"] == 3.0
     assert record["schedule"]["class"] == "DDIMScheduler"
     assert len(record["schedule"]["timesteps"]) == record["num_inference_steps"] == 2
     assert record["pipeline"]["training_schedule"]["prediction_type"] == "epsilon"
@@ -137,7 +138,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
     assert drawn == record_of(tmp_path / "out", f"{name}_keyframe")
     assert (record["source"], drawn["source"]) == (str(model), str(model.parent / "base"))
     assert {"unet", "vae", "text_encoder"} <= set(drawn["weights_sha256"])
-    assert drawn["arguments"] == {"num_inference_steps": 2, "guidance_scale": 4.0}
+    assert drawn["arguments"] == {"num_inference_steps": 2, "guidance_scale": 3.0}  # those of the video
     pixels = np.array(Image.open(tmp_path / "out" / record["files"]["keyframe"]))
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == drawn["sha256_of_pixels"]
 
@@ -312,8 +313,8 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path, four, made, monkey
 
 def test_a_changed_setting_of_a_key_frame_makes_it_and_its_video_again(run, tmp_path, made):
     (tmp_path / "p.csv").write_text("id,prompt\na,a star")
-    settings = ["prompts=p.csv", "num_inference_steps=1"]
-    for change in ("seed=1", "guidance_scale=2", "keyframe.guidance_scale=3", "keyframe.fit=stretch", "height=24"):
+    settings = ["prompts=p.csv", "num_inference_steps=1", "keyframe.guidance_scale=null"]
+    for change in ("seed=1", "guidance_scale=5", "keyframe.guidance_scale=3", "keyframe.fit=stretch", "height=24"):
         settings.append(change)
         made.clear()
         assert run(*settings)[0] == 0
@@ -324,7 +325,7 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "start.png")
     (tmp_path / "p.csv").write_text("id,prompt,image\na,a star,start.png")
     settings = ["prompts=p.csv", "num_inference_steps=1"]
-    changes = ["seed=1", "guidance_scale=2", "image_guidance_scale=2", "negative_prompt=grass", "motion_prompt=up"]
+    changes = ["seed=1", "guidance_scale=5", "image_guidance_scale=2", "negative_prompt=grass", "motion_prompt=up"]
     changes += [
         "num_frames=3",
         "num_frames=5",
