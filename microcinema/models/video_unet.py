@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
@@ -30,6 +31,7 @@ class VideoUNet(UNet2DParts):
         keyframe_channels: channels of a key frame concatenated to the input; 0 for none. The extra input weights are
             a convolution of their own, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
         fps_conditioning: add an embedding of the frame rate to the time embedding.
+        frame_conditioning: add an embedding of each frame's own number to its time embedding.
         fusion: `add`, `spade` or None (no injection).
         inject: `encoder`, `decoder`, `both` or None (no injection).
         the rest: as in diffusers' UNet2DConditionModel.
@@ -38,7 +40,7 @@ class VideoUNet(UNet2DParts):
         UserError: an unknown fusion, inject or block type.
     """
 
-    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.")
+    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.", "frame_embedding.")
 
     @register_to_config
     def __init__(
@@ -64,6 +66,7 @@ class VideoUNet(UNet2DParts):
         temporal_bottleneck: int = 2,
         keyframe_channels: int = 0,
         fps_conditioning: bool = True,
+        frame_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
     ):
@@ -93,6 +96,9 @@ class VideoUNet(UNet2DParts):
         if fps_conditioning:
             self.fps_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
             zero_init(self.fps_embedding.linear_2)
+        if frame_conditioning:
+            self.frame_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
+            zero_init(self.frame_embedding.linear_2)
 
     @classmethod
     def from_unet2d(
@@ -103,6 +109,7 @@ class VideoUNet(UNet2DParts):
         temporal_bottleneck: int = 2,
         keyframe_channels: int = 0,
         fps_conditioning: bool = True,
+        frame_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
     ) -> "VideoUNet":
@@ -117,6 +124,7 @@ class VideoUNet(UNet2DParts):
             temporal_bottleneck=temporal_bottleneck,
             keyframe_channels=keyframe_channels,
             fps_conditioning=fps_conditioning,
+            frame_conditioning=frame_conditioning,
             fusion=fusion,
             inject=inject,
         )
@@ -147,6 +155,10 @@ class VideoUNet(UNet2DParts):
         if self.config.fps_conditioning and conditions.fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
         emb = repeat(emb, "b d -> (b f) d", f=frames)
+        if self.config.frame_conditioning:
+            # The temporal transformers know the frame's number too, but only they; this tells every ResNet block.
+            number = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
+            emb = emb + repeat(self.frame_embedding(number), "f d -> (b f) d", b=b)
         features = dict(zip(self.injected, conditions.appearance or (), strict=False))
 
         def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
