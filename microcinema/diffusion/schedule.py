@@ -73,7 +73,8 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         # Where a package is missing, diffusers has something else of that name.
-        missing = f" (it needs {', '.join(kind._backends)})" if hasattr(kind, "_backends") else ""
+        needed = ", ".join(getattr(kind, "_backends", ()))
+        missing = f" (it needs {needed})" if needed else ""
         raise UserError(
             f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler or DPMSolverMultistepScheduler"
         )
