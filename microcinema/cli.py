@@ -16,6 +16,8 @@ BODIES = {
     "sample": ("microcinema.sampling", "make videos from prompts or images"),
     "evaluate": ("microcinema.evaluation.run", "generate videos, measure them, write a report"),
     "prepare": ("microcinema.preparing", "render a Moving Sprites data set"),
+    "export": ("microcinema.exporting", "make a pipeline folder of a training checkpoint"),
+    "doctor": ("microcinema.doctor", "say whether train can run here with the same keys, and what it needs"),
 }
 
 
@@ -65,7 +67,7 @@ def command_help(command: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 for bad input (told in one line on stderr) or 130 when interrupted."""
+    """Runs a command; returns 0, what `doctor` returns, 2 for bad input (told in one line on stderr) or 130 when interrupted."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     if options.help or options.command is None:
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         composed = config.compose(options.command, options.overrides)
-        importlib.import_module(BODIES[options.command][0]).run(composed)
+        return importlib.import_module(BODIES[options.command][0]).run(composed) or 0
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
@@ -84,4 +86,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 ALLOWED_PACKAGES = ("microcinema", "torch", "diffusers", "transformers", "accelerate")
-COMMANDS = ("train", "sample", "evaluate", "prepare")
+COMMANDS = ("train", "sample", "evaluate", "prepare", "export", "doctor")
+# Commands that take the keys of another one, from its file.
+_KEYS_OF = {"doctor": "train"}
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
@@ -60,7 +62,7 @@ def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
             values.append((key, value))
     try:
         with initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
-            composed = hydra_compose(config_name=command, overrides=choices)
+            composed = hydra_compose(config_name=_KEYS_OF.get(command, command), overrides=choices)
         tree: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
         for key, text in values:
             _override(tree, key, text, kinds)
@@ -164,7 +166,7 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _read(name: str) -> str:
-    return (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    return (config_folder() / f"{_KEYS_OF.get(name, name)}.yaml").read_text(encoding="utf-8")
 
 
 # Checks.

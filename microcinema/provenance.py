@@ -1,6 +1,8 @@
-"""Where a result comes from: hashes of weights, versions, the commit of the code."""
+"""Where a result comes from: hashes of weights, versions, the commit of the code; as a record beside its files."""
 
 import hashlib
+import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from microcinema import __version__
+from microcinema.files import atomic_path
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -39,6 +42,30 @@ def describe_code() -> dict[str, Any]:
     """
     libraries = {name: version(name) for name in LIBRARIES}
     return {"microcinema": __version__, "commit": _commit(), "python": platform.python_version(), **libraries}
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Writes a provenance as JSON, whole or not at all. Its entry `files` names what it belongs to, beside it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(path: str | os.PathLike[str], wanted: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """A provenance that stands; None if there is none, if it does not say what is wanted, or if a file that it belongs to is missing.
+
+    Args:
+        wanted: entries that it must have, with these values; it may have others.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or "files" not in record:
+        return None
+    if any(key not in record or record[key] != value for key, value in json.loads(json.dumps(wanted or {})).items()):
+        return None
+    there = all((Path(path).parent / name).is_file() for name in record["files"].values())
+    return record if there else None
 
 
 def _commit() -> str | None:

@@ -69,6 +69,10 @@ def read_requests(
         name = row.get("id", "").strip() or (f"{number:04d}-{slug}" if prompts else f"{slug}-seed{seed}")
         if not re.fullmatch(r"[\w][\w. +-]*", name):
             raise UserError(f"{where}: id '{name}' cannot be a file name; use letters, digits, '-', '_' and '.'")
+        if name.endswith("_keyframe"):
+            raise UserError(
+                f"{where}: id '{name}' is kept for the key frame of another; choose one that ends otherwise"
+            )
         own_image = row.get("image", "").strip()
         path = Path(prompts or "").parent / own_image if own_image else given
         motion = row.get("motion_prompt", "").strip() or motion_prompt or None

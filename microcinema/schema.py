@@ -72,7 +72,11 @@ class Sample:
     seed: CountOrZero
     output_dir: str
     pipeline: str
+    keyframe: Group
+    memory: Group
     num_frames: Count | None
+    num_clips: Count
+    window_overlap: CountOrZero | None
     fps: Positive | None
     height: Count | None
     width: Count | None
@@ -107,4 +111,20 @@ class Prepare:
     latents_of: str | None
 
 
-COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "prepare": Prepare}
+@dataclass
+class Export:
+    checkpoint: str | None
+    output_dir: str
+    use_ema: bool
+    with_base: bool
+    torch_dtype: Literal["float32", "float16", "bfloat16"]
+
+
+COMMANDS = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "prepare": Prepare,
+    "export": Export,
+    "doctor": Train,
+}

@@ -33,7 +33,7 @@ def test_help_of_a_command_lists_every_key_with_default_and_meaning(command: str
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     for key in config.compose(command):
-        assert re.search(rf"^  {key}=.* \w+", shown, re.MULTILINE) or key in config.group_defaults(command), key
+        assert re.search(rf"^  {key}[=.].* \w+", shown, re.MULTILINE) or key in config.group_defaults(command), key
     for group in config.group_defaults(command):
         assert re.search(rf"^  {group}=\S+ +\w.*: .*{config.group_options(group)[0]}", shown, re.MULTILINE), group
 
@@ -106,7 +106,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", config.COMMANDS)
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "prepare"])  # those for `accelerate launch`
 def test_a_script_is_the_command(command: str):
     done = run(str(ROOT / "scripts" / f"{command}.py"), "no_such_key=1")
     assert (done.returncode, done.stdout) == (2, "")

@@ -76,6 +76,13 @@ def test_save_and_load(unet, tmp_path, fusion):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("fusion", [None, "add"])
+def test_gradient_checkpointing_can_be_asked_for_with_and_without_networks(unet, fusion):
+    encoder = ConditionEncoder.from_unet2d(unet, fusion=fusion)
+    encoder.enable_gradient_checkpointing()
+    assert encoder.is_gradient_checkpointing
+
+
 def test_load_from_nowhere(tmp_path):
     with pytest.raises(UserError, match="cannot load a network from"):
         ConditionEncoder.from_pretrained(tmp_path / "nowhere")

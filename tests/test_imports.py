@@ -20,6 +20,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "errors": set(),
     "files": {"errors"},
     "schema": set(),
+    "live_memory": set(),
     "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
     "data": {"errors", "files", "config"},
@@ -32,6 +33,9 @@ FLOORS["sampling"] = {*FLOORS}
 FLOORS["preparing"] = {*FLOORS} - {"requests", "sampling"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["evaluation"] = {*FLOORS} - {"training"}
+FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
+FLOORS["preflight"] = {*FLOORS} - {"evaluation", "exporting", "preparing", "requests", "sampling"}
+FLOORS["doctor"] = {*FLOORS["preflight"], "preflight"}
 FLOORS["cli"] = {*FLOORS}
 
 
@@ -96,7 +100,7 @@ def test_every_import_is_a_declared_dependency():
         name.split(".")[0] for path in [*SOURCES.values(), *(ROOT / "scripts").glob("*.py")] for name in imported(path)
     }
     outside = used - set(sys.stdlib_module_names) - {"microcinema"}
-    optional = {"bitsandbytes"}  # asked for by use_8bit_adam, and missed in one line
+    optional = {"bitsandbytes", "xformers"}  # asked for by a setting, and missed in one line
     assert {distribution.get(name, name.lower()) for name in outside} - optional - declared == set()
 
 

@@ -1,6 +1,5 @@
 """Stage 1 on tiny random text-to-image models of several kinds, and on image files."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -25,6 +24,7 @@ from microcinema.data.clips import resize_and_crop
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.pipelines.keyframe import KeyframePipeline, hash_pixels, make_keyframe, open_image
+from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 
 PROMPTS = ["a red star moving to the left on sand", "a large blue moon"]
@@ -112,8 +112,8 @@ def test_any_text_to_image_pipeline_draws_key_frames_at_the_videos_size(kind, si
     first, second = keyframes(PROMPTS, 48, 24, generators, num_inference_steps=2)
     assert first.image.size == (24, 48)
     found = first.provenance
-    assert (found["source"], found["prompt"]) == (type(keyframes.source).__name__, PROMPTS[0])
-    assert found["model"] == str(request.getfixturevalue(kind))
+    assert (found["class"], found["prompt"]) == (type(keyframes.source).__name__, PROMPTS[0])
+    assert found["source"] == str(request.getfixturevalue(kind))
     assert found["original_size"] == {"height": size, "width": size}
     assert found["sha256_of_pixels"] == hash_pixels(first.image) != second.provenance["sha256_of_pixels"]
     assert json.loads(json.dumps(found)) == found
@@ -149,7 +149,7 @@ def test_a_class_that_the_automatic_one_does_not_know_draws_too(base, tmp_path):
     keyframes = open_quietly(folder)
     assert type(keyframes.source) is StableDiffusionSAGPipeline
     (keyframe,) = keyframes(PROMPTS[:1], 32, 32, [generator(0)], num_inference_steps=1)
-    assert keyframe.provenance["source"] == "StableDiffusionSAGPipeline"
+    assert keyframe.provenance["class"] == "StableDiffusionSAGPipeline"
 
 
 def test_a_folder_saved_by_a_pipeline_of_another_task_draws_from_text(base, tmp_path):
@@ -169,7 +169,7 @@ def test_the_drawing_size_is_asked_for_and_recorded(base):
 
 
 def test_the_schedule_of_stage_1_is_recorded(sdxl):
-    found = KeyframePipeline.from_pretrained(sdxl).describe({})
+    found = KeyframePipeline.from_pretrained(sdxl).describe()
     assert found["schedulers"]["scheduler"]["class"] == "EulerDiscreteScheduler"
     assert found["schedulers"]["scheduler"]["settings"]["timestep_spacing"] == "leading"
 
@@ -179,7 +179,7 @@ def test_weights_are_of_the_wanted_type_whatever_they_are_stored_in(base, tmp_pa
     for dtype in (torch.float32, torch.bfloat16):
         keyframes = KeyframePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=dtype)
         assert {p.dtype for network in keyframes.networks.values() for p in network.parameters()} == {dtype}
-        assert keyframes.describe({})["variant"] == "fp16"
+        assert keyframes.describe()["variant"] == "fp16"
     own = tiny.base_pipeline(tmp_path).to(torch.bfloat16)
     assert KeyframePipeline(own).networks["unet"].dtype == torch.bfloat16  # what is given is left as it is
 
@@ -189,12 +189,23 @@ def test_unloading_gives_the_memory_back(base):
     kept = [weakref.ref(network) for network in keyframes.networks.values()]
     keyframes(PROMPTS[:1], 32, 32, num_inference_steps=1)
     keyframes.unload()
-    gc.collect()
     assert [reference() for reference in kept] == [None] * len(kept)
     assert keyframes.networks == {}
     with pytest.raises(UserError, match="unloaded"):
         keyframes(PROMPTS[:1], 32, 32)
     keyframes.unload()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_unloading_empties_the_device(sdxl, offload):
+    before = torch.cuda.memory_allocated()
+    keyframes = open_quietly(sdxl)
+    apply(keyframes.source, MemorySettings(offload=offload), "cuda")
+    keyframes(PROMPTS[:1], 32, 32, [generator(0)], num_inference_steps=1)
+    keyframes.unload()
+    assert torch.cuda.memory_allocated() == before
 
 
 # Bad pipelines
@@ -233,8 +244,14 @@ def test_pickled_weights_are_refused(base, tmp_path):
     unet = tiny.base_pipeline(tmp_path / "again").unet
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet", safe_serialization=False)
-    with pytest.raises(UserError, match="safetensors") as error:
+    with pytest.raises(UserError, match="weights as a pickle .*convert it"):
         KeyframePipeline.from_pretrained(folder)
+
+
+def test_a_repository_that_is_not_in_the_cache_while_offline_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'nobody/nothing'.*offline") as error:
+        KeyframePipeline.from_pretrained("nobody/nothing")
     assert "\n" not in str(error.value)
 
 
@@ -247,24 +264,18 @@ def test_a_size_that_the_pipeline_refuses_is_named(base):
         keyframes(PROMPTS[:1], 32, 32, draw_height=32)
 
 
-def test_an_argument_that_the_pipeline_does_not_know_is_named(base):
-    keyframes = KeyframePipeline.from_pretrained(base)
-    assert keyframes.takes("negative_prompt") and not keyframes.takes("strength")
-    with pytest.raises(UserError, match="StableDiffusionPipeline takes no argument 'strength'"):
-        keyframes.describe({"strength": 1.0})
-
-
 class Silent(StableDiffusionPipeline):
-    """Its result holds no images."""
+    """Knows neither guidance nor sizes, and its result holds no images."""
 
     def __call__(self, prompt, generator=None):
         return {}
 
 
-def test_a_pipeline_whose_result_is_no_image_is_named(tmp_path):
+def test_arguments_that_a_pipeline_does_not_know_and_results_that_are_no_images_are_named(tmp_path):
     keyframes = KeyframePipeline(Silent(**tiny.base_pipeline(tmp_path).components, requires_safety_checker=False))
     with pytest.raises(UserError, match="Silent, makes no images"):
         keyframes(PROMPTS[:1], 32, 32)
+    assert keyframes.takes("prompt") and not keyframes.takes("guidance_scale")
     with pytest.raises(UserError, match="Silent takes no argument 'guidance_scale'"):
         keyframes(PROMPTS[:1], 32, 32, guidance_scale=2.0)
 

@@ -95,6 +95,20 @@ def test_saves_and_loads_bit_for_bit(tmp_path, fusion):
     assert torch.equal(video(z_t, t, encoder(text, z_ref, fps)), again(z_t, t, encoder_again(text, z_ref, fps)))
 
 
+@pytest.mark.parametrize("known", [True, False])
+@torch.no_grad()
+def test_every_block_may_know_the_number_of_its_frame(known):
+    video = VideoUNet.from_unet2d(base(), frame_conditioning=known).eval()
+    assert (not hasattr(video, "frame_embedding")) != known
+    if known:
+        randomise(video.frame_embedding)
+    z_t, t, text, _, _ = inputs(1)
+    out = video(
+        z_t.expand(-1, 4, -1, -1, -1), t, Conditions(text)
+    )  # four frames alike, and no temporal layer that matters
+    assert torch.allclose(out[:, :1].expand_as(out), out, atol=1e-5) != known
+
+
 def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes():
     video, encoder = nets(base(), keyframe_concat=True)
     trained = set_trainable(video, encoder, "temporal")

@@ -3,7 +3,10 @@
 Import as `import tiny`; pytest puts this folder on the path. Random weights of a seed are always the same.
 """
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -238,6 +241,23 @@ def _as_published(folder: Path) -> Path:
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
     return folder
+
+
+def into_hub_cache(folder: str | Path, cache: str | Path, repository: str, revision: str = "main") -> str:
+    """Puts a folder into a cache of the hub as downloading does (blobs, snapshots of links to them, refs); returns its commit."""
+    home = Path(cache) / f"models--{repository.replace('/', '--')}"
+    commit = hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
+    for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        blob = home / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        link = home / "snapshots" / commit / file.relative_to(folder)
+        for parent in (blob.parent, link.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    reference = home / "refs" / revision
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(commit)
+    return commit
 
 
 def video_pipeline(

@@ -1,5 +1,7 @@
 """Noise schedules: diffusers' own schedulers, made for latents, and the proof that sampler and training agree."""
 
+import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,18 +94,80 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
     """A scheduler of diffusers, by class name, for sampling a model that was trained with `training`.
 
     Raises:
-        UserError: diffusers has no such scheduler, or the overrides make it disagree with the training schedule.
+        UserError: diffusers has no such scheduler, it does not sample such a model, or the overrides make it disagree with the
+            training schedule.
     """
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        # Where a package is missing, diffusers has something else of that name.
+        needed = ", ".join(getattr(kind, "_backends", ()))
+        missing = f" (it needs {needed})" if needed else ""
         raise UserError(
-            f"diffusers has no scheduler '{name}'; use for example DDIMScheduler or DPMSolverMultistepScheduler"
+            f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler or DPMSolverMultistepScheduler"
         )
-    sampler = kind.from_config(  # type: ignore[attr-defined]
-        training.config, **{**overrides, **_FOR_LATENTS}
-    )
-    check_schedules_agree(training, sampler)
+    try:
+        sampler = kind.from_config(training.config, **{**overrides, **_FOR_LATENTS})  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise _cannot_sample(name, error) from error
+    check_sampler(training, sampler)
     return sampler
+
+
+def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
+    """Refuses a scheduler that a model of this training schedule cannot be sampled with.
+
+    Beside the schedules, which have to agree, it is tried out on one number: some schedulers of diffusers run from the clip to
+    the noise, want more than a prediction, or do not know every prediction type.
+
+    Raises:
+        UserError: it disagrees with the training schedule, or does not sample from plain predictions.
+    """
+    check_schedules_agree(training, sampling)
+    name = type(sampling).__name__
+    if "noise_sampler_seed" in sampling.config:
+        raise UserError(
+            f"{name} draws noise from a generator of its own, so that a seed would not settle the frames; "
+            "use for example EulerAncestralDiscreteScheduler"
+        )
+    trial = copy.deepcopy(sampling)
+    try:
+        trial.set_timesteps(2)
+        z = torch.zeros(1, 1, 1, 1, 1)
+        for t in trial.timesteps:
+            arguments = step_arguments(trial, torch.Generator())
+            z = trial.step(trial.scale_model_input(z, t), t, z, **arguments).prev_sample
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise _cannot_sample(name, error) from error
+    if trial.timesteps[0] < trial.timesteps[-1]:
+        raise _cannot_sample(name, "it runs from the clip to the noise")
+
+
+def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> None:
+    """Sets the diffusion times of so many steps.
+
+    Raises:
+        UserError: the scheduler cannot make so many.
+    """
+    name, trained = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except ValueError as error:
+        raise UserError(f"{name} cannot make {steps} steps ({error}); ask for fewer") from None
+    if scheduler.timesteps.max() > trained - 1:  # an offset can do that, where every training step is a step
+        raise UserError(f"{name} cannot make {steps} steps of the {trained} in training; ask for fewer")
+
+
+def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
+    """What `scheduler.step` takes beside prediction, time and latents: the generator, if the scheduler draws noise."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generator} if takes_generator else {}
+
+
+def _cannot_sample(name: str, reason: Exception | str) -> UserError:
+    first_line = str(reason).strip().split("\n")[0]
+    return UserError(
+        f"{name} does not sample this model ({first_line}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
+    )
 
 
 def alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:

@@ -117,6 +117,7 @@ class PipelineMaker:
     seed: int = 0
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    keyframe_guidance_scale: float = 7.5
     image_guidance_scale: float = 1.0
 
     def __call__(self, tasks: Sequence[Task]) -> list[Sample]:
@@ -142,7 +143,7 @@ class PipelineMaker:
     def _from_text(self, tasks: Sequence[Task]) -> dict[Task, Sample]:
         if not tasks:
             return {}
-        stage1 = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        stage1 = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.keyframe_guidance_scale}
         prompts = [task.prompt for task in tasks]
         output = self.pipeline(prompts, keyframe_arguments=stage1, **self._arguments(tasks))
         keyframes = [np.asarray(keyframe.image.convert("RGB")) for keyframe in output.keyframes]

@@ -53,7 +53,10 @@ def run(config: "DictConfig") -> None:
     judge.classifier.to(device)
     video.set_progress_bar_config(desc="videos", unit="step", leave=False)
     pipeline.keyframe.set_progress_bar_config(desc="key frames", unit="step", leave=False)
-    steps = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
+    steps = {
+        key: settings[key]
+        for key in ("num_inference_steps", "guidance_scale", "keyframe_guidance_scale", "image_guidance_scale")
+    }
     maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
     identity = {
         "pipeline": str(config.pipeline),

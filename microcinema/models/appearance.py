@@ -131,7 +131,7 @@ class AppearanceNet(UNet2DParts):
         Returns:
             One `b c h w` (add) or `b 2c h w` (spade) for every injected layer, in the layers' order.
         """
-        emb = self.embed_time(0, z_ref.shape[0])
+        emb = self.embed_time(0, z_ref.shape[0], z_ref.device)
 
         def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
             h = resnet(h, emb)

@@ -110,8 +110,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         motion: dict[str, Any] | None = None,
     ):
         super().__init__()
-        # Without networks this still has a dtype and a device, which diffusers' pipelines ask for.
+        # Without networks this still has a dtype and a device, which diffusers' pipelines ask for, and can be asked for checkpoints.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
+        self.gradient_checkpointing = False
         self.appearance_net = None if appearance is None else AppearanceNet(**appearance)
         self.image_adapter = None if adapter is None else TextImageAdapter(**adapter)
         self.pixel_pyramid = None if pixels is None else PixelPyramid(**pixels)

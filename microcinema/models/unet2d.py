@@ -128,7 +128,13 @@ class ClipCrossAttention:
     one long sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
     With an image the same queries also attend to its keys, and the gated result is added (arXiv 2308.06721, equation 5).
     Returns `(b f) n d`.
+
+    Args:
+        xformers: compute with xformers' memory-efficient attention instead of torch's scaled-dot-product attention.
     """
+
+    def __init__(self, xformers: bool = False):
+        self.xformers = xformers
 
     def __call__(
         self,
@@ -141,13 +147,33 @@ class ClipCrossAttention:
         text = given.text if isinstance(given, TextAndImage) else given
         frames = len(hidden_states) // len(text)
         query = rearrange(attn.to_q(hidden_states), "(b f) n c -> b (f n) c", f=frames)
-        out = attend(query, Attended(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
+        out = self._attend(query, Attended(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
         if isinstance(given, TextAndImage):
-            out = out + given.gate * attend(query, given.image, attn.heads)
+            out = out + given.gate * self._attend(query, given.image, attn.heads)
         out = rearrange(out, "b (f n) c -> (b f) n c", f=frames)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         return out
+
+    def _attend(self, query: Tensor, to: Attended, heads: int) -> Tensor:
+        if not self.xformers:
+            return attend(query, to, heads)
+        from xformers.ops import memory_efficient_attention
+
+        # It wants the heads behind the tokens.
+        q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (query, to.key, to.value))
+        return rearrange(memory_efficient_attention(q, k, v, attn_bias=to.mask), "b n h d -> b n (h d)")
+
+
+class ClipAttention(Attention):
+    """A cross-attention of diffusers that stays with `ClipCrossAttention` when xformers is turned on or off."""
+
+    def set_use_memory_efficient_attention_xformers(
+        self, use_memory_efficient_attention_xformers: bool, attention_op: Any = None
+    ) -> None:
+        """As diffusers' own, which this calls for its checks."""
+        super().set_use_memory_efficient_attention_xformers(use_memory_efficient_attention_xformers, attention_op)
+        self.set_processor(ClipCrossAttention(use_memory_efficient_attention_xformers))
 
 
 def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextAndImage) -> Tensor:
@@ -201,6 +227,7 @@ class UNet2DParts(ModelMixin, ConfigMixin):
             setattr(self, name, getattr(base, name))
         for module in self.modules():
             if isinstance(module, Attention) and module.is_cross_attention:
+                module.__class__ = ClipAttention  # diffusers builds the blocks; this class adds nothing that is stored
                 module.set_processor(ClipCrossAttention())
         self.gradient_checkpointing = False
 
@@ -217,9 +244,9 @@ class UNet2DParts(ModelMixin, ConfigMixin):
         """All layers in the order of their numbers."""
         return [layer for blocks in self.blocks() for block in blocks for layer in self.layers_of(block)]
 
-    def embed_time(self, t: Tensor | float, b: int) -> Tensor:
-        """Time embedding `b d` of a diffusion time that is a number or a tensor `(b,)`."""
-        t = torch.as_tensor(t, device=self.conv_in.weight.device).expand(b)
+    def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
+        """Time embedding `b d`, on the device, of a diffusion time that is a number or a tensor `(b,)`."""
+        t = torch.as_tensor(t, device=device).expand(b)
         return self.time_embedding(self.time_proj(t).to(self.time_embedding.linear_1.weight.dtype))
 
     def walk(self, h: Tensor, layer: LayerFunction) -> Iterator[Tensor]:

@@ -37,6 +37,7 @@ class VideoUNet(UNet2DParts):
         keyframe_channels: channels of a key frame concatenated to the input; 0 for none. The extra input weights are
             a convolution of their own, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
         fps_conditioning: add an embedding of the frame rate to the time embedding.
+        frame_conditioning: add an embedding of each frame's own number to its time embedding.
         fusion: `add`, `spade` or None (no injection).
         inject: `encoder`, `decoder`, `both` or None (no injection).
         image_attention: the spatial cross-attentions read an adapter's image tokens as well, behind zero gates.
@@ -49,7 +50,14 @@ class VideoUNet(UNet2DParts):
         UserError: an unknown fusion, inject or block type.
     """
 
-    added = ("temporal_", "keyframe_conv_in.", "fps_embedding.", "image_gates.", "pixel_attentions.")
+    added = (
+        "temporal_",
+        "keyframe_conv_in.",
+        "fps_embedding.",
+        "frame_embedding.",
+        "image_gates.",
+        "pixel_attentions.",
+    )
 
     @register_to_config
     def __init__(
@@ -75,6 +83,7 @@ class VideoUNet(UNet2DParts):
         temporal_bottleneck: int = 2,
         keyframe_channels: int = 0,
         fps_conditioning: bool = True,
+        frame_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
         image_attention: bool = False,
@@ -120,6 +129,9 @@ class VideoUNet(UNet2DParts):
         if fps_conditioning:
             self.fps_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
             zero_init(self.fps_embedding.linear_2)
+        if frame_conditioning:
+            self.frame_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
+            zero_init(self.frame_embedding.linear_2)
 
     @classmethod
     def from_unet2d(
@@ -130,6 +142,7 @@ class VideoUNet(UNet2DParts):
         temporal_bottleneck: int = 2,
         keyframe_channels: int = 0,
         fps_conditioning: bool = True,
+        frame_conditioning: bool = True,
         fusion: str | None = None,
         inject: str | None = None,
         image_attention: bool = False,
@@ -147,6 +160,7 @@ class VideoUNet(UNet2DParts):
             temporal_bottleneck=temporal_bottleneck,
             keyframe_channels=keyframe_channels,
             fps_conditioning=fps_conditioning,
+            frame_conditioning=frame_conditioning,
             fusion=fusion,
             inject=inject,
             image_attention=image_attention,
@@ -181,10 +195,14 @@ class VideoUNet(UNet2DParts):
         """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
         self._check(z_t, conditions)
         b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, b)
+        emb = self.embed_time(t, b, z_t.device)
         if self.config.fps_conditioning and conditions.fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
         emb = repeat(emb, "b d -> (b f) d", f=frames)
+        if self.config.frame_conditioning:
+            # The temporal transformers know the frame's number too, but only they; this tells every ResNet block.
+            number = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
+            emb = emb + repeat(self.frame_embedding(number), "f d -> (b f) d", b=b)
         appearance = dict(zip(self.injected, conditions.appearance or (), strict=False))
         image, pixels, motion = (
             dict(zip(layers, given or (), strict=False))

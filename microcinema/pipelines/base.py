@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.errors import UserError
@@ -42,6 +42,7 @@ def load_base(
     variant: str | None = None,
     prediction_type: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> Base:
     """Opens a Stable Diffusion in the diffusers layout. Prediction type and noise schedule are what its own files say.
 
@@ -50,12 +51,13 @@ def load_base(
         revision, variant: of a hub repository; which weight files, such as `fp16`.
         prediction_type: what its files are expected to say; None: whatever they say.
         torch_dtype: of the weights in memory, whatever they are stored in.
+        weights: read them; False: the networks as their settings describe them, newly initialised in torch's default type.
 
     Raises:
         UserError: there is no such model, a component is missing, of another kind, damaged, or does not fit another one.
     """
     name = os.fspath(pretrained_model_name_or_path)
-    folder = open_folder(name, revision=revision)
+    folder = open_folder(name, (), revision, variant)
     _check_kind(name, folder)  # from its settings, before gigabytes are fetched and read
     scheduler = make_scheduler(load_scheduler_config(folder))
     said = scheduler.config["prediction_type"]
@@ -65,9 +67,9 @@ def load_base(
             "set base.prediction_type=null, or name another base"
         )
     unet = {"unet": UNet2DConditionModel}
-    components = load_components(
-        open_folder(name, [*LENT, *unet], revision, variant), LENT | unet, variant, torch_dtype
-    )
+    if weights:
+        folder = open_folder(name, [*LENT, *unet], revision, variant)
+    components = load_components(folder, LENT | unet, variant, torch_dtype, weights)
     base = Base(scheduler=scheduler, **components)
     check_fit(name, base.vae, base.text_encoder, base.unet)
     return base
@@ -104,6 +106,17 @@ def check_fit(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet
         raise UserError(f"'{source}': the VAE has {channels} channels, its UNet reads {wanted}; use files of one model")
 
 
+def check_weights(folder: str, variant: str | None = None) -> None:
+    """Looks, without reading them, for the weights of a base.
+
+    Raises:
+        UserError: a network has none, or they are pickles or of another variant.
+    """
+    for name, kind in {**LENT, "unet": UNet2DConditionModel}.items():
+        if not issubclass(kind, CLIPTokenizer):
+            _check_weight_files(Path(folder, name), kind, variant)
+
+
 def _check_kind(name: str, folder: str) -> None:
     """Refuses, by its settings alone, a model that no video model can be built on."""
     index = load_index(folder)
@@ -136,7 +149,7 @@ def locate(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if Path(text).is_dir():
         return text
-    if (ASSETS / text / INDEX).is_file():
+    if is_embedded(text):
         return str(ASSETS / text)
     if text.endswith((".safetensors", *_PICKLES)):
         raise UserError(
@@ -148,6 +161,11 @@ def locate(name: str | os.PathLike[str]) -> str:
     embedded = sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}"))
     there = f"the embedded models are {', '.join(embedded)}" if embedded else "no model is embedded"
     raise UserError(f"model '{text}' is neither a folder nor an embedded model ({there}) nor an owner/name of the hub")
+
+
+def is_embedded(name: str | os.PathLike[str]) -> bool:
+    """Whether `locate` finds the model among the embedded ones."""
+    return not Path(name).is_dir() and (ASSETS / name / INDEX).is_file()
 
 
 def open_folder(
@@ -189,12 +207,14 @@ def load_components(
     classes: Mapping[str, Any],
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> dict[str, Any]:
     """Opens components of a saved pipeline; networks are frozen, in evaluation mode and of the given type.
 
     Args:
         folder: of the pipeline.
         classes: name to class: diffusers or transformers networks, or a tokenizer.
+        weights: as in `load_base`.
 
     Raises:
         UserError: a component is missing or of another class, or its weights are not exactly the network's.
@@ -209,7 +229,7 @@ def load_components(
             raise UserError(
                 f"'{folder}' has a {found} as {name}, which is not supported; it has to be a {kind.__name__}"
             )
-        loaded[name] = _load(Path(folder, name), kind, variant, dtype)
+        loaded[name] = _load(Path(folder, name), kind, variant, dtype, weights)
     return loaded
 
 
@@ -225,12 +245,18 @@ def load_scheduler_config(folder: str) -> dict[str, Any]:
         raise UserError(f"cannot read the scheduler of '{folder}' ({_first_line(error)})") from None
 
 
-def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
-    """Embeddings (b, n, d) of texts, padded or cut to the tokenizer's length n, as Stable Diffusion reads them."""
+def encode_text(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str], device: torch.device | None = None
+) -> torch.Tensor:
+    """Embeddings (b, n, d) of texts, padded or cut to the tokenizer's length n, as Stable Diffusion reads them.
+
+    Args:
+        device: that the encoder runs on; None: where it is. With offloading that is elsewhere until it is called.
+    """
     tokens = tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+    return text_encoder(tokens.input_ids.to(device or text_encoder.device))[0]
 
 
 def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -240,12 +266,20 @@ def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torc
     return torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
 
 
-def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype) -> Any:
+def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype, weights: bool) -> Any:
     name, source = path.name, path.parent
     try:
         if issubclass(kind, CLIPTokenizer):
             return kind.from_pretrained(path)
-        _check_weight_files(path, variant)
+        if not weights:
+            of_transformers = issubclass(kind, PreTrainedModel)
+            network = (
+                kind(kind.config_class.from_pretrained(path))
+                if of_transformers
+                else kind.from_config(kind.load_config(path))
+            )
+            return network.eval().requires_grad_(False)
+        _check_weight_files(path, kind, variant)
         if kind.__module__.startswith("transformers."):
             network, info = kind.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
             extra = [key for key in info["unexpected_keys"] if not key.endswith(_CONSTANTS)]
@@ -261,17 +295,29 @@ def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype) -> Any
     return freeze(network, dtype)
 
 
-def _check_weight_files(path: Path, variant: str | None) -> None:
-    """Tells what the libraries' messages leave to guess: weights that are pickles, weights of another variant."""
-    files = sorted(file.name for file in path.glob("*") if file.suffix in (".safetensors", *_PICKLES))
-    weights = [name for name in files if name.endswith(".safetensors")]
-    if files and not weights:
+def refuse_pickles(path: Path) -> None:
+    """Refuses a component's folder that has weights, and none of them as safetensors.
+
+    Raises:
+        UserError: how to convert them is said.
+    """
+    pickles = sorted(file.name for file in path.glob("*") if file.suffix in _PICKLES)
+    if pickles and not any(path.glob("*.safetensors")):
         whole = path.parent
         raise UserError(
-            f"'{path}' has its weights as a pickle ({files[0]}), which can run any code when it is read, and not as safetensors; "
+            f"'{path}' has its weights as a pickle ({pickles[0]}), which can run any code when it is read, and not as safetensors; "
             'if you trust it, convert it: python -c "from diffusers import DiffusionPipeline as P; '
             f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
         )
+
+
+def _check_weight_files(path: Path, kind: Any, variant: str | None) -> None:
+    """Tells what the libraries' messages leave to guess: no weights, weights that are pickles, weights of another variant."""
+    refuse_pickles(path)
+    weights = sorted(file.name for file in path.glob("*.safetensors"))
+    # A condition encoder without networks has none, and checks itself.
+    if not weights and not kind.__module__.startswith("microcinema."):
+        raise UserError(f"'{path}' holds no weights, no .safetensors file; complete the model's folder")
     # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
     variants = {match[1] for name in weights if (match := re.match(r"[^.]*\.(?:([^.]*?)(?:-\d+-of-\d+)?\.)?", name))}
     if weights and variant not in variants:

@@ -18,7 +18,7 @@ from microcinema.errors import UserError
 def fetch(
     repository: str, components: Iterable[str] = (), revision: str | None = None, variant: str | None = None
 ) -> str:
-    """The cached folder of a repository in the diffusers layout, with at least the settings of its UNet and scheduler.
+    """The cached folder of a repository in the diffusers layout, with at least all of its settings and vocabularies.
 
     Args:
         repository: `owner/name`.
@@ -29,9 +29,9 @@ def fetch(
         UserError: it is neither in the cache nor to be had; how to fetch it is said.
     """
     weights = f"*model.{variant}" if variant else "*model"
-    files = ["model_index.json", "scheduler/*.json", "unet/config.json"]
+    files = ["model_index.json", "*/*.json", "*/*.txt"]
     for name in components:
-        files += [f"{name}/*.json", f"{name}/*.txt", f"{name}/{weights}.safetensors", f"{name}/{weights}-*.safetensors"]
+        files += [f"{name}/{weights}.safetensors", f"{name}/{weights}-*.safetensors"]
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=files)
     except Exception as error:  # of several libraries: no connection, no such repository, no room

@@ -1,11 +1,10 @@
 """Stage 2: a key frame and a text become a video."""
 
-import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -17,14 +16,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior, reference_index
-from microcinema.diffusion.schedule import check_schedules_agree, make_scheduler
+from microcinema.diffusion.schedule import check_sampler, make_scheduler, set_timesteps, step_arguments
 from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines import continuation
 from microcinema.pipelines.base import LENT, borrow, check_fit, encode_text
+from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, one_each
 from microcinema.pipelines.keyframe import make_keyframe
+from microcinema.pipelines.windows import Windows
 
-PixelImage = Image.Image | np.ndarray
+_LOG = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -75,7 +77,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     # Those that `DiffusionPipeline.from_pretrained` hands over as None if the folder has none.
     _optional_components: ClassVar = list(LENT)
     model_cpu_offload_seq = "text_encoder->condition_encoder->unet->vae"
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = ("latents", "prediction")
 
     def __init__(
         self,
@@ -123,10 +125,16 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base_variant=base_variant,
             training_schedule=training_schedule,
         )
+        if (
+            next(condition_encoder.parameters(), None) is None
+        ):  # hooks of offloading ask networks where their weights are
+            self.model_cpu_offload_seq = self.model_cpu_offload_seq.replace("condition_encoder->", "")
+            self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma)
         reference_index(reference_frame, num_frames)
-        check_schedules_agree(self.training_scheduler, scheduler)
+        check_sampler(self.training_scheduler, scheduler)
+        self._said: set[str] = set()
 
     @property
     def noise_prior(self) -> NoisePrior:
@@ -145,7 +153,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
-        return encode_text(self.tokenizer, self.text_encoder, texts)
+        return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latents (b, c, h, w), the posterior's mean, of images (b, 3, H, W) in [-1, 1]."""
@@ -167,11 +175,14 @@ class ImageToVideoPipeline(DiffusionPipeline):
         width: int | None,
         num_frames: int | None,
         fps: float | None,
+        num_clips: int = 1,
+        window_overlap: int | None = None,
     ) -> tuple[list[str], int, int, int, float]:
         """Prompts, height, width, frames and frames per second of a call, with the model's defaults for what is None.
 
         Raises:
-            UserError: an empty prompt, a size that does not divide, too few or too many frames, a frame rate that is none.
+            UserError: an empty prompt, a size that does not divide, too few frames or clips, windows that overlap too much, a frame
+                rate that is none.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
@@ -187,10 +198,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
                 nearest = max(1, round(value / stride)) * stride
                 raise UserError(f"{name} {value} is not a positive multiple of {stride}; use for example {nearest}")
         num_frames = self.config["num_frames"] if num_frames is None else num_frames
-        if not 1 <= num_frames <= self.unet.config["max_frames"]:
-            raise UserError(
-                f"num_frames is {num_frames}; this model makes 1 to {self.unet.config['max_frames']} frames"
-            )
+        if num_frames < 1:
+            raise UserError(f"num_frames is {num_frames}; use a number >= 1")
+        Windows(num_frames, self.config["num_frames"], window_overlap)
+        continuation.check_continues(num_clips, num_frames, self.reference_frame)
         fps = self.config["fps"] if fps is None else fps
         if not 0 < fps < float("inf"):
             raise UserError(f"fps is {fps}; use a number > 0")
@@ -209,88 +220,133 @@ class ImageToVideoPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         image_guidance_scale: float = 1.0,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decode_chunk_size: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_clips: int = 1,
+        window_overlap: int | None = None,
     ) -> ImageToVideoOutput:
         """Animates key frames.
 
         Args:
             prompt: what is to be seen and how it moves; one, or one for every video.
             image: PIL images or uint8 arrays (h, w, 3): one for all prompts, or one each; resized and cropped to the video's size.
-            motion_prompt: the text that the denoiser reads instead of `prompt`.
+            motion_prompt: the text that the denoiser reads instead of `prompt`; one for all prompts, or one each.
             height, width: pixels; a multiple of the model's stride. None: as the model was trained.
-            num_frames, fps: None: as the model was trained.
+            num_frames, fps: None: as the model was trained. More frames than that are made in windows, see `Windows`.
             num_inference_steps: denoising steps.
             guidance_scale, image_guidance_scale: see `Guidance`; 1 is no guidance.
-            negative_prompt: stands where guidance drops the text.
+            negative_prompt: stands where guidance drops the text; one for all prompts, or one each. None: the empty text.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one for every video (which makes a video independent of its batch), or one for all.
-            decode_chunk_size: frames that the VAE decodes at once; None: all.
+            decode_chunk_size: frames that the VAE decodes at once; None: all of a clip.
             output_type: `pil`, `np`, `pt` or `latent`.
-            callback_on_step_end: called as `callback(pipeline, step, t, {"latents": z})`; latents that it returns in such a
-                dictionary replace those of the loop.
+            callback_on_step_end: called as `callback(pipeline, step, t, tensors)`; latents that it returns in such a dictionary
+                replace those of the loop. The steps of every clip are counted from 0.
+            callback_on_step_end_tensor_inputs: which tensors it gets, (b, f, c, h, w): `latents` after the step, `prediction`, the
+                guided one of the step.
+            num_clips: clips of `num_frames` made one after the other, each from the last frame of the one before. That frame is in
+                the result once: `num_clips * (num_frames - 1) + 1` frames.
+            window_overlap: frames that windows share where there are several; None: half a window.
 
         Raises:
             UserError: bad input; see `check`.
         """
-        prompts, height, width, num_frames, fps = self.check(prompt, height, width, num_frames, fps)
-        if motion_prompt is not None:
-            texts = [motion_prompt] * len(prompts) if isinstance(motion_prompt, str) else list(motion_prompt)
-            if len(texts) != len(prompts):
-                raise UserError(
-                    f"{len(texts)} motion prompts for {len(prompts)} prompts; give one each, or one for all"
-                )
-        else:
-            texts = prompts
-        images = [image] * len(prompts) if isinstance(image, Image.Image | np.ndarray) else list(image)
-        if len(images) != len(prompts):
-            raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one each, or one for all")
+        prompts, height, width, num_frames, fps = self.check(
+            prompt, height, width, num_frames, fps, num_clips, window_overlap
+        )
+        count = len(prompts)
+        texts = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, str, count)
+        images = one_each("images", image, PixelImage, count)
+        negatives = one_each("negative prompts", "" if negative_prompt is None else negative_prompt, str, count)
         if num_videos_per_prompt < 1 or num_inference_steps < 1:
             raise UserError(
                 f"num_videos_per_prompt={num_videos_per_prompt}, num_inference_steps={num_inference_steps}; both must be >= 1"
             )
+        if decode_chunk_size is not None and decode_chunk_size < 1:
+            raise UserError(
+                f"decode_chunk_size is {decode_chunk_size}; use a number >= 1, or None for all frames at once"
+            )
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type '{output_type}' is unknown; use one of {', '.join(OUTPUT_TYPES)}")
-        check_schedules_agree(self.training_scheduler, self.scheduler)
-        videos = len(prompts) * num_videos_per_prompt
+        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise UserError(
+                f"there is no tensor '{unknown[0]}' for callbacks; there are {', '.join(self._callback_tensor_inputs)}"
+            )
+        check_sampler(self.training_scheduler, self.scheduler)
+        videos = count * num_videos_per_prompt
         if isinstance(generator, Sequence):
             generator = list(generator)
             if len(generator) != videos:
                 raise UserError(f"{len(generator)} generators for {videos} videos; give one each, or one for all")
+        windows = Windows(num_frames, self.config["num_frames"], window_overlap)
+        if len(windows.places) > 1:
+            self._say_once(str(windows))
+        if num_clips > 1:
+            self._say_once(continuation.describe(num_clips, num_frames))
 
-        keyframes = [make_keyframe(_as_pil(img), height, width, {}).image for img in images]
-        device = self._execution_device
+        made = [make_keyframe(as_pil(img), height, width, {}).image for img in images]
+        keyframes = current = [img for img in made for _ in range(num_videos_per_prompt)]
         guidance = Guidance(text=guidance_scale, image=image_guidance_scale)
-        z_ref = repeat(self.encode_image(_as_tensor(keyframes)), "b ... -> (b n) ...", n=num_videos_per_prompt).float()
-        text = repeat(self.encode_text(texts), "b ... -> (b n) ...", n=num_videos_per_prompt)
-        conditions = self.prepare_conditions(guidance, text, self.encode_text([negative_prompt]), z_ref, fps)
+        text, dropped = (
+            repeat(self.encode_text(list(x)), "b ... -> (b n) ...", n=num_videos_per_prompt) for x in (texts, negatives)
+        )
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        c, h, w = z_ref.shape[1:]
-        eps = randn_tensor((videos, num_frames, c, h, w), generator=generator, device=device, dtype=torch.float32)
+        def step_end(step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+            if callback_on_step_end is None:
+                return tensors["latents"]
+            shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            return (callback_on_step_end(self, step, t, shown) or {}).get("latents", tensors["latents"])
+
+        clips = []
+        for clip in range(num_clips):
+            z_ref = self.encode_image(as_tensor(current)).float()
+            # With offloading the VAE would stay where the denoiser needs the memory.
+            self.maybe_free_model_hooks()
+            conditions = self.prepare_conditions(guidance, text, dropped, z_ref, fps)
+            z = self._denoise(z_ref, conditions, guidance, windows, num_inference_steps, generator, step_end)
+            clips.append(z if output_type == "latent" else self.decode_latents(z, decode_chunk_size).float())
+            if clip < num_clips - 1:
+                last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
+                current = self.video_processor.postprocess(last[:, 0].float(), "pil")
+        frames = continuation.join(clips)
+        if output_type != "latent":
+            frames = self.video_processor.postprocess_video(rearrange(frames, "b f c h w -> b c f h w"), output_type)
+        self.maybe_free_model_hooks()
+        return ImageToVideoOutput(frames, keyframes)
+
+    def _denoise(
+        self,
+        z_ref: torch.Tensor,
+        conditions: Conditions,
+        guidance: Guidance,
+        windows: Windows,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+    ) -> torch.Tensor:
+        """z0 (b, f, c, h, w) of clips with the key frames z_ref (b, c, h, w), from noise on."""
+        device, (b, c, h, w) = self._execution_device, z_ref.shape
+        set_timesteps(self.scheduler, num_inference_steps, device)
+        eps = randn_tensor((b, windows.frames, c, h, w), generator=generator, device=device, dtype=torch.float32)
         z = self.noise_prior.initial(eps, z_ref) * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if takes_generator else {}
+        arguments = step_arguments(self.scheduler, generator)
 
         def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(z_t.to(self.unet.dtype), t, conditions).float()
+            return windows.average(lambda part: self.unet(part.to(self.unet.dtype), t, conditions).float(), z_t)
 
         with self.progress_bar(total=num_inference_steps) as bar:
             for step, t in enumerate(self.scheduler.timesteps):
                 prediction = guidance(denoise, self.scheduler.scale_model_input(z, t), t)
-                z = self.scheduler.step(prediction, t, z, **step_arguments).prev_sample
-                if callback_on_step_end is not None:
-                    z = (callback_on_step_end(self, step, t, {"latents": z}) or {}).get("latents", z)
+                z = self.scheduler.step(prediction, t, z, **arguments).prev_sample
+                z = step_end(step, t, {"latents": z, "prediction": prediction})
                 # Solvers of second order visit a time twice; the bar counts steps.
                 bar.update(min(1, num_inference_steps - bar.n))
-
-        frames = z if output_type == "latent" else self._pixels(z, decode_chunk_size, output_type)
-        self.maybe_free_model_hooks()
-        return ImageToVideoOutput(frames, [img for img in keyframes for _ in range(num_videos_per_prompt)])
+        return z
 
     def prepare_conditions(
         self, guidance: Guidance, text: torch.Tensor, dropped_text: torch.Tensor, z_ref: torch.Tensor, fps: float
@@ -313,21 +369,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             texts.to(dtype), repeat(z_ref, "b ... -> (k b) ...", k=len(cases)).to(dtype), rates, keep_image
         )
 
-    def _pixels(self, z: torch.Tensor, chunk_size: int | None, output_type: str) -> Any:
-        pixels = self.decode_latents(z, chunk_size).float()
-        return self.video_processor.postprocess_video(rearrange(pixels, "b f c h w -> b c f h w"), output_type)
-
-
-def _as_pil(image: PixelImage) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"a key frame is {kind}; give a PIL image or a uint8 array (height, width, 3)")
-    return Image.fromarray(image)
-
-
-def _as_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """(b, 3, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _LOG.warning(text)

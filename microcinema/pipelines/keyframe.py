@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from microcinema.data.clips import cover, resize
 from microcinema.errors import UserError
-from microcinema.pipelines.base import load_index, locate
+from microcinema.pipelines.base import load_index, locate, refuse_pickles
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Fit = Literal["crop", "stretch", "exact"]
@@ -63,7 +63,7 @@ class KeyframePipeline:
     ):
         if fit not in get_args(Fit):
             raise UserError(f"fit '{fit}' is unknown; use one of {', '.join(get_args(Fit))}")
-        self.source = source if isinstance(source, DiffusionPipeline) else Path(source)
+        self.source: Any = source if isinstance(source, DiffusionPipeline) else Path(source)
         self.fit: Fit = fit
         self.origin = dict(origin or {})
         self.files: list[Path] = []
@@ -100,6 +100,8 @@ class KeyframePipeline:
         """
         path = locate(name)
         index = load_index(path, revision)
+        for part in index:
+            refuse_pickles(Path(path, part))  # of a repository, only safetensors are fetched
         settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
         # Such as Stable Diffusion 3 without its T5: diffusers wants to be told that what is not there shall not be there.
         settings |= {part: None for part, kind in index.items() if kind == [None, None]}
@@ -121,7 +123,7 @@ class KeyframePipeline:
                 f"cannot open the text-to-image pipeline '{path}' ({_first_line(error)}); "
                 "give a complete diffusers pipeline of safetensors"
             ) from error
-        return cls(pipeline, fit, {"model": os.fspath(name), "revision": revision, "variant": variant})
+        return cls(pipeline, fit, {"source": os.fspath(name), "revision": revision, "variant": variant})
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -147,7 +149,8 @@ class KeyframePipeline:
     def unload(self) -> None:
         """Gives the text-to-image pipeline's memory back, for stage 2; the object cannot draw afterwards."""
         if isinstance(self.source, DiffusionPipeline):
-            (self.source,) = release_memory(self.source)
+            self.source = None
+            release_memory()
 
     def __call__(
         self,
@@ -181,22 +184,11 @@ class KeyframePipeline:
                     f"folder '{self.source}' holds {len(files)} images for {len(prompt)} prompts; give one each"
                 )
             return [make_keyframe(open_image(file), height, width, {"source": str(file)}, self.fit) for file in files]
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "height": draw_height,
-            "width": draw_width,
-        }
-        if (draw_height is None) != (draw_width is None):  # diffusers would ignore the one that is given
-            raise UserError(f"draw_height={draw_height}, draw_width={draw_width}; give both, or neither")
-        # Only what was asked for: not every pipeline knows a negative prompt, and each has its own good defaults.
-        given = {name: value for name, value in arguments.items() if value is not None}
-        source = self.describe(given)
+        source = self.describe(num_inference_steps, guidance_scale, negative_prompt, draw_height, draw_width)
         # One at a time: a batch takes another path through the matrix products, and then the same prompt gives other bits.
         return [
             make_keyframe(
-                self._draw(text, None if generator is None else generator[number], given),
+                self._draw(text, None if generator is None else generator[number], source["arguments"]),
                 height,
                 width,
                 {**source, "prompt": text},
@@ -205,26 +197,44 @@ class KeyframePipeline:
             for number, text in enumerate(prompt)
         ]
 
-    def describe(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What the provenance of a drawn key frame says of the pipeline and the arguments of its call.
+    def describe(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        draw_height: int | None = None,
+        draw_width: int | None = None,
+    ) -> dict[str, Any]:
+        """What the provenance of every key frame drawn with these arguments says of the pipeline.
 
         Raises:
-            UserError: the pipeline has been unloaded, or does not know an argument.
+            UserError: the pipeline has been unloaded, or does not know an argument, or only half of a size is given.
         """
         if not isinstance(self.source, DiffusionPipeline):
             raise UserError("the text-to-image pipeline has been unloaded; open it again to draw")
+        if (draw_height is None) != (draw_width is None):  # diffusers would ignore the one that is given
+            raise UserError(f"draw_height={draw_height}, draw_width={draw_width}; give both, or neither")
         name = type(self.source).__name__
-        if unknown := [argument for argument in arguments if not self.takes(argument)]:
+        arguments = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "height": draw_height,
+            "width": draw_width,
+        }
+        # Only what was asked for: not every pipeline knows a negative prompt, and each has its own good defaults.
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if unknown := [argument for argument in given if not self.takes(argument)]:
             raise UserError(f"{name} takes no argument '{unknown[0]}'; leave it out, or take another stage 1")
         return {
-            "source": name,
-            **{"model": self.source.config.get("_name_or_path"), **self.origin},
+            **{"source": self.source.config.get("_name_or_path"), **self.origin},
+            "class": name,
             "schedulers": {
                 part: {"class": type(found).__name__, "settings": _plain(found.config)}
                 for part, found in self.source.components.items()
                 if isinstance(found, SchedulerMixin)
             },
-            "arguments": dict(arguments),
+            "arguments": given,
         }
 
     def _draw(self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]) -> Image.Image:

@@ -56,8 +56,11 @@ class TextToVideoPipeline:
         width: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
         generator: Sequence[torch.Generator] | None = None,
+        num_clips: int = 1,
+        window_overlap: int | None = None,
         keyframe_arguments: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> TextToVideoOutput:
@@ -66,26 +69,34 @@ class TextToVideoPipeline:
         Args:
             generator: one for every video: it draws first the key frame's noise, then the video's.
             keyframe_arguments: for `KeyframePipeline.__call__`, such as `guidance_scale` and `draw_height`.
-            arguments: for `ImageToVideoPipeline.__call__`, whose other arguments these are.
+            arguments: for `ImageToVideoPipeline.__call__`, as all the others are.
 
         Raises:
-            UserError: bad input; an empty prompt, sizes and frames are found before the first stage starts.
+            UserError: bad input; an empty prompt, sizes, frames and clips are found before the first stage starts.
         """
-        prompts, height, width, num_frames, fps = self.video.check(prompt, height, width, num_frames, fps)
+        size_and_length = (height, width, num_frames, fps, num_clips, window_overlap)
+        prompts, height, width, num_frames, fps = self.video.check(prompt, *size_and_length)
+
+        def for_each_video(texts: str | Sequence[str] | None) -> str | list[str] | None:
+            if texts is None or isinstance(texts, str):
+                return texts
+            return [text for text in texts for _ in range(num_videos_per_prompt)]
+
         prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
-        if motion_prompt is not None and not isinstance(motion_prompt, str):
-            motion_prompt = [text for text in motion_prompt for _ in range(num_videos_per_prompt)]
         with torch.no_grad():
             keyframes = self.keyframe(prompts, height, width, generator, **(keyframe_arguments or {}))
         output = self.video(
             prompts,
             [keyframe.image for keyframe in keyframes],
-            motion_prompt,
+            for_each_video(motion_prompt),
             height,
             width,
             num_frames,
             fps,
+            negative_prompt=for_each_video(negative_prompt),
             generator=generator,
+            num_clips=num_clips,
+            window_overlap=window_overlap,
             **arguments,
         )
         return TextToVideoOutput(output.frames, keyframes)

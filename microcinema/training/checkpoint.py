@@ -51,9 +51,40 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / _STATE).is_file():
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_checkpoint(folder):
             steps[int(match[1])] = folder
     return [steps[step] for step in sorted(steps)]
+
+
+def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is there."""
+    return (Path(folder) / _STATE).is_file()
+
+
+def read_progress(folder: str | os.PathLike[str]) -> Progress:
+    """How far the run had come when it wrote a checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return Progress(**_read_state(Path(folder))["progress"])
+
+
+def load_averages(folder: str | os.PathLike[str], denoiser: nn.Module) -> None:
+    """Puts a checkpoint's moving averages in the place of the weights that they are averages of.
+
+    Raises:
+        UserError: it has none, or they are not those of the parameters that it trained (keys are named).
+    """
+    file = Path(folder) / _EMA
+    if not file.is_file():
+        raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
+    averages = _load_safetensors(file)
+    trained, parameters = _read_state(Path(folder))["trained"], dict(denoiser.named_parameters())
+    check_keys(f"'{file}'", {name: parameters[name] for name in trained if name in parameters}, averages)
+    with torch.no_grad():
+        for name, average in averages.items():
+            parameters[name].copy_(average)
 
 
 def choose_checkpoint(output_dir: str | os.PathLike[str], resume_from_checkpoint: str | None) -> Path | None:
@@ -74,7 +105,7 @@ def choose_checkpoint(output_dir: str | os.PathLike[str], resume_from_checkpoint
     if resume_from_checkpoint == "latest":
         return found[-1] if found else None
     path = Path(resume_from_checkpoint)
-    if not (path / _STATE).is_file():
+    if not is_checkpoint(path):
         there = ", ".join(folder.name for folder in found) or "none"
         raise UserError(f"'{path}' is not a checkpoint (no {_STATE} in it); '{output_dir}' holds: {there}")
     return path
@@ -182,7 +213,7 @@ class Checkpoints:
             UserError: a part is missing, unreadable, or of another model.
         """
         try:
-            state = json.loads((folder / _STATE).read_text())
+            state = _read_state(folder)
             self._check_trained(folder, state["trained"])
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
@@ -227,6 +258,13 @@ class Checkpoints:
         denoiser = self.accelerator.unwrap_model(models.pop())
         for name in COMPONENTS:
             load_component(getattr(denoiser, name), Path(folder) / name)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint '{folder}' cannot be read ({_first_line(error)}); use another one") from None
 
 
 def _load_safetensors(file: Path) -> dict[str, torch.Tensor]:

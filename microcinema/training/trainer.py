@@ -25,7 +25,7 @@ from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, m
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder, make_folder
 from microcinema.models.video_unet import set_trainable
-from microcinema.pipelines.base import ASSETS, INDEX, Base, load_base
+from microcinema.pipelines.base import INDEX, Base, is_embedded, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saved import save_pipeline
@@ -145,12 +145,12 @@ def train(
                 checkpoints.save(progress)
                 meter.start()
             if validate is not None and (done or progress.step % settings.validation_steps == 0):
-                with _averaged(ema, parameters), _evaluating(denoiser):
+                with averaged(ema, parameters), _evaluating(denoiser):
                     validate(accelerator, pipeline, progress.step)
                 meter.start()
 
     if accelerator.is_main_process:
-        with _averaged(ema, parameters):
+        with averaged(ema, parameters):
             export(pipeline, output_dir)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
@@ -263,9 +263,9 @@ def _keyframes(base: Base) -> KeyframePipeline:
 
 def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
     """Saves the pipeline among the checkpoints of its run, `model_index.json` last; an embedded base is named, not copied."""
-    embedded = (ASSETS / str(pipeline.config["base"]) / INDEX).is_file()
+    base = pipeline.config["base"]
     whole = output_dir / ".pipeline"
-    save_pipeline(pipeline, whole, with_base=not embedded)
+    save_pipeline(pipeline, whole, with_base=base is None or not is_embedded(base))
     for part in sorted(whole.iterdir(), key=lambda path: path.name == INDEX):
         if part.is_dir():
             with atomic_folder(output_dir / part.name) as folder:
@@ -365,7 +365,7 @@ def _micro_batches(
 
 
 @contextmanager
-def _averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within it the parameters hold their averages."""
     if ema is None:
         yield

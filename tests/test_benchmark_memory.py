@@ -1,0 +1,62 @@
+"""The estimate of memory against what a process takes, and the table that the guide shows."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from microcinema.pipelines.base import load_base
+
+PATH = Path(__file__).parents[1] / "scripts" / "benchmark_memory.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark_memory():
+    spec = importlib.util.spec_from_file_location("benchmark_memory", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
+    path, parts = tmp_path / "figures.json", ["forward", "sampling", "training"]
+    command = [sys.executable, str(PATH), "--quick", "--sizes", "64", "--measure", *parts, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text())
+    assert list(figures) == parts
+    for name, row in figures.items():
+        assert 0.85 < row["ratio"] < 1.15, (name, row)
+        assert row["measured"] > 0.2  # GiB: enough for what is not a tensor to be little
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_the_table(benchmark_memory, monkeypatch, tmp_path, capsys):
+    runs = ("sample", "train train=temporal gradient_checkpointing=true")
+    monkeypatch.setattr(benchmark_memory, "RUNS", {name: benchmark_memory.RUNS[name] for name in runs})
+    path = tmp_path / "figures.json"
+    benchmark_memory.main(["--quick", "--sizes", "64", "--json", str(path)])
+    report = json.loads(path.read_text())
+    sampling, training = (report[name]["64"] for name in runs)
+    assert sampling["weights"] == training["weights"] < min(sampling["peak"], training["peak"])
+    assert training["optimizer"] == pytest.approx(2 * training["average"], rel=0.01)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == "| GiB, 16 frames | 64x64 |"
+    assert lines[2].startswith("| `sample` | 0.")
+
+
+def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
+    """Parameters of its published networks."""
+    folder = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
+    with FakeTensorMode():
+        base = load_base(folder, weights=False)
+    count = {name: sum(p.numel() for p in getattr(base, name).parameters()) for name in ("unet", "vae", "text_encoder")}
+    assert count == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+    assert base.tokenizer.model_max_length == 77
