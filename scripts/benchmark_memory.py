@@ -76,6 +76,12 @@ RUNS: dict[str, dict[str, Any]] = {
         for layers in ("temporal", "all")
         for thrifty in (False, True)
     },
+    "train train=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
+        "train": "temporal",
+        "gradient_checkpointing": True,
+        "use_8bit_adam": True,
+        "use_ema": False,
+    },
 }
 
 

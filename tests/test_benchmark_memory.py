@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from microcinema import config
 from microcinema.pipelines.base import load_base
 
 PATH = Path(__file__).parents[1] / "scripts" / "benchmark_memory.py"
@@ -60,3 +62,20 @@ def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
     count = {name: sum(p.numel() for p in getattr(base, name).parameters()) for name in ("unet", "vae", "text_encoder")}
     assert count == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
     assert base.tokenizer.model_max_length == 77
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train train=temporal gradient_checkpointing=true"],
+)
+def test_the_guide_shows_what_is_estimated_today(benchmark_memory, tmp_path, name):
+    page = (PATH.parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(.*)` \| ([\d.]+) \| [\d.]+ \|$", page, re.MULTILINE))
+    assert set(rows) == set(benchmark_memory.RUNS)
+    base = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
+    composed = config.compose(
+        "train", [f"base.pretrained_model_name_or_path={base}", "resolution=256", "num_frames=16"]
+    )
+    found = benchmark_memory.estimate(composed, benchmark_memory.RUNS[name])
+    assert found.peak / benchmark_memory.GIB == pytest.approx(float(rows[name]), rel=0.03)

@@ -1,0 +1,105 @@
+"""What README, guides and docstrings tell to type is what the program takes; links lead somewhere; examples import what is there."""
+
+import ast
+import importlib
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from microcinema import cli, config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LAUNCHED = re.compile(r"^(?:accelerate launch|srun|torchrun|python)\b.*? scripts/(\w+)\.py(.*)$")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The code blocks of a page in these languages; "" is none given."""
+    text = page.read_text(encoding="utf-8")
+    return [code for language, code in BLOCK.findall(text) if language in languages]
+
+
+def lines(page: Path) -> list[str]:
+    """Of the blocks of commands, those that a backslash continues joined, comments and variables of the environment taken off."""
+    joined = "\n".join(blocks(page, "", "bash")).replace("\\\n", " ").splitlines()
+    return [re.sub(r"^(?:\w+=\S+ )+", "", line.partition(" #")[0].strip()) for line in joined]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, arguments) of every line that starts this program."""
+    found = []
+    for page in PAGES:
+        for line in lines(page):
+            if line.startswith("microcinema "):
+                found.append((page.name, line.removeprefix("microcinema ")))
+            elif (match := LAUNCHED.match(line)) and match[1] in config.COMMANDS:
+                found.append((page.name, f"{match[1]} {match[2]}"))
+    return found
+
+
+@pytest.mark.parametrize("page, line", commands())
+def test_commands_compose(page: str, line: str):
+    command, *overrides = shlex.split(line)
+    if command != "--help":
+        assert command in config.COMMANDS
+        if "--help" not in overrides:
+            config.compose(command, overrides)
+
+
+def test_there_are_commands_to_check():
+    pages = [page for page, _ in commands()]
+    assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
+    assert {line.split()[0] for _, line in commands()} >= set(config.COMMANDS)
+
+
+def test_commands_of_the_demo_compose():
+    for _, (command, *overrides) in runpy.run_path(str(ROOT / "scripts" / "demo.py"))["STEPS"]:
+        config.compose(command, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path):
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    named = re.findall(r"\b(?:configs|scripts|docs|microcinema|tests)/[\w/]+\.(?:py|yaml|md|jinja)\b", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def examples() -> list[tuple[str, str]]:
+    return [(page.name, block) for page in PAGES for block in blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page, block", examples())
+def test_examples_parse_and_import_what_is_there(page: str, block: str):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_keys_in_the_text_of_the_guides_are_keys():
+    """Such as `memory.offload=model` between two words."""
+    known = {name for command in ("train", "sample", "export") for name in dotted(config.compose(command))}
+    for page in PAGES[1:]:
+        text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+        keys = {key for code in re.findall(r"`([^`\n]+)`", text) for key in re.findall(r"(?:^| )([a-z_][\w.]*)=", code)}
+        assert keys - known - {"key", "experiment"} == set(), page.name
+
+
+def dotted(node, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in node.items():
+        names.append(prefix + key)
+        names += dotted(value, f"{prefix}{key}.") if hasattr(value, "items") else []
+    return names
+
+
+def test_every_command_has_a_line_in_the_help_and_in_the_readme():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert all(f"microcinema {command}" in readme for command in cli.BODIES)
