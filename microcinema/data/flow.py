@@ -97,12 +97,13 @@ def _channels_first(flow: np.ndarray) -> torch.Tensor:
 @functools.cache
 def _method(teacher: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     if teacher == "dis":
-        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         # Its default leaves motion finer than four pixels out, which is all the motion that small pictures have.
         dis.setFinestScale(0)
 
         def by_dis(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return dis.calc(*(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (a, b)), None)
+            first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (a, b))
+            return dis.calc(first, second, None)  # type: ignore[call-overload]
 
         return by_dis
     if teacher == "raft":

@@ -266,7 +266,6 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         if self.motion_to_key_value is not None:
             if motion_tokens is None:
                 raise UserError("motion attention reads motion tokens and got none; give those of the motion caption")
-            made["motion"] = tuple(
-                Attended(*to(motion_tokens).chunk(2, dim=-1), motion_mask) for to in self.motion_to_key_value
-            )
+            halves = [to(motion_tokens).chunk(2, dim=-1) for to in self.motion_to_key_value]
+            made["motion"] = tuple(Attended(key, value, motion_mask) for key, value in halves)
         return Conditions(text=text if image_text is None else torch.cat([text, image_text], 1), fps=fps, **made)
