@@ -1,10 +1,14 @@
-"""Measures what the video model costs: `python scripts/benchmark.py denoiser` prints the table, `--help` the options.
+"""Measures the video model: `python scripts/benchmark.py denoiser` prints a table, `--help` the options.
 
-The denoiser stands beside the 2D UNet that it is built from, run on every frame, and beside diffusers' video UNets, all
+denoiser: it stands beside the 2D UNet that it is built from, run on every frame, and beside diffusers' video UNets, all
 at equal widths, head widths and depths, each with the inputs that it takes. A round runs every contestant once; the
 figure is the ratio of medians to the per-frame 2D UNet, which other load on the machine hardly moves. On a crowded
 machine `--clock cpu` counts the processor time of this process instead of the time that passes. A training step is
 forward, mean squared error, backward.
+
+sampling: the whole loop, AppearanceNet included, with each fusion of its features, as a ratio to a model without one.
+
+drift: what becomes of objects and backgrounds in videos that are longer than a model was trained on.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    DDPMScheduler,
     I2VGenXLUNet,
     UNet2DConditionModel,
     UNet3DConditionModel,
@@ -28,8 +33,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from microcinema.diffusion.schedule import make_sampler
 from microcinema.files import atomic_path
 from microcinema.models import ConditionEncoder, VideoUNet, set_trainable
+from microcinema.models.appearance import FUSIONS
 
 REFERENCE = "2D UNet per frame"
 FULL: dict[str, Any] = {
@@ -46,7 +53,9 @@ QUICK: dict[str, Any] = {
     "frames": 3,
     "latents": 8,
 }
+TINY: dict[str, Any] = QUICK | {"frames": 16, "latents": 16}
 TOKENS = 77
+WITHOUT = "without AppearanceNet"
 
 
 class Contestant:
@@ -77,22 +86,28 @@ class Contestant:
             net.zero_grad(set_to_none=True)
 
 
-def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequence[str]) -> dict[str, Contestant]:
-    """Builds those whose name contains one of `only` (all without it), and the reference.
-
-    In training AppearanceNet runs within the step, in the forward its features are given.
-    """
-    torch.manual_seed(0)
-    widths, dim, side, f = size["block_out_channels"], size["cross_attention_dim"], size["latents"], size["frames"]
-    levels = len(widths)
-    heads = tuple(width // size["head_width"] for width in widths)
+def layout(size: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Callable[[str], dict[str, tuple[str, ...]]]]:
+    """Heads of each level, what all UNets of a size have in common, and the names of their blocks for a suffix such as `2D`."""
+    widths, levels = size["block_out_channels"], len(size["block_out_channels"])
 
     def blocks(suffix: str) -> dict[str, tuple[str, ...]]:
         down = (f"CrossAttnDownBlock{suffix}",) * (levels - 1) + (f"DownBlock{suffix}",)
         up = (f"UpBlock{suffix}",) + (f"CrossAttnUpBlock{suffix}",) * (levels - 1)
         return {"down_block_types": down, "up_block_types": up}
 
+    dim, side = size["cross_attention_dim"], size["latents"]
     common = {"block_out_channels": widths, "cross_attention_dim": dim, "layers_per_block": 2, "sample_size": side}
+    return tuple(width // size["head_width"] for width in widths), common, blocks
+
+
+def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequence[str]) -> dict[str, Contestant]:
+    """Builds those whose name contains one of `only` (all without it), and the reference.
+
+    In training AppearanceNet runs within the step, in the forward its features are given.
+    """
+    torch.manual_seed(0)
+    dim, side, f = size["cross_attention_dim"], size["latents"], size["frames"]
+    heads, common, blocks = layout(size)
     text, t, fps = torch.randn(1, TOKENS, dim), torch.tensor([500]), torch.tensor([8.0])
     text_of_frames = repeat(text, "b n d -> (b f) n d", f=f)
     z_ref = torch.randn(1, 4, side, side)
@@ -210,30 +225,110 @@ def denoiser(arguments: argparse.Namespace) -> None:
         for name in sorted(runs, key=ratios.__getitem__):
             print(f"{name:<34}{ratios[name]:>8.2f}{seconds[name]:>10.3f}{parameters[name] / 1e6:>14.1f}")
         del runs, actions
-    if arguments.json:
-        with atomic_path(arguments.json) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, arguments.json)
+
+
+def sampling(arguments: argparse.Namespace) -> None:
+    """Prints what a clip's whole loop costs with each fusion, as ratios to the loop without AppearanceNet."""
+    size = (FULL if arguments.full else TINY) | ({"latents": arguments.latents} if arguments.latents else {})
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    torch.manual_seed(0)
+    heads, common, blocks = layout(size)
+    unet2d = UNet2DConditionModel(**common, **blocks("2D"), attention_head_dim=heads)
+    z_ref = torch.randn(1, 4, size["latents"], size["latents"])
+    text, fps = torch.randn(1, TOKENS, size["cross_attention_dim"]), torch.tensor([8.0])
+    noise = torch.randn(1, size["frames"], *z_ref.shape[1:])
+
+    def loop(fusion: str | None) -> Callable[[], None]:
+        options = {"fusion": fusion, "inject": fusion and "both"}
+        video, encoder = (kind.from_unet2d(unet2d, **options).eval() for kind in (VideoUNet, ConditionEncoder))
+        scheduler = make_sampler(DDPMScheduler())
+
+        def run() -> None:
+            with torch.inference_mode():
+                scheduler.set_timesteps(arguments.steps)
+                conditions, z = encoder(text, z_ref, fps), noise
+                for t in scheduler.timesteps:
+                    z = scheduler.step(video(z, t, conditions), t, z).prev_sample
+
+        return run
+
+    loops = {WITHOUT: loop(None), **{fusion: loop(fusion) for fusion in FUSIONS}}
+    seconds = measure(loops, arguments.rounds, clock, "sampling")
+    rows = {name: {"seconds": value, "ratio": value / seconds[WITHOUT]} for name, value in seconds.items()}
+    print(f"\n{f'sampling, {arguments.steps} steps':<34}{'ratio':>8}{'seconds':>10}")
+    for name, row in rows.items():
+        print(f"{name:<34}{row['ratio']:>8.3f}{row['seconds']:>10.3f}")
+    settings = {"size": size, "steps": arguments.steps, "clock": arguments.clock}
+    write(
+        {**settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "sampling": rows}, arguments.json
+    )
+
+
+def drift(arguments: argparse.Namespace) -> None:
+    """Prints, clip by clip, how far continued clips and windows of the same length go from their key frame."""
+    from microcinema.evaluation import drift as measurement
+    from microcinema.evaluation.detectors import SpriteJudge
+    from microcinema.pipelines.saved import load_pipeline
+
+    pipeline, judge = load_pipeline(arguments.pipeline), SpriteJudge.load(arguments.classifier)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {key: getattr(arguments, key) for key in ("num_clips", "num_inference_steps", "guidance_scale")}
+    settings |= {"window_overlap": arguments.window_overlap, "seed": arguments.seed}
+    shown = measurement.lasting_sprites(arguments.prompts)
+    kinds = measurement.makers(pipeline, **settings)
+    found = measurement.measure(kinds, shown, judge, pipeline.config["height"])
+    print(f"\n{measurement.text_table(found)}")
+    write({"pipeline": arguments.pipeline, "prompts": arguments.prompts, **settings, "drift": found}, arguments.json)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Writes the figures to a file, if there is to be one."""
+    if path:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line and runs one benchmark."""
-    parser = argparse.ArgumentParser(description="Measure what the video model costs.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "denoiser", help="VideoUNet beside other video UNets"
-    )
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    timed.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
+    timed.add_argument("--latents", type=int, help="height and width of the latents")
+    for_all = argparse.ArgumentParser(add_help=False)
+    for_all.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser = argparse.ArgumentParser(description="Measure the video model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("denoiser", parents=[timed, for_all], help="VideoUNet beside other video UNets")
+    command.set_defaults(run=denoiser)
     command.add_argument("--parts", nargs="+", choices=("forward", "training"), default=("forward", "training"))
-    command.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    command.add_argument("--fusion", choices=("add", "spade"), default="add")
-    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
+    command.add_argument("--fusion", choices=FUSIONS, default="add")
     command.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="run these and the reference (parts of names)"
     )
-    command.add_argument("--latents", type=int, help="height and width of the latents")
     command.add_argument(
         "--quick", action="store_true", help="tiny widths: shows that it runs, measures nothing of use"
     )
-    command.add_argument("--json", type=Path, help="write the figures to this file too")
-    denoiser(parser.parse_args(argv))
+
+    command = commands.add_parser("sampling", parents=[timed, for_all], help="the loop with and without AppearanceNet")
+    command.set_defaults(run=sampling)
+    command.add_argument("--steps", type=int, default=20, help="denoising steps")
+    command.add_argument("--full", action="store_true", help="half Stable Diffusion width instead of a tiny one")
+
+    command = commands.add_parser("drift", parents=[for_all], help="long videos of Moving Sprites, clip by clip")
+    command.set_defaults(run=drift)
+    command.add_argument("--pipeline", default="sprites-microcinema", help="an embedded model, or a saved pipeline")
+    command.add_argument("--classifier", default="sprites-classifier", help="an embedded judge, or the folder of one")
+    command.add_argument("--prompts", type=int, default=20, help="videos of each kind")
+    command.add_argument("--num-clips", type=int, default=4)
+    command.add_argument("--num-inference-steps", type=int, default=25)
+    command.add_argument("--guidance-scale", type=float, default=2.0)
+    command.add_argument("--window-overlap", type=int, help="frames; half a window without it")
+    command.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

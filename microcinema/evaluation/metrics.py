@@ -14,6 +14,13 @@ STATIC_DISPLACEMENT = 1.0
 _BEST_PSNR = 60.0  # dB given to identical pictures, beyond what 8 bits can tell, so that means stay finite
 
 
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio (dB, at most 60) of pixels, both uint8 and of one shape."""
+    if np.array_equal(image, reference):
+        return _BEST_PSNR
+    return min(float(peak_signal_noise_ratio(reference, image, data_range=255)), _BEST_PSNR)
+
+
 def image_fidelity(image: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """PSNR (dB, at most 60) and SSIM (Wang et al. 2004, Gaussian weights) of an image, both uint8 (h, w, 3).
 
@@ -23,9 +30,7 @@ def image_fidelity(image: np.ndarray, reference: np.ndarray) -> tuple[float, flo
     if image.shape != reference.shape:
         raise UserError(f"images of {image.shape[:2]} and {reference.shape[:2]} pixels cannot be compared; resize one")
     ssim = structural_similarity(reference, image, channel_axis=-1, gaussian_weights=True, data_range=255)
-    if np.array_equal(image, reference):
-        return _BEST_PSNR, float(ssim)
-    return min(float(peak_signal_noise_ratio(reference, image, data_range=255)), _BEST_PSNR), float(ssim)
+    return psnr(image, reference), float(ssim)
 
 
 def optical_flow(before: np.ndarray, after: np.ndarray, channel: str = "brightness") -> np.ndarray:

@@ -125,9 +125,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base_variant=base_variant,
             training_schedule=training_schedule,
         )
-        if (
-            next(condition_encoder.parameters(), None) is None
-        ):  # hooks of offloading ask networks where their weights are
+        # Hooks of offloading ask a network where its weights are; this one may have none.
+        if next(condition_encoder.parameters(), None) is None:
             self.model_cpu_offload_seq = self.model_cpu_offload_seq.replace("condition_encoder->", "")
             self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
