@@ -259,9 +259,13 @@ class ImageToVideoPipeline(DiffusionPipeline):
             prompt, height, width, num_frames, fps, num_clips, window_overlap
         )
         count = len(prompts)
-        texts = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, str, count)
-        images = one_each("images", image, PixelImage, count)
-        negatives = one_each("negative prompts", "" if negative_prompt is None else negative_prompt, str, count)
+        texts = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, count)
+        images = one_each("images", image, count)
+        # One is encoded once, whatever the number of prompts.
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives = one_each(
+            "negative prompts", "" if negative_prompt is None else negative_prompt, 1 if one else count
+        )
         if num_videos_per_prompt < 1 or num_inference_steps < 1:
             raise UserError(
                 f"num_videos_per_prompt={num_videos_per_prompt}, num_inference_steps={num_inference_steps}; both must be >= 1"
@@ -288,12 +292,14 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if num_clips > 1:
             self._say_once(continuation.describe(num_clips, num_frames))
 
-        made = [make_keyframe(as_pil(img), height, width, {}).image for img in images]
-        keyframes = current = [img for img in made for _ in range(num_videos_per_prompt)]
+        current = [make_keyframe(as_pil(img), height, width, {}).image for img in images]
+        keyframes = [img for img in current for _ in range(num_videos_per_prompt)]
         guidance = Guidance(text=guidance_scale, image=image_guidance_scale)
-        text, dropped = (
-            repeat(self.encode_text(list(x)), "b ... -> (b n) ...", n=num_videos_per_prompt) for x in (texts, negatives)
-        )
+
+        def for_each_video(x: torch.Tensor) -> torch.Tensor:
+            return repeat(x, "b ... -> (b n) ...", n=videos // len(x))
+
+        text, dropped = (for_each_video(self.encode_text(each)) for each in (texts, negatives))
 
         def step_end(step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             if callback_on_step_end is None:
@@ -303,7 +309,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
         clips = []
         for clip in range(num_clips):
-            z_ref = self.encode_image(as_tensor(current)).float()
+            z_ref = for_each_video(self.encode_image(as_tensor(current))).float()
             # With offloading the VAE would stay where the denoiser needs the memory.
             self.maybe_free_model_hooks()
             conditions = self.prepare_conditions(guidance, text, dropped, z_ref, fps)

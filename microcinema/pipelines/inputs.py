@@ -1,5 +1,6 @@
 """What a pipeline is called with, brought to one form."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,19 @@ PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""
 
 
-def one_each(what: str, given: Any, single: Any, count: int) -> list[Any]:
+def one_each(what: str, given: Any, count: int) -> list[Any]:
     """What is given for each prompt.
 
     Args:
         what: its name in the plural.
-        given: one for all prompts, or one each.
-        single: type of one.
+        given: one for all prompts, or a sequence of one each; a text is one.
         count: number of prompts.
 
     Raises:
         UserError: another number of them than of prompts.
     """
-    values = [given] * count if isinstance(given, single) else list(given)
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    values = list(given) if several else [given] * count
     if len(values) != count:
         raise UserError(f"{len(values)} {what} for {count} prompts; give one each, or one for all")
     return values
