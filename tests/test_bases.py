@@ -354,7 +354,11 @@ def test_at_full_width_exactly_the_temporal_and_injection_keys_are_missing(name)
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
     base = {key: tensor.shape for key, tensor in unet.state_dict().items()}
     for network, added, dropped in (
-        (video, ("temporal_convs.", "temporal_transformers.", "keyframe_conv_in.", "fps_embedding."), ()),
+        (
+            video,
+            ("temporal_convs.", "temporal_transformers.", "keyframe_conv_in.", "fps_embedding.", "frame_embedding."),
+            (),
+        ),
         (appearance, ("projections.",), ("conv_norm_out.", "conv_out.")),
     ):
         own = {key: tensor.shape for key, tensor in network.state_dict().items()}
