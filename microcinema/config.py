@@ -140,21 +140,27 @@ def group_options(group: str) -> list[str]:
 def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
     """Dotted key, value and meaning (the comment on its line) of every key in a file such as `train` or `model/plain`.
 
-    Entries of a defaults list come as keys as well: `model`, `microcinema`, `the networks`.
+    Entries of a defaults list come as keys as well: `model`, `microcinema`, `the networks`. A file that builds on another one of its
+    folder has that one's keys too.
     """
     import yaml
 
     text = _read(name)
     lines = text.splitlines()
+    below: list[str] = []
 
     def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str, str]]:
         if isinstance(node, yaml.SequenceNode):
             for entry in node.value:
                 yield from walk(entry, prefix)
+        elif isinstance(node, yaml.ScalarNode) and node.value != "_self_" and "@" not in node.value:
+            below.append(f"{name.rpartition('/')[0]}/{node.value}")
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == "defaults":
                     yield from walk(value, prefix)
+                elif key.value.startswith("override "):
+                    continue
                 elif isinstance(value, yaml.MappingNode) and value.value:
                     yield from walk(value, f"{prefix}{key.value}.")
                 elif key.value != "_target_":
@@ -162,7 +168,10 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
                     source = text[value.start_mark.index : value.end_mark.index]
                     yield prefix + key.value, " ".join(source.split()), comment.group(1) if comment else ""
 
-    yield from walk(yaml.compose(text), "")
+    own = list(walk(yaml.compose(text), ""))
+    yield from own
+    for other in below:
+        yield from (row for row in documented_keys(other) if row[0] not in {key for key, *_ in own})
 
 
 def _read(name: str) -> str:

@@ -21,7 +21,7 @@ from microcinema import __version__
 from microcinema.config import compose
 from microcinema.errors import UserError
 from microcinema.pipelines.base import check_weights, is_embedded, locate, open_folder
-from microcinema.preflight import Estimate, empty_pipeline, sampling_memory, training_memory
+from microcinema.preflight import Estimate, empty_pipeline, empty_predict_net, sampling_memory, training_memory
 from microcinema.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -239,7 +239,8 @@ def needs(config: "DictConfig", settings: Settings, folder: str, device: torch.d
             half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
-        training = training_memory(pipeline, settings, "LatentClipDataset" in config.data._target_, device.type)
+        latents = "LatentClipDataset" in config.data._target_
+        training = training_memory(pipeline, settings, latents, device.type, empty_predict_net(config, pipeline))
         bar.update()
     yield disk(settings, networks, training)
     yield memory("training", training, free, PROBLEM, ways_to_train_with_less(settings, training))

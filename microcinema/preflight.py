@@ -15,10 +15,11 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from microcinema.live_memory import LiveMemory
+from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.encoding import BatchEncoder, TextCache
+from microcinema.training.encoding import BatchEncoder
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, training_loss
 from microcinema.training.trainer import averaged, build_networks, build_pipeline, make_objective, make_optimizer
@@ -73,7 +74,7 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         base = load_base(**config.base, weights=False)
-        networks = build_networks(config, base.unet)
+        networks = build_networks(config, base, weights=False)
     # Outside, since schedules are computed and compared in earnest; they are small.
     config = OmegaConf.merge(config, {"fps": config.fps or 8.0})  # type: ignore[assignment]
     pipeline = build_pipeline(
@@ -82,10 +83,18 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        **{name: network.eval() for name, network in networks.items()},
+        **{name: part.eval() if isinstance(part, nn.Module) else part for name, part in networks.items()},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> PredictNet | None:
+    """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow teacher."""
+    if config.model.flow_teacher is None:
+        return None
+    with FakeTensorMode():
+        return PredictNet(pipeline.unet.config["block_out_channels"][0])
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:
@@ -122,7 +131,11 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
 
 
 def training_memory(
-    pipeline: ImageToVideoPipeline, settings: Settings, latents: bool = False, device: str = "cpu"
+    pipeline: ImageToVideoPipeline,
+    settings: Settings,
+    latents: bool = False,
+    device: str = "cpu",
+    predict_net: PredictNet | None = None,
 ) -> Estimate:
     """What a step of training needs once the optimiser has its state, and the validation if there is one.
 
@@ -131,21 +144,24 @@ def training_memory(
         settings: of the run, with its `mixed_precision`.
         latents: the clips come encoded.
         device: type of the device whose rules of mixed precision hold: cpu or cuda.
+        predict_net: as in `train`, without data as the pipeline is.
     """
-    denoiser = Denoiser(pipeline.unet, pipeline.condition_encoder).train()
+    denoiser = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).train()
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
     parameters = set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
+    if predict_net is not None:
+        parameters += predict_net.parameters()
     gradients = sum(parameter.nbytes for parameter in parameters)
     objective = make_objective(pipeline, settings)
-    embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
-    encode = BatchEncoder(pipeline.vae, embed, torch.device("cpu"))
+    encode = BatchEncoder(pipeline, torch.device("cpu"))
     phases: dict[str, int] = {}
 
-    def denoise(*inputs: torch.Tensor) -> torch.Tensor:
+    def denoise(*inputs: torch.Tensor, **read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         with autocast(settings.mixed_precision):
-            return denoiser(*inputs).float()
+            prediction, flow = denoiser(*inputs, **read)
+        return prediction.float(), flow
 
     with LiveMemory() as live, like_cuda() if device == "cuda" else nullcontext():
 
@@ -166,11 +182,12 @@ def training_memory(
         live.restart()
 
         with autocast(settings.mixed_precision):
-            batch, empty_text = encode(_items(pipeline, settings.train_batch_size, latents)), embed([""])
+            batch = encode(_items(pipeline, settings.train_batch_size, latents, predict_net is not None))
+            dropped = encode.dropped()
         closed("encoding")
         draws = objective.draw(batch.numbers, batch.latents.shape[1:])
         before = live.now
-        loss = training_loss(denoise, batch, draws, empty_text, objective).mean()
+        loss = training_loss(denoise, batch, draws, dropped, objective).total.mean()
         activations = live.now - before
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -180,7 +197,7 @@ def training_memory(
         if ema is not None:
             ema.step(parameters)
         closed("updating")
-        del batch, draws, loss, empty_text
+        del batch, draws, loss, dropped
         if settings.validation_prompts:
             denoiser.eval()
             # The weights that the averages stand in for wait in the memory of the processor.
@@ -217,7 +234,7 @@ def _release(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool) -> dict[str, Any]:
+def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool) -> dict[str, Any]:
     """A batch as the loader brings it."""
     frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
     factor = pipeline.vae_scale_factor
@@ -227,9 +244,13 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool) -> dict[st
         shape = (3, height, width)
     # Like a weight: without data where the weights have none.
     clips = pipeline.unet.conv_in.weight.detach().new_zeros(count, frames, *shape)
+    grid = height // factor, width // factor
     return {
         "latents" if latents else "video": clips,
-        "caption": [PROMPT] * count,
+        **({"keyframe": clips.new_zeros(count, 3, height, width)} if latents and pipeline.reads_pixels else {}),
+        **({"flow": clips.new_zeros(count, frames - 1, 2, *grid)} if flow else {}),
+        **({"flow_valid": clips.new_zeros(count, frames - 1, *grid, dtype=torch.bool)} if flow else {}),
+        **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),
         "fps": torch.full((count,), pipeline.config["fps"]),
         "number": torch.arange(count),
     }

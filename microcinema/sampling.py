@@ -75,7 +75,7 @@ def run(config: "DictConfig") -> None:
         stage1, memory = instantiate(config.keyframe), instantiate(config.memory)
         make_folder(config.output_dir)
         quieten_libraries()
-        sampler = Sampler(config, stage1, memory, state.device, progress=state.is_main_process)
+        sampler = Sampler(config, requests, stage1, memory, state.device, progress=state.is_main_process)
         mine = requests[state.process_index :: state.num_processes]
         sampler.make_keyframes(mine)
         sampler.make_videos(mine)
@@ -91,6 +91,7 @@ class Sampler:
 
     Args:
         config: of `sample`.
+        requests: all that may be asked for.
         stage1, memory: the objects of its nodes `keyframe` and `memory`.
         device: to compute on.
         progress: show bars.
@@ -102,6 +103,7 @@ class Sampler:
     def __init__(
         self,
         config: "DictConfig",
+        requests: Sequence[Request],
         stage1: Stage1,
         memory: MemorySettings,
         device: torch.device,
@@ -116,6 +118,8 @@ class Sampler:
         video = self._open_video()
         asked = {key: config[key] for key in ("height", "width", "num_frames", "fps", "num_clips", "window_overlap")}
         _, self.height, self.width, num_frames, fps = video.check("any", **asked)
+        for motion_prompt in {request.motion_prompt for request in requests}:
+            video.check_motion_prompt(motion_prompt)
         found = {"height": self.height, "width": self.width, "num_frames": num_frames, "fps": fps}
         self.arguments: dict[str, Any] = {**asked, **found, **{key: config[key] for key in _PASSED_ON}}
         windows = Windows(num_frames, video.config["num_frames"], config.window_overlap)

@@ -16,12 +16,13 @@ Group = dict[str, Any]
 
 @dataclass
 class Train:
-    model: Group
     base: Group
     data: Group
     diffusion: Group
+    model: Group
     output_dir: str
     seed: int
+    init_from: str | None
     train: Literal["temporal", "all"]
     resolution: Count | tuple[Count, Count]
     num_frames: Count
@@ -48,6 +49,7 @@ class Train:
     snr_gamma: Positive | None
     motion_weight: NotNegative
     timestep_logit_normal: tuple[float, Positive] | None
+    flow_weight: NotNegative
     text_dropout: Fraction
     image_dropout: Fraction
     use_ema: bool

@@ -127,7 +127,7 @@ def forget_peak() -> None:
 def real_pipeline(composed: Any) -> ImageToVideoPipeline:
     """The pipeline that `preflight.empty_pipeline` stands for, with random weights."""
     base = load_base(**composed.base, weights=False)
-    networks = trainer.build_networks(composed, base.unet)
+    networks = trainer.build_networks(composed, base, weights=False)
     parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     pipeline = trainer.build_pipeline(composed, base.scheduler, **parts, **networks)
     pipeline.set_progress_bar_config(disable=True)

@@ -24,7 +24,16 @@ from jinja2 import Template
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5TokenizerFast,
+)
 
 from microcinema.cli import main as microcinema
 from microcinema.data import sprites
@@ -46,10 +55,13 @@ class Recipe:
 
     work: str = "runs/assets"
     assets: str = "microcinema/assets"
-    stages: list[str] = field(default_factory=lambda: ["clip", "vae", "unet", "classifier", "microcinema"])
+    stages: list[str] = field(
+        default_factory=lambda: ["clip", "vae", "unet", "classifier", "microcinema", "t5", "factorized_dreamer"]
+    )
     seed: int = 0
     train_clips: int = 6000
     clip_steps: int = 1500
+    t5_steps: int = 1500
     vae_steps: int = 5500
     unet_steps: int = 12000
     classifier_steps: int = 1000
@@ -287,6 +299,68 @@ def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
     ).save_pretrained(base / "feature_extractor")
 
 
+def make_motion_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer whose pieces are the words of the world's captions, and single letters for all others."""
+    rng = np.random.default_rng(0)
+    words = {word for index in range(2000) for word in any_caption(rng, sprites.sample_attributes(0, index)).split()}
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = ["\u2581", *(f"\u2581{word}" for word in sorted(words)), *letters]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    # A whole word is likelier than its letters.
+    vocabulary += [(piece, -1.0 if len(piece) > 2 else -8.0) for piece in dict.fromkeys(pieces)]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=4, model_max_length=MAX_TOKENS)
+
+
+def any_caption(rng: np.random.Generator, sprite: sprites.Sprite) -> str:
+    """One of the three captions of a sprite."""
+    return (sprites.describe, sprites.describe_motion, sprites.combined_caption)[rng.integers(3)](sprite)
+
+
+def train_t5(recipe: Recipe, pool: Pool, folder: Path) -> None:
+    """T5 by its own task, span corruption (arXiv 1910.10683), on captions: one span of words is taken out, and the decoder says it.
+
+    What is kept is the encoder.
+    """
+    torch.manual_seed(recipe.seed)
+    tokenizer = make_motion_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    model = T5ForConditionalGeneration(config)
+
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        corrupted, spans = [], []
+        for number in rng.integers(len(pool.sprites), size=64):
+            words = any_caption(rng, pool.sprites[number]).split()
+            first = int(rng.integers(len(words)))
+            last = min(len(words), first + int(rng.integers(1, 4)))
+            corrupted.append(" ".join([*words[:first], "<extra_id_0>", *words[last:]]))
+            spans.append(" ".join(["<extra_id_0>", *words[first:last]]))
+        read, said = (tokenizer(texts, padding=True, return_tensors="pt").to(DEVICE) for texts in (corrupted, spans))
+        labels = said.input_ids.masked_fill(said.attention_mask == 0, -100)
+        output = model(input_ids=read.input_ids, attention_mask=read.attention_mask, labels=labels)
+        right = (output.logits.argmax(-1) == labels)[labels != -100].float().mean().item()
+        return output.loss, {"words": right}
+
+    fit("t5", model, loss_of, recipe, recipe.t5_steps, 3e-3)
+    encoder = T5EncoderModel(config)
+    encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(("shared", "encoder"))})
+    save_half(encoder, folder)
+    tokenizer.save_pretrained(folder)
+
+
 def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
     """AutoencoderKL, 8x, 16 channels. The object is a small part of the picture and would be learnt last, so the loss weighs it up."""
     torch.manual_seed(recipe.seed)
@@ -339,7 +413,11 @@ def make_data(recipe: Recipe, base: Path) -> Path:
     if not (data / "latents").exists():
         vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
         encode_dataset(
-            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"), vae, data / "latents"
+            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"),
+            vae,
+            data / "latents",
+            keyframe="first",
+            flow_teacher="ground_truth",
         )
     return data
 
@@ -460,22 +538,27 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
 
 
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
-    """The MicroCinema model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
+    """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
     data = make_data(recipe, base)
     overrides = [
-        "experiment=sprites_microcinema",
+        f"experiment={folder.name.replace('-', '_')}",
         f"base.pretrained_model_name_or_path={base}",
         f"data.dataset.root={data}",
         f"output_dir={output}",
         f"seed={recipe.seed}",
         "resume_from_checkpoint=latest",
     ]
+    if folder.name == "sprites-factorized-dreamer":
+        overrides += [f"init_from={folder.parent / 'sprites-microcinema'}"]
+        overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
     status = microcinema(["train", *overrides])
     if status:
         sys.exit(status)
     pipeline = load_pipeline(output, torch_dtype=torch.float16)
     pipeline.register_to_config(base=base.name)
+    if pipeline.reads_motion:
+        pipeline.register_to_config(motion_encoder_source="sprites-t5")
     save_pipeline(pipeline, folder, with_base=False)
 
 
@@ -520,6 +603,8 @@ def main() -> None:
         "vae": (train_vae, base, "vae"),
         "unet": (train_unet, base, "model_index.json"),
         "microcinema": (train_video, assets / "sprites-microcinema", "model_index.json"),
+        "t5": (train_t5, assets / "sprites-t5", "config.json"),
+        "factorized_dreamer": (train_video, assets / "sprites-factorized-dreamer", "model_index.json"),
         "classifier": (train_classifier, assets / "sprites-classifier", "config.json"),
         "card": (write_card, assets, "README.md"),
     }

@@ -78,6 +78,8 @@ def test_every_option_composes_and_makes_its_objects(
             if not Path(clips.csv).exists():
                 Path(clips.csv).symlink_to(sprites / CSV_FILE)
         loaded = {"unet": tiny.unet()} if "unet" in config.parameters(node._target_) else {}
+        # Read off the encoders that a run opens.
+        loaded |= {"image_width": 24} if node.get("adapter") else {}
         assert config.instantiate(node, **loaded) is not None
     assert command == "train" or group not in composed or composed[group]
 

@@ -13,9 +13,10 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from microcinema.data.reference import reference_index
 from microcinema.diffusion import objective
 from microcinema.diffusion.guidance import Guidance
-from microcinema.diffusion.noise_prior import NoisePrior, reference_index
+from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.randomness import generator
 from microcinema.diffusion.schedule import (
     PREDICTION_TYPES,
@@ -385,3 +386,16 @@ def test_diffusion_knows_no_network():
         "assert not networks & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+def test_flow_loss_is_the_mean_distance_over_valid_places():
+    wanted = torch.randn(2, 3, 2, 4, 4, generator=generator(0))
+    valid = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    valid[0, :, 1] = True
+    off = wanted.clone()
+    off[:, :, 0] += 3.0
+    off[:, :, 1] -= 4.0
+    off[0, :, :, 0] = 1e3  # not valid: of no account
+    loss = objective.flow_loss(off, wanted, valid, torch.tensor([0.5, 1.0]), delta=1e-6)
+    torch.testing.assert_close(loss, torch.tensor([2.5, 0.0]))  # the second clip has no valid place
+    assert objective.flow_loss(wanted, wanted, valid, torch.ones(2)).abs().max() < 1e-6

@@ -170,7 +170,6 @@ def test_every_condition_matters(pipeline, image):
         {"prompt": PROMPTS[1]},
         {"image": image.transpose(Image.Transpose.ROTATE_90)},
         {"fps": 24},
-        {"motion_prompt": "to the right"},
         {"negative_prompt": "grass"},
         {"guidance_scale": 2.0},
         {"image_guidance_scale": 2.0},
@@ -178,12 +177,6 @@ def test_every_condition_matters(pipeline, image):
     ):
         given = {"prompt": PROMPTS[0], "image": image, **change}
         assert (sample(pipeline, **given, output_type="latent") - reference).abs().max() > 1e-4, change
-
-
-def test_motion_prompt_is_what_the_denoiser_reads(pipeline, image):
-    as_prompt = sample(pipeline, PROMPTS[1], image, output_type="latent")
-    as_motion = sample(pipeline, PROMPTS[0], image, motion_prompt=PROMPTS[1], output_type="latent")
-    assert torch.equal(as_motion, as_prompt)
 
 
 def test_appearance_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, image):
@@ -211,7 +204,7 @@ def test_conditions_are_those_that_guidance_names(pipeline, image):
     z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
     text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
     with torch.no_grad():
-        conditions = pipeline.prepare_conditions(guidance, text, empty, z_ref, 8.0)
+        conditions = pipeline.prepare_conditions(guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0)
         alone = pipeline.condition_encoder(text, z_ref, torch.full((2,), 8.0))
     assert torch.equal(conditions.text, torch.cat([empty, empty, empty, empty, text]))
     for feature, wanted in zip(conditions.appearance, alone.appearance, strict=True):
@@ -286,7 +279,7 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"image": "red.png"}, "a key frame is str; give a PIL image"),
         ({"image": [None]}, "a key frame is NoneType"),
         ({"negative_prompt": ()}, "0 negative prompts for 1"),
-        ({"motion_prompt": ["a", "b"]}, "2 motion prompts for 1"),
+        ({"motion_prompt": "up"}, "no motion encoder"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1"),
         ({"callback_on_step_end_tensor_inputs": ["text"]}, "no tensor 'text'.*latents, prediction"),
         ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),

@@ -43,7 +43,7 @@ def settings_of(composed, **changes: Any) -> Settings:
 def real_pipeline(composed) -> ImageToVideoPipeline:
     """As the command `train` makes it."""
     base = load_base(**composed.base)
-    networks = trainer.build_networks(composed, base.unet)
+    networks = trainer.build_networks(composed, base)
     pipeline = trainer.build_pipeline(
         composed, base.scheduler, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, **networks
     )

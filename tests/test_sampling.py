@@ -149,7 +149,7 @@ def test_the_same_request_gives_the_same_bytes_alone_or_in_a_file(run, tmp_path)
         writer.writerow(["id", "prompt", "motion_prompt", "seed"])
         writer.writerow(["first", "a blue moon, on sand", "", ""])
         writer.writerow(["second", PROMPT, "", "3"])
-        writer.writerow(["third", PROMPT, "to the right", "3"])
+        writer.writerow(["third", PROMPT, "", "4"])
     assert run(f"prompts={tmp_path / 'prompts.csv'}", "seed=5")[0] == 0
     assert run(f"prompt={PROMPT}", "seed=3", output=tmp_path / "alone")[0] == 0
     alone = next((tmp_path / "alone").glob("*.mp4"))
@@ -325,7 +325,7 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "start.png")
     (tmp_path / "p.csv").write_text("id,prompt,image\na,a star,start.png")
     settings = ["prompts=p.csv", "num_inference_steps=1"]
-    changes = ["seed=1", "guidance_scale=5", "image_guidance_scale=2", "negative_prompt=grass", "motion_prompt=up"]
+    changes = ["seed=1", "guidance_scale=5", "image_guidance_scale=2", "negative_prompt=grass"]
     changes += [
         "num_frames=3",
         "num_frames=5",

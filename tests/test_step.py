@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from microcinema.data.flow import Flow
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.objective import add_noise, motion_weights, target
 from microcinema.diffusion.randomness import generator
-from microcinema.training.step import Batch, Draws, Objective, training_loss
+from microcinema.training.step import Batch, Draws, Dropped, Objective, training_loss
 
 SHAPE = torch.Size((3, 4, 2, 2))
 
@@ -18,6 +21,7 @@ def objective(**changes) -> Objective:
         "snr_gamma": None,
         "motion_weight": 0.0,
         "timestep_logit_normal": None,
+        "flow_weight": 0.1,
         "text_dropout": 0.25,
         "image_dropout": 0.5,
         "seed": 3,
@@ -75,9 +79,11 @@ def test_a_denoiser_that_knows_the_target_has_no_loss(kind):
     def oracle(z_t, t, text, z_ref, fps, keep_image):
         assert torch.equal(z_ref, clips.latents[:, 1])
         torch.testing.assert_close(z_t, add_noise(task.scheduler, clips.latents, eps_hat, t))
-        return target(task.scheduler, clips.latents, eps_hat, t)
+        return target(task.scheduler, clips.latents, eps_hat, t), None
 
-    torch.testing.assert_close(training_loss(oracle, clips, draws, torch.zeros(1, 5, 6), task), torch.zeros(2))
+    torch.testing.assert_close(
+        training_loss(oracle, clips, draws, Dropped(torch.zeros(1, 5, 6)), task).total, torch.zeros(2)
+    )
 
 
 def test_the_loss_of_a_silent_denoiser_is_the_weighted_power_of_the_target():
@@ -85,13 +91,13 @@ def test_the_loss_of_a_silent_denoiser_is_the_weighted_power_of_the_target():
     power = ((draws.noise + 0.5 * clips.latents[:, 1:2]) ** 2).mean(dim=(1, 2, 3, 4))
 
     def silent(z_t, *conditions):
-        return torch.zeros_like(z_t)
+        return torch.zeros_like(z_t), None
 
-    plain = training_loss(silent, clips, draws, torch.zeros(1, 5, 6), objective())
+    plain = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective()).total
     torch.testing.assert_close(plain, power)
     abar = DDPMScheduler().alphas_cumprod[draws.t]
     weight = torch.clamp(5.0 * (1 - abar) / abar, max=1)  # min(snr, 5) / snr
-    weighted = training_loss(silent, clips, draws, torch.zeros(1, 5, 6), objective(snr_gamma=5.0))
+    weighted = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective(snr_gamma=5.0)).total
     torch.testing.assert_close(weighted, weight * power)
 
 
@@ -105,10 +111,10 @@ def test_what_moves_weighs_more():
     torch.testing.assert_close(motion_weights(clips.latents, clips.latents[:, 1], 4.0), weights)
 
     def silent(z_t, *conditions):
-        return torch.zeros_like(z_t)
+        return torch.zeros_like(z_t), None
 
     power = (draws.noise + 0.5 * clips.latents[:, 1:2]) ** 2
-    weighted = training_loss(silent, clips, draws, torch.zeros(1, 5, 6), objective(motion_weight=4.0))
+    weighted = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective(motion_weight=4.0)).total
     torch.testing.assert_close(weighted, (weights * power).mean(dim=(1, 2, 3, 4)))
 
 
@@ -120,9 +126,42 @@ def test_a_dropped_caption_is_the_empty_one_and_a_dropped_image_is_told():
 
     def spy(z_t, t, text, z_ref, fps, keep_image):
         seen.update(text=text, fps=fps, keep_image=keep_image)
-        return z_t
+        return z_t, None
 
-    training_loss(spy, clips, keep, empty, objective())
+    training_loss(spy, clips, keep, Dropped(empty), objective())
     assert torch.equal(seen["text"], torch.stack([clips.text[0], empty[0]]))
     assert seen["keep_image"].tolist() == [False, True]
     assert seen["fps"].tolist() == [8.0, 8.0]
+
+
+def test_the_flow_loss_joins_where_predict_net_speaks():
+    clips, task = batch(), objective(flow_weight=0.5)
+    draws = task.draw(clips.numbers, SHAPE)
+    wanted = torch.zeros(2, SHAPE[0] - 1, 2, *SHAPE[2:])
+    valid = torch.ones(2, SHAPE[0] - 1, *SHAPE[2:], dtype=torch.bool)
+    with_flow = replace(clips, flow=Flow(wanted, valid))
+
+    def denoiser(z_t, *conditions):
+        return torch.zeros_like(z_t), torch.full_like(wanted, 3.0)
+
+    dropped = Dropped(torch.zeros(1, 5, 6))
+    plain = training_loss(denoiser, clips, draws, dropped, task)
+    joined = training_loss(denoiser, with_flow, draws, dropped, task)
+    assert plain.flow is None
+    abar = task.scheduler.alphas_cumprod[draws.t]
+    torch.testing.assert_close(joined.flow, abar * 18**0.5, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(joined.total, plain.total + 0.5 * joined.flow)
+
+
+def test_motion_captions_are_dropped_with_the_text():
+    clips = replace(batch(), motion_tokens=torch.ones(2, 3, 4), image={"pixels": torch.zeros(2, 3, 8, 8)})
+    keep = Draws(torch.zeros(2, *SHAPE), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([True, True]))
+    seen = {}
+
+    def spy(z_t, *conditions, **read):
+        seen.update(read)
+        return z_t, None
+
+    training_loss(spy, clips, keep, Dropped(torch.zeros(1, 5, 6), torch.full((1, 3, 4), 7.0)), objective())
+    assert seen["pixels"] is clips.image["pixels"]
+    assert seen["motion_tokens"][:, 0, 0].tolist() == [1, 7]

@@ -38,7 +38,7 @@ def test_text_to_video_draws_from_the_base_and_keeps_the_key_frames(both):
 
 
 def test_texts_of_a_prompt_are_those_of_all_its_videos(both):
-    texts = {"motion_prompt": ["to the left", "up"], "negative_prompt": ["grass", "wood"]}
+    texts = {"negative_prompt": ["grass", "wood"]}
     together = sample(both, PROMPTS, range(4), num_videos_per_prompt=2, **texts).frames
     for number in range(4):
         own = {key: values[number // 2] for key, values in texts.items()}

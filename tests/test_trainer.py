@@ -61,8 +61,8 @@ class Fuse:
 
 def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     model, dataset = pipeline(tmp_path), LatentClips(2)
-    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, seed=99)
-    encode = BatchEncoder(model.vae, TextCache(model.encode_text), torch.device("cpu"))
+    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, 0.0, seed=99)
+    encode = BatchEncoder(model, torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:
@@ -70,7 +70,7 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
         batch = encode(items)
         draws = objective.draw(batch.numbers, batch.latents.shape[1:])
         denoiser = Denoiser(model.unet, model.condition_encoder)
-        return training_loss(denoiser, batch, draws, model.encode_text([""]), objective).mean().item()
+        return training_loss(denoiser, batch, draws, encode.dropped(), objective).total.mean().item()
 
     before = loss()
     train(
@@ -261,12 +261,12 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
     run("two-parts", seed=5, resume_from_checkpoint="latest")
 
 
-def test_raw_clips_train_on_the_latents_that_a_cache_would_hold():
-    vae = tiny.vae()
+def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
+    model = pipeline(tmp_path)
+    vae = model.vae
     video = torch.rand(3, 2, 3, tiny.SIZE, tiny.SIZE, generator=generator(1)) * 2 - 1
-    embed = TextCache(lambda captions: torch.zeros(1, 2, 3))
     items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "number": torch.arange(3)}
-    batch = BatchEncoder(vae, embed, torch.device("cpu"))(items)
+    batch = BatchEncoder(model, torch.device("cpu"))(items)
     for clip, latents in zip(video, batch.latents, strict=True):
         assert torch.equal(latents, encode(vae, clip[None])[0])  # whatever the batch
     mean = vae.encode(video[0]).latent_dist.mean * vae.config.scaling_factor

@@ -24,10 +24,13 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.models.clip.tokenization_clip import VOCAB_FILES_NAMES
 
@@ -234,6 +237,45 @@ def sdxl_folder(folder: str | Path, seed: int = 0) -> Path:
     return _as_published(folder)
 
 
+def t5_folder(folder: str | Path, seed: int = 0) -> Path:
+    """Writes a whole T5 (encoder and decoder, two layers of width 24) with its tokenizer, as published, and returns the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in dict.fromkeys(_WORDS.split()))]
+    unigram = Tokenizer(models.Unigram([(word, 0.0 if k < 3 else -1.0) for k, word in enumerate(words)], unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    folder = Path(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    T5ForConditionalGeneration(config).eval().save_pretrained(folder)
+    unigram.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings = {**special, "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": MAX_TOKENS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    return folder
+
+
+def clip_folder(folder: str | Path, seed: int = 0) -> Path:
+    """Writes a whole CLIP (text and image towers of width 24) with its image processor, and returns the folder."""
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": 24,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    text = {**tower, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).eval().save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return Path(folder)
+
+
 def _as_published(folder: Path) -> Path:
     """The folder as older libraries wrote the published models: tokenizers in CLIP's own two files alone, one image processor."""
     for file in folder.glob("tokenizer*/tokenizer.json"):
@@ -261,25 +303,38 @@ def into_hub_cache(folder: str | Path, cache: str | Path, repository: str, revis
 
 
 def video_pipeline(
-    folder: str | Path, flavour: str = "sd15", fusion: str | None = "add", stirred: bool = True, **settings
+    folder: str | Path,
+    flavour: str = "sd15",
+    fusion: str | None = "add",
+    stirred: bool = True,
+    factorized: bool = False,
+    **settings,
 ) -> ImageToVideoPipeline:
     """A video pipeline on a base that is written to `folder` (unless it is there): 4 frames, at most 8.
 
     Args:
         fusion: of the AppearanceNet; None for none.
+        factorized: with all parts of Factorized-Dreamer, whose encoders are written to `folder/clip` and `folder/t5`.
         stirred: fill the zero-initialised layers with noise, so that every part has an effect, as after training.
         settings: of the pipeline, such as `noise_prior`.
     """
     folder = Path(folder)
     base = load_base(folder if (folder / "model_index.json").is_file() else base_folder(folder, flavour))
     inject = None if fusion is None else "both"
+    video, encoder = {}, {}
+    if factorized:
+        clip, t5 = clip_folder(folder / "clip"), t5_folder(folder / "t5")
+        settings = {"image_encoder_source": str(clip), "motion_encoder_source": str(t5), **settings}
+        video = {"image_attention": True, "pixel_scales": (1, 2), "motion_attention": True}
+        encoder = {"adapter": "decoupled", "image_width": 24, "num_image_tokens": 3, "motion_width": 24}
+        encoder |= {"pixel_scales": (1, 2), "vae_scale_factor": VAE_FACTOR, "motion_attention": True}
     torch.manual_seed(0)
     pipeline = ImageToVideoPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        unet=VideoUNet.from_unet2d(base.unet, max_frames=8, fusion=fusion, inject=inject).eval(),
-        condition_encoder=ConditionEncoder.from_unet2d(base.unet, fusion=fusion).eval(),
+        unet=VideoUNet.from_unet2d(base.unet, max_frames=8, fusion=fusion, inject=inject, **video).eval(),
+        condition_encoder=ConditionEncoder.from_unet2d(base.unet, fusion=fusion, **encoder).eval(),
         scheduler=make_sampler(base.scheduler),
         **{"num_frames": 4, "base": str(folder), **settings},
     )

@@ -1,7 +1,8 @@
 """A data set's clips encoded by the VAE once, kept on disk with the fingerprint of everything that made them.
 
 A cache is a folder: `latents.safetensors` (one tensor `latents`, float16, n f c h w) and `clips.json` (captions, fingerprint). What is kept
-is the posterior's mean in the scale that the denoiser works in, `(mean - shift_factor) * scaling_factor`; its spread is not kept.
+is the posterior's mean in the scale that the denoiser works in, `(mean - shift_factor) * scaling_factor`; its spread is not kept. Where asked
+for there are `keyframe` (uint8, n 3 H W) and the teacher's `flow` (float16, n f-1 2 h w) with `flow_valid` (bool, n f-1 h w) in it as well.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from microcinema.data.clips import ClipDataset
+from microcinema.data.flow_clips import FlowClips
+from microcinema.data.reference import reference_index
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 
@@ -84,6 +87,8 @@ def encode_dataset(
     batch_size: int = 4,
     num_workers: int = 0,
     progress: bool = True,
+    keyframe: str | int | None = None,
+    flow_teacher: str | None = None,
 ) -> None:
     """Encodes every clip of a data set into the cache folder `path`, which appears when it is whole; one that is there is replaced.
 
@@ -92,6 +97,8 @@ def encode_dataset(
         vae: on the device and in the dtype to work with.
         batch_size: clips at once.
         num_workers: processes that decode.
+        keyframe: the frame whose pixels are kept as well, `first`, `center` or an index, for models that read them; None: none.
+        flow_teacher: whose optical flow is kept as well, for PredictNet; see `FlowClips`; None: none.
 
     Raises:
         UserError: a data set of random clips, a bad clip, latents beyond float16, a folder that is something else or cannot be written.
@@ -103,9 +110,11 @@ def encode_dataset(
         )
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / RECORDS).is_file())):
         raise UserError(f"'{folder}' exists and is no latent cache; choose another folder")
-    latents: torch.Tensor | None = None
+    kept: dict[str, torch.Tensor] = {}
     records: list[dict[str, Any]] = []
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    source = dataset if flow_teacher is None else FlowClips(dataset, flow_teacher, factor)
+    loader = DataLoader(source, batch_size=batch_size, num_workers=num_workers)
     with atomic_folder(folder) as temporary:
         with tqdm(total=len(dataset), desc="encoding latents", unit="clip", disable=not progress) as bar:
             for batch in loader:
@@ -114,20 +123,28 @@ def encode_dataset(
                     raise UserError(
                         f"latents of clips {', '.join(batch['id'])} do not fit float16; use a sound VAE, in float32"
                     )
-                if latents is None:
-                    latents = torch.empty(len(dataset), *encoded.shape[1:], dtype=torch.float16)
-                latents[len(records) : len(records) + len(encoded)] = encoded
+                made = {"latents": encoded}
+                if keyframe is not None:
+                    pixels = batch["video"][:, reference_index(keyframe, batch["video"].shape[1])]
+                    made["keyframe"] = ((pixels + 1) * 127.5).round().to(torch.uint8)
+                if flow_teacher is not None:
+                    made |= {"flow": batch["flow"].half(), "flow_valid": batch["flow_valid"]}
+                for name, part in made.items():
+                    whole = kept.setdefault(name, part.new_empty(len(dataset), *part.shape[1:]))
+                    whole[len(records) : len(records) + len(part)] = part
                 for k, fps in enumerate(batch["fps"].tolist()):
                     records.append({**{name: batch[name][k] for name in TEXTS}, "fps": fps})
                 bar.update(len(encoded))
-        assert latents is not None  # a data set is never empty
-        save_file({"latents": latents}, temporary / WEIGHTS)
-        contents = {"fingerprint": fingerprint(vae, dataset), "clips": records}
+        save_file(kept, temporary / WEIGHTS)
+        extras = {"keyframe": keyframe, "flow_teacher": flow_teacher}
+        contents = {"fingerprint": {**fingerprint(vae, dataset), **extras}, "clips": records}
         (temporary / RECORDS).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 class LatentClipDataset(Dataset[dict[str, Any]]):
     """The clips of a cache: the items of `ClipDataset` with `latents`, float32 (f, c, h, w), in the place of `video`.
+
+    If the cache has them, also `keyframe` uint8 (3, H, W), and `flow` and `flow_valid` as of `FlowClips`.
 
     The file is mapped, not read: an item costs its own bytes, and worker processes share the pages.
 
@@ -144,13 +161,13 @@ class LatentClipDataset(Dataset[dict[str, Any]]):
         self, path: str | os.PathLike[str], vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None
     ) -> None:
         self.folder = Path(path)
-        self._latents: Any = None
+        self._slices: dict[str, Any] = {}
         try:
             contents = json.loads((self.folder / RECORDS).read_text(encoding="utf-8"))
             self.fingerprint: dict[str, Any] = contents["fingerprint"]
             self.records: list[dict[str, Any]] = contents["clips"]
-            count = self._slice().get_shape()[0]
-            self._latents = None  # opened anew in each worker process
+            count = self._open()["latents"].get_shape()[0]
+            self._slices = {}  # opened anew in each worker process
         except FileNotFoundError as error:
             raise UserError(
                 f"'{self.folder}' is no latent cache ({error.filename or WEIGHTS} is missing); encode one first"
@@ -180,6 +197,29 @@ class LatentClipDataset(Dataset[dict[str, Any]]):
         if differences:
             raise UserError(f"latent cache '{self.folder}' does not match: {', '.join(differences)}; encode it again")
 
+    def check_extras(self, flow_teacher: str | None, keyframe: str | int | None) -> None:
+        """Compares what the cache holds beside latents with what a run needs.
+
+        Args:
+            flow_teacher: whose flow PredictNet learns; None: there is no PredictNet.
+            keyframe: the frame whose pixels the model reads; None: it reads none.
+
+        Raises:
+            UserError: names what is missing, or what differs.
+        """
+        needs: dict[str, Any] = {"flow_teacher": flow_teacher, "keyframe": keyframe}
+        for name, wanted in needs.items():
+            held = self.fingerprint.get(name)
+            frames = self.fingerprint["transform"]["num_frames"]
+            if name == "keyframe" and wanted is not None and held is not None:
+                wanted, held = reference_index(wanted, frames), reference_index(held, frames)
+            if wanted not in (None, held):
+                there = "none" if held is None else f"that of {name}={held}"
+                what = "optical flow" if name == "flow_teacher" else "key frames' pixels"
+                raise UserError(
+                    f"latent cache '{self.folder}' holds no {what} for {name}={wanted} ({there}); encode it again with it"
+                )
+
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: every epoch sees the same clips. There so that this and `ClipDataset` are interchangeable."""
 
@@ -189,16 +229,16 @@ class LatentClipDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        latents = self._slice()[index : index + 1][0].float()
-        return {"latents": latents, **self.records[index], "index": index}
+        kept = {name: part[index : index + 1][0] for name, part in self._open().items()}
+        kept |= {name: kept[name].float() for name in ("latents", "flow") if name in kept}
+        return {**kept, **self.records[index], "index": index}
 
-    def _slice(self) -> Any:
-        if self._latents is None:
-            self._latents = safe_open(self.folder / WEIGHTS, framework="pt").get_slice("latents")
-        return self._latents
+    def _open(self) -> dict[str, Any]:
+        if not self._slices:
+            file = safe_open(self.folder / WEIGHTS, framework="pt")
+            self._slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        return self._slices
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_latents": None,
-        }  # a mapped file does not travel to another process; it is opened there
+        # A mapped file does not travel to another process; it is opened there.
+        return {**self.__dict__, "_slices": {}}

@@ -66,18 +66,3 @@ class NoisePrior:
     def initial(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
         """`z_T`, where sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""
         return self.noise(eps, z_ref) + self.gamma * rearrange(z_ref, "b c h w -> b 1 c h w")
-
-
-def reference_index(reference_frame: str | int, frames: int) -> int:
-    """Which frame of a clip the key frame is: `first`, `center` or an index; the same in training and in sampling.
-
-    Raises:
-        UserError: another word, or an index outside the clip.
-    """
-    named: dict[str | int, int] = {"first": 0, "center": frames // 2}
-    index = named.get(reference_frame, reference_frame)
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < frames:
-        raise UserError(
-            f"reference frame {reference_frame!r} is not in a clip of {frames}; use first, center or an index"
-        )
-    return index

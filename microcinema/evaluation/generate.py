@@ -143,18 +143,36 @@ class PipelineMaker:
     def _from_text(self, tasks: Sequence[Task]) -> dict[Task, Sample]:
         if not tasks:
             return {}
-        stage1 = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.keyframe_guidance_scale}
-        prompts = [task.prompt for task in tasks]
-        output = self.pipeline(prompts, keyframe_arguments=stage1, **self._arguments(tasks))
-        keyframes = [np.asarray(keyframe.image.convert("RGB")) for keyframe in output.keyframes]
-        return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, output.frames, keyframes, strict=True)}
+        arguments = self._arguments(tasks)
+        drawn = self.pipeline.keyframe(
+            [task.prompt for task in tasks],
+            self.protocol.size,
+            self.protocol.size,
+            arguments["generator"],
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.keyframe_guidance_scale,
+        )
+        return self._animate(tasks, [np.asarray(keyframe.image.convert("RGB")) for keyframe in drawn], arguments)
 
     def _from_image(self, tasks: Sequence[Task]) -> dict[Task, Sample]:
         if not tasks:
             return {}
         keyframes = [self.protocol.render(task.sprite).frames[0] for task in tasks]
-        output = self.pipeline.video([task.prompt for task in tasks], keyframes, **self._arguments(tasks))
-        return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, output.frames, keyframes, strict=True)}
+        return self._animate(tasks, keyframes, self._arguments(tasks))
+
+    def _animate(
+        self, tasks: Sequence[Task], keyframes: Sequence[np.ndarray], arguments: dict[str, Any]
+    ) -> dict[Task, Sample]:
+        """Every model is told the same, in one caption or in two, and gets the same key frames."""
+        video = self.pipeline.video
+        if video.reads_motion:
+            prompts, arguments["motion_prompt"] = (
+                list(texts) for texts in zip(*(t.captions for t in tasks), strict=True)
+            )
+        else:
+            prompts = [task.prompt for task in tasks]
+        frames = video(prompts, list(keyframes), **arguments).frames
+        return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, frames, keyframes, strict=True)}
 
 
 def _to_bytes(frames: np.ndarray) -> np.ndarray:

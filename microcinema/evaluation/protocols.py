@@ -40,6 +40,11 @@ class Task:
         """What a user would type."""
         return sprites.combined_caption(self.sprite)
 
+    @property
+    def captions(self) -> tuple[str, str]:
+        """What is to be seen and how it moves, apart, for models that read two captions."""
+        return sprites.describe(self.sprite), sprites.describe_motion(self.sprite)
+
 
 @dataclass(frozen=True)
 class SpritesProtocol:

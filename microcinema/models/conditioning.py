@@ -218,7 +218,6 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         image_tokens: Tensor | None = None,
         pixels: Tensor | None = None,
         motion_tokens: Tensor | None = None,
-        motion_mask: Tensor | None = None,
     ) -> Conditions:
         """Encodes b clips. What belongs to a part that this encoder does not have is ignored.
 
@@ -229,8 +228,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             keep_image: bool `(b,)`; where it is False the clip gets zero features and a zero key frame. None keeps all.
             image_tokens: the image encoder's patch tokens of the key frames, `b p e`.
             pixels: the key frames, `b 3 H W` in [-1, 1].
-            motion_tokens: the motion encoder's tokens, `b k e`.
-            motion_mask: bool `b k`, False where a motion token is padding; None: none is.
+            motion_tokens: the motion encoder's tokens, `b k e`; padding is zero.
 
         Raises:
             UserError: shapes that do not belong together, or what a part needs is missing.
@@ -266,6 +264,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         if self.motion_to_key_value is not None:
             if motion_tokens is None:
                 raise UserError("motion attention reads motion tokens and got none; give those of the motion caption")
+            mask = motion_tokens.any(-1)
             halves = [to(motion_tokens).chunk(2, dim=-1) for to in self.motion_to_key_value]
-            made["motion"] = tuple(Attended(key, value, motion_mask) for key, value in halves)
+            made["motion"] = tuple(Attended(key, value, mask) for key, value in halves)
         return Conditions(text=text if image_text is None else torch.cat([text, image_text], 1), fps=fps, **made)

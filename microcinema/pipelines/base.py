@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.errors import UserError
@@ -34,6 +34,11 @@ class Base:
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per place of the latent grid."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
 
 def load_base(
@@ -165,7 +170,7 @@ def locate(name: str | os.PathLike[str]) -> str:
 
 def is_embedded(name: str | os.PathLike[str]) -> bool:
     """Whether `locate` finds the model among the embedded ones."""
-    return not Path(name).is_dir() and (ASSETS / name / INDEX).is_file()
+    return not Path(name).is_dir() and (ASSETS / name).is_dir() and Path(name).name == os.fspath(name)
 
 
 def open_folder(
@@ -225,11 +230,11 @@ def load_components(
         _, found = index.get(name) or (None, None)
         if found is None:
             raise UserError(f"'{folder}' has no {name}; a model of this kind needs {', '.join(classes)}")
-        if found.removesuffix("Fast") != kind.__name__:
+        if found.removesuffix("Fast") != kind.__name__.removesuffix("Fast"):
             raise UserError(
                 f"'{folder}' has a {found} as {name}, which is not supported; it has to be a {kind.__name__}"
             )
-        loaded[name] = _load(Path(folder, name), kind, variant, dtype, weights)
+        loaded[name] = load_component(Path(folder, name), kind, variant, dtype, weights)
     return loaded
 
 
@@ -266,10 +271,28 @@ def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torc
     return torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
 
 
-def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype, weights: bool) -> Any:
+def load_component(
+    path: Path,
+    kind: Any,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    others: tuple[str, ...] = (),
+) -> Any:
+    """Opens one component; a network is frozen, in evaluation mode and of the given type.
+
+    Args:
+        path: its folder.
+        kind: class of a network of diffusers or transformers, or of a tokenizer.
+        weights: as in `load_base`.
+        others: how keys of weights begin that may be there and are not read.
+
+    Raises:
+        UserError: it cannot be opened, or its weights are not exactly the network's.
+    """
     name, source = path.name, path.parent
     try:
-        if issubclass(kind, CLIPTokenizer):
+        if issubclass(kind, PreTrainedTokenizerBase):
             return kind.from_pretrained(path)
         if not weights:
             of_transformers = issubclass(kind, PreTrainedModel)
@@ -282,7 +305,7 @@ def _load(path: Path, kind: Any, variant: str | None, dtype: torch.dtype, weight
         _check_weight_files(path, kind, variant)
         if kind.__module__.startswith("transformers."):
             network, info = kind.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
-            extra = [key for key in info["unexpected_keys"] if not key.endswith(_CONSTANTS)]
+            extra = [key for key in info["unexpected_keys"] if not (key.endswith(_CONSTANTS) or key.startswith(others))]
             check_keys(info["missing_keys"], extra, f"'{path}'")
         else:
             network = load_checked(kind.from_pretrained, path, variant=variant, use_safetensors=True)

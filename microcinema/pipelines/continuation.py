@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from microcinema.diffusion.noise_prior import reference_index
+from microcinema.data.reference import reference_index
 from microcinema.errors import UserError
 
 

@@ -18,20 +18,21 @@ from microcinema.errors import UserError
 def fetch(
     repository: str, components: Iterable[str] = (), revision: str | None = None, variant: str | None = None
 ) -> str:
-    """The cached folder of a repository in the diffusers layout, with at least all of its settings and vocabularies.
+    """The cached folder of a repository, with at least all of its settings and vocabularies.
 
     Args:
         repository: `owner/name`.
-        components: folders to have with their weights: safetensors of this variant, and nothing else.
+        components: folders to have with their weights: safetensors of this variant, and nothing else; "." is the repository's own.
         revision, variant: a branch, tag or commit; which weight files, such as `fp16`.
 
     Raises:
         UserError: it is neither in the cache nor to be had; how to fetch it is said.
     """
     weights = f"*model.{variant}" if variant else "*model"
-    files = ["model_index.json", "*/*.json", "*/*.txt"]
+    files = ["*.json", "*.txt", "*spiece.model"]
     for name in components:
-        files += [f"{name}/{weights}.safetensors", f"{name}/{weights}-*.safetensors"]
+        folder = "" if name == "." else f"{name}/"
+        files += [f"{folder}{weights}.safetensors", f"{folder}{weights}-*.safetensors"]
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=files)
     except Exception as error:  # of several libraries: no connection, no such repository, no room

@@ -1,7 +1,7 @@
 """Stage 2: a key frame and a text become a video."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,16 +12,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from einops import rearrange, repeat
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
+from microcinema.data.reference import reference_index
 from microcinema.diffusion.guidance import Guidance
-from microcinema.diffusion.noise_prior import NoisePrior, reference_index
+from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import check_sampler, make_scheduler, set_timesteps, step_arguments
 from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import continuation
 from microcinema.pipelines.base import LENT, borrow, check_fit, encode_text
+from microcinema.pipelines.encoders import (
+    IMAGE_ENCODER,
+    MOTION_ENCODER,
+    MOTION_TOKENIZER,
+    load_image_encoder,
+    load_motion_encoder,
+    read_image,
+    read_motion,
+)
 from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, one_each
 from microcinema.pipelines.keyframe import make_keyframe
 from microcinema.pipelines.windows import Windows
@@ -61,6 +71,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
         unet: the denoiser.
         condition_encoder: makes its conditions, with the AppearanceNet inside.
         scheduler: of sampling; it must agree with the training schedule.
+        image_encoder: reads the key frame for the adapter, if the condition encoder has one; None: opened from its source.
+        motion_encoder, motion_tokenizer: read the motion caption, if the condition encoder listens; None: opened from their source.
         noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`.
         reference_frame: which frame of a clip the key frame is in training: `first`, `center` or an index.
         num_frames, fps, height, width: what the model was trained with, and the defaults of a call. Size in pixels; None is
@@ -69,14 +81,18 @@ class ImageToVideoPipeline(DiffusionPipeline):
             the parts that a saved folder leaves out.
         base_revision, base_variant: of a hub repository; which weight files, such as `fp16`.
         training_schedule: settings of the schedule that the model was trained with; None takes the scheduler's.
+        image_encoder_source: name or path of the image encoder; None: the base's own.
+        image_mean, image_std: of the colours (from 0 to 1) that the image encoder was trained with.
+        motion_encoder_source: name or path of the motion encoder.
+        num_motion_tokens: length that motion captions are padded or cut to.
 
     Raises:
         UserError: unknown settings, parts that do not fit together, or a scheduler that disagrees with the training schedule.
     """
 
     # Those that `DiffusionPipeline.from_pretrained` hands over as None if the folder has none.
-    _optional_components: ClassVar = list(LENT)
-    model_cpu_offload_seq = "text_encoder->condition_encoder->unet->vae"
+    _optional_components: ClassVar = [*LENT, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER]
+    model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->condition_encoder->unet->vae"
     _callback_tensor_inputs = ("latents", "prediction")
 
     def __init__(
@@ -87,6 +103,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         unet: VideoUNet,
         condition_encoder: ConditionEncoder,
         scheduler: SchedulerMixin,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        motion_encoder: T5EncoderModel | None = None,
+        motion_tokenizer: T5TokenizerFast | None = None,
         noise_prior: str = "appearance",
         noise_prior_strength: float = 0.03,
         noise_prior_gamma: float = 0.0,
@@ -99,6 +118,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         base_revision: str | None = None,
         base_variant: str | None = None,
         training_schedule: dict[str, Any] | None = None,
+        image_encoder_source: str | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        motion_encoder_source: str | None = None,
+        num_motion_tokens: int = 32,
     ):
         super().__init__()
         if training_schedule is None:
@@ -108,7 +132,28 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if any(part is None for part in lent.values()):
             lent = borrow(base, base_revision, base_variant, unet.dtype)
         check_fit("the video pipeline", lent["vae"], lent["text_encoder"], unet)
-        self.register_modules(**lent, unet=unet, condition_encoder=condition_encoder, scheduler=scheduler)
+        if condition_encoder.config["adapter"] is None:
+            image_encoder = None
+        elif image_encoder is None:
+            if image_encoder_source is None and base is None:
+                raise UserError("the adapter's image encoder is not here, and no base is named to take it from")
+            found = load_image_encoder(image_encoder_source, str(base), base_revision, base_variant, unet.dtype)
+            image_encoder, image_mean, image_std = (found[key] for key in (IMAGE_ENCODER, "image_mean", "image_std"))
+        if condition_encoder.config["motion"] is None:
+            motion_encoder = motion_tokenizer = None
+        elif motion_encoder is None:
+            if motion_encoder_source is None:
+                raise UserError("the model reads motion captions, and its motion encoder is neither here nor named")
+            motion_encoder, motion_tokenizer = load_motion_encoder(motion_encoder_source, unet.dtype).values()
+        self.register_modules(
+            **lent,
+            unet=unet,
+            condition_encoder=condition_encoder,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            motion_encoder=motion_encoder,
+            motion_tokenizer=motion_tokenizer,
+        )
         self.vae_scale_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
         self.register_to_config(
@@ -124,6 +169,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base_revision=base_revision,
             base_variant=base_variant,
             training_schedule=training_schedule,
+            image_encoder_source=image_encoder_source,
+            image_mean=image_mean,
+            image_std=image_std,
+            motion_encoder_source=motion_encoder_source,
+            num_motion_tokens=num_motion_tokens,
         )
         # Hooks of offloading ask a network where its weights are; this one may have none.
         if next(condition_encoder.parameters(), None) is None:
@@ -153,6 +203,37 @@ class ImageToVideoPipeline(DiffusionPipeline):
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
         return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
+
+    @property
+    def reads_motion(self) -> bool:
+        """Whether a motion caption is read apart: by the motion encoder; the prompt is then read by the spatial layers alone."""
+        return self.motion_encoder is not None
+
+    def encode_motion(self, captions: list[str]) -> torch.Tensor:
+        """Tokens (b, n, e) of motion captions, by the motion encoder; padding is zero."""
+        return read_motion(
+            self.motion_encoder,
+            self.motion_tokenizer,
+            captions,
+            self.config["num_motion_tokens"],
+            self._execution_device,
+        )
+
+    def encode_pixels(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the condition encoder reads of key frames (b, 3, H, W) in [-1, 1] beside their latents, by its arguments' names."""
+        made = {}
+        image = image.to(self._execution_device)
+        if self.image_encoder is not None:
+            colours = self.config["image_mean"], self.config["image_std"]
+            made["image_tokens"] = read_image(self.image_encoder, image, *colours)
+        if self.condition_encoder.config["pixels"] is not None:
+            made["pixels"] = image
+        return made
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the condition encoder reads more of a key frame than its latents."""
+        return any(self.condition_encoder.config[part] is not None for part in ("adapter", "pixels"))
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latents (b, c, h, w), the posterior's mean, of images (b, 3, H, W) in [-1, 1]."""
@@ -234,7 +315,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         Args:
             prompt: what is to be seen and how it moves; one, or one for every video.
             image: PIL images or uint8 arrays (h, w, 3): one for all prompts, or one each; resized and cropped to the video's size.
-            motion_prompt: the text that the denoiser reads instead of `prompt`; one for all prompts, or one each.
+            motion_prompt: how it moves, for a model that `reads_motion` apart; one for all prompts, or one each. None: the prompt.
             height, width: pixels; a multiple of the model's stride. None: as the model was trained.
             num_frames, fps: None: as the model was trained. More frames than that are made in windows, see `Windows`.
             num_inference_steps: denoising steps.
@@ -259,7 +340,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
             prompt, height, width, num_frames, fps, num_clips, window_overlap
         )
         count = len(prompts)
-        texts = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, count)
+        self.check_motion_prompt(motion_prompt)
+        motions = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, count)
         images = one_each("images", image, count)
         # One is encoded once, whatever the number of prompts.
         one = negative_prompt is None or isinstance(negative_prompt, str)
@@ -299,7 +381,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
         def for_each_video(x: torch.Tensor) -> torch.Tensor:
             return repeat(x, "b ... -> (b n) ...", n=videos // len(x))
 
-        text, dropped = (for_each_video(self.encode_text(each)) for each in (texts, negatives))
+        captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
+        if self.reads_motion:
+            captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
+        captions = {name: (for_each_video(said), for_each_video(empty)) for name, (said, empty) in captions.items()}
 
         def step_end(step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             if callback_on_step_end is None:
@@ -309,10 +394,12 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
         clips = []
         for clip in range(num_clips):
-            z_ref = for_each_video(self.encode_image(as_tensor(current))).float()
+            pixels = as_tensor(current)
+            z_ref = for_each_video(self.encode_image(pixels)).float()
+            seen = {"z_ref": z_ref, **{name: for_each_video(x) for name, x in self.encode_pixels(pixels).items()}}
             # With offloading the VAE would stay where the denoiser needs the memory.
             self.maybe_free_model_hooks()
-            conditions = self.prepare_conditions(guidance, text, dropped, z_ref, fps)
+            conditions = self.prepare_conditions(guidance, captions, seen, fps)
             z = self._denoise(z_ref, conditions, guidance, windows, num_inference_steps, generator, step_end)
             clips.append(z if output_type == "latent" else self.decode_latents(z, decode_chunk_size).float())
             if clip < num_clips - 1:
@@ -354,25 +441,42 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return z
 
     def prepare_conditions(
-        self, guidance: Guidance, text: torch.Tensor, dropped_text: torch.Tensor, z_ref: torch.Tensor, fps: float
+        self,
+        guidance: Guidance,
+        captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        image: Mapping[str, torch.Tensor],
+        fps: float,
     ) -> Conditions:
         """Conditions of every evaluation that guidance needs, in its order, by one run of the condition encoder.
 
         Args:
-            text: embeddings (b, n, d).
-            dropped_text: what stands for them where guidance drops the text, (1, n, d).
-            z_ref: (b, c, h, w).
+            captions: `text`, and `motion_tokens` if the model reads them: of the captions, and what stands for them where guidance drops
+                the text; each (b, n, d), the second also (1, n, d).
+            image: `z_ref` (b, c, h, w), and what `encode_pixels` gives.
 
         Returns:
             Conditions of `(k b)` clips, k = number of `guidance.cases`.
         """
-        cases, dtype = guidance.cases, self.unet.dtype
-        texts = torch.cat([text if case.text else dropped_text.expand_as(text) for case in cases])
-        keep_image = torch.tensor([case.image for case in cases], device=z_ref.device).repeat_interleave(len(text))
-        rates = torch.full((len(texts),), fps, device=z_ref.device)
-        return self.condition_encoder(
-            texts.to(dtype), repeat(z_ref, "b ... -> (k b) ...", k=len(cases)).to(dtype), rates, keep_image
-        )
+        cases, dtype, z_ref = guidance.cases, self.unet.dtype, image["z_ref"]
+        read = {
+            name: torch.cat([said if case.text else dropped.expand_as(said) for case in cases]).to(dtype)
+            for name, (said, dropped) in captions.items()
+        }
+        seen = {name: repeat(x, "b ... -> (k b) ...", k=len(cases)).to(dtype) for name, x in image.items()}
+        keep_image = torch.tensor([case.image for case in cases], device=z_ref.device).repeat_interleave(len(z_ref))
+        rates = torch.full((len(cases) * len(z_ref),), fps, device=z_ref.device)
+        return self.condition_encoder(**read, **seen, fps=rates, keep_image=keep_image)
+
+    def check_motion_prompt(self, motion_prompt: str | Sequence[str] | None) -> None:
+        """Refuses a motion prompt that nothing would read.
+
+        Raises:
+            UserError: the model reads one caption alone.
+        """
+        if motion_prompt is not None and not self.reads_motion:
+            raise UserError(
+                "motion_prompt is given, and this model has no motion encoder; say the motion in the prompt"
+            )
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.diffusion.schedule import make_sampler
 from microcinema.errors import UserError
@@ -12,17 +14,24 @@ from microcinema.files import atomic_folder
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base import LENT, load_components, load_index, load_scheduler_config, open_folder
+from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 _TRAINED = {"unet": VideoUNet, "condition_encoder": ConditionEncoder}
+_READERS: dict[str, Any] = {
+    IMAGE_ENCODER: CLIPVisionModelWithProjection,
+    MOTION_ENCODER: T5EncoderModel,
+    MOTION_TOKENIZER: T5TokenizerFast,
+}
 
 
 def save_pipeline(pipeline: ImageToVideoPipeline, folder: str | os.PathLike[str], with_base: bool = True) -> None:
     """Writes the pipeline as a diffusers folder, whole or not at all. Files that are already in the folder are replaced with it.
 
     Args:
-        with_base: store VAE, text encoder and tokenizer too; without them, whoever opens it takes them from the pipeline's `base`.
+        with_base: store all that is not trained too: VAE, text encoder and tokenizer, image and motion encoder; without them, whoever
+            opens it takes them from where the pipeline has them from.
 
     Raises:
         UserError: the folder cannot be written, or there is no base to leave the parts to.
@@ -38,7 +47,7 @@ def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool
         return
     if pipeline.config["base"] is None:
         raise UserError("the pipeline names no base to take its VAE and text encoder from; save it with them")
-    own = {name: pipeline.config[name] for name in LENT}
+    own = {name: pipeline.config[name] for name in (*LENT, *_READERS)}
     # How diffusers writes down a part that is not there.
     pipeline.register_to_config(**dict.fromkeys(own, (None, None)))
     try:
@@ -60,20 +69,23 @@ def load_pipeline(
     Raises:
         UserError: there is no such pipeline, a component is missing, or its keys are not the network's (they are named).
     """
-    folder = open_folder(name, [*_TRAINED, *LENT])
+    folder = open_folder(name, [*_TRAINED, *LENT, *_READERS])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(
             f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline that was saved by training"
         )
-    settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+    components = {*LENT, *_READERS, *_TRAINED, "scheduler"}
+    settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
     trained = load_components(folder, _TRAINED, dtype=torch_dtype)
     whole = all((Path(folder) / part).is_dir() for part in LENT)
     lent = load_components(folder, LENT, dtype=torch_dtype) if whole else dict.fromkeys(LENT)
+    there = {name: kind for name, kind in _READERS.items() if (index.get(name) or [None])[0] is not None}
+    readers = load_components(folder, there, dtype=torch_dtype)
     config = load_scheduler_config(folder)
     saved = getattr(diffusers, config["_class_name"]).from_config(config)
     pipeline = ImageToVideoPipeline(
-        **lent, **trained, scheduler=make_sampler(saved, scheduler) if scheduler else saved, **settings
+        **lent, **readers, **trained, scheduler=make_sampler(saved, scheduler) if scheduler else saved, **settings
     )
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline

@@ -76,6 +76,7 @@ class TextToVideoPipeline:
         """
         size_and_length = (height, width, num_frames, fps, num_clips, window_overlap)
         prompts, height, width, num_frames, fps = self.video.check(prompt, *size_and_length)
+        self.video.check_motion_prompt(motion_prompt)
 
         def for_each_video(texts: str | Sequence[str] | None) -> str | list[str] | None:
             if texts is None or isinstance(texts, str):

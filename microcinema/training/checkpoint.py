@@ -29,7 +29,6 @@ from torch import nn
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 
-COMPONENTS = ("unet", "condition_encoder")
 _STATE = "training_state.json"
 _EMA = "ema.safetensors"
 
@@ -81,6 +80,8 @@ def load_averages(folder: str | os.PathLike[str], denoiser: nn.Module) -> None:
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
     averages = _load_safetensors(file)
     trained, parameters = _read_state(Path(folder))["trained"], dict(denoiser.named_parameters())
+    parts = tuple(f"{name}." for name, _ in denoiser.named_children())  # a pipeline has no PredictNet
+    averages = {name: average for name, average in averages.items() if name.startswith(parts)}
     check_keys(f"'{file}'", {name: parameters[name] for name in trained if name in parameters}, averages)
     with torch.no_grad():
         for name, average in averages.items():
@@ -251,13 +252,13 @@ class Checkpoints:
         weights.clear()  # or accelerate would write them once more
         if self.accelerator.is_main_process:
             denoiser = self.accelerator.unwrap_model(models[0])
-            for name in COMPONENTS:
-                getattr(denoiser, name).save_pretrained(Path(folder) / name)
+            for name, component in denoiser.named_children():
+                component.save_pretrained(Path(folder) / name)
 
     def _load_components(self, models: list[nn.Module], folder: str) -> None:
         denoiser = self.accelerator.unwrap_model(models.pop())
-        for name in COMPONENTS:
-            load_component(getattr(denoiser, name), Path(folder) / name)
+        for name, component in denoiser.named_children():
+            load_component(component, Path(folder) / name)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, num_train_timesteps: int) -> None:
         self.accelerator = accelerator
         self.num_train_timesteps = num_train_timesteps
-        self._pairs: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
         self._recent: deque[float] = deque(maxlen=50)
         self._waited = 0.0
         self._began = time.perf_counter()
@@ -39,15 +39,16 @@ class Meter:
             self._waited += time.perf_counter() - asked
             yield batch
 
-    def add(self, loss: torch.Tensor, t: torch.Tensor) -> None:
-        """Takes a micro-batch: loss and diffusion step of every clip, (b,)."""
-        self._pairs.append(torch.stack([loss.detach().float(), t.float()]))
+    def add(self, loss: torch.Tensor, t: torch.Tensor, flow_loss: torch.Tensor | None = None) -> None:
+        """Takes a micro-batch: loss, diffusion step and, if there is one, PredictNet's loss of every clip, (b,)."""
+        rows = [loss.detach().float(), t.float(), *([] if flow_loss is None else [flow_loss.detach().float()])]
+        self._rows.append(torch.stack(rows))
 
     def read(self) -> dict[str, float]:
         """The step's figures, times as this process saw them; begins the next step. One gather, one copy to the host."""
         # gather concatenates the first axis, hence b k.
-        pairs = self.accelerator.gather(rearrange(torch.cat(self._pairs, dim=1), "k b -> b k")).double().cpu()
-        losses, quarter = pairs[:, 0], (pairs[:, 1] * QUARTILES / self.num_train_timesteps).long()
+        rows = self.accelerator.gather(rearrange(torch.cat(self._rows, dim=1), "k b -> b k")).double().cpu()
+        losses, quarter = rows[:, 0], (rows[:, 1] * QUARTILES / self.num_train_timesteps).long()
         elapsed = time.perf_counter() - self._began
         figures = {
             "loss": losses.mean().item(),
@@ -57,13 +58,15 @@ class Meter:
         for k in range(QUARTILES):
             if (quarter == k).any():
                 figures[f"loss/t{k + 1}"] = losses[quarter == k].mean().item()
+        if rows.shape[1] > 2:
+            figures["loss/flow"] = rows[:, 2].mean().item()
         self._recent.append(figures["loss"])
         self.start()
         return figures
 
     def start(self) -> None:
         """Forgets what was collected and begins to count time: after a validation or a checkpoint, which are no training."""
-        self._pairs.clear()
+        self._rows.clear()
         self._waited = 0.0
         self._began = time.perf_counter()
 

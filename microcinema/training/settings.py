@@ -35,6 +35,7 @@ class Settings:
     snr_gamma: float | None = None
     motion_weight: float = 0.0
     timestep_logit_normal: Sequence[float] | None = None
+    flow_weight: float = 0.1
     text_dropout: float = 0.1
     image_dropout: float = 0.1
     use_ema: bool = True
@@ -67,6 +68,9 @@ class Settings:
         for name in ("text_dropout", "image_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("motion_weight", "flow_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be greater than 0")

@@ -1,16 +1,21 @@
 """One training step's mathematics: what is random about a clip, and the loss of a batch. Pure functions of their arguments."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from diffusers import SchedulerMixin
+from einops import rearrange
 from torch import nn
 
-from microcinema.diffusion.noise_prior import NoisePrior, reference_index
-from microcinema.diffusion.objective import add_noise, loss_weights, motion_weights, squared_error, target
+from microcinema.data.flow import Flow
+from microcinema.data.reference import reference_index
+from microcinema.diffusion.noise_prior import NoisePrior
+from microcinema.diffusion.objective import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.randomness import generator
+from microcinema.diffusion.schedule import signal_and_noise
 from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
 
 
@@ -23,12 +28,18 @@ class Batch:
         text: embeddings of the captions, (b, n, d).
         fps: frames per second, (b,).
         numbers: place of each clip in the global order (training/order.py).
+        image: what the condition encoder reads of the key frames beside their latents: `image_tokens`, `pixels`, or nothing.
+        motion_tokens: of the motion captions, (b, k, e), or None.
+        flow: of the teacher, on the latent grid, or None.
     """
 
     latents: torch.Tensor
     text: torch.Tensor
     fps: torch.Tensor
     numbers: Sequence[int]
+    image: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    motion_tokens: torch.Tensor | None = None
+    flow: Flow | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Objective:
         motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which diffusion steps are drawn (arXiv 2403.03206,
             section 3.1); None draws all steps alike.
+        flow_weight: of PredictNet's flow loss; 0 leaves it out.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         seed: of the run.
     """
@@ -73,6 +85,7 @@ class Objective:
     snr_gamma: float | None
     motion_weight: float
     timestep_logit_normal: Sequence[float] | None
+    flow_weight: float
     text_dropout: float
     image_dropout: float
     seed: int
@@ -105,12 +118,19 @@ class Objective:
 
 
 class Denoiser(nn.Module):
-    """VideoUNet and its ConditionEncoder as the one module that distributed wrappers want. It has no parameters of its own."""
+    """All that trains as the one module that distributed wrappers want. It has no parameters of its own.
 
-    def __init__(self, unet: VideoUNet, condition_encoder: ConditionEncoder) -> None:
+    Args:
+        predict_net: reads the decoder's features, or None.
+    """
+
+    def __init__(
+        self, unet: VideoUNet, condition_encoder: ConditionEncoder, predict_net: PredictNet | None = None
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.condition_encoder = condition_encoder
+        self.predict_net = predict_net
 
     def forward(
         self,
@@ -120,26 +140,68 @@ class Denoiser(nn.Module):
         z_ref: torch.Tensor,
         fps: torch.Tensor,
         keep_image: torch.Tensor,
-    ) -> torch.Tensor:
-        """The prediction at `z_t` (b, f, c, h, w) and `t` (b,); `text` (b, n, d), `z_ref` (b, c, h, w), `fps` and `keep_image` (b,)."""
-        return self.unet(z_t, t, self.condition_encoder(text, z_ref, fps, keep_image))
+        **read: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prediction at `z_t` (b, f, c, h, w) and `t` (b,), and PredictNet's flow (b, f-1, 2, h, w), or None.
+
+        Args:
+            text: (b, n, d).
+            z_ref: (b, c, h, w).
+            fps, keep_image: (b,).
+            read: what else the condition encoder reads, by its arguments' names.
+        """
+        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, keep_image, **read))
+        prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
+        return prediction, None if self.predict_net is None else self.predict_net(features, z_t.shape[1])
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of every clip, (b,), float32.
+
+    Attributes:
+        total: what is minimised, in the mean.
+        flow: PredictNet's part of it, before its weight, or None.
+    """
+
+    total: torch.Tensor
+    flow: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What stands for dropped captions: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty one."""
+
+    text: torch.Tensor
+    motion_tokens: torch.Tensor | None = None
 
 
 def training_loss(
-    denoiser: Callable[..., torch.Tensor], batch: Batch, draws: Draws, empty_text: torch.Tensor, objective: Objective
-) -> torch.Tensor:
-    """The weighted squared error of every clip, (b,), float32; their mean is what is minimised.
+    denoiser: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    batch: Batch,
+    draws: Draws,
+    dropped: Dropped,
+    objective: Objective,
+) -> Losses:
+    """The weighted squared error of every clip, and where PredictNet speaks its flow loss.
 
     Args:
         denoiser: called like `Denoiser.forward`.
         draws: on the batch's device.
-        empty_text: embedding of the empty prompt, (1, n, d), which stands for a dropped caption.
     """
     z_ref = batch.latents[:, reference_index(objective.reference_frame, batch.latents.shape[1])]
     noise = objective.prior.noise(draws.noise, z_ref)
     z_t = add_noise(objective.scheduler, batch.latents, noise, draws.t)
-    text = torch.where(draws.keep_text[:, None, None], batch.text, empty_text)
-    prediction = denoiser(z_t, draws.t, text, z_ref, batch.fps, draws.keep_image)
+    keep_text, read = draws.keep_text[:, None, None], dict(batch.image)
+    text = torch.where(keep_text, batch.text, dropped.text)
+    if batch.motion_tokens is not None and dropped.motion_tokens is not None:
+        read["motion_tokens"] = torch.where(keep_text, batch.motion_tokens, dropped.motion_tokens)
+    prediction, flow = denoiser(z_t, draws.t, text, z_ref, batch.fps, draws.keep_image, **read)
     wanted = target(objective.scheduler, batch.latents, noise, draws.t)
     error = squared_error(prediction, wanted, motion_weights(batch.latents, z_ref, objective.motion_weight))
-    return error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)
+    losses = error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)
+    if flow is None or batch.flow is None:
+        return Losses(losses)
+    signal = signal_and_noise(objective.scheduler, draws.t, draws.t.float())[0] ** 2
+    of_flow = flow_loss(flow, batch.flow.vectors, batch.flow.valid, signal)
+    return Losses(losses + objective.flow_weight * of_flow, of_flow)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -20,22 +20,26 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from microcinema.config import instantiate, save
+from microcinema.data.flow_clips import FlowClips
 from microcinema.data.latents import LatentClipDataset
 from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder, make_folder
+from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import INDEX, Base, is_embedded, load_base
+from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saved import save_pipeline
 from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
-from microcinema.training.encoding import BatchEncoder, TextCache
+from microcinema.training.encoding import BatchEncoder
 from microcinema.training.meter import Meter
 from microcinema.training.order import Clips, NumberedClips, RankNumbers
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
+from microcinema.training.warm_start import describe, warm_start
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,6 +54,7 @@ def train(
     dataset: Clips,
     settings: Settings,
     validate: Validate | None = None,
+    predict_net: PredictNet | None = None,
 ) -> Path:
     """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
@@ -60,6 +65,7 @@ def train(
         accelerator: from `make_accelerator`, for these settings and this call alone.
         pipeline: the model; only its `unet` and `condition_encoder` change.
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
+        predict_net: trained beside the pipeline, and in its checkpoints alone, on the clips' `flow` and `flow_valid`.
         validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
             averaged weights.
 
@@ -73,9 +79,10 @@ def train(
     checkpoint = choose_checkpoint(output_dir, settings.resume_from_checkpoint)
     device = accelerator.device
 
-    for encoder in (pipeline.vae, pipeline.text_encoder):
-        encoder.requires_grad_(False).eval().to(device)
-    denoiser: nn.Module = Denoiser(pipeline.unet, pipeline.condition_encoder).train()
+    for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
+        if encoder is not None:
+            encoder.requires_grad_(False).eval().to(device)
+    denoiser: nn.Module = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).train()
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
@@ -98,17 +105,16 @@ def train(
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
     objective = make_objective(pipeline, settings)
-    embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
-    encode = BatchEncoder(pipeline.vae, embed, device)
+    encode = BatchEncoder(pipeline, device)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
 
     def loss_of(items: dict[str, Any]) -> torch.Tensor:
         with accelerator.autocast():
-            batch, empty_text = encode(items), embed([""])
+            batch, dropped = encode(items), encode.dropped()
         draws = objective.draw(batch.numbers, batch.latents.shape[1:]).to(device)
-        losses = training_loss(denoiser, batch, draws, empty_text, objective)
-        meter.add(losses, draws.t)
-        return losses.mean()
+        losses = training_loss(denoiser, batch, draws, dropped, objective)
+        meter.add(losses.total, draws.t, losses.flow)
+        return losses.total.mean()
 
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     micro_batches = meter.waiting(_micro_batches(accelerator, dataset, settings, progress))
@@ -173,19 +179,27 @@ def run(config: "DictConfig") -> None:
     base = load_base(**config.base)
     if settings.train == "temporal":
         check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
-    dataset = instantiate(config.data)
+    dataset, teacher = instantiate(config.data), config.model.flow_teacher
     if isinstance(dataset, LatentClipDataset):
         dataset.check(base.vae)
+        dataset.check_extras(teacher, config.model.reference_frame if reads_pixels(config) else None)
+    elif teacher is not None:
+        dataset = FlowClips(dataset, teacher, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to know it
         config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
+    parts = build_networks(config, base)
+    if config.init_from is not None:
+        new = warm_start({name: parts[name] for name in ("unet", "condition_encoder")}, config.init_from)
+        accelerator.print(describe(new, config.init_from))
     pipeline = build_pipeline(
         config,
         base.scheduler,
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        **build_networks(config, base.unet),
+        **parts,
     )
+    predict_net = None if teacher is None else PredictNet(pipeline.unet.config["block_out_channels"][0])
     validate = None
     if settings.validation_prompts:
         size = pipeline.config["height"], pipeline.config["width"]
@@ -195,25 +209,56 @@ def run(config: "DictConfig") -> None:
     if accelerator.is_main_process:
         save(config, output_dir / CONFIG)
     del base  # its 2D UNet has been copied
-    train(accelerator, pipeline, dataset, settings, validate)
+    train(accelerator, pipeline, dataset, settings, validate, predict_net)
     accelerator.end_training()
 
 
-def build_networks(config: "DictConfig", unet2d: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """The pipeline's `unet` and `condition_encoder`, as new as a run begins with.
+def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> dict[str, Any]:
+    """The pipeline's `unet` and `condition_encoder`, as new as a run begins with, and the encoders that the base does not lend.
 
     Args:
         config: of the command `train`.
-        unet2d: of the base; its weights are copied.
+        base: the weights of its UNet are copied.
+        weights: read those of the encoders, as in `load_base`.
+
+    Returns:
+        Arguments of `ImageToVideoPipeline`, by name.
 
     Raises:
-        UserError: settings that cannot work, or a UNet that is not supported.
+        UserError: settings that cannot work, a UNet that is not supported, or an encoder that is not there.
     """
-    keyframe_channels = unet2d.config["in_channels"] if config.model.keyframe_concat else 0
-    return {
-        "unet": instantiate(config.model.unet, unet=unet2d, keyframe_channels=keyframe_channels),
-        "condition_encoder": instantiate(config.model.condition_encoder, unet=unet2d),
-    }
+    model = config.model
+    parts: dict[str, Any] = {}
+    widths: dict[str, int | None] = {"image": None, "motion": None}
+    if model.adapter is not None:
+        where = config.base.pretrained_model_name_or_path, config.base.revision, config.base.variant
+        parts |= load_image_encoder(model.image_encoder, *where, base.vae.dtype, weights)
+        widths["image"] = parts["image_encoder"].config.hidden_size
+    if model.motion_encoder is not None:
+        parts |= load_motion_encoder(model.motion_encoder, base.vae.dtype, weights)
+        widths["motion"] = parts["motion_encoder"].config.d_model
+    motion_attention = model.motion_encoder is not None
+    parts["unet"] = instantiate(
+        model.unet,
+        unet=base.unet,
+        keyframe_channels=base.unet.config["in_channels"] if model.keyframe_concat else 0,
+        image_attention=model.adapter == "decoupled",
+        motion_attention=motion_attention,
+    )
+    parts["condition_encoder"] = instantiate(
+        model.condition_encoder,
+        unet=base.unet,
+        image_width=widths["image"],
+        vae_scale_factor=base.vae_scale_factor,
+        motion_attention=motion_attention,
+        motion_width=widths["motion"],
+    )
+    return parts
+
+
+def reads_pixels(config: "DictConfig") -> bool:
+    """Whether the model of a config of `train` reads more of a key frame than its latents."""
+    return config.model.adapter is not None or bool(config.model.pixel_scales)
 
 
 def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
@@ -243,6 +288,9 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         base=config.base.pretrained_model_name_or_path,
         base_revision=config.base.revision,
         base_variant=config.base.variant,
+        image_encoder_source=config.model.image_encoder,
+        motion_encoder_source=config.model.motion_encoder,
+        num_motion_tokens=config.model.num_motion_tokens,
     )
 
 
@@ -296,6 +344,7 @@ def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Object
         reference_frame=pipeline.reference_frame,
         snr_gamma=settings.snr_gamma,
         motion_weight=settings.motion_weight,
+        flow_weight=settings.flow_weight,
         timestep_logit_normal=settings.timestep_logit_normal,
         text_dropout=settings.text_dropout,
         image_dropout=settings.image_dropout,

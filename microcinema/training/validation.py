@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from microcinema.data.reference import reference_index
 from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
-from microcinema.diffusion.noise_prior import reference_index
 from microcinema.diffusion.randomness import generator
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline

@@ -1,0 +1,40 @@
+import pytest
+import tiny
+import torch
+
+from microcinema.errors import UserError
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.saved import save_pipeline
+from microcinema.training.warm_start import describe, warm_start
+
+
+def test_what_has_the_same_name_and_shape_starts_from_the_saved_model(tmp_path):
+    saved = tiny.video_pipeline(tmp_path / "base", fusion="add")
+    save_pipeline(saved, tmp_path / "saved", with_base=False)
+    base = tiny.unet()
+    networks = {
+        "unet": VideoUNet.from_unet2d(base, max_frames=4, motion_attention=True),
+        "condition_encoder": ConditionEncoder.from_unet2d(base, fusion=None, motion_attention=True, motion_width=12),
+    }
+    before = {name: value.clone() for name, value in networks["unet"].state_dict().items()}
+    new = warm_start(networks, str(tmp_path / "saved"))
+    own = saved.unet.state_dict()
+    for name, value in networks["unet"].state_dict().items():
+        wanted = before[name] if name in new["unet"] else own[name]
+        assert torch.equal(value, wanted), name
+    # The position tables are of another length, and there was no motion attention.
+    assert {name.split(".")[-1] for name in new["unet"] if "motion" not in name} == {"positions"}
+    assert all("motion" in name for name in new["condition_encoder"])
+    said = describe(new, "saved")
+    assert "anew: temporal_transformers" in said and "motion_to_key_value" in said
+
+
+def test_a_folder_without_a_video_model_is_refused(tmp_path):
+    networks = {"unet": VideoUNet.from_unet2d(tiny.unet())}
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match="none of the video UNet's weights"):
+        warm_start(networks, str(tmp_path))
+    (tmp_path / "unet/a.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read"):
+        warm_start(networks, str(tmp_path))
