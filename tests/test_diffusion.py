@@ -26,6 +26,7 @@ from microcinema.diffusion.schedule import (
     make_scheduler,
     shifted_betas,
     snr,
+    times_of_equal_noise,
 )
 from microcinema.errors import UserError
 
@@ -399,3 +400,20 @@ def test_flow_loss_is_the_mean_distance_over_valid_places():
     loss = objective.flow_loss(off, wanted, valid, torch.tensor([0.5, 1.0]), delta=1e-6)
     torch.testing.assert_close(loss, torch.tensor([2.5, 0.0]))  # the second clip has no valid place
     assert objective.flow_loss(wanted, wanted, valid, torch.ones(2)).abs().max() < 1e-6
+
+
+def test_a_network_is_told_the_time_at_which_it_knows_the_noise():
+    known = make_scheduler({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    assert torch.allclose(times_of_equal_noise(known, known), torch.arange(1000.0), atol=1e-3)
+    shifted = make_scheduler(known.config, {"snr_shift": 2.0})
+    told = times_of_equal_noise(shifted, known)
+    snr = known.alphas_cumprod.double() / (1 - known.alphas_cumprod.double())
+    whole = told.round().long()
+    inside = told < 999
+    assert (told[1:] >= told[:-1]).all() and (told[:800] > torch.arange(800)).all()
+    # Between two of its steps, hence not to the last digit.
+    ratio = snr[whole][inside] / (snr / 4)[inside]
+    assert (ratio[20:] - 1).abs().max() < 0.02
+    silent = make_scheduler(known.config, {"rescale_betas_zero_snr": True})
+    assert times_of_equal_noise(silent, known)[-1] == 999
+    assert times_of_equal_noise(known, silent).isfinite().all()

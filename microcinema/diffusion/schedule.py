@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
@@ -69,8 +70,23 @@ def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
     return 1 - shifted / torch.cat([torch.ones(1, dtype=torch.float64), shifted[:-1]])
 
 
+def times_of_equal_noise(schedule: SchedulerMixin, known: SchedulerMixin) -> torch.Tensor:
+    """For every step of `schedule` the time at which `known` has the same signal-to-noise ratio, (t,), float32.
+
+    A network knows noise levels by the times of the schedule that it was trained with. Told these times, a pretrained network goes on at
+    the noise levels that it knows, whatever the new schedule; beyond the last of them, as at zero signal, it is told its last time.
+    """
+    levels = []
+    for scheduler in (schedule, known):
+        abar = scheduler.alphas_cumprod.double()
+        levels.append(torch.log1p(-abar) - abar.log())  # rises with t; infinite without signal
+    new, old = (level.numpy() for level in levels)
+    finite = np.isfinite(old)
+    return torch.from_numpy(np.interp(new, old[finite], np.flatnonzero(finite))).float()
+
+
 def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
-    """Refuses overrides that leave frozen layers with noise levels or a target that they were not trained for.
+    """Refuses a target that frozen layers were not trained for. Noise levels may change, see `times_of_equal_noise`.
 
     Args:
         base: the schedule that the frozen layers were trained with.
@@ -79,15 +95,12 @@ def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> 
     Raises:
         UserError: names what differs and both values.
     """
-    for key, value in overrides.items():
-        if key == "timestep_spacing":  # says which of the trained steps a sampler visits
-            continue
-        own = 1.0 if key == "snr_shift" else base.config.get(key)
-        if value not in (None, own):
-            raise UserError(
-                f"diffusion.scheduler.{key} is {value}, but the base was trained with {own} and train=temporal leaves its "
-                f"layers as they are; set diffusion.scheduler.{key}=null, or train=all"
-            )
+    value, own = overrides.get("prediction_type"), base.config["prediction_type"]
+    if value not in (None, own):
+        raise UserError(
+            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {own} and train=temporal leaves its "
+            "layers as they are; set diffusion.scheduler.prediction_type=null, or train=all"
+        )
 
 
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -17,7 +18,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 from microcinema.data.reference import reference_index
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
-from microcinema.diffusion.schedule import check_sampler, make_scheduler, set_timesteps, step_arguments
+from microcinema.diffusion.schedule import (
+    check_sampler,
+    make_scheduler,
+    set_timesteps,
+    step_arguments,
+    times_of_equal_noise,
+)
 from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
@@ -63,6 +70,12 @@ class ImageToVideoOutput(BaseOutput):
     keyframes: list[Image.Image]
 
 
+def describe_schedule(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The settings that decide the noise levels and the target of a training schedule."""
+    config = make_scheduler(scheduler.config).config
+    return {key: config[key] for key in _SCHEDULE_KEYS if key in config}
+
+
 class ImageToVideoPipeline(DiffusionPipeline):
     """Key frame and text to video: everything that depends on neither noise nor time is computed once, then the loop runs.
 
@@ -81,6 +94,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             the parts that a saved folder leaves out.
         base_revision, base_variant: of a hub repository; which weight files, such as `fp16`.
         training_schedule: settings of the schedule that the model was trained with; None takes the scheduler's.
+        network_schedule: settings of the schedule by whose times the networks know noise levels: the base's; None: the same one.
         image_encoder_source: name or path of the image encoder; None: the base's own.
         image_mean, image_std: of the colours (from 0 to 1) that the image encoder was trained with.
         motion_encoder_source: name or path of the motion encoder.
@@ -118,6 +132,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         base_revision: str | None = None,
         base_variant: str | None = None,
         training_schedule: dict[str, Any] | None = None,
+        network_schedule: dict[str, Any] | None = None,
         image_encoder_source: str | None = None,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -126,8 +141,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if training_schedule is None:
-            config = make_scheduler(scheduler.config).config
-            training_schedule = {key: config[key] for key in _SCHEDULE_KEYS if key in config}
+            training_schedule = describe_schedule(scheduler)
         lent = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         if any(part is None for part in lent.values()):
             lent = borrow(base, base_revision, base_variant, unet.dtype)
@@ -169,6 +183,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base_revision=base_revision,
             base_variant=base_variant,
             training_schedule=training_schedule,
+            network_schedule=network_schedule,
             image_encoder_source=image_encoder_source,
             image_mean=image_mean,
             image_std=image_std,
@@ -199,6 +214,13 @@ class ImageToVideoPipeline(DiffusionPipeline):
     def training_scheduler(self) -> DDPMScheduler:
         """The schedule that the model was trained with."""
         return make_scheduler(self.config["training_schedule"])
+
+    @property
+    def network_times(self) -> torch.Tensor | None:
+        """What the networks are told for every step of the training schedule, (t,); None: the step."""
+        if self.config["network_schedule"] is None:
+            return None
+        return times_of_equal_noise(self.training_scheduler, make_scheduler(self.config["network_schedule"]))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
@@ -426,10 +448,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         set_timesteps(self.scheduler, num_inference_steps, device)
         eps = randn_tensor((b, windows.frames, c, h, w), generator=generator, device=device, dtype=torch.float32)
         z = self.noise_prior.initial(eps, z_ref) * self.scheduler.init_noise_sigma
-        arguments = step_arguments(self.scheduler, generator)
+        arguments, times = step_arguments(self.scheduler, generator), self.network_times
 
         def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return windows.average(lambda part: self.unet(part.to(self.unet.dtype), t, conditions).float(), z_t)
+            told = t if times is None else float(np.interp(float(t), range(len(times)), times))
+            return windows.average(lambda part: self.unet(part.to(self.unet.dtype), told, conditions).float(), z_t)
 
         with self.progress_bar(total=num_inference_steps) as bar:
             for step, t in enumerate(self.scheduler.timesteps):

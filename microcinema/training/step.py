@@ -72,6 +72,7 @@ class Objective:
         reference_frame: which frame is the key frame: first, center or an index.
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
         motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
+        network_times: what the network is told for every step, (t,); None: the step.
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which diffusion steps are drawn (arXiv 2403.03206,
             section 3.1); None draws all steps alike.
         flow_weight: of PredictNet's flow loss; 0 leaves it out.
@@ -89,6 +90,7 @@ class Objective:
     text_dropout: float
     image_dropout: float
     seed: int
+    network_times: torch.Tensor | None = None
 
     def draw(self, numbers: Sequence[int], shape: torch.Size) -> Draws:
         """The random choices for the clips with these numbers in the global order, on the CPU.
@@ -196,7 +198,8 @@ def training_loss(
     text = torch.where(keep_text, batch.text, dropped.text)
     if batch.motion_tokens is not None and dropped.motion_tokens is not None:
         read["motion_tokens"] = torch.where(keep_text, batch.motion_tokens, dropped.motion_tokens)
-    prediction, flow = denoiser(z_t, draws.t, text, z_ref, batch.fps, draws.keep_image, **read)
+    told = draws.t if objective.network_times is None else objective.network_times.to(z_t.device)[draws.t]
+    prediction, flow = denoiser(z_t, told, text, z_ref, batch.fps, draws.keep_image, **read)
     wanted = target(objective.scheduler, batch.latents, noise, draws.t)
     error = squared_error(prediction, wanted, motion_weights(batch.latents, z_ref, objective.motion_weight))
     losses = error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)

@@ -29,7 +29,7 @@ from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import INDEX, Base, is_embedded, load_base
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saved import save_pipeline
 from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
@@ -273,10 +273,13 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         UserError: settings that cannot work, or parts that do not fit together.
     """
     prior = instantiate(config.diffusion.noise_prior)
+    schedule = make_scheduler(base_scheduler.config, config.diffusion.scheduler)
+    kept = torch.equal(schedule.alphas_cumprod, base_scheduler.alphas_cumprod)
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
         **parts,
-        scheduler=make_sampler(make_scheduler(base_scheduler.config, config.diffusion.scheduler)),
+        scheduler=make_sampler(schedule),
+        network_schedule=None if kept else describe_schedule(base_scheduler),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
@@ -341,6 +344,7 @@ def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Object
     return Objective(
         scheduler=pipeline.training_scheduler,
         prior=pipeline.noise_prior,
+        network_times=pipeline.network_times,
         reference_frame=pipeline.reference_frame,
         snr_gamma=settings.snr_gamma,
         motion_weight=settings.motion_weight,
