@@ -558,7 +558,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     pipeline = load_pipeline(output, torch_dtype=torch.float16)
     pipeline.register_to_config(base=base.name)
     if pipeline.reads_motion:
-        pipeline.register_to_config(motion_encoder_source="sprites-t5")
+        pipeline.register_to_config(motion_encoder_source="sprites-t5", unet_source="sprites-microcinema")
     save_pipeline(pipeline, folder, with_base=False)
 
 

@@ -1,11 +1,12 @@
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.saved import save_pipeline
+from microcinema.pipelines.saved import load_pipeline, save_pipeline
 from microcinema.training.warm_start import describe, warm_start
 
 
@@ -38,3 +39,25 @@ def test_a_folder_without_a_video_model_is_refused(tmp_path):
     (tmp_path / "unet/a.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):
         warm_start(networks, str(tmp_path))
+
+
+def test_a_light_folder_leaves_out_the_weights_that_stayed_an_embedded_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("microcinema.pipelines.base.ASSETS", tmp_path)
+    saved = tiny.video_pipeline(tmp_path / "base", fusion=None, stirred=False)
+    saved.register_to_config(unet_source="base")
+    changed = "conv_in.weight"
+    with torch.no_grad():
+        saved.unet.get_parameter(changed).add_(0.5)
+    save_pipeline(saved, tmp_path / "light", with_base=False)
+    kept = load_file(tmp_path / "light/unet/diffusion_pytorch_model.safetensors")
+    assert changed in kept
+    assert {name for name in kept if name != changed} == {n for n in kept if n.startswith(VideoUNet.added)}
+    opened = load_pipeline(tmp_path / "light").unet.state_dict()
+    assert opened.keys() == saved.unet.state_dict().keys()
+    assert all(torch.equal(opened[name], value) for name, value in saved.unet.state_dict().items())
+    save_pipeline(saved, tmp_path / "whole")
+    assert len(load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")) == len(opened)
+    assert torch.equal(load_pipeline(tmp_path / "whole").unet.conv_in.weight, opened[changed])
+    (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="borrows"):
+        load_pipeline(tmp_path / "light")

@@ -93,6 +93,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
         base: name or path of the text-to-image model that this one was trained from: draws key frames by default, and lends
             the parts that a saved folder leaves out.
         base_revision, base_variant: of a hub repository; which weight files, such as `fp16`.
+        unet_source: name or path of the model whose UNet weights were frozen in training; a folder saved without the base has them
+            from there.
         training_schedule: settings of the schedule that the model was trained with; None takes the scheduler's.
         network_schedule: settings of the schedule by whose times the networks know noise levels: the base's; None: the same one.
         image_encoder_source: name or path of the image encoder; None: the base's own.
@@ -131,6 +133,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         base: str | None = None,
         base_revision: str | None = None,
         base_variant: str | None = None,
+        unet_source: str | None = None,
         training_schedule: dict[str, Any] | None = None,
         network_schedule: dict[str, Any] | None = None,
         image_encoder_source: str | None = None,
@@ -182,6 +185,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             base=base,
             base_revision=base_revision,
             base_variant=base_variant,
+            unet_source=unet_source,
             training_schedule=training_schedule,
             network_schedule=network_schedule,
             image_encoder_source=image_encoder_source,

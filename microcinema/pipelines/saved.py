@@ -2,23 +2,35 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.diffusion.schedule import make_sampler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.unet2d import check_keys
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base import LENT, load_components, load_index, load_scheduler_config, open_folder
+from microcinema.pipelines.base import (
+    LENT,
+    freeze,
+    is_embedded,
+    load_components,
+    load_index,
+    load_scheduler_config,
+    open_folder,
+)
 from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 _TRAINED = {"unet": VideoUNet, "condition_encoder": ConditionEncoder}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _READERS: dict[str, Any] = {
     IMAGE_ENCODER: CLIPVisionModelWithProjection,
     MOTION_ENCODER: T5EncoderModel,
@@ -31,7 +43,8 @@ def save_pipeline(pipeline: ImageToVideoPipeline, folder: str | os.PathLike[str]
 
     Args:
         with_base: store all that is not trained too: VAE, text encoder and tokenizer, image and motion encoder; without them, whoever
-            opens it takes them from where the pipeline has them from.
+            opens it takes them from where the pipeline has them from; and the UNet's frozen weights too, if their `unet_source` is an
+            embedded model (diffusers itself cannot open such a folder, `load_pipeline` can).
 
     Raises:
         UserError: the folder cannot be written, or there is no base to leave the parts to.
@@ -54,6 +67,40 @@ def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool
         pipeline.save_pretrained(folder)
     finally:
         pipeline.register_to_config(**own)
+    if (source := pipeline.config["unet_source"]) is not None and is_embedded(source):
+        lent = _unet_weights(source, pipeline)
+        weights = {
+            name: value
+            for name, value in pipeline.unet.state_dict().items()
+            if name not in lent or not torch.equal(lent[name].to(value), value)
+        }
+        for file in (folder / "unet").glob("*.safetensors*"):
+            file.unlink()
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "unet" / _WEIGHTS)
+
+
+def _unet_weights(embedded: str) -> dict[str, torch.Tensor]:
+    """The UNet's weights of an embedded model."""
+    file = Path(locate(embedded), "unet", _WEIGHTS)
+    if not file.is_file():
+        raise UserError(f"'{file}', which the video model borrows, is not there; complete the model's folder")
+    return load_file(file)
+
+
+def _complete_unet(folder: Path, settings: Any, dtype: torch.dtype) -> VideoUNet:
+    """A UNet whose folder holds only what its `unet_source` does not.
+
+    Raises:
+        UserError: the source is not there, or is not the one.
+    """
+    unet = VideoUNet.from_config(VideoUNet.load_config(folder))
+    wanted = unet.state_dict().keys()
+    own = load_file(folder / _WEIGHTS)
+    lent = _unet_weights(settings.config["unet_source"], settings)
+    weights = {name: value for name, value in lent.items() if name in wanted} | own
+    check_keys(wanted - weights.keys(), weights.keys() - wanted, f"'{folder}'")
+    unet.load_state_dict(weights)
+    return freeze(unet, dtype)  # type: ignore[return-value]
 
 
 def load_pipeline(
@@ -77,7 +124,12 @@ def load_pipeline(
         )
     components = {*LENT, *_READERS, *_TRAINED, "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
-    trained = load_components(folder, _TRAINED, dtype=torch_dtype)
+    light = not any((Path(folder) / part).is_dir() for part in LENT)
+    if light and is_embedded(index.get("unet_source") or "."):
+        trained = load_components(folder, {"condition_encoder": ConditionEncoder}, dtype=torch_dtype)
+        trained["unet"] = _complete_unet(Path(folder, "unet"), SimpleNamespace(config=index), torch_dtype)
+    else:
+        trained = load_components(folder, _TRAINED, dtype=torch_dtype)
     whole = all((Path(folder) / part).is_dir() for part in LENT)
     lent = load_components(folder, LENT, dtype=torch_dtype) if whole else dict.fromkeys(LENT)
     there = {name: kind for name, kind in _READERS.items() if (index.get(name) or [None])[0] is not None}

@@ -80,8 +80,8 @@ def load_averages(folder: str | os.PathLike[str], denoiser: nn.Module) -> None:
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
     averages = _load_safetensors(file)
     trained, parameters = _read_state(Path(folder))["trained"], dict(denoiser.named_parameters())
-    parts = tuple(f"{name}." for name, _ in denoiser.named_children())  # a pipeline has no PredictNet
-    averages = {name: average for name, average in averages.items() if name.startswith(parts)}
+    if getattr(denoiser, "predict_net", None) is None:  # as in a pipeline
+        averages = {name: average for name, average in averages.items() if not name.startswith("predict_net.")}
     check_keys(f"'{file}'", {name: parameters[name] for name in trained if name in parameters}, averages)
     with torch.no_grad():
         for name, average in averages.items():

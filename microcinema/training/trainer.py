@@ -291,6 +291,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         base=config.base.pretrained_model_name_or_path,
         base_revision=config.base.revision,
         base_variant=config.base.variant,
+        unet_source=None if config.train == "all" else config.init_from or config.base.pretrained_model_name_or_path,
         image_encoder_source=config.model.image_encoder,
         motion_encoder_source=config.model.motion_encoder,
         num_motion_tokens=config.model.num_motion_tokens,
@@ -313,10 +314,10 @@ def _keyframes(base: Base) -> KeyframePipeline:
 
 
 def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
-    """Saves the pipeline among the checkpoints of its run, `model_index.json` last; an embedded base is named, not copied."""
-    base = pipeline.config["base"]
+    """Saves the pipeline among the checkpoints of its run, `model_index.json` last; what is embedded is named, not copied."""
+    sources = (pipeline.config["base"], pipeline.config["unet_source"] or pipeline.config["base"])
     whole = output_dir / ".pipeline"
-    save_pipeline(pipeline, whole, with_base=base is None or not is_embedded(base))
+    save_pipeline(pipeline, whole, with_base=any(source is None or not is_embedded(source) for source in sources))
     for part in sorted(whole.iterdir(), key=lambda path: path.name == INDEX):
         if part.is_dir():
             with atomic_folder(output_dir / part.name) as folder:
