@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -23,6 +22,7 @@ from microcinema.pipelines.base import (
     load_components,
     load_index,
     load_scheduler_config,
+    locate,
     open_folder,
 )
 from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
@@ -68,7 +68,7 @@ def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool
     finally:
         pipeline.register_to_config(**own)
     if (source := pipeline.config["unet_source"]) is not None and is_embedded(source):
-        lent = _unet_weights(source, pipeline)
+        lent = _unet_weights(source)
         weights = {
             name: value
             for name, value in pipeline.unet.state_dict().items()
@@ -87,7 +87,7 @@ def _unet_weights(embedded: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def _complete_unet(folder: Path, settings: Any, dtype: torch.dtype) -> VideoUNet:
+def _complete_unet(folder: Path, source: str, dtype: torch.dtype) -> VideoUNet:
     """A UNet whose folder holds only what its `unet_source` does not.
 
     Raises:
@@ -96,7 +96,7 @@ def _complete_unet(folder: Path, settings: Any, dtype: torch.dtype) -> VideoUNet
     unet = VideoUNet.from_config(VideoUNet.load_config(folder))
     wanted = unet.state_dict().keys()
     own = load_file(folder / _WEIGHTS)
-    lent = _unet_weights(settings.config["unet_source"], settings)
+    lent = _unet_weights(source)
     weights = {name: value for name, value in lent.items() if name in wanted} | own
     check_keys(wanted - weights.keys(), weights.keys() - wanted, f"'{folder}'")
     unet.load_state_dict(weights)
@@ -125,9 +125,10 @@ def load_pipeline(
     components = {*LENT, *_READERS, *_TRAINED, "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
     light = not any((Path(folder) / part).is_dir() for part in LENT)
-    if light and is_embedded(index.get("unet_source") or "."):
+    source = index.get("unet_source")
+    if light and source is not None and is_embedded(source):
         trained = load_components(folder, {"condition_encoder": ConditionEncoder}, dtype=torch_dtype)
-        trained["unet"] = _complete_unet(Path(folder, "unet"), SimpleNamespace(config=index), torch_dtype)
+        trained["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     else:
         trained = load_components(folder, _TRAINED, dtype=torch_dtype)
     whole = all((Path(folder) / part).is_dir() for part in LENT)
