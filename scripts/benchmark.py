@@ -9,6 +9,10 @@ forward, mean squared error, backward.
 sampling: the whole loop, AppearanceNet included, with each fusion of its features, as a ratio to a model without one.
 
 drift: what becomes of objects and backgrounds in videos that are longer than a model was trained on.
+
+following: how often a video moves as its motion caption says, when key frame and descriptive caption stay the same.
+
+flow: the end-point error of the PredictNet in a training checkpoint, on clips that it has not seen.
 """
 
 import argparse
@@ -56,6 +60,7 @@ QUICK: dict[str, Any] = {
 TINY: dict[str, Any] = QUICK | {"frames": 16, "latents": 16}
 TOKENS = 77
 WITHOUT = "without AppearanceNet"
+FLOW_WORLD = 20240820  # of the clips that PredictNet is asked about; never a training seed
 
 
 class Contestant:
@@ -282,6 +287,48 @@ def drift(arguments: argparse.Namespace) -> None:
     write({"pipeline": arguments.pipeline, "prompts": arguments.prompts, **settings, "drift": found}, arguments.json)
 
 
+def following(arguments: argparse.Namespace) -> None:
+    """Prints how often motion captions are followed, and what is seen where they are not."""
+    from microcinema.evaluation import following as measurement
+    from microcinema.pipelines.saved import load_pipeline
+
+    pipeline = load_pipeline(arguments.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    shown = measurement.scenes(arguments.keyframes)
+    size, fps = pipeline.config["height"], pipeline.config["fps"]
+    settings = {key: getattr(arguments, key) for key in ("num_inference_steps", "guidance_scale", "seed")}
+    makers = {"model": measurement.pipeline_maker(pipeline, **settings), "real": measurement.real}
+    found = {kind: measurement.measure(make, shown, size, fps) for kind, make in makers.items()}
+    for kind, figures in found.items():
+        motion = figures["motion"]
+        print(f"{kind:<8}{motion['value']:>8.1%} of {motion['n']} ({motion['low']:.1%} to {motion['high']:.1%})")
+    for asked, seen in found["model"]["confusion"].items():
+        print(f"  {asked:<18}" + ", ".join(f"{name or 'nothing'} {count}" for name, count in seen.items()))
+    write({"pipeline": arguments.pipeline, "keyframes": arguments.keyframes, **settings, **found}, arguments.json)
+
+
+def flow(arguments: argparse.Namespace) -> None:
+    """Prints the end-point errors of a checkpoint's PredictNet and of predicting that nothing moves."""
+    from omegaconf import OmegaConf
+
+    from microcinema.data.sprites import sample_attributes
+    from microcinema.exporting import open_checkpoint
+    from microcinema.models.predict_net import PredictNet
+    from microcinema.training.flow_error import flow_error
+    from microcinema.training.trainer import CONFIG
+
+    config = OmegaConf.load(arguments.checkpoint.parent / CONFIG)
+    pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
+    predict_net = PredictNet.from_pretrained(arguments.checkpoint / "predict_net")
+    shown = [sample_attributes(FLOW_WORLD, index, "heldout") for index in range(arguments.clips)]
+    report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
+    for t in arguments.steps:
+        errors = report[f"t={t}"] = flow_error(pipeline, predict_net, shown, t)
+        share = errors["predict_net"] / errors["zero"]
+        print(f"t={t:<6}{errors['predict_net']:.4f} of {errors['zero']:.4f} places a frame: {share:.2f}")
+    write(report, arguments.json)
+
+
 def write(report: dict[str, Any], path: Path | None) -> None:
     """Writes the figures to a file, if there is to be one."""
     if path:
@@ -326,6 +373,22 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--guidance-scale", type=float, default=2.0)
     command.add_argument("--window-overlap", type=int, help="frames; half a window without it")
     command.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    command = commands.add_parser(
+        "following", parents=[for_all], help="videos of one key frame by many motion captions"
+    )
+    command.set_defaults(run=following)
+    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved video model")
+    command.add_argument("--keyframes", type=int, default=20)
+    command.add_argument("--num-inference-steps", type=int, default=25)
+    command.add_argument("--guidance-scale", type=float, default=2.0)
+    command.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    command = commands.add_parser("flow", parents=[for_all], help="what a checkpoint's PredictNet knows of motion")
+    command.set_defaults(run=flow)
+    command.add_argument("checkpoint", type=Path, help="folder of a training checkpoint")
+    command.add_argument("--clips", type=int, default=40)
+    command.add_argument("--steps", type=int, nargs="+", default=[20, 100, 300], help="diffusion steps")
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
