@@ -164,7 +164,7 @@ def _with_preparation(
         if preparation != "own":
             frames = PREPARATIONS[preparation](frames)
         video = rearrange(frames, "(b f) c h w -> b c f h w", b=len(clips))
-        with torch.jit.fuser("none"):
+        with _unfused():
             found = network(video)
         # The public TorchScript drops the batch axis of a single clip.
         return found.reshape(len(clips), -1).float().cpu().numpy()
@@ -191,7 +191,7 @@ class ClassProbabilities:
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Of every clip."""
         video = rearrange(_on(batch.frames, self.device), "b f h w c -> b c f h w")
-        with torch.jit.fuser("none"):
+        with _unfused():
             found = self.network(video).reshape(len(batch), -1).double()
         if (found < 0).any() or not torch.allclose(found.sum(dim=1), torch.ones(1).to(found), atol=1e-3):
             raise UserError("evaluation.c3d.weights gives no probabilities; give the classifier with its softmax")
@@ -218,7 +218,7 @@ class FrameFeatures:
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Of every frame of every clip."""
         frames = rearrange(_on(batch.frames, self.device), "b f h w c -> (b f) c h w")
-        with torch.jit.fuser("none"):
+        with _unfused():
             found = self.network(frames, return_features=True).reshape(len(frames), -1)
         return {"frame_features": rearrange(found.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
 
@@ -297,6 +297,11 @@ def load_torchscript(
         return torch.jit.load(str(path), map_location=device).eval(), found
     except RuntimeError as error:
         raise UserError(f"'{path}' is no TorchScript ({' '.join(str(error).split())[:120]})") from None
+
+
+def _unfused() -> Any:
+    """The public files were made for releases of torch whose fuser gave them other numbers; `torch.jit.fuser("none")` itself warns by now."""
+    return torch.jit.optimized_execution(False)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
