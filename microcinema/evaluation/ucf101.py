@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,7 @@ def class_prompt(name: str, prompts: PromptSet) -> str:
     return sentences[name]
 
 
+@cache
 def descriptive_prompts() -> dict[str, str]:
     """Class to sentence, for all 101 classes."""
     with open(PROMPTS_FILE, encoding="utf-8", newline="") as file:
