@@ -23,5 +23,5 @@ def test_the_same_weights_and_videos_give_the_same_distance():
 
 @pytest.mark.slow
 def test_extraction_is_at_least_as_fast():
-    found = SCRIPT["throughput"](10, 1, 3)
-    assert found["microcinema"] >= 0.95 * found["cd-fvd"]
+    found = SCRIPT["throughput"](16, 1, 3)
+    assert found["microcinema"] >= found["cd-fvd"]

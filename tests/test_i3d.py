@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microcinema.errors import UserError
-from microcinema.models.i3d import I3D, Unit3d, pad_same
+from microcinema.models.i3d import I3D, Unit3d, max_pool, pad_same
 
 WIDTHS = {  # in -> b0, b1a, b1b, b2a, b2b, b3b
     "3b": (192, [64, 96, 128, 16, 32, 32]),
@@ -72,3 +72,13 @@ def test_a_unit_at_stride_one_pads_as_same_does():
 def test_clips_that_it_cannot_read_are_refused(shape):
     with pytest.raises(UserError, match=f"{shape[2]} frames of 224x{shape[4]}"):
         I3D().eval()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "kernel, stride", [((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1))]
+)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 28, 28), (1, 2, 5, 7, 9)])
+def test_pooling_one_axis_after_the_other_is_pooling(kernel, stride, shape):
+    x = torch.relu(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    expected = torch.nn.functional.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
+    assert torch.equal(max_pool(x, kernel, stride), expected)

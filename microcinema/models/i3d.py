@@ -5,6 +5,7 @@ field passes round: `rgb_imagenet.pt` of pytorch-i3d and `i3d_pretrained_400.pt`
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, f, h, w) -> (b, c', f, h, w)"""
-        pooled = F.max_pool3d(x, 3, 1, padding=1)
+        pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], dim=1)
 
 
@@ -102,13 +103,13 @@ class I3D(nn.Module):
             raise UserError(
                 f"clips are {frames} frames of {height}x{width}; I3D reads {MIN_FRAMES} or more of {SIZE}x{SIZE}"
             )
-        x = _pool(self.Conv3d_1a_7x7(video), (1, 3, 3), (1, 2, 2))
-        x = _pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
+        x = max_pool(self.Conv3d_1a_7x7(video), (1, 3, 3), (1, 2, 2))
+        x = max_pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
         for name in MIXED:
             if name == "Mixed_4b":
-                x = _pool(x, (3, 3, 3), (2, 2, 2))
+                x = max_pool(x, (3, 3, 3), (2, 2, 2))
             if name == "Mixed_5b":
-                x = _pool(x, (2, 2, 2), (2, 2, 2))
+                x = max_pool(x, (2, 2, 2), (2, 2, 2))
             x = self.get_submodule(name)(x)
         x = self.logits(F.avg_pool3d(x, (2, 7, 7), stride=1))
         return x.mean(dim=(2, 3, 4))
@@ -138,6 +139,14 @@ class I3D(nn.Module):
         return network.eval().requires_grad_(False)
 
 
-def _pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Largest values, padded `SAME`; after a ReLU nothing is below the zeros of the padding."""
-    return F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
+def max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Largest values of (b, c, f, h, w), padded `SAME`; for values >= 0, as after a ReLU, for which zeros are no padding at all.
+
+    One axis after the other: the same values as `max_pool3d`'s, which looks at all 27 neighbours and takes a quarter of the network's time.
+    """
+    x = pad_same(x, kernel, stride)
+    for axis, (k, s) in enumerate(zip(kernel, stride, strict=True), start=2):
+        last = (x.shape[axis] - k) // s * s
+        shifted = [x[(slice(None),) * axis + (slice(i, i + last + 1, s),)] for i in range(k)]
+        x = reduce(torch.maximum, shifted)
+    return x
