@@ -96,6 +96,7 @@ class Sample:
 class Evaluate:
     evaluation: Group
     pipeline: str
+    generated: str | None
     output_dir: str
     seed: CountOrZero
     batch_size: Count

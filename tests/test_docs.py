@@ -85,7 +85,9 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
-    known = {name for command in ("train", "sample", "export") for name in dotted(config.compose(command))}
+    composed = [config.compose(command) for command in ("train", "sample", "export")]
+    composed.append(config.compose("evaluate", ["evaluation=ucf101"]))
+    known = {name for one in composed for name in dotted(one)}
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
         keys = {key for code in re.findall(r"`([^`\n]+)`", text) for key in re.findall(r"(?:^| )([a-z_][\w.]*)=", code)}

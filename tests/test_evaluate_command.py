@@ -1,6 +1,10 @@
 """The command `evaluate`, on a tiny random pipeline and an untrained classifier."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from microcinema.evaluation.run import REPORT_FILE, RESULTS_FILE, SAMPLES_FOLDER
 from microcinema.models.sprite_classifier import SpriteClassifier
 from microcinema.pipelines.saved import save_pipeline
 
+ROOT = Path(__file__).parents[1]
 COUNTS = {"num_prompts": 2, "num_heldout_prompts": 1, "num_image_prompts": 1, "num_frames": 4, "size": 32}
 
 
@@ -110,3 +115,26 @@ def test_clips_of_other_settings_are_refused_before_anything_is_judged(run):
     assert run("evaluation.protocol.num_heldout_prompts=0", "evaluation.protocol.num_image_prompts=0")[0] == 0
     code, _, told = run("evaluation.guidance_scale=3")
     assert code == 2 and "guidance_scale was 2.0, now 3" in told
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_clips_and_one_judges_them(models, run, tmp_path):
+    settings = {"pipeline": models / "video", "output_dir": tmp_path / "two", "batch_size": 1}
+    settings |= {f"evaluation.protocol.{key}": value for key, value in COUNTS.items()}
+    settings |= {"evaluation.classifier": models / "classifier", "evaluation.num_inference_steps": 2}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "scripts/evaluate.py"), *(f"{key}={value}" for key, value in settings.items())]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(REPORT_FILE) == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run("batch_size=1", output=tmp_path / "one")[0] == 0
+    finally:
+        torch.set_num_threads(threads)
+    both = [json.loads((tmp_path / name / RESULTS_FILE).read_text()) for name in ("one", "two")]
+    for results in both:
+        del results["time"]
+    assert both[0] == both[1]

@@ -1,15 +1,25 @@
-"""Networks that look at clips: here, the classifier of Moving Sprites."""
+"""What looks at clips: the classifier of Moving Sprites, I3D, C3D, CLIP, a network of single frames, optical flow."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
 
 from microcinema.errors import UserError
+from microcinema.evaluation import metrics
+from microcinema.evaluation.preparation import PREPARATIONS
+from microcinema.evaluation.weights import weight_file
+from microcinema.models.i3d import I3D, MIN_FRAMES
 from microcinema.models.sprite_classifier import SpriteClassifier
 from microcinema.pipelines.base import ASSETS
+from microcinema.provenance import hash_weights
 
 
 class SpriteJudge:
@@ -59,3 +69,250 @@ class SpriteJudge:
             classes = self.classifier.config["classes"]
             names += [{key: classes[key][best[key][row]] for key in best} for row in range(len(batch))]
         return names, np.concatenate(features)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips to measure: `frames` uint8 (b, f, h, w, 3); the prompt of each, if it has one; key frames uint8 (b, h, w, 3)."""
+
+    frames: np.ndarray
+    prompts: Sequence[str] | None = None
+    keyframes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+Measure = Callable[[Batch], dict[str, np.ndarray]]
+"""Says something of every clip of a batch, by name: arrays whose first axis is the batch's."""
+
+
+@dataclass(frozen=True)
+class VideoDetectorSettings:
+    """Which network gives the features of the Fréchet video distance, and how frames come to it.
+
+    Args:
+        detector: `i3d` (written out in `models/i3d.py`), `i3d_torchscript` or `sprites` (the embedded classifier).
+        weights: path or URL; None: nothing that needs it is measured. For `sprites` the classifier's name or folder.
+        sha256: of the file; must be given with a URL, and with TorchScript, which is code.
+        preparation: one of `PREPARATIONS`; `own` for the TorchScript's own resizing. The sprites classifier has none.
+        batch_norm_eps: of `i3d`: 1e-3 for `rgb_imagenet.pt`, 1e-5 for `i3d_pretrained_400.pt`.
+
+    Raises:
+        UserError: a preparation that does not go with the detector.
+    """
+
+    detector: Literal["i3d", "i3d_torchscript", "sprites"]
+    weights: str | None
+    sha256: str | None = None
+    preparation: Literal["own", "tf_squash", "squash", "short_side_crop", "cd_fvd"] = "squash"
+    batch_norm_eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.preparation == "own" and self.detector == "i3d":
+            raise UserError(f"preparation=own is not known to i3d; choose one of {', '.join(PREPARATIONS)}")
+
+    def load(self, device: torch.device | str, batch_size: int) -> "VideoFeatures":
+        """Opens the weights.
+
+        Raises:
+            UserError: they are not there, or not the detector's.
+        """
+        assert self.weights is not None
+        if self.detector == "sprites":
+            judge = SpriteJudge.load(self.weights, batch_size)
+            judge.classifier.to(device)
+            identity = {"detector": "sprites", "sha256": hash_weights(judge.classifier)}
+            return VideoFeatures(lambda clips: judge(clips)[1], identity)
+        if self.detector == "i3d_torchscript":
+            network, sha256 = load_torchscript(self.weights, self.sha256, "evaluation.video", device)
+            own = self.preparation == "own"
+
+            def features(video: Tensor) -> Tensor:
+                return network(x=video, rescale=own, resize=own, return_features=True)
+        else:
+            path, sha256 = weight_file(self.weights, self.sha256, "evaluation.video")
+            features = I3D.from_state_dict(_read_state(path), self.batch_norm_eps).to(device)
+        record: dict[str, Any] = {"detector": self.detector, "sha256": sha256, "preparation": self.preparation}
+        if self.detector == "i3d":
+            record["batch_norm_eps"] = self.batch_norm_eps
+        return VideoFeatures(_with_preparation(features, self.preparation, device), record)
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """`features` (b, d) of clips. `record`: what they depend on, for the identity of a measurement."""
+
+    network: Callable[[np.ndarray], np.ndarray]
+    record: dict[str, Any]
+
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Of every clip."""
+        return {"features": np.asarray(self.network(batch.frames), np.float32)}
+
+
+def _with_preparation(
+    network: Callable[[Tensor], Tensor], preparation: str, device: torch.device | str
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A network of (b, 3, f, h, w) as a function of clips uint8 (b, f, h, w, 3)."""
+
+    @torch.inference_mode()
+    def features(clips: np.ndarray) -> np.ndarray:
+        if clips.shape[1] < MIN_FRAMES:
+            raise UserError(f"clips have {clips.shape[1]} frames; I3D needs {MIN_FRAMES} or more")
+        frames = rearrange(_on(clips, device), "b f h w c -> (b f) c h w")
+        if preparation != "own":
+            frames = PREPARATIONS[preparation](frames)
+        video = rearrange(frames, "(b f) c h w -> b c f h w", b=len(clips))
+        with _unfused():
+            found = network(video)
+        # The public TorchScript drops the batch axis of a single clip.
+        return found.reshape(len(clips), -1).float().cpu().numpy()
+
+    return features
+
+
+class ClassProbabilities:
+    """`probabilities` (b, 101) of UCF-101's classes by C3D as TorchScript: uint8 (b, 3, f, h, w) in, probabilities out.
+
+    Args:
+        weights, sha256: `c3d_ucf101.pt`.
+
+    Raises:
+        UserError: the file is not there, or another one; and from a call, if what comes out is not probabilities.
+    """
+
+    def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.network, found = load_torchscript(weights, sha256, "evaluation.c3d", device)
+        self.record = {"detector": "c3d", "sha256": found}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Of every clip."""
+        video = rearrange(_on(batch.frames, self.device), "b f h w c -> b c f h w")
+        with _unfused():
+            found = self.network(video).reshape(len(batch), -1).double()
+        if (found < 0).any() or not torch.allclose(found.sum(dim=1), torch.ones(1).to(found), atol=1e-3):
+            raise UserError("evaluation.c3d.weights gives no probabilities; give the classifier with its softmax")
+        return {"probabilities": found.float().cpu().numpy()}
+
+
+class FrameFeatures:
+    """`frame_features` (b, f, d) of single frames by a TorchScript: uint8 (n, 3, h, w) in, and `return_features=True`, as Inception v3 has
+    it that NVIDIA's generators are measured with.
+
+    Args:
+        weights, sha256: such as `inception-2015-12-05.pt`.
+
+    Raises:
+        UserError: the file is not there, or another one.
+    """
+
+    def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.network, found = load_torchscript(weights, sha256, "evaluation.inception", device)
+        self.record = {"detector": "frames", "sha256": found}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Of every frame of every clip."""
+        frames = rearrange(_on(batch.frames, self.device), "b f h w c -> (b f) c h w")
+        with _unfused():
+            found = self.network(frames, return_features=True).reshape(len(frames), -1)
+        return {"frame_features": rearrange(found.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
+
+
+class ClipScores:
+    """By CLIP (arXiv 2103.00020): `clipsim` (b,), the mean over frames of the cosine of text and frame (arXiv 2104.14806), where
+    there are prompts; `clip_consistency` (b,), the mean cosine of neighbouring frames.
+
+    Args:
+        name: a folder, or a repository of the hub, such as `openai/clip-vit-base-patch32`.
+
+    Raises:
+        UserError: it is not there, or not CLIP.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        try:
+            self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+            self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot open evaluation.clip.weights='{name}' as CLIP ({reason}); give a folder, or fetch it with hf download"
+            ) from None
+        self.device = device
+        self.record = {"detector": "clip", "sha256": hash_weights(self.network)}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Of every clip."""
+        frames = list(rearrange(batch.frames, "b f h w c -> (b f) h w c"))
+        pixels = self.images(frames, return_tensors="pt")["pixel_values"].to(self.device)
+        images = rearrange(self._embedded(self.network.get_image_features(pixels)), "(b f) d -> b f d", b=len(batch))
+        neighbours = (images[:, 1:] * images[:, :-1]).sum(-1).mean(1)
+        found = {"clip_consistency": neighbours.float().cpu().numpy()}
+        if batch.prompts is not None:
+            words = self.tokens(list(batch.prompts), padding=True, truncation=True, return_tensors="pt")
+            texts = self._embedded(self.network.get_text_features(**words.to(self.device)))
+            found["clipsim"] = torch.einsum("bfd,bd->bf", images, texts).mean(1).float().cpu().numpy()
+        return found
+
+    def _embedded(self, output: Any) -> Tensor:
+        """Of length one; transformers 5 returns the embedding as `pooler_output`."""
+        return functional.normalize(getattr(output, "pooler_output", output), dim=-1)
+
+
+def motion(batch: Batch) -> dict[str, np.ndarray]:
+    """`motion_magnitude` (b,): mean length of the optical flow, in pixels a frame."""
+    return {"motion_magnitude": np.array([metrics.motion_magnitude(metrics.clip_flow(clip)) for clip in batch.frames])}
+
+
+def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
+    """`psnr` and `ssim` (b,) of the first frame against the key frame; nothing where there are no key frames."""
+    if batch.keyframes is None:
+        return {}
+    pairs = zip(batch.frames[:, 0], batch.keyframes, strict=True)
+    values = np.array([metrics.image_fidelity(frame, keyframe) for frame, keyframe in pairs])
+    return {"psnr": values[:, 0], "ssim": values[:, 1]}
+
+
+def load_torchscript(
+    weights: str, sha256: str | None, key: str, device: torch.device | str
+) -> tuple[torch.jit.ScriptModule, str]:
+    """A TorchScript in evaluation mode, and its sha256, which has to be given: the file is a program.
+
+    Raises:
+        UserError: no sha256 or another one, no such file, or no TorchScript.
+    """
+    if sha256 is None:
+        path, found = weight_file(weights, None, key)
+        raise UserError(f"'{path}' is TorchScript, which is code; if it is what you trust, set {key}.sha256={found}")
+    path, found = weight_file(weights, sha256, key)
+    try:
+        return torch.jit.load(str(path), map_location=device).eval(), found
+    except RuntimeError as error:
+        raise UserError(f"'{path}' is no TorchScript ({' '.join(str(error).split())[:120]})") from None
+
+
+def _unfused() -> Any:
+    """The public files were made for releases of torch whose fuser gave them other numbers; `torch.jit.fuser("none")` itself warns by now."""
+    return torch.jit.optimized_execution(False)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of several kinds: a damaged archive, an object that is not allowed
+        raise UserError(f"'{path}' holds no weights ({' '.join(str(error).split())[:120]}); fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"'{path}' is not a dictionary of weights; give rgb_imagenet.pt or i3d_pretrained_400.pt")
+    return state
+
+
+def _on(clips: np.ndarray, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(clips)).to(device)

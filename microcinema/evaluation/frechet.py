@@ -4,7 +4,9 @@
 features Unterthiner et al., arXiv 1812.01717).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -40,15 +42,23 @@ class Moments:
         scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count)
         return Moments(count, mean, scatter)
 
-    @property
-    def covariance(self) -> np.ndarray:
-        """Unbiased (divided by n - 1), (d, d)."""
+    @classmethod
+    def stream(cls, batches: Iterable[np.ndarray]) -> "Moments":
+        """Of batches of features, one in memory at a time. The same batches in the same order give the same bits, whoever made them."""
+        return reduce(cls.merge, map(cls.of, batches))
+
+    def covariance(self, ddof: int = 1) -> np.ndarray:
+        """Divided by n - ddof, (d, d): 1 is unbiased, 0 is what some implementations of the Fréchet video distance take.
+
+        Raises:
+            UserError: fewer than two clips.
+        """
         if self.count < 2:
             raise UserError(f"covariance of {self.count} clip; measure at least two")
-        return self.scatter / (self.count - 1)
+        return self.scatter / (self.count - ddof)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments, ddof: int = 1) -> float:
     """Squared Fréchet distance of the two normal distributions with these moments.
 
     With `S = R R^T`, `tr (S_a S_b)^1/2` is the sum of the singular values of `R_a^T R_b`: unlike a general matrix square root,
@@ -59,9 +69,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide; use one detector for both sets")
-    overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    one, two = a.covariance(ddof), b.covariance(ddof)
+    overlap = np.linalg.svd(_root(one).T @ _root(two), compute_uv=False).sum()
     difference = a.mean - b.mean
-    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap)
+    return float(difference @ difference + np.trace(one) + np.trace(two) - 2 * overlap)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

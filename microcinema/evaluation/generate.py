@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from microcinema.diffusion.randomness import generator
@@ -28,44 +29,86 @@ class Sample:
     keyframe: np.ndarray
 
 
-Maker = Callable[[Sequence[Task]], Sequence[Sample]]
-"""Makes one sample for every task. A sample depends on its own task alone, not on the others in the batch."""
+class Request(Protocol):
+    """What a clip is made from: `Task` of Moving Sprites, `Prompt` of the zero-shot protocols."""
+
+    @property
+    def name(self) -> str:
+        """A file name, unique in the protocol."""
+
+    @property
+    def prompt(self) -> str:
+        """What a user would type."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the clip's random numbers depend on, beside the seed."""
 
 
-def sample_path(folder: str | os.PathLike[str], task: Task) -> Path:
+R = TypeVar("R", bound=Request)
+Maker = Callable[[Sequence[R]], Sequence[Sample]]
+"""Makes one sample for every request. A sample depends on its own request alone, but for rounding, not on the others in the batch."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of `count` batches a process makes: every `of`-th from `rank`, so that a batch is the same for any number of processes."""
+
+    rank: int = 0
+    of: int = 1
+
+    def batches(self, count: int, batch_size: int) -> Iterator[range]:
+        """The indices of each batch."""
+        starts = range(0, count, batch_size)[self.rank :: self.of]
+        return (range(start, min(start + batch_size, count)) for start in starts)
+
+
+def sample_path(folder: str | os.PathLike[str], task: Request) -> Path:
     """Where a task's clip is stored."""
     return Path(folder) / f"{task.name}.npz"
 
 
+_ALL = Share()
+
+
 def generate(
-    tasks: Sequence[Task],
-    make: Maker,
+    tasks: Sequence[R],
+    make: Maker[R],
     folder: str | os.PathLike[str],
     identity: Mapping[str, Any],
     batch_size: int = 8,
     progress: bool = True,
+    share: Share = _ALL,
 ) -> int:
     """Makes every clip that is not yet in the folder and returns how many that were.
+
+    A batch with a clip missing is made whole and the missing clip kept: with the same batch size a clip has the same bits, whatever
+    was interrupted, and whatever the number of processes.
 
     Args:
         identity: what the clips depend on beside their tasks (weights, seed, steps), as JSON; kept in the folder.
         batch_size: clips at once.
         progress: show a bar.
+        share: of this process.
 
     Raises:
         UserError: the folder holds clips of another identity, or cannot be written.
     """
     folder = make_folder(folder)
     claim(folder, identity)
-    missing = [task for task in tasks if not sample_path(folder, task).exists()]
-    done = len(tasks) - len(missing)
-    with tqdm(total=len(tasks), initial=done, desc="generate", unit="clip", disable=not progress or not missing) as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
+    batches = [[tasks[index] for index in indices] for indices in share.batches(len(tasks), batch_size)]
+    missing = {task.name for batch in batches for task in batch if not sample_path(folder, task).exists()}
+    total = sum(map(len, batches))
+    hide = not progress or not missing
+    with tqdm(total=total, initial=total - len(missing), desc="generate", unit="clip", disable=hide) as bar:
+        for batch in batches:
+            if missing.isdisjoint(task.name for task in batch):
+                continue
             for task, sample in zip(batch, make(batch), strict=True):
-                with atomic_path(sample_path(folder, task)) as path:
-                    np.savez_compressed(path, frames=sample.frames, keyframe=sample.keyframe)
-            bar.update(len(batch))
+                if task.name in missing:
+                    with atomic_path(sample_path(folder, task)) as path:
+                        np.savez_compressed(path, frames=sample.frames, keyframe=sample.keyframe)
+                    bar.update()
     return len(missing)
 
 
@@ -88,10 +131,12 @@ def claim(folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         changes = ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
-        raise UserError(f"'{path.parent}' holds clips made otherwise ({changes}); choose another output_dir")
+        raise UserError(
+            f"'{path.parent}' holds what was made otherwise ({changes}); choose another folder (output_dir, or evaluation.reference)"
+        )
 
 
-def load_sample(folder: str | os.PathLike[str], task: Task) -> Sample:
+def load_sample(folder: str | os.PathLike[str], task: Request) -> Sample:
     """Reads a clip that `generate` stored.
 
     Raises:
@@ -103,6 +148,38 @@ def load_sample(folder: str | os.PathLike[str], task: Task) -> Sample:
             return Sample(arrays["frames"], arrays["keyframe"])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"cannot read the clip '{path}' ({error}); delete it and evaluate again") from None
+
+
+@dataclass(frozen=True)
+class TextMaker:
+    """Makes clips from their prompts alone, with both stages of a pipeline.
+
+    Args:
+        seed: with a request's own numbers, of its random numbers.
+        arguments: of the pipeline, such as `height`, `num_frames`, `num_inference_steps`, `guidance_scale`.
+        keyframe_arguments: of its first stage.
+    """
+
+    pipeline: TextToVideoPipeline
+    seed: int
+    arguments: Mapping[str, Any]
+    keyframe_arguments: Mapping[str, Any]
+
+    def __call__(self, requests: Sequence[Request]) -> list[Sample]:
+        """One sample for every request, in their order.
+
+        Raises:
+            UserError: pixels that are no numbers.
+        """
+        output = self.pipeline(
+            [request.prompt for request in requests],
+            keyframe_arguments=dict(self.keyframe_arguments),
+            generator=[generator(self.seed, *request.numbers) for request in requests],
+            output_type="np",
+            **self.arguments,
+        )
+        keyframes = [np.asarray(keyframe.image.convert("RGB")) for keyframe in output.keyframes]
+        return [Sample(_to_bytes(frames), k) for frames, k in zip(output.frames, keyframes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +203,8 @@ class PipelineMaker:
         samples = self._from_text([task for task in tasks if task.part != "image"]) | self._from_image(given)
         return [samples[task] for task in tasks]
 
-    def _arguments(self, tasks: Sequence[Task]) -> dict[str, Any]:
+    @property
+    def _arguments(self) -> dict[str, Any]:
         size = self.protocol.size
         return {
             "height": size,
@@ -136,45 +214,47 @@ class PipelineMaker:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "image_guidance_scale": self.image_guidance_scale,
-            "generator": [generator(self.seed, *task.numbers) for task in tasks],
-            "output_type": "np",
         }
 
     def _from_text(self, tasks: Sequence[Task]) -> dict[Task, Sample]:
         if not tasks:
             return {}
-        arguments = self._arguments(tasks)
-        drawn = self.pipeline.keyframe(
-            [task.prompt for task in tasks],
-            self.protocol.size,
-            self.protocol.size,
-            arguments["generator"],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.keyframe_guidance_scale,
-        )
-        return self._animate(tasks, [np.asarray(keyframe.image.convert("RGB")) for keyframe in drawn], arguments)
+        with torch.no_grad():
+            drawn = self.pipeline.keyframe(
+                [task.prompt for task in tasks],
+                self.protocol.size,
+                self.protocol.size,
+                generators := self._generators(tasks),
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.keyframe_guidance_scale,
+            )
+        return self._animate(tasks, [np.asarray(keyframe.image.convert("RGB")) for keyframe in drawn], generators)
 
     def _from_image(self, tasks: Sequence[Task]) -> dict[Task, Sample]:
         if not tasks:
             return {}
         keyframes = [self.protocol.render(task.sprite).frames[0] for task in tasks]
-        return self._animate(tasks, keyframes, self._arguments(tasks))
+        return self._animate(tasks, keyframes, self._generators(tasks))
+
+    def _generators(self, tasks: Sequence[Task]) -> list[torch.Generator]:
+        return [generator(self.seed, *task.numbers) for task in tasks]
 
     def _animate(
-        self, tasks: Sequence[Task], keyframes: Sequence[np.ndarray], arguments: dict[str, Any]
+        self, tasks: Sequence[Task], keyframes: Sequence[np.ndarray], generators: list[torch.Generator]
     ) -> dict[Task, Sample]:
         """Every model is told the same, in one caption or in two, and gets the same key frames."""
         video = self.pipeline.video
+        prompts, motions = [task.prompt for task in tasks], None
         if video.reads_motion:
-            prompts, arguments["motion_prompt"] = (
-                list(texts) for texts in zip(*(t.captions for t in tasks), strict=True)
-            )
-        else:
-            prompts = [task.prompt for task in tasks]
-        frames = video(prompts, list(keyframes), **arguments).frames
-        return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, frames, keyframes, strict=True)}
+            prompts, motions = (list(texts) for texts in zip(*(task.captions for task in tasks), strict=True))
+        output = video(prompts, list(keyframes), motions, generator=generators, output_type="np", **self._arguments)
+        return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, output.frames, keyframes, strict=True)}
 
 
 def _to_bytes(frames: np.ndarray) -> np.ndarray:
     """Pixels in [0, 1] to uint8."""
+    if not np.isfinite(frames).all():
+        raise UserError(
+            "the pipeline made pixels that are no numbers; use another torch_dtype, and see that the weights are whole"
+        )
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)

@@ -41,7 +41,12 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sampl
     measures = {measure.key: measure for measure in MEASURES}
     fps = results["protocol"]["fps"]
     clips = [
-        {**clip, "badges": _badges(clip), "video": _video(sample.frames, fps), "keyframe": _picture(sample.keyframe)}
+        {
+            **clip,
+            "badges": _badges(clip),
+            "video": _video(sample.frames, fps),
+            "keyframe": embedded_picture(sample.keyframe),
+        }
         for clip, sample in zip(results["clips"], samples, strict=True)
     ]
     page = environment.get_template(TEMPLATE).render(
@@ -69,14 +74,18 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def _video(frames: np.ndarray, fps: float) -> str:
-    """Base64 of an H.264 mp4."""
+    return embedded_video(np.stack([_enlarged(frame) for frame in frames]), fps)
+
+
+def embedded_video(frames: np.ndarray, fps: float) -> str:
+    """Base64 of an H.264 mp4 of uint8 (f, h, w, 3)."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        write_video(file, np.stack([_enlarged(frame) for frame in frames]), fps, crf=_CRF)
+        write_video(file, frames, fps, crf=_CRF)
         return base64.b64encode(file.read_bytes()).decode()
 
 
-def _picture(image: np.ndarray) -> str:
-    """Base64 of a PNG."""
+def embedded_picture(image: np.ndarray) -> str:
+    """Base64 of a PNG of uint8 (h, w, 3)."""
     _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     return base64.b64encode(data.tobytes()).decode()

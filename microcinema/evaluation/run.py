@@ -4,18 +4,21 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from microcinema.config import instantiate
 from microcinema.data import sprites
+from microcinema.errors import UserError
 from microcinema.evaluation import summary
 from microcinema.evaluation.detectors import SpriteJudge
-from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, claim, generate, load_sample
+from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, claim, generate, load_sample
 from microcinema.evaluation.judging import Verdict, judge_clips
 from microcinema.evaluation.protocols import PARTS, SpritesProtocol, Task
 from microcinema.evaluation.report import write_report
@@ -34,25 +37,45 @@ ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
 
 
 def run(config: "DictConfig") -> None:
-    """Does what the config of `evaluate` asks for and prints the numbers and where the report is.
+    """Does what the config of `evaluate` asks for and prints the numbers and where the report is. Processes share the clips.
 
     Raises:
         UserError: bad input; clips that were already made stay and are used by the next run.
     """
+    from microcinema.evaluation.zero_shot_run import run_zero_shot
     from microcinema.sampling import quieten_libraries
 
-    settings = config.evaluation
-    protocol = instantiate(settings.protocol)
+    # One process may wait for the clips of another for as long as that takes.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    try:
+        protocol = instantiate(config.evaluation.protocol)
+        quieten_libraries()
+        if isinstance(protocol, SpritesProtocol):
+            run_sprites(config, protocol, state)
+        else:
+            run_zero_shot(config, protocol, state)
+    finally:
+        state.destroy_process_group()
+
+
+def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialState) -> None:
+    """The Moving Sprites protocol: all processes make clips, the first one judges them.
+
+    Raises:
+        UserError: as in `run`.
+    """
+    settings, main = config.evaluation, state.is_main_process
+    if config.generated is not None:
+        raise UserError("generated=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
     folder = make_folder(config.output_dir)
-    quieten_libraries()
     judge = SpriteJudge.load(settings.classifier)
     video = load_pipeline(config.pipeline)
     pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device)
-    judge.classifier.to(device)
-    video.set_progress_bar_config(desc="videos", unit="step", leave=False)
-    pipeline.keyframe.set_progress_bar_config(desc="key frames", unit="step", leave=False)
+    pipeline.to(state.device)
+    judge.classifier.to(state.device)
+    for part, name in ((video, "videos"), (pipeline.keyframe, "key frames")):
+        part.set_progress_bar_config(desc=name, unit="step", leave=False, disable=not main)
     steps = {
         key: settings[key]
         for key in ("num_inference_steps", "guidance_scale", "keyframe_guidance_scale", "image_guidance_scale")
@@ -64,6 +87,12 @@ def run(config: "DictConfig") -> None:
         **steps,
         "weights_sha256": hash_networks(pipeline.networks),
     }
+    if state.num_processes > 1:
+        share = Share(state.process_index, state.num_processes)
+        generate(protocol.tasks(), maker, folder / SAMPLES_FOLDER, identity, config.batch_size, main, share)
+        state.wait_for_everyone()
+        if not main:
+            return
     results = evaluate(protocol, maker, judge, folder, identity, config.batch_size)
     print(text_table(results))
     print(folder / REPORT_FILE)

@@ -1,0 +1,87 @@
+"""The Fréchet video distance (arXiv 1812.01717) with what it takes to be believed: how it depends on the number of clips, how wide it
+scatters, and what two sets of real clips score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from microcinema.errors import UserError
+from microcinema.evaluation.frechet import Moments, frechet_distance
+
+SUBSETS = 15
+RESAMPLES = 100
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class VideoDistance:
+    """`value` at `num_generated` and `num_real` clips.
+
+    `curve`: (n, distance of n generated to n real clips), n ascending. `extrapolated`: where a line in 1/n through the curve meets an
+    infinite number of clips (Chong and Forsyth, arXiv 1911.07023); None with too few clips for a line. `low`, `high`: 95 % bootstrap
+    interval, laid round the value: resampling repeats clips, which shifts the distance itself upward. `floor`: distance of two halves of
+    the real clips, of `floor_count` each; None with fewer than two in one.
+    """
+
+    value: float
+    num_generated: int
+    num_real: int
+    low: float
+    high: float
+    extrapolated: float | None
+    curve: list[tuple[int, float]]
+    floor: float | None
+    floor_count: int
+
+
+def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed: int = 0) -> VideoDistance:
+    """Of features (n, d) and (m, d).
+
+    Args:
+        ddof: 1: covariances divided by n - 1; 0: by n.
+        seed: of subsets and resamples.
+
+    Raises:
+        UserError: fewer than two clips in a set, features of different widths, or that are no numbers.
+    """
+    for name, features in (("generated", generated), ("real", real)):
+        if not np.isfinite(features).all():
+            raise UserError(f"features of {name} clips are no numbers; see that the detector's weights are whole")
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return frechet_distance(Moments.of(a), Moments.of(b), ddof)
+
+    value = distance(generated, real)
+    curve = _curve(generated, real, distance, np.random.default_rng([seed, 0]))
+    spread = _spread(generated, real, distance, np.random.default_rng([seed, 1]))
+    halves = np.random.default_rng([seed, 2]).permutation(len(real))
+    half = len(real) // 2
+    floor = distance(real[halves[:half]], real[halves[half : 2 * half]]) if half > 1 else None
+    return VideoDistance(
+        value, len(generated), len(real), value + spread[0], value + spread[1], extrapolate(curve), curve, floor, half
+    )
+
+
+def extrapolate(curve: list[tuple[int, float]]) -> float | None:
+    """The value at infinite n of the least-squares line in 1/n; None with fewer than three points."""
+    if len(curve) < 3:
+        return None
+    counts, values = np.array(curve, np.float64).T
+    return float(np.polyfit(1 / counts, values, 1)[1])
+
+
+def _curve(generated, real, distance, rng) -> list[tuple[int, float]]:
+    largest = min(len(generated), len(real))
+    sizes = np.unique(np.linspace(max(2, largest / 5), largest, SUBSETS).round().astype(int))
+    picks = [[rng.choice(len(features), n, replace=False) for features in (generated, real)] for n in sizes]
+    return [(int(n), distance(generated[one], real[two])) for n, (one, two) in zip(sizes, picks, strict=True)]
+
+
+def _spread(generated, real, distance, rng) -> tuple[float, float]:
+    """Quantiles of the bootstrapped distance, from its median."""
+    values = []
+    for _ in range(RESAMPLES):
+        one, two = (rng.integers(len(features), size=len(features)) for features in (generated, real))
+        values.append(distance(generated[one], real[two]))
+    low, middle, high = np.quantile(values, [(1 - CONFIDENCE) / 2, 0.5, (1 + CONFIDENCE) / 2])
+    return float(low - middle), float(high - middle)

@@ -1,0 +1,99 @@
+"""MSR-VTT (Xu et al., CVPR 2016) as it is distributed: `test_videodatainfo.json`, `train_val_videodatainfo.json` or `MSRVTT_data.json`, and videos."""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+from microcinema.errors import UserError
+from microcinema.evaluation.videos import Caption, Video, first_of
+
+CHOICE_FILE = Path(__file__).parent / "msrvtt_captions.csv"
+
+_LISTS = {"test": "test_videodatainfo.json", "train": "train_val_videodatainfo.json"}
+_MERGED = "MSRVTT_data.json"
+_FOLDERS = ("", "TestVideo", "TrainValVideo", "videos", "videos/all", "videos/test", "videos/train")
+_SUFFIXES = (".mp4", ".webm")
+_SPLITS = {"train": ("train",), "validate": ("validate", "val"), "test": ("test",)}
+
+
+class MsrVtt:
+    """The videos that a list names, whether they are there or not, with all of their captions.
+
+    Args:
+        root: folder of the lists (or with a folder `annotation` of them) and of the videos, in one of their usual folders.
+
+    Raises:
+        UserError: another layout (what was looked for is named), or a list that is none.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def videos(self, split: str) -> list[Video]:
+        """Of `train`, `validate`, `test` or `all`, in the order of their numbers; captions in the order of theirs.
+
+        Raises:
+            UserError: no list of this split, or one that is not MSR-VTT's.
+        """
+        names = [_LISTS["test"]] if split == "test" else [_LISTS["train"]] if split != "all" else [*_LISTS.values()]
+        lists = [self._list(name) for name in names]
+        wanted = {word for key, words in _SPLITS.items() if split in ("all", key) for word in words}
+        captions: dict[str, dict[int, str]] = defaultdict(dict)
+        identifiers = set()
+        for path in dict.fromkeys(lists):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8-sig"))
+                identifiers |= {video["video_id"] for video in content["videos"] if video["split"] in wanted}
+                for sentence in content["sentences"]:
+                    captions[sentence["video_id"]][int(sentence["sen_id"])] = sentence["caption"].strip()
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"'{path}' is no list of MSR-VTT ({type(error).__name__}: {error})") from None
+        if not identifiers:
+            raise UserError(f"'{lists[0]}' names no video of the split '{split}'; check evaluation.root")
+        return [
+            Video(
+                name,
+                self._path(name),
+                captions=tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])),
+            )
+            for name in sorted(identifiers, key=_number)
+        ]
+
+    def _list(self, name: str) -> Path:
+        places = [self.root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]
+        return first_of(places, "the list of MSR-VTT's videos and captions")
+
+    def _path(self, name: str) -> Path:
+        """Where the video is; where it would be, if it is nowhere."""
+        places = [self.root / folder / f"{name}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES]
+        return next((path for path in places if path.is_file()), places[0])
+
+
+def chosen_caption(video: Video) -> Caption:
+    """The one caption of a test video that a protocol with one caption a video asks for.
+
+    `msrvtt_captions.csv` says which, counted from 0 in the order of their `sen_id`, for each of the 2,990 test videos. It was drawn once:
+    sha256 of "2990" and the video's id with a space between, modulo 20, the number of captions that each video has.
+
+    Raises:
+        UserError: not a test video, or one without captions.
+    """
+    chosen = _choice().get(video.name)
+    if chosen is None or not video.captions:
+        why = "has no caption" if chosen is not None else "is not one of the 2,990 test videos"
+        raise UserError(f"video '{video.name}' {why}; check the list of MSR-VTT, or use selection=every_caption")
+    return video.captions[chosen % len(video.captions)]
+
+
+@cache
+def _choice() -> dict[str, int]:
+    with open(CHOICE_FILE, encoding="utf-8", newline="") as file:
+        return {row["video_id"]: int(row["caption"]) for row in csv.DictReader(file)}
+
+
+def _number(name: str) -> tuple[int, str]:
+    digits = name.removeprefix("video")
+    return (int(digits) if digits.isdigit() else -1, name)

@@ -1,0 +1,81 @@
+"""UCF-101 (Soomro et al., arXiv 1212.0402) as it is distributed: `UCF-101/<Class>/v_<Class>_gNN_cNN.avi` and `ucfTrainTestlist/`."""
+
+import csv
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from microcinema.errors import UserError
+from microcinema.evaluation.videos import Video, first_of
+
+PROMPTS_FILE = Path(__file__).parent / "ucf101_prompts.csv"
+VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"
+PromptSet = Literal["raw", "split", "descriptive"]
+
+
+class Ucf101:
+    """The videos that the lists name, whether they are there or not.
+
+    Args:
+        root: folder that holds `UCF-101/` and `ucfTrainTestlist/`.
+        fold: 1, 2 or 3: which of the three official divisions into train and test.
+
+    Raises:
+        UserError: another layout (what was looked for is named), or a list that is none.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], fold: int = 1) -> None:
+        self.root = Path(root)
+        first_of([self.root / VIDEOS], "the videos of UCF-101")
+        lists = self.root / LISTS
+        self.classes = [line.split(maxsplit=1)[-1] for line in _lines(lists / "classInd.txt")]
+        self._splits = {split: _lines(lists / f"{split}list0{fold}.txt") for split in ("train", "test")}
+
+    def videos(self, split: str) -> list[Video]:
+        """Of `train`, `test` or `all`, sorted by name, with their classes.
+
+        Raises:
+            UserError: the lists name a class that `classInd.txt` does not.
+        """
+        parts = ("train", "test") if split == "all" else (split,)
+        # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1": a class number follows in the training lists.
+        names = sorted({line.split()[0] for part in parts for line in self._splits[part]})
+        # By the folder: that of handstand push-ups is HandstandPushups, its files are called v_HandStandPushups_*.
+        videos = [Video(name, self.root / VIDEOS / name, label=name.partition("/")[0]) for name in names]
+        if unknown := sorted({video.label for video in videos} - set(self.classes)):
+            raise UserError(f"'{self.root / LISTS}' names the class '{unknown[0]}', which is not in classInd.txt")
+        return videos
+
+
+def class_prompt(name: str, prompts: PromptSet) -> str:
+    """What a class is asked for with: `raw`, its name; `split`, its name in words; `descriptive`, a sentence written for this project.
+
+    Raises:
+        UserError: a class without a sentence.
+    """
+    if prompts == "raw":
+        return name
+    if prompts == "split":
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    sentences = descriptive_prompts()
+    if name not in sentences:
+        raise UserError(f"UCF-101 has no class '{name}'; use prompts=raw or prompts=split for other classes")
+    return sentences[name]
+
+
+@cache
+def descriptive_prompts() -> dict[str, str]:
+    """Class to sentence, for all 101 classes."""
+    with open(PROMPTS_FILE, encoding="utf-8", newline="") as file:
+        return {row["class"]: row["prompt"] for row in csv.DictReader(file)}
+
+
+def _lines(path: Path) -> list[str]:
+    """Those that are not empty; carriage returns go."""
+    first_of([path], f"'{path.name}' of UCF-101")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    if not any(lines):
+        raise UserError(f"list '{path}' is empty; unpack the archive of the lists again")
+    return [line for line in lines if line]

@@ -1,0 +1,76 @@
+"""Real videos, whatever data set they are from, and plain folders of videos."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from microcinema.errors import UserError
+
+SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text and what its data set calls it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of a data set. `name` is the same on every machine; `path` may lead nowhere; `label` is its class, if it has one."""
+
+    name: str
+    path: Path
+    label: str = ""
+    captions: tuple[Caption, ...] = ()
+
+
+def folder_videos(folder: str | os.PathLike[str]) -> list[Video]:
+    """All videos under a folder, by name; numbers count as numbers, so that 2.mp4 comes before 10.mp4.
+
+    Raises:
+        UserError: no such folder, or no videos in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"'{root}' is no folder; give a folder of videos ({', '.join(SUFFIXES)})")
+    found = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not found:
+        raise UserError(f"folder '{root}' holds no videos ({', '.join(SUFFIXES)}); check the path")
+    names = sorted(
+        (path.relative_to(root).as_posix() for path in found),
+        key=lambda name: (Path(name).parent.as_posix(), len(Path(name).stem) if Path(name).stem.isdigit() else 0, name),
+    )
+    return [Video(name, root / name) for name in names]
+
+
+def hash_list(videos: Sequence[Video]) -> str:
+    """sha256 over name and size in bytes of every file, in their order: a set that was cut or compressed anew has another.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for video in videos:
+        try:
+            digest.update(f"{video.name} {video.path.stat().st_size}\n".encode())
+        except OSError as error:
+            raise UserError(f"video '{video.path}' cannot be read ({error.strerror}); check the data set") from None
+    return digest.hexdigest()
+
+
+def first_of(candidates: Sequence[Path], what: str) -> Path:
+    """The first path that is there.
+
+    Raises:
+        UserError: none is; all that was looked for is named.
+    """
+    for path in candidates:
+        if path.exists():
+            return path
+    looked = ", ".join(f"'{path}'" for path in candidates)
+    raise UserError(f"{what} not found; looked for {looked}; check evaluation.root")

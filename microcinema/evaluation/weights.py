@@ -1,0 +1,69 @@
+"""Weight files of detectors: given by path or by URL, held against their sha256, fetched once."""
+
+import hashlib
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from microcinema.errors import UserError
+from microcinema.files import make_folder
+
+CACHE_VARIABLE = "MICROCINEMA_CACHE"
+_URL_SCHEMES = ("http", "https", "file")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
+    """The file on disk and its sha256. A URL is fetched into the cache unless a file of this sha256 is there.
+
+    The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`.
+
+    Args:
+        source: a path, or a URL, for which `sha256` has to be given.
+        key: of the config, for messages: `evaluation.video`.
+
+    Raises:
+        UserError: no such file, no such page, or another sha256.
+    """
+    if urlsplit(source).scheme not in _URL_SCHEMES:
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"{key}.weights='{source}' is no file; give a path, or a URL and {key}.sha256")
+        found = sha256_of(path)
+        if sha256 is not None and found != sha256.lower():
+            raise UserError(f"'{path}' has sha256 {found}, not {sha256}; fetch it again, or correct {key}.sha256")
+        return path, found
+    if sha256 is None:
+        raise UserError(f"{key}.weights is a URL; say which file is expected with {key}.sha256")
+    path = _cache() / sha256.lower() / Path(urlsplit(source).path).name
+    if not path.is_file() or sha256_of(path) != sha256.lower():
+        _download(source, path, sha256.lower(), key)
+    return path, sha256.lower()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "microcinema")
+
+
+def _download(url: str, path: Path, sha256: str, key: str) -> None:
+    from torch.hub import download_url_to_file  # writes beside the file, and renames if the sha256 is right
+
+    make_folder(path.parent)
+    try:
+        download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: another sha256
+        path.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot fetch {key}.weights='{url}' ({reason}); check the address and {key}.sha256") from None
