@@ -57,6 +57,8 @@ class Train:
     mixed_precision: Literal["no", "fp16", "bf16"] | None
     gradient_checkpointing: bool
     dataloader_num_workers: CountOrZero
+    clip_retries: CountOrZero
+    max_error_rate: Fraction
     validation_prompts: list[str]
     validation_steps: Count
     report_to: Literal["tensorboard", "wandb"] | None

@@ -75,8 +75,8 @@ def test_every_option_composes_and_makes_its_objects(
         if "root" in clips:  # the files as they are shipped: real clips stand where each says that they are
             Path(clips.root).parent.mkdir(parents=True, exist_ok=True)
             Path(clips.root).symlink_to(sprites)
-            if not Path(clips.csv).exists():
-                Path(clips.csv).symlink_to(sprites / CSV_FILE)
+            if not Path(clips.metadata).exists():
+                Path(clips.metadata).symlink_to(sprites / CSV_FILE)
         loaded = {"unet": tiny.unet()} if "unet" in config.parameters(node._target_) else {}
         # Read off the encoders that a run opens.
         loaded |= {"image_width": 24} if node.get("adapter") else {}

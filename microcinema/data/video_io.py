@@ -4,6 +4,7 @@ Frames are `uint8 (f, h, w, 3)` RGB arrays everywhere in this file. Reading pick
 rates come out right; both decoders convert colours with swscale's plain 8-bit path and so give the same bytes (tests/test_video_io.py).
 """
 
+import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,22 @@ DECODERS = ("pyav", "decord")
 _TICK = 1e-6  # seconds; times closer than this are equal, so that float rounding never decides which frame is nearest
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar file, which FFmpeg reads where it lies: `size` bytes from `offset` on."""
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+
+Source = PathLike | Member
 
 
 @dataclass(frozen=True)
@@ -54,38 +71,49 @@ class _Index:
 
 
 @contextmanager
-def _opened(path: PathLike) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
+def _opened(path: Source) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
     """Opens a file's first video stream; whatever FFmpeg finds wrong with it, here or in the body, is a UserError naming the file."""
     import av
 
-    file = Path(path)
+    file = Path(path.archive if isinstance(path, Member) else path)
     if not file.is_file():
         raise UserError(f"video file '{file}' does not exist; check the path")
-    if file.stat().st_size == 0:
-        raise UserError(f"video file '{file}' is empty (0 bytes); fetch or write it again")
+    if _size(path) == 0:
+        raise UserError(f"video file '{path}' is empty (0 bytes); fetch or write it again")
     try:
-        with av.open(str(file), metadata_errors="ignore") as container:
+        with av.open(_url(path), metadata_errors="ignore") as container:
             if not container.streams.video:
-                raise UserError(f"file '{file}' has no video stream; give a video file")
+                raise UserError(f"file '{path}' has no video stream; give a video file")
             stream = container.streams.video[0]
             # One thread: data-loader workers are the parallelism, and a decoder's own threads would oversubscribe the machine.
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, EOFError) as error:
-        raise UserError(f"{_damaged(file)} ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{_damaged(path)} ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _damaged(path: PathLike) -> str:
+def _url(path: Source) -> str:
+    """The name under which FFmpeg opens it."""
+    if isinstance(path, Member):
+        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:{path.archive}"
+    return str(path)
+
+
+def _size(path: Source) -> int:
+    return path.size if isinstance(path, Member) else os.path.getsize(path)
+
+
+def _damaged(path: Source) -> str:
     return (
         f"video file '{path}' cannot be decoded: damaged, truncated or not a video; replace it or take it off the list"
     )
 
 
-def _index(path: PathLike, container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> _Index:
+def _index(path: Source, container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> _Index:
     """Reads the packets' time stamps without decoding."""
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     entries = stream.index_entries  # what the file's header promises; a truncated file ends before its last entry
-    cut = len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path)
+    cut = len(entries) and entries[-1].pos + entries[-1].size > _size(path)
     if cut or any(packet.is_corrupt for packet in packets):
         raise UserError(f"{_damaged(path)} (its header promises more frames)")
     if not packets:
@@ -106,7 +134,7 @@ def _index(path: PathLike, container: "av.container.InputContainer", stream: "av
     return _Index(times, stamps, end, fps=rate if rate > 0 else len(packets) / end)
 
 
-def probe(path: PathLike) -> VideoInfo:
+def probe(path: Source) -> VideoInfo:
     """Counts and times the frames of a video file and decodes the first one.
 
     Raises:
@@ -125,7 +153,7 @@ def nearest_frames(times: np.ndarray, wanted: np.ndarray | float) -> np.ndarray:
 
 
 def _choose(
-    path: PathLike, index: _Index, num_frames: int, fps: float | None, start: float, position: float
+    path: Source, index: _Index, num_frames: int, fps: float | None, start: float, position: float
 ) -> np.ndarray:
     times = index.times
     if num_frames < 1:
@@ -161,7 +189,7 @@ def _choose(
     return nearest_frames(times, moment + np.arange(num_frames) / fps)
 
 
-def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+def _decode_pyav(path: Source, index: _Index, wanted: np.ndarray) -> np.ndarray:
     from av.video.reformatter import VideoReformatter
 
     needed, last = set(wanted.tolist()), int(wanted.max())
@@ -185,13 +213,13 @@ def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarra
     raise UserError(f"{_damaged(path)} (frame {min(needed - set(frames))} of {len(index.times)} is missing)")
 
 
-def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+def _decode_decord(path: Source, index: _Index, wanted: np.ndarray) -> np.ndarray:
     import decord
 
     needed, frames = set(wanted.tolist()), {}
     try:
         # fault_tol: by default decord quietly repeats frames in the place of those that it could not decode.
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
+        reader = decord.VideoReader(_url(path), num_threads=1, fault_tol=1e-9)
         if len(reader) == len(index.times):
             # In order from the first frame: where decord seeks, it gives wrong frames if the key frame is no fresh start.
             for number in range(max(needed) + 1):
@@ -208,7 +236,7 @@ def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndar
 
 
 def read_clip(
-    path: PathLike,
+    path: Source,
     num_frames: int,
     fps: float | None = None,
     start: float = 0.0,
@@ -236,6 +264,28 @@ def read_clip(
         index = _index(path, container, stream)
     wanted = _choose(path, index, num_frames, fps, start, position)
     return (_decode_pyav if decoder == "pyav" else _decode_decord)(path, index, wanted)
+
+
+def read_image(path: Source) -> np.ndarray:
+    """A picture file as a clip of one frame, uint8 (1, h, w, 3), turned as its EXIF data says.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with open(path.archive if isinstance(path, Member) else path, "rb") as file:
+            if isinstance(path, Member):
+                file.seek(path.offset)
+            with Image.open(io.BytesIO(file.read(_size(path)))) as image:
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except FileNotFoundError:
+        raise UserError(f"image file '{path}' does not exist; check the path") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"image file '{path}' cannot be decoded ({error}); replace it or take it off the list"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
