@@ -56,8 +56,10 @@ class Buckets:
         with np.errstate(invalid="ignore", divide="ignore"):
             aspect = np.log(width / height)
             for number, (count, tall, wide) in enumerate(shapes):
-                by_count = fps is None or count == 1  # a picture has no duration
-                long_enough = num_frames >= count if by_count else duration >= (count - 1) / fps + _TICK
+                if fps is None or count == 1:  # a picture has no duration
+                    long_enough = num_frames >= count
+                else:
+                    long_enough = duration >= (count - 1) / fps + _TICK
                 away = np.abs(aspect - np.log(wide / tall))
                 nearer = (away < distance - 1e-9) | ((away < distance + 1e-9) & (count > frames))
                 better = long_enough & nearer

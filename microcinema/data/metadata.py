@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -57,7 +58,7 @@ class Rows(Sequence[dict[str, str]]):
         """The column `id`, as it is compared with that of a manifest."""
         return self.table.column("id" if "id" in self.table.column_names else "file")
 
-    def take(self, indices: Sequence[int]) -> "Rows":
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
         """The rows with these numbers, in this order."""
         return Rows(self.table.take(pa.array(indices, pa.int64())))
 

@@ -74,7 +74,7 @@ class ClipReader:
     def transform(self) -> dict[str, Any]:
         """What decides the pixels of a clip, beside its file; the decoder does not."""
         height, width = self.size
-        parts = {
+        parts: dict[str, Any] = {
             "num_frames": self.num_frames,
             "fps": self.fps,
             "height": height,
