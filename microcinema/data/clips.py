@@ -1,5 +1,6 @@
 """A folder of videos, or of pictures, with a list of any format, as a data set of clips."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,21 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def id(self, index: int) -> str:
         """The name of a row in messages, quarantine and manifest."""
         return self.rows[index]["id"]
+
+    def captions(self, index: int) -> dict[str, str]:
+        """`caption`, `description` and `motion` of a row."""
+        row = self.rows[index]
+        return {name: row[name] for name in ("caption", "description", "motion")}
+
+    def part(self, indices: Sequence[int]) -> tuple["ClipDataset", Sequence[int]]:
+        """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
+        small = copy.copy(self)
+        small.rows, small._marked, small.buckets = self.rows.take(indices), None, None
+        return small, range(len(indices))
+
+    def source(self, index: int) -> Path:
+        """Where the video of a row is; raises as `path` does."""
+        return self.path(index)
 
     def path(self, index: int) -> Path:
         """The file of a row.

@@ -130,6 +130,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
         shard, number = self._place(index)
         return _identity(self.urls[shard], number)
 
+    def part(self, indices: Sequence[int]) -> tuple["ShardDataset", Sequence[int]]:
+        """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
+        return self, indices
+
     def source(self, index: int) -> video_io.Member:
         """Where the video, or picture, of a sample lies.
 

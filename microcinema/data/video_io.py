@@ -266,6 +266,47 @@ def read_clip(
     return (_decode_pyav if decoder == "pyav" else _decode_decord)(path, index, wanted)
 
 
+def survey(path: Source, size: tuple[int, int], fps: float, most: int) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
+    """Decodes a video from its first frame on and keeps small frames, one for each tick of `fps`: what an audit looks at.
+
+    Args:
+        size: (height, width) to which frames are scaled, whatever their aspect ratio.
+        most: frames kept at most; what comes after them is not decoded.
+
+    Returns:
+        what the file holds; seconds after the first frame of each frame kept; the frames, uint8 (n, h, w, 3).
+
+    Raises:
+        UserError: as `read_clip`; also where a single frame is damaged.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    convert, times, frames = VideoReformatter(), [], []
+    with _opened(path) as (container, stream):
+        index = _index(path, container, stream)
+    # The frames on screen at the ticks, as numbers of frames in the order of their times.
+    wanted = np.unique(nearest_frames(index.times, np.arange(0, index.times[-1] + _TICK, 1 / fps)))[:most]
+    needed, count, shape = set(wanted.tolist()), 0, (0, 0)
+    with _opened(path) as (container, stream):
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise UserError(f"{_damaged(path)} (frame {count} is corrupt)")
+            if count in needed:
+                turns = (frame.rotation // 90) % 4
+                shape = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+                height, width = size[::-1] if turns % 2 else size
+                small = convert.reformat(frame, width=width, height=height, format="rgb24", interpolation="AREA")
+                frames.append(np.rot90(small.to_ndarray(), turns))
+                times.append(float(index.times[count]))
+            count += 1
+            if len(frames) == len(wanted):
+                break
+    if len(frames) < len(wanted):
+        raise UserError(f"{_damaged(path)} (frame {count} of {len(index.times)} is missing)")
+    info = VideoInfo(len(index.times), index.fps, shape[1], shape[0], index.end)
+    return info, np.array(times), np.stack(frames)
+
+
 def read_image(path: Source) -> np.ndarray:
     """A picture file as a clip of one frame, uint8 (1, h, w, 3), turned as its EXIF data says.
 
@@ -379,12 +420,13 @@ def write_contact_sheet(
     columns: int | None = None,
     scale: int = 1,
     smooth: bool = False,
+    below: bool = False,
 ) -> None:
     """Writes a PNG that shows the frames of one clip or several, one clip below the other.
 
     Args:
         clips: uint8 (f, h, w, 3), or several of these.
-        captions: one line of text above each clip; long ones wrap.
+        captions: one line of text above each clip, or below it; long ones wrap.
         columns: frames in a row; None puts a whole clip into one row.
         scale: enlarges every frame this many times, by repeating pixels or, if `smooth`, by Lanczos resampling.
     """
@@ -410,10 +452,11 @@ def write_contact_sheet(
         down = -(-frames // across)
         sheet_width = max(across * (width + gap) - gap, 160)
         text = _wrapped(caption, sheet_width, font)
-        top = 18 * len(text) + (gap if text else 0)
-        sheet = Image.new("RGB", (sheet_width, top + down * (height + gap) - gap), "white")
+        words_height, pictures_height = 18 * len(text) + (gap if text else 0), down * (height + gap) - gap
+        top, words_top = (0, pictures_height + gap) if below else (words_height, 0)
+        sheet = Image.new("RGB", (sheet_width, words_height + pictures_height), "white")
         for row, words in enumerate(text):
-            ImageDraw.Draw(sheet).text((0, 18 * row), words, fill="black", font=font)
+            ImageDraw.Draw(sheet).text((0, words_top + 18 * row), words, fill="black", font=font)
         for k, frame in enumerate(clip):
             place = (k % across * (width + gap), top + k // across * (height + gap))
             sheet.paste(Image.fromarray(frame).resize((width, height), resample), place)
