@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -118,23 +120,39 @@ def _pool(num_workers: int | None, ray_address: str | None) -> Iterator[Any]:
         with multiprocessing.get_context("spawn").Pool(num_workers or os.cpu_count()) as pool:
             yield pool
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers, and wait where it cannot
     try:
         import ray
         from ray.util.multiprocessing import Pool
     except ImportError:
         raise UserError("ray_address needs Ray; install microcinema[ray], or leave ray_address out") from None
     try:
-        ray.init(None if ray_address == "local" else ray_address, log_to_driver=False, logging_level="error")
+        if ray_address == "local":
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _check_address(ray_address)
+            ray.init(ray_address, log_to_driver=False, logging_level=logging.ERROR)
         ray_pool = Pool(num_workers)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"ray_address='{ray_address}' cannot be used ({error}); use auto, local or ray://host:port"
+            f"ray_address='{ray_address}' cannot be used ({error}); give auto, local, host:port or ray://host:port"
         ) from None
     try:
         yield ray_pool
     finally:
         ray_pool.terminate()
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there.
+
+    Raises:
+        OSError: nobody answers at a host and port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _template(pool: Any, parts: Path, dataset: Any, numbers: np.ndarray, timeout: float) -> np.ndarray | None:
@@ -168,7 +186,9 @@ def _check_chunk(
 ) -> tuple[int, list[dict[str, Any]]]:
     """The rows of a chunk, in a worker process."""
     k, dataset, indices, numbers, pictured = task
-    reader, rows, pictures = IsolatedReader(config["timeout"]), [], {}
+    reader = IsolatedReader(config["timeout"])
+    rows: list[dict[str, Any]] = []
+    pictures: dict[str, int] = {}
     for index, number in zip(indices, numbers.tolist(), strict=True):
         row: dict[str, Any] = {"id": dataset.id(index), "number": number}
         try:

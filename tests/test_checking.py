@@ -143,6 +143,7 @@ def test_a_sample_is_spread_over_the_list(world, tmp_path):
     assert len(data) == SOUND + 2 + len(REJECTED) - sum(not row["accepted"] for row in rows.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra [ray] is not installed")
 def test_a_ray_cluster_finds_the_same(world, checked, tmp_path):
     assert cli.main(arguments(world, tmp_path, "ray_address=local")) == 0

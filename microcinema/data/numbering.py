@@ -72,7 +72,7 @@ class ShardByShard:
         key: what the order depends on.
     """
 
-    def __init__(self, counts: Sequence[int], lanes: int, key: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int] | np.ndarray, lanes: int, key: Sequence[int]) -> None:
         self.counts, self.lanes, self.key = np.asarray(counts, dtype=np.int64), lanes, list(key)
         self.length = int(self.counts.sum())
         self.starts = np.cumsum(self.counts) - self.counts

@@ -202,7 +202,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def _members(self, shard: int) -> list[Sample]:
         """All samples of a shard, from the headers of its tar file."""
-        url, samples, last = self.urls[shard], [], None
+        url, last = self.urls[shard], None
+        samples: list[Sample] = []
         try:
             path = url if _is_local(url) else self._cache.get_file(url)
             with tarfile.open(path, "r:") as tar:  # uncompressed: a compressed one has no places to read at

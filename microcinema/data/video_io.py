@@ -281,7 +281,9 @@ def survey(path: Source, size: tuple[int, int], fps: float, most: int) -> tuple[
     """
     from av.video.reformatter import VideoReformatter
 
-    convert, times, frames = VideoReformatter(), [], []
+    convert = VideoReformatter()
+    times: list[float] = []
+    frames: list[np.ndarray] = []
     with _opened(path) as (container, stream):
         index = _index(path, container, stream)
     # The frames on screen at the ticks, as numbers of frames in the order of their times.
@@ -463,13 +465,13 @@ def write_contact_sheet(
         return sheet
 
     strips = [strip(clip, captions[k] if captions else "") for k, clip in enumerate(clips)]
-    margin, below = 8, 12
-    size = (max(s.width for s in strips) + 2 * margin, sum(s.height + below for s in strips) - below + 2 * margin)
+    margin, space = 8, 12
+    size = (max(s.width for s in strips) + 2 * margin, sum(s.height + space for s in strips) - space + 2 * margin)
     page = Image.new("RGB", size, "white")
     top = margin
     for picture in strips:
         page.paste(picture, (margin, top))
-        top += picture.height + below
+        top += picture.height + space
     with atomic_path(path) as temporary:
         page.save(temporary, format="PNG")
 
