@@ -1,6 +1,6 @@
 """What a loader of decoded clips takes of memory and time: `python scripts/benchmark_loader.py --clips 20000`.
 
-Real files, random parts of them, worker processes, a decoder process beside each: the memory of all of them, without what they share.
+Real files, random parts of them, worker processes, a decoder process beside each: the memory of all of them, what they share counted once.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def write_clips(folder: Path, height: int, width: int) -> Path:
     return folder / "clips.csv"
 
 
-def private_bytes() -> int:
-    """Memory of this process and all below it that they share with nobody."""
+def memory() -> int:
+    """Bytes of this process and all below it, each page once (Linux: the sum of proportional set sizes)."""
     this = psutil.Process()
     total = 0
     for process in [this, *this.children(recursive=True)]:
         try:
-            total += process.memory_full_info().uss
+            total += process.memory_full_info().pss
         except psutil.NoSuchProcess:
             continue
     return total
@@ -58,10 +58,9 @@ def measure(
     before, most, began, every = 0, 0, time.perf_counter(), max(1, (clips - warm) // 20 // 4)
     for number, _ in enumerate(loader, start=1):
         if 4 * number == warm:
-            before = private_bytes()
-        elif 4 * number > warm and (number % every == 0 or 4 * number >= clips - 4 * num_workers):
-            most = max(most, private_bytes())
-        # Some batches before the end a worker that has nothing left to do exits, and its memory with it.
+            before = memory()
+        elif 4 * number > warm and (number % every == 0 or 4 * number == clips):
+            most = max(most, memory())
     seconds = time.perf_counter() - began
     return {
         "clips": clips,

@@ -65,7 +65,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         multiple_of: int = 8,
         columns: Mapping[str, str | None] | None = None,
         watermark: Mapping[str, Any] | None = None,
-        watermark_score: float = 0.3,
+        watermark_score: float = 0.5,
         timeout: float | None = None,
         manifest: str | os.PathLike[str] | None = None,
         buckets: Sequence[tuple[int, int, int]] | None = None,
