@@ -16,13 +16,15 @@ BODIES = {
     "sample": ("microcinema.sampling", "make videos from prompts or images"),
     "evaluate": ("microcinema.evaluation.run", "generate videos, measure them, write a report"),
     "prepare": ("microcinema.preparing", "render a Moving Sprites data set"),
+    "prepare check": ("microcinema.checking", "look at the clips of a data set and say what is wrong with them"),
+    "prepare preview": ("microcinema.previewing", "draw clips as the model will see them, with their captions"),
     "export": ("microcinema.exporting", "make a pipeline folder of a training checkpoint"),
     "doctor": ("microcinema.doctor", "say whether train can run here with the same keys, and what it needs"),
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:10}{meaning}" for name, (_, meaning) in BODIES.items())
+    commands = "\n".join(f"  {name:17}{meaning}" for name, (_, meaning) in BODIES.items())
     parser = argparse.ArgumentParser(
         prog="microcinema",
         usage="microcinema <command> [key=value ...] [--traceback]",
@@ -66,10 +68,16 @@ def command_help(command: str) -> str:
     return "\n".join(lines).rstrip()
 
 
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a command of two words, such as `prepare check`, as one."""
+    both = " ".join(arguments[:2])
+    return [both, *arguments[2:]] if both in BODIES else list(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, what `doctor` returns, 2 for bad input (told in one line on stderr) or 130 when interrupted."""
     parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(joined(sys.argv[1:] if arguments is None else arguments))
     if options.help or options.command is None:
         print(command_help(options.command) if options.command else parser.format_help().rstrip())
         return 0 if options.help else 2

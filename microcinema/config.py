@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 ALLOWED_PACKAGES = ("microcinema", "torch", "diffusers", "transformers", "accelerate")
-COMMANDS = ("train", "sample", "evaluate", "prepare", "export", "doctor")
-# Commands that take the keys of another one, from its file.
-_KEYS_OF = {"doctor": "train"}
+COMMANDS = ("train", "sample", "evaluate", "prepare", "prepare check", "prepare preview", "export", "doctor")
+# Commands whose keys are in a file of another name.
+KEYS_OF = {"doctor": "train", "prepare check": "check", "prepare preview": "preview"}
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
@@ -62,7 +62,7 @@ def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
             values.append((key, value))
     try:
         with initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
-            composed = hydra_compose(config_name=_KEYS_OF.get(command, command), overrides=choices)
+            composed = hydra_compose(config_name=KEYS_OF.get(command, command), overrides=choices)
         tree: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
         for key, text in values:
             _override(tree, key, text, kinds)
@@ -175,7 +175,7 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _read(name: str) -> str:
-    return (config_folder() / f"{_KEYS_OF.get(name, name)}.yaml").read_text(encoding="utf-8")
+    return (config_folder() / f"{KEYS_OF.get(name, name)}.yaml").read_text(encoding="utf-8")
 
 
 # Checks.

@@ -35,7 +35,7 @@ MARGIN = 1.15
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 DECODERS = {"pyav": "av", "decord": "decord"}
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-PLACES = ("csv", "root", "path")  # keys of data sets that name files and folders
+PLACES = ("metadata", "root", "path")  # keys of data sets that name files and folders
 
 
 @dataclass(frozen=True)

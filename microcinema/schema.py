@@ -57,6 +57,8 @@ class Train:
     mixed_precision: Literal["no", "fp16", "bf16"] | None
     gradient_checkpointing: bool
     dataloader_num_workers: CountOrZero
+    clip_retries: CountOrZero
+    max_error_rate: Fraction
     validation_prompts: list[str]
     validation_steps: Count
     report_to: Literal["tensorboard", "wandb"] | None
@@ -115,6 +117,35 @@ class Prepare:
 
 
 @dataclass
+class Check:
+    data: Group
+    output_dir: str
+    num_clips: Count | None
+    num_workers: Count | None
+    ray_address: str | None
+    timeout: Positive
+    reject: list[Literal["short", "static", "cut", "duplicate", "watermark"]]
+    static_below: NotNegative
+    watermark_above: float
+    resolution: Count | tuple[Count, Count]
+    num_frames: Count
+    fps: Positive | None
+    seed: CountOrZero
+
+
+@dataclass
+class Preview:
+    data: Group
+    output: str
+    num_clips: Count
+    columns: Count | None
+    resolution: Count | tuple[Count, Count]
+    num_frames: Count
+    fps: Positive | None
+    seed: CountOrZero
+
+
+@dataclass
 class Export:
     checkpoint: str | None
     output_dir: str
@@ -128,6 +159,8 @@ COMMANDS = {
     "sample": Sample,
     "evaluate": Evaluate,
     "prepare": Prepare,
+    "prepare check": Check,
+    "prepare preview": Preview,
     "export": Export,
     "doctor": Train,
 }

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from microcinema.data import video_io
-from microcinema.data.clips import ClipDataset, resize_and_crop
+from microcinema.data.clips import ClipDataset
+from microcinema.data.reading import resize_and_crop
 from microcinema.errors import UserError
 
 HEADERS = (
@@ -44,7 +45,7 @@ def shown(item: dict) -> list[int]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
-    """Four videos: two in page folders, one flat with a page_dir, one flat without."""
+    """Four videos: one in a page folder of the folder videos, one in a page folder, one flat with a page_dir, one flat without."""
     root = tmp_path_factory.mktemp("webvid")
     rows = [
         {
@@ -59,7 +60,7 @@ def world(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
         {"videoid": "0004", "name": "A circle"},
     ]
     for k, row in enumerate(rows):
-        folder = root / "videos" / row["page_dir"] if k < 2 else root
+        folder = [root / "videos" / "000001_000050", root / "000001_000050", root, root][k]
         folder.mkdir(parents=True, exist_ok=True)
         video_io.write_video(folder / f"{row['videoid']}.mp4", video(seed=k), fps=8, lossless=True)
     return root, rows
@@ -230,8 +231,8 @@ def test_a_root_without_the_videos_shows_three_paths(world, tmp_path):
     empty.mkdir()
     with pytest.raises(UserError, match="holds no video") as caught:
         dataset((empty, world[1]), tmp_path)
-    page = empty / "videos" / "000001_000050"
-    assert f"{page / '0001.mp4'}, {empty / '0001.mp4'}, {page / '0002.mp4'};" in str(caught.value)
+    page = Path("000001_000050", "0001.mp4")
+    assert f"{empty / 'videos' / page}, {empty / page}, {empty / '0001.mp4'};" in str(caught.value)
 
 
 def test_a_missing_or_short_video_is_named(world, tmp_path):

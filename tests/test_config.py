@@ -1,7 +1,10 @@
 """Every file under configs/ composes and makes its objects; wrong keys and values are told in one line."""
 
+import csv
+import shutil
 import subprocess
 import sys
+import tarfile
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import tiny
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, ReadonlyConfigError
+from webdataset.shardlists import expand_urls
 
 from microcinema import config, schema
 from microcinema.data.clips import ClipDataset
@@ -54,7 +58,7 @@ def test_every_folder_of_configs_is_known():
     assert folders == {*GROUPS, "accelerate"}
     assert set(config.COMMANDS) == set(schema.COMMANDS)
     files = {path.stem for path in config.config_folder().glob("*.yaml")}
-    assert files == set(config.COMMANDS) - {"doctor"}  # which takes the keys of train
+    assert files == {config.KEYS_OF.get(command, command) for command in config.COMMANDS}
 
 
 @pytest.mark.parametrize("command", config.COMMANDS)
@@ -64,6 +68,27 @@ def test_defaults_and_schema_have_the_same_keys(command: str):
     assert set(config.compose(command)) == in_file
 
 
+def stand_in(clips: DictConfig, sprites: Path) -> None:
+    """Puts the clips of `sprites` where a data set's config says that its own are."""
+    if "root" in clips:
+        shutil.copytree(sprites, clips.root)
+        if "columns" in clips:
+            with open(sprites / CSV_FILE, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            columns = {name: column for name, column in clips.columns.items() if column}
+            with open(clips.metadata, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow([*columns.values(), "page_dir"])
+                for path, row in zip(sorted(sprites.rglob("*.mp4")), rows, strict=True):
+                    known = {"id": path.stem, "file": path.relative_to(sprites), "caption": row["name"]}
+                    writer.writerow([*(known[name] for name in columns), row["page_dir"]])
+    elif "shards" in clips:
+        for url in expand_urls(clips.shards):
+            Path(url).parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(url, "w") as tar:
+                tar.add(sprites / CSV_FILE, "0.txt")
+
+
 @pytest.mark.parametrize("command, group, option", OPTIONS)
 def test_every_option_composes_and_makes_its_objects(
     command: str, group: str, option: str, sprites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,12 +96,9 @@ def test_every_option_composes_and_makes_its_objects(
     monkeypatch.chdir(tmp_path)
     composed = config.compose(command, [f"{group}={option}"])
     for node in targets(composed):
-        clips = node.get("dataset", node)
-        if "root" in clips:  # the files as they are shipped: real clips stand where each says that they are
-            Path(clips.root).parent.mkdir(parents=True, exist_ok=True)
-            Path(clips.root).symlink_to(sprites)
-            if not Path(clips.csv).exists():
-                Path(clips.csv).symlink_to(sprites / CSV_FILE)
+        if group == "data":  # the files as they are shipped: real clips stand where each says that they are
+            for clips in (node, node.get("dataset", {}), *node.get("parts", {}).values()):
+                stand_in(clips, sprites)
         loaded = {"unet": tiny.unet()} if "unet" in config.parameters(node._target_) else {}
         # Read off the encoders that a run opens.
         loaded |= {"image_width": 24} if node.get("adapter") else {}

@@ -43,7 +43,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page, line", commands())
 def test_commands_compose(page: str, line: str):
-    command, *overrides = shlex.split(line)
+    command, *overrides = cli.joined(shlex.split(line))
     if command != "--help":
         assert command in config.COMMANDS
         if "--help" not in overrides:
@@ -53,7 +53,7 @@ def test_commands_compose(page: str, line: str):
 def test_there_are_commands_to_check():
     pages = [page for page, _ in commands()]
     assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
-    assert {line.split()[0] for _, line in commands()} >= set(config.COMMANDS)
+    assert {cli.joined(line.split())[0] for _, line in commands()} >= set(config.COMMANDS)
 
 
 def test_commands_of_the_demo_compose():
@@ -85,7 +85,8 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
-    composed = [config.compose(command) for command in ("train", "sample", "export")]
+    commands = ("train", "sample", "export", "prepare check", "prepare preview")
+    composed = [config.compose(command) for command in commands]
     composed.append(config.compose("evaluate", ["evaluation=ucf101"]))
     known = {name for one in composed for name in dotted(one)}
     for page in PAGES[1:]:

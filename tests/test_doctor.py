@@ -163,7 +163,7 @@ def test_all_places_of_a_data_set_have_to_be_there(tmp_path):
     node = {
         "_target_": "x",
         "path": str(tmp_path / "latents"),
-        "dataset": {"csv": str(tmp_path), "root": str(tmp_path)},
+        "dataset": {"metadata": str(tmp_path), "root": str(tmp_path)},
     }
     found = doctor.data(node)
     assert (

@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
-from microcinema.data.clips import resize_and_crop
+from microcinema.data.reading import resize_and_crop
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.pipelines.keyframe import KeyframePipeline, hash_pixels, make_keyframe, open_image

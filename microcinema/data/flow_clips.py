@@ -32,7 +32,7 @@ class FlowClips(Dataset[dict[str, Any]]):
         self.dataset, self.teacher, self.factor = dataset, teacher, factor
         self._sprites: dict[str, sprites.Sprite] = {}
         if teacher == "ground_truth":
-            if dataset.clip != "first" or len(set(dataset.size)) != 1:
+            if dataset.clip != "first" or len(set(dataset.reader.size)) != 1:
                 raise UserError(
                     "flow teacher 'ground_truth' needs square clips from the beginning (clip=first); use dis"
                 )
@@ -41,9 +41,11 @@ class FlowClips(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def set_epoch(self, epoch: int) -> None:
-        """As of the data set."""
-        self.dataset.set_epoch(epoch)
+    def __getattr__(self, name: str) -> Any:
+        """All that training asks of the data set beside its items: epochs, orders, shapes."""
+        if name == "dataset":  # not there yet, as when this is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]

@@ -75,7 +75,7 @@ def fingerprint(vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None 
         parts["transform"] = dataset.transform
         digest = hashlib.sha256()
         for index, row in enumerate(dataset.rows):
-            digest.update(f"{row['videoid']} {dataset.path(index).stat().st_size}\n".encode())
+            digest.update(f"{row['id']} {dataset.path(index).stat().st_size}\n".encode())
         parts["clips"] = digest.hexdigest()
     return parts
 

@@ -4,6 +4,7 @@ Frames are `uint8 (f, h, w, 3)` RGB arrays everywhere in this file. Reading pick
 rates come out right; both decoders convert colours with swscale's plain 8-bit path and so give the same bytes (tests/test_video_io.py).
 """
 
+import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,22 @@ DECODERS = ("pyav", "decord")
 _TICK = 1e-6  # seconds; times closer than this are equal, so that float rounding never decides which frame is nearest
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar file, which FFmpeg reads where it lies: `size` bytes from `offset` on."""
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+
+Source = PathLike | Member
 
 
 @dataclass(frozen=True)
@@ -54,38 +71,49 @@ class _Index:
 
 
 @contextmanager
-def _opened(path: PathLike) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
+def _opened(path: Source) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
     """Opens a file's first video stream; whatever FFmpeg finds wrong with it, here or in the body, is a UserError naming the file."""
     import av
 
-    file = Path(path)
+    file = Path(path.archive if isinstance(path, Member) else path)
     if not file.is_file():
         raise UserError(f"video file '{file}' does not exist; check the path")
-    if file.stat().st_size == 0:
-        raise UserError(f"video file '{file}' is empty (0 bytes); fetch or write it again")
+    if _size(path) == 0:
+        raise UserError(f"video file '{path}' is empty (0 bytes); fetch or write it again")
     try:
-        with av.open(str(file), metadata_errors="ignore") as container:
+        with av.open(_url(path), metadata_errors="ignore") as container:
             if not container.streams.video:
-                raise UserError(f"file '{file}' has no video stream; give a video file")
+                raise UserError(f"file '{path}' has no video stream; give a video file")
             stream = container.streams.video[0]
             # One thread: data-loader workers are the parallelism, and a decoder's own threads would oversubscribe the machine.
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, EOFError) as error:
-        raise UserError(f"{_damaged(file)} ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{_damaged(path)} ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _damaged(path: PathLike) -> str:
+def _url(path: Source) -> str:
+    """The name under which FFmpeg opens it."""
+    if isinstance(path, Member):
+        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:{path.archive}"
+    return str(path)
+
+
+def _size(path: Source) -> int:
+    return path.size if isinstance(path, Member) else os.path.getsize(path)
+
+
+def _damaged(path: Source) -> str:
     return (
         f"video file '{path}' cannot be decoded: damaged, truncated or not a video; replace it or take it off the list"
     )
 
 
-def _index(path: PathLike, container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> _Index:
+def _index(path: Source, container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> _Index:
     """Reads the packets' time stamps without decoding."""
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     entries = stream.index_entries  # what the file's header promises; a truncated file ends before its last entry
-    cut = len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path)
+    cut = len(entries) and entries[-1].pos + entries[-1].size > _size(path)
     if cut or any(packet.is_corrupt for packet in packets):
         raise UserError(f"{_damaged(path)} (its header promises more frames)")
     if not packets:
@@ -106,7 +134,7 @@ def _index(path: PathLike, container: "av.container.InputContainer", stream: "av
     return _Index(times, stamps, end, fps=rate if rate > 0 else len(packets) / end)
 
 
-def probe(path: PathLike) -> VideoInfo:
+def probe(path: Source) -> VideoInfo:
     """Counts and times the frames of a video file and decodes the first one.
 
     Raises:
@@ -125,7 +153,7 @@ def nearest_frames(times: np.ndarray, wanted: np.ndarray | float) -> np.ndarray:
 
 
 def _choose(
-    path: PathLike, index: _Index, num_frames: int, fps: float | None, start: float, position: float
+    path: Source, index: _Index, num_frames: int, fps: float | None, start: float, position: float
 ) -> np.ndarray:
     times = index.times
     if num_frames < 1:
@@ -161,7 +189,7 @@ def _choose(
     return nearest_frames(times, moment + np.arange(num_frames) / fps)
 
 
-def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+def _decode_pyav(path: Source, index: _Index, wanted: np.ndarray) -> np.ndarray:
     from av.video.reformatter import VideoReformatter
 
     needed, last = set(wanted.tolist()), int(wanted.max())
@@ -185,13 +213,13 @@ def _decode_pyav(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarra
     raise UserError(f"{_damaged(path)} (frame {min(needed - set(frames))} of {len(index.times)} is missing)")
 
 
-def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndarray:
+def _decode_decord(path: Source, index: _Index, wanted: np.ndarray) -> np.ndarray:
     import decord
 
     needed, frames = set(wanted.tolist()), {}
     try:
         # fault_tol: by default decord quietly repeats frames in the place of those that it could not decode.
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
+        reader = decord.VideoReader(_url(path), num_threads=1, fault_tol=1e-9)
         if len(reader) == len(index.times):
             # In order from the first frame: where decord seeks, it gives wrong frames if the key frame is no fresh start.
             for number in range(max(needed) + 1):
@@ -208,7 +236,7 @@ def _decode_decord(path: PathLike, index: _Index, wanted: np.ndarray) -> np.ndar
 
 
 def read_clip(
-    path: PathLike,
+    path: Source,
     num_frames: int,
     fps: float | None = None,
     start: float = 0.0,
@@ -236,6 +264,71 @@ def read_clip(
         index = _index(path, container, stream)
     wanted = _choose(path, index, num_frames, fps, start, position)
     return (_decode_pyav if decoder == "pyav" else _decode_decord)(path, index, wanted)
+
+
+def survey(path: Source, size: tuple[int, int], fps: float, most: int) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
+    """Decodes a video from its first frame on and keeps small frames, one for each tick of `fps`: what an audit looks at.
+
+    Args:
+        size: (height, width) to which frames are scaled, whatever their aspect ratio.
+        most: frames kept at most; what comes after them is not decoded.
+
+    Returns:
+        what the file holds; seconds after the first frame of each frame kept; the frames, uint8 (n, h, w, 3).
+
+    Raises:
+        UserError: as `read_clip`; also where a single frame is damaged.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    convert = VideoReformatter()
+    times: list[float] = []
+    frames: list[np.ndarray] = []
+    with _opened(path) as (container, stream):
+        index = _index(path, container, stream)
+    # The frames on screen at the ticks, as numbers of frames in the order of their times.
+    wanted = np.unique(nearest_frames(index.times, np.arange(0, index.times[-1] + _TICK, 1 / fps)))[:most]
+    needed, count, shape = set(wanted.tolist()), 0, (0, 0)
+    with _opened(path) as (container, stream):
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise UserError(f"{_damaged(path)} (frame {count} is corrupt)")
+            if count in needed:
+                turns = (frame.rotation // 90) % 4
+                shape = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+                height, width = size[::-1] if turns % 2 else size
+                small = convert.reformat(frame, width=width, height=height, format="rgb24", interpolation="AREA")
+                frames.append(np.rot90(small.to_ndarray(), turns))
+                times.append(float(index.times[count]))
+            count += 1
+            if len(frames) == len(wanted):
+                break
+    if len(frames) < len(wanted):
+        raise UserError(f"{_damaged(path)} (frame {count} of {len(index.times)} is missing)")
+    info = VideoInfo(len(index.times), index.fps, shape[1], shape[0], index.end)
+    return info, np.array(times), np.stack(frames)
+
+
+def read_image(path: Source) -> np.ndarray:
+    """A picture file as a clip of one frame, uint8 (1, h, w, 3), turned as its EXIF data says.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with open(path.archive if isinstance(path, Member) else path, "rb") as file:
+            if isinstance(path, Member):
+                file.seek(path.offset)
+            with Image.open(io.BytesIO(file.read(_size(path)))) as image:
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except FileNotFoundError:
+        raise UserError(f"image file '{path}' does not exist; check the path") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"image file '{path}' cannot be decoded ({error}); replace it or take it off the list"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -329,12 +422,13 @@ def write_contact_sheet(
     columns: int | None = None,
     scale: int = 1,
     smooth: bool = False,
+    below: bool = False,
 ) -> None:
     """Writes a PNG that shows the frames of one clip or several, one clip below the other.
 
     Args:
         clips: uint8 (f, h, w, 3), or several of these.
-        captions: one line of text above each clip; long ones wrap.
+        captions: one line of text above each clip, or below it; long ones wrap.
         columns: frames in a row; None puts a whole clip into one row.
         scale: enlarges every frame this many times, by repeating pixels or, if `smooth`, by Lanczos resampling.
     """
@@ -360,23 +454,24 @@ def write_contact_sheet(
         down = -(-frames // across)
         sheet_width = max(across * (width + gap) - gap, 160)
         text = _wrapped(caption, sheet_width, font)
-        top = 18 * len(text) + (gap if text else 0)
-        sheet = Image.new("RGB", (sheet_width, top + down * (height + gap) - gap), "white")
+        words_height, pictures_height = 18 * len(text) + (gap if text else 0), down * (height + gap) - gap
+        top, words_top = (0, pictures_height + gap) if below else (words_height, 0)
+        sheet = Image.new("RGB", (sheet_width, words_height + pictures_height), "white")
         for row, words in enumerate(text):
-            ImageDraw.Draw(sheet).text((0, 18 * row), words, fill="black", font=font)
+            ImageDraw.Draw(sheet).text((0, words_top + 18 * row), words, fill="black", font=font)
         for k, frame in enumerate(clip):
             place = (k % across * (width + gap), top + k // across * (height + gap))
             sheet.paste(Image.fromarray(frame).resize((width, height), resample), place)
         return sheet
 
     strips = [strip(clip, captions[k] if captions else "") for k, clip in enumerate(clips)]
-    margin, below = 8, 12
-    size = (max(s.width for s in strips) + 2 * margin, sum(s.height + below for s in strips) - below + 2 * margin)
+    margin, space = 8, 12
+    size = (max(s.width for s in strips) + 2 * margin, sum(s.height + space for s in strips) - space + 2 * margin)
     page = Image.new("RGB", size, "white")
     top = margin
     for picture in strips:
         page.paste(picture, (margin, top))
-        top += picture.height + below
+        top += picture.height + space
     with atomic_path(path) as temporary:
         page.save(temporary, format="PNG")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from microcinema.data.clips import RESIZE
+from microcinema.data.reading import RESIZE
 from microcinema.errors import UserError
 from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt

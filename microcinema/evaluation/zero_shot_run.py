@@ -13,7 +13,7 @@ from accelerate import PartialState
 from einops import rearrange
 
 from microcinema.config import instantiate
-from microcinema.data.clips import resize_and_crop
+from microcinema.data.reading import resize_and_crop
 from microcinema.data.video_io import probe, read_clip
 from microcinema.errors import UserError
 from microcinema.evaluation import detectors, summary

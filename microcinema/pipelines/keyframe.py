@@ -17,7 +17,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMix
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from microcinema.data.clips import cover, resize
+from microcinema.data.reading import cover, resize
 from microcinema.errors import UserError
 from microcinema.pipelines.base import load_index, locate, refuse_pickles
 

@@ -1,20 +1,22 @@
 """The order in which training meets clips: one global numbering, whatever the batch size or the number of processes.
 
-Clip number n is item n % len of epoch n // len, after that epoch's seeded permutation. An optimiser step consumes the next `global batch` of
-numbers, so a run is told completely by the number of its next clip, and all that is random about a clip is drawn from (seed, n).
+Which item clip number n is, data/numbering.py says: as a rule item n % len of epoch n // len, after that epoch's seeded permutation. An optimiser
+step consumes the next `global batch` of numbers, so a run is told completely by the number of its next clip, and all that is random
+about a clip is drawn from (seed, n).
 """
 
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from microcinema.data.numbering import Joint, Shuffled, Stream
+from microcinema.data.quarantine import Quarantine
 from microcinema.errors import UserError
 
 
 class Clips(Protocol):
-    """What training asks of a data set; `set_epoch(n)` is called too where there is one."""
+    """What training asks of a data set. Where there are such, it also calls `set_epoch(n)`, and `streams(seed)` for orders of its own."""
 
     def __len__(self) -> int: ...
 
@@ -22,42 +24,64 @@ class Clips(Protocol):
 
 
 class NumberedClips(Dataset):
-    """A data set indexed by the number of a clip in the global order; items gain `number`.
+    """A data set indexed by the number of a clip in the global order; items gain `number`, and `broken`: how many clips it stands in for.
 
     The epoch is told to the data set right before the item is read, in whichever worker process reads it: a call to `set_epoch` in the
     main process would not reach workers that are already running.
+
+    Args:
+        quarantine: what becomes of a clip that cannot be read; None: its error.
 
     Raises:
         UserError: the data set is empty.
     """
 
-    def __init__(self, dataset: Clips, seed: int) -> None:
+    def __init__(self, dataset: Clips, seed: int, quarantine: Quarantine | None = None) -> None:
         if len(dataset) == 0:
             raise UserError("the data set holds 0 clips; check its list and its root folder")
         self.dataset = dataset
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self.quarantine = quarantine
+        streams = dataset.streams(seed) if hasattr(dataset, "streams") else []
+        self.order: Stream = Shuffled(len(dataset), [seed])
+        self.group = 1  # numbers in a row whose items have one shape; 1: all have
+        if len(streams) == 1:
+            self.order = streams[0][0]
+        elif streams:
+            self.group = dataset.group  # type: ignore[attr-defined]
+            orders, shares = zip(*streams, strict=True)
+            self.order = Joint(orders, shares, self.group, seed)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        epoch, position = divmod(number, len(self.dataset))
-        if epoch != self._epoch:
-            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-            self._epoch = epoch
-        set_epoch = getattr(self.dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        return {**self.dataset[int(self._permutation[position])], "number": number}
+        epoch, index = self.order.locate(number)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        if self.quarantine is None:
+            return {**self.dataset[index], "number": number, "broken": 0}
+        item, broken = self.quarantine.read(
+            self.dataset, number, index, lambda attempt: self.order.substitute(number, attempt)
+        )
+        return {**item, "number": number, "broken": broken}
 
 
 class RankNumbers(Sampler[list[int]]):
     """The clip numbers of one process, a micro-batch at a time: numbers `start` up to `stop`, dealt out `batch_size` to each process in turn.
 
+    Args:
+        group: numbers in a row whose items have one shape; 1: all have.
+
     Raises:
         ValueError: the range is no whole number of rounds.
+        UserError: micro-batches would hold clips of two shapes.
     """
 
-    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, num_processes: int = 1) -> None:
+    def __init__(
+        self, start: int, stop: int, batch_size: int, rank: int = 0, num_processes: int = 1, group: int = 1
+    ) -> None:
+        if group > 1 and (group % batch_size or start % batch_size):
+            raise UserError(
+                f"train_batch_size={batch_size} does not divide the {group} clips in a row that share a shape, "
+                f"or the {start} clips trained so far; choose another train_batch_size, or data.group"
+            )
         self.round = batch_size * num_processes
         if (stop - start) % self.round:
             raise ValueError(f"clips {start}..{stop} are not a multiple of {self.round}")

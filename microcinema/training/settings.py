@@ -43,6 +43,8 @@ class Settings:
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
     dataloader_num_workers: int = 2
+    clip_retries: int = 1
+    max_error_rate: float = 0.05
     validation_prompts: Sequence[str] = ()
     validation_steps: int = 1000
     report_to: str | None = "tensorboard"
@@ -59,13 +61,13 @@ class Settings:
                 "validation_steps",
                 "checkpointing_steps",
             ),
-            0: ("seed", "lr_warmup_steps", "dataloader_num_workers"),
+            0: ("seed", "lr_warmup_steps", "dataloader_num_workers", "clip_retries"),
         }
         for low, names in at_least.items():
             for name in names:
                 if getattr(self, name) < low:
                     raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("text_dropout", "image_dropout", "ema_decay"):
+        for name in ("text_dropout", "image_dropout", "ema_decay", "max_error_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         for name in ("motion_weight", "flow_weight"):

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from microcinema.config import instantiate, save
 from microcinema.data.flow_clips import FlowClips
 from microcinema.data.latents import LatentClipDataset
+from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder, make_folder
@@ -117,7 +118,8 @@ def train(
         return losses.total.mean()
 
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
-    micro_batches = meter.waiting(_micro_batches(accelerator, dataset, settings, progress))
+    errors = ErrorRate(settings.max_error_rate)
+    micro_batches = meter.waiting(errors.watch(_micro_batches(accelerator, dataset, settings, progress)))
     with tqdm(
         total=settings.max_train_steps,
         initial=progress.step,
@@ -129,6 +131,7 @@ def train(
         while progress.step < settings.max_train_steps:
             norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of)
             figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
+            figures["broken_clips"] = errors.total
             reached = Progress(progress.step + 1, progress.clips + clips_per_step)
             if not math.isfinite(figures["loss"]):
                 raise UserError(
@@ -402,13 +405,27 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.
 def _micro_batches(
     accelerator: Accelerator, dataset: Clips, settings: Settings, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """This process's share of the clips that are left, collated."""
+    """This process's share of the clips that are left, collated; those that cannot be read go to `output_dir/quarantine`."""
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     stop = progress.clips + max(0, settings.max_train_steps - progress.step) * clips_per_step
+    if hasattr(dataset, "check_processes"):
+        dataset.check_processes(accelerator.num_processes)
+    folder = Path(settings.output_dir) / "quarantine"
+    if progress.clips == 0:  # a new run: what an earlier one met there says nothing of this one
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        accelerator.wait_for_everyone()
+    quarantine = Quarantine(folder, settings.clip_retries, accelerator.process_index)
+    clips = NumberedClips(dataset, settings.seed, quarantine)
     loader = DataLoader(
-        NumberedClips(dataset, settings.seed),
+        clips,
         batch_sampler=RankNumbers(
-            progress.clips, stop, settings.train_batch_size, accelerator.process_index, accelerator.num_processes
+            progress.clips,
+            stop,
+            settings.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            clips.group,
         ),
         num_workers=settings.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",

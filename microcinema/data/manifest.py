@@ -1,0 +1,73 @@
+"""What `microcinema prepare check` found of each clip, as a Parquet file that training reads."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from microcinema.errors import UserError
+
+# One row a clip that was checked. Measures of a clip that could not be decoded are null.
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "file": pa.string(),
+        "decodable": pa.bool_(),
+        "reason": pa.string(),  # why it could not be decoded
+        "num_frames": pa.int32(),
+        "fps": pa.float32(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "duration": pa.float32(),  # seconds
+        "motion": pa.float32(),  # mean absolute difference of neighbouring frames, levels of 255
+        "static": pa.bool_(),
+        "cut": pa.float32(),  # seconds after the first frame where it cuts to another scene; null: nowhere
+        "watermark": pa.float32(),  # correlation of its lasting edges with those that many clips share, -1 to 1
+        "hashes": pa.list_(pa.uint64()),  # of its first, middle and last frame
+        "duplicate_of": pa.string(),  # id of the first clip that shows the same; null: none
+        "accepted": pa.bool_(),
+        "rejected_for": pa.string(),  # all reasons, with commas between
+    }
+)
+
+
+class Manifest:
+    """A manifest beside a list of clips.
+
+    Args:
+        path: the Parquet file.
+
+    Raises:
+        UserError: no such file, or no manifest.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        wanted = ["id", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
+        try:
+            self.table = pyarrow.parquet.read_table(self.path, columns=wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"manifest '{self.path}' cannot be read ({error}); make one with `microcinema prepare check`"
+            ) from None
+        missing = [name for name in wanted if name not in self.table.column_names]
+        if missing:
+            raise UserError(
+                f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with `microcinema prepare check`"
+            )
+
+    def find(self, ids: pa.ChunkedArray) -> np.ndarray:
+        """The manifest's row of each id, -1 where it has none."""
+        kind = pa.large_string()
+        found = pc.index_in(ids.cast(kind), value_set=self.table.column("id").cast(kind).combine_chunks())
+        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column; numbers that are missing are NaN, truths that are missing False."""
+        values = self.table.column(name)
+        if pa.types.is_boolean(values.type):
+            return pc.fill_null(values, False).to_numpy()
+        return values.cast(pa.float64()).to_numpy()

@@ -1,0 +1,125 @@
+"""The list of a data set: CSV, TSV, JSONL or Parquet of any column names, in memory column by column.
+
+Arrow keeps a column as one block of bytes: ten million rows take about as much memory as their text, are read in seconds, and are shared by the
+worker processes that a data loader forks (a list of dictionaries would take ten times as much, and every worker would copy it).
+"""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from microcinema.errors import UserError
+
+KEYS = ("id", "file", "page_dir", "caption", "description", "motion")
+WEBVID = {"id": "videoid", "caption": "name"}
+FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".parquet": None}
+
+
+class Rows(Sequence[dict[str, str]]):
+    """The rows of a list: `id`, `file` (empty where the list names none), `page_dir`, `caption`, `description`, `motion`.
+
+    `description` (for the key frame) and `motion` stand for themselves where they are there and not empty, else for the caption.
+
+    Args:
+        table: these columns, as `read_rows` makes them.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, str]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
+        return {
+            "page_dir": "",
+            "file": "",
+            **row,
+            "id": row.get("id") or row["file"],
+            "description": row.get("description") or row["caption"],
+            "motion": row.get("motion") or row["caption"],
+        }
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return (self[index] for index in range(len(self)))
+
+    def ids(self) -> pa.ChunkedArray:
+        """The column `id`, as it is compared with that of a manifest."""
+        return self.table.column("id" if "id" in self.table.column_names else "file")
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
+        """The rows with these numbers, in this order."""
+        return Rows(self.table.take(pa.array(indices, pa.int64())))
+
+
+def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None) -> Rows:
+    """Reads a list; every value becomes text, a missing one the empty text.
+
+    Args:
+        path: .csv, .tsv, .jsonl (one object a line) or .parquet; .csv and .tsv name their columns in the first line.
+        columns: for each of `id`, `file`, `page_dir`, `caption`, `description` and `motion` the name of its column; None, or left out: the column
+            of that very name, if there is one. `caption` and one of `id` and `file` must be there. Default: WebVid's `videoid` and `name`.
+
+    Raises:
+        UserError: a file that cannot be read, has no rows, or lacks a column; those that it has are named.
+    """
+    path, wanted = Path(path), dict(WEBVID if columns is None else columns)
+    unknown = sorted(set(wanted) - set(KEYS))
+    if unknown:
+        raise UserError(f"columns has no '{unknown[0]}'; choose from {', '.join(KEYS)}")
+    if path.suffix not in FORMATS:
+        raise UserError(f"list '{path}' is of no known format; give one of {', '.join(FORMATS)}")
+    try:
+        found = _column_names(path)
+        chosen = {key: wanted.get(key) or key for key in KEYS}
+        missing = [name for key, name in chosen.items() if name not in found and (key == "caption" or wanted.get(key))]
+        if chosen["id"] not in found and chosen["file"] not in found and not missing:
+            missing = ["id or file"]
+        if missing:
+            have = ", ".join(found) or "none"
+            where = "the first line must name the columns" if FORMATS[path.suffix] else "name them in columns"
+            raise UserError(f"list '{path}' lacks column {' and '.join(missing)} (it has: {have}); {where}")
+        kept = {key: name for key, name in chosen.items() if name in found}
+        table = _read_table(path, sorted(set(kept.values())))
+        texts = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in kept.values()]
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise UserError(
+            f"list '{path}' cannot be read ({error}); give a {path.suffix[1:].upper()} file in UTF-8"
+        ) from None
+    if table.num_rows == 0:
+        raise UserError(f"list '{path}' has no rows; give one with at least one video")
+    return Rows(pa.table(texts, names=list(kept)))
+
+
+def _column_names(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_schema(path).names
+    if path.suffix == ".jsonl":
+        return pyarrow.json.read_json(path).column_names if path.stat().st_size else []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file, delimiter=FORMATS[path.suffix] or ","), [])
+
+
+def _read_table(path: Path, names: list[str]) -> pa.Table:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path, columns=names)
+    if path.suffix == ".jsonl":
+        return pyarrow.json.read_json(path).select(names)
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=FORMATS[path.suffix], newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            include_columns=names, column_types=dict.fromkeys(names, pa.large_string())
+        ),
+    )
