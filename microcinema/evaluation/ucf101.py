@@ -43,7 +43,8 @@ class Ucf101:
         # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1": a class number follows in the training lists.
         names = sorted({line.split()[0] for part in parts for line in self._splits[part]})
         # By the folder: that of handstand push-ups is HandstandPushups, its files are called v_HandStandPushups_*.
-        videos = [Video(name, self.root / VIDEOS / name, label=name.partition("/")[0]) for name in names]
+        folder = self.root / VIDEOS
+        videos = [Video(name, folder / name, label=name.partition("/")[0]) for name in names]
         if unknown := sorted({video.label for video in videos} - set(self.classes)):
             raise UserError(f"'{self.root / LISTS}' names the class '{unknown[0]}', which is not in classInd.txt")
         return videos
