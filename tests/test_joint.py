@@ -1,6 +1,7 @@
 """Videos and pictures trained together, over real files."""
 
 import csv
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from microcinema.data import video_io
 from microcinema.data.clips import ClipDataset
+from microcinema.data.flow_clips import FlowClips
 from microcinema.data.joint import JointDataset
 from microcinema.errors import UserError
 from microcinema.training.order import NumberedClips, RankNumbers
@@ -87,3 +89,10 @@ def test_batches_that_would_hold_two_shapes_are_refused(world):
 def test_weights_that_do_not_fit(world, weights):
     with pytest.raises(UserError, match="for the parts videos, pictures; give each a positive number"):
         joint(world, weights=weights)
+
+
+def test_flow_comes_with_clips_of_every_shape(world):
+    """The wrapper that adds flow hides neither shapes nor names."""
+    flow = pickle.loads(pickle.dumps(FlowClips(joint(world), "dis", 8)))
+    assert NumberedClips(flow, seed=0).group == 4
+    assert flow.id(10) == "pictures/1.png" and not hasattr(flow, "check_processes")

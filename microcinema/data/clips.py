@@ -172,6 +172,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return self._found(self.rows[index])
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the clips, where there are no buckets."""
+        return self.reader.size
+
+    @property
     def transform(self) -> dict[str, Any]:
         """What decides the pixels of a clip, beside its file; the decoder does not."""
         return self.reader.transform

@@ -183,6 +183,9 @@ def run(config: "DictConfig") -> None:
     if settings.train == "temporal":
         check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
     dataset, teacher = instantiate(config.data), config.model.flow_teacher
+    if accelerator.is_main_process:
+        for reason, count in getattr(dataset, "left_out", {}).items():
+            print(f"{count} clips left out: {reason}")
     if isinstance(dataset, LatentClipDataset):
         dataset.check(base.vae)
         dataset.check_extras(teacher, config.model.reference_frame if reads_pixels(config) else None)
