@@ -51,7 +51,7 @@ def targets(node: typing.Any) -> typing.Iterator[DictConfig]:
 
 def test_every_folder_of_configs_is_known():
     folders = {path.name for path in config.config_folder().iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "accelerate"}
+    assert folders == {*GROUPS, "accelerate", "ablation"}
     assert set(config.COMMANDS) == set(schema.COMMANDS)
     files = {path.stem for path in config.config_folder().glob("*.yaml")}
     assert files == set(config.COMMANDS) - {"doctor"}  # which takes the keys of train
