@@ -114,6 +114,8 @@ class Prepare:
     size: Count
     fps: Positive
     latents_of: str | None
+    keyframe: CountOrZero | Literal["first", "center"] | None
+    flow_teacher: Literal["ground_truth", "dis", "raft"] | None
 
 
 @dataclass

@@ -55,7 +55,7 @@ def targets(node: typing.Any) -> typing.Iterator[DictConfig]:
 
 def test_every_folder_of_configs_is_known():
     folders = {path.name for path in config.config_folder().iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "accelerate"}
+    assert folders == {*GROUPS, "accelerate", "ablation"}
     assert set(config.COMMANDS) == set(schema.COMMANDS)
     files = {path.stem for path in config.config_folder().glob("*.yaml")}
     assert files == {config.KEYS_OF.get(command, command) for command in config.COMMANDS}
