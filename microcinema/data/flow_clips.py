@@ -47,11 +47,6 @@ class FlowClips(Dataset[dict[str, Any]]):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("id", "streams", "group", "check_processes"):  # what training asks of a data set that has it
-            return getattr(self.dataset, name)
-        raise AttributeError(name)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
         flow = to_latent_grid(self._flow(item), self.factor)
