@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
         "following", parents=[for_all], help="videos of one key frame by many motion captions"
     )
     command.set_defaults(run=following)
-    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved video model")
+    command.add_argument("--pipeline", default="sprites-microcinema", help="an embedded or saved video model")
     command.add_argument("--keyframes", type=int, default=20)
     command.add_argument("--num-inference-steps", type=int, default=25)
     command.add_argument("--guidance-scale", type=float, default=2.0)
