@@ -280,12 +280,12 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
     """
     prior = instantiate(config.diffusion.noise_prior)
     schedule = make_scheduler(base_scheduler.config, config.diffusion.scheduler)
-    kept = torch.equal(schedule.alphas_cumprod, base_scheduler.alphas_cumprod)
+    known, new = (describe_schedule(each) | {"prediction_type": None} for each in (base_scheduler, schedule))
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
         **parts,
         scheduler=make_sampler(schedule),
-        network_schedule=None if kept else describe_schedule(base_scheduler),
+        network_schedule=None if known == new else describe_schedule(base_scheduler),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
