@@ -1,11 +1,12 @@
 """What a loader of decoded clips takes of memory and time: `python scripts/benchmark_loader.py --clips 20000`.
 
-Real files, random parts of them, worker processes, a decoder process beside each: the memory of all of them, what they share counted once.
+Real files, random parts of them, worker processes, a decoder process beside each: the memory of all of them, what they share counted once. Linux.
 """
 
 import argparse
 import csv
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -36,14 +37,18 @@ def write_clips(folder: Path, height: int, width: int) -> Path:
 
 
 def memory() -> int:
-    """Bytes of this process and all below it, each page once (Linux: the sum of proportional set sizes)."""
+    """Bytes that this process and all below it have written, each page once.
+
+    Pages of files, such as libraries, are left out: they count for less while another program on the machine happens to use them too.
+    """
     this = psutil.Process()
     total = 0
     for process in [this, *this.children(recursive=True)]:
         try:
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        except (OSError, psutil.NoSuchProcess):
             continue
+        total += sum(1024 * int(size) for size in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", rollup, re.MULTILINE))
     return total
 
 
