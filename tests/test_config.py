@@ -96,9 +96,9 @@ def test_every_option_composes_and_makes_its_objects(
     monkeypatch.chdir(tmp_path)
     composed = config.compose(command, [f"{group}={option}"])
     for node in targets(composed):
-        if group == "data":  # the files as they are shipped: real clips stand where each says that they are
-            for clips in (node, node.get("dataset", {}), *node.get("parts", {}).values()):
-                stand_in(clips, sprites)
+        # The files as they are shipped: real clips stand where each says that they are.
+        for clips in (node, node.get("dataset", {}), *node.get("parts", {}).values()):
+            stand_in(clips, sprites)
         loaded = {"unet": tiny.unet()} if "unet" in config.parameters(node._target_) else {}
         # Read off the encoders that a run opens.
         loaded |= {"image_width": 24} if node.get("adapter") else {}
