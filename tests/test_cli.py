@@ -43,7 +43,9 @@ FILES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", [str(name) for name in FILES if name.parts[0] not in ("ablation", "accelerate", "experiment")])
+@pytest.mark.parametrize(
+    "name", [str(name) for name in FILES if name.parts[0] not in ("ablation", "accelerate", "experiment")]
+)
 def test_every_key_in_every_file_has_a_meaning(name: str):
     assert [key for key, _, meaning in config.documented_keys(name) if not meaning] == []
 

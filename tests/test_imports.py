@@ -103,7 +103,13 @@ def test_every_import_is_a_declared_dependency():
         name.split(".")[0] for path in [*SOURCES.values(), *(ROOT / "scripts").glob("*.py")] for name in imported(path)
     }
     outside = used - set(sys.stdlib_module_names) - {"microcinema"}
-    optional = {"bitsandbytes", "matplotlib", "ray", "torchvision", "xformers"}  # for some alone, and missed in one line
+    optional = {
+        "bitsandbytes",
+        "matplotlib",
+        "ray",
+        "torchvision",
+        "xformers",
+    }  # for some alone, and missed in one line
     assert {distribution.get(name, name.lower()) for name in outside} - optional - declared == set()
 
 
