@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from microcinema.files import atomic_path
+from microcinema.pages import open_template
 
 TEMPLATE = "check_report.html.jinja"
 _BINS = 40
@@ -71,14 +71,7 @@ def write_report(path: str | os.PathLike[str], table: pa.Table, available: int, 
             shown[verdict].append({**row, "picture": base64.b64encode(row["picture"]).decode()})
     broken = table.filter(pc.equal(table.column("decodable"), False)).slice(0, 200).to_pylist()
     copies = table.filter(pc.is_valid(table.column("duplicate_of"))).slice(0, 200).to_pylist()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = open_template(Path(__file__).with_name(TEMPLATE)).render(
         checked=table.num_rows,
         available=available,
         left_out={reason: count for reason, count in left_out.items() if count},

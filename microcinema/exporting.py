@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 import yaml
 
@@ -13,6 +12,7 @@ from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
+from microcinema.pages import open_template
 from microcinema.pipelines.base import INDEX, freeze, is_embedded, load_index, load_scheduler_config, open_folder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saved import load_pipeline, write_pipeline
@@ -132,15 +132,9 @@ def write_card(
     from omegaconf import OmegaConf
 
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     base = settings["base"]["pretrained_model_name_or_path"]
     weights = sorted(files.rglob("*.safetensors"))
-    return environment.get_template(TEMPLATE).render(
+    return open_template(Path(__file__).with_name(TEMPLATE)).render(
         name=folder.name,
         folder=str(folder),
         base=base,

@@ -20,6 +20,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "errors": set(),
     "files": {"errors"},
     "schema": set(),
+    "pages": set(),
     "live_memory": set(),
     "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
@@ -31,7 +32,7 @@ FLOORS["pipelines"] = {*FLOORS}
 FLOORS["requests"] = {*FLOORS}
 FLOORS["sampling"] = {*FLOORS}
 FLOORS["preparing"] = {*FLOORS} - {"requests", "sampling"}
-FLOORS["check_report"] = {"errors", "files"}
+FLOORS["check_report"] = {"errors", "files", "pages"}
 FLOORS["checking"] = {"errors", "files", "config", "data", "check_report"}
 FLOORS["training"] = {*FLOORS}
 FLOORS["previewing"] = {"errors", "files", "config", "data", "training"}

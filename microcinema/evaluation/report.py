@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 
 from microcinema.data.video_io import write_video
@@ -16,6 +15,7 @@ from microcinema.evaluation.generate import Sample
 from microcinema.evaluation.protocols import PARTS
 from microcinema.evaluation.summary import MEASURES
 from microcinema.files import atomic_path
+from microcinema.pages import open_template
 
 TEMPLATE = "report.html.jinja"
 TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
@@ -31,13 +31,6 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sampl
         results: the content of `results.json`.
         samples: the clips, in the order of `results["clips"]`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     measures = {measure.key: measure for measure in MEASURES}
     fps = results["protocol"]["fps"]
     clips = [
@@ -49,7 +42,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sampl
         }
         for clip, sample in zip(results["clips"], samples, strict=True)
     ]
-    page = environment.get_template(TEMPLATE).render(
+    page = open_template(Path(__file__).with_name(TEMPLATE)).render(
         results=results, clips=clips, measures=measures, titles=TITLES, meanings=PARTS
     )
     with atomic_path(path) as temporary:

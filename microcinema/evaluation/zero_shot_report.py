@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from microcinema.evaluation.report import embedded_picture, embedded_video
 from microcinema.files import atomic_path
+from microcinema.pages import open_template
 
 TEMPLATE = "zero_shot_report.html.jinja"
 PUBLISHED_FILE = Path(__file__).parent / "published.csv"
@@ -100,13 +100,6 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
         results: the content of `results.json`.
         pictures: clips to show.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shown = [
         {
             "words": picture.words,
@@ -115,7 +108,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
         }
         for picture in pictures
     ]
-    page = environment.get_template(TEMPLATE).render(
+    page = open_template(Path(__file__).with_name(TEMPLATE)).render(
         results=results,
         rows=rows(results),
         chart=_chart(results["values"].get("fvd")),

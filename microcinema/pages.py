@@ -1,0 +1,17 @@
+"""Templates of pages: HTML and Markdown with values in their places, of which none may be missing."""
+
+from pathlib import Path
+
+import jinja2
+
+
+def open_template(path: Path) -> jinja2.Template:
+    """A template file. Values in HTML are escaped; a value that is missing is an error when the page is made."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent),
+        autoescape=".html" in path.suffixes,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(path.name)
