@@ -153,7 +153,9 @@ def load_measures(
     ]
     for key, names, applies, load in wanted:
         if not applies:
-            missing[names] = "the protocol has nothing to compare it with"
+            missing[names] = (
+                "it speaks of the classes of UCF-101" if key == "c3d" else "the protocol has nothing to compare it with"
+            )
         elif settings[key]["weights"] is None:
             missing[names] = f"evaluation.{key}.weights is not set"
         else:
