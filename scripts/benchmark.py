@@ -59,6 +59,12 @@ QUICK: dict[str, Any] = {
 }
 TINY: dict[str, Any] = QUICK | {"frames": 16, "latents": 16}
 TOKENS = 77
+MODELS: dict[str, dict[str, Any]] = {
+    "VideoUNet, MicroCinema": {"inject": "both"},
+    # As in configs/model/factorized_dreamer.yaml, with the widths of CLIP ViT-L and of flan-t5-base.
+    "VideoUNet, Factorized-Dreamer": {"fusion": None, "inject": None, "pixel_scales": (2,), "motion_attention": True},
+}
+IMAGE_TOKENS, MOTION_TOKENS, VAE_FACTOR = (257, 1024), (32, 768), 8
 WITHOUT = "without AppearanceNet"
 FLOW_WORLD = 20240820  # of the clips that PredictNet is asked about; never a training seed
 
@@ -108,7 +114,8 @@ def layout(size: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any], Calla
 def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequence[str]) -> dict[str, Contestant]:
     """Builds those whose name contains one of `only` (all without it), and the reference.
 
-    In training AppearanceNet runs within the step, in the forward its features are given.
+    In training what runs once per clip (AppearanceNet, the adapter, the pixel pyramid) is within the step, in the forward its outcome is
+    given. The frozen encoders of Factorized-Dreamer are in neither.
     """
     torch.manual_seed(0)
     dim, side, f = size["cross_attention_dim"], size["latents"], size["frames"]
@@ -124,23 +131,38 @@ def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequenc
             lambda z_t: unet2d(rearrange(z_t, "b f c h w -> (b f) c h w"), t, text_of_frames).sample, unet2d
         )
 
-    @functools.cache
-    def nets() -> tuple[VideoUNet, ConditionEncoder]:
-        options = {"fusion": fusion, "inject": "both"}
-        return VideoUNet.from_unet2d(unet2d, **options), ConditionEncoder.from_unet2d(unet2d, **options)
+    given = {
+        "image_tokens": torch.randn(1, *IMAGE_TOKENS),
+        "pixels": torch.randn(1, 3, side * VAE_FACTOR, side * VAE_FACTOR),
+        "motion_tokens": torch.randn(1, *MOTION_TOKENS),
+    }
 
-    def ours() -> Contestant:
-        video, encoder = nets()
+    @functools.cache
+    def nets(model: str) -> tuple[VideoUNet, ConditionEncoder]:
+        options = {"fusion": fusion} | MODELS[model]
+        heard, seen = options.get("motion_attention", False), bool(options.get("pixel_scales"))
+        video = VideoUNet.from_unet2d(unet2d, image_attention=seen, **options)
+        return video, ConditionEncoder.from_unet2d(
+            unet2d,
+            adapter="decoupled" if seen else None,
+            image_width=IMAGE_TOKENS[1] if seen else None,
+            vae_scale_factor=VAE_FACTOR,
+            motion_width=MOTION_TOKENS[1] if heard else None,
+            **options,
+        )
+
+    def ours(model: str) -> Contestant:
+        video, encoder = nets(model)
         with torch.inference_mode():
-            conditions = encoder(text, z_ref, fps)
+            conditions = encoder(text, z_ref, fps, **given)
         return Contestant(lambda z_t: video(z_t, t, conditions), video)
 
-    def ours_in_training(train: str) -> Contestant:
-        video, encoder = nets()
+    def ours_in_training(model: str, train: str) -> Contestant:
+        video, encoder = nets(model)
 
         def run(z_t: Tensor) -> Tensor:
             set_trainable(video, encoder, train)
-            return video(z_t, t, encoder(text, z_ref, fps))
+            return video(z_t, t, encoder(text, z_ref, fps, **given))
 
         return Contestant(run, video, encoder)
 
@@ -154,13 +176,13 @@ def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequenc
 
     def i2vgen() -> Contestant:
         net = I2VGenXLUNet(**common, **blocks("3D"), attention_head_dim=size["head_width"])
-        given = {
+        inputs = {
             "fps": fps,
             "image_latents": rearrange(image, "b f c h w -> b c f h w"),
             "image_embeddings": torch.randn(1, dim),
             "encoder_hidden_states": text,
         }
-        return Contestant(lambda z_t: net(rearrange(z_t, "b f c h w -> b c f h w"), t, **given).sample, net)
+        return Contestant(lambda z_t: net(rearrange(z_t, "b f c h w -> b c f h w"), t, **inputs).sample, net)
 
     def svd() -> Contestant:
         net = UNetSpatioTemporalConditionModel(
@@ -170,10 +192,12 @@ def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequenc
         # It is conditioned on one image token instead of text.
         return Contestant(lambda z_t: net(torch.cat([z_t, image], dim=2), t, text[:, :1], ids).sample, net)
 
-    video_unets: dict[str, Callable[[], Contestant]] = {"VideoUNet": ours}
+    video_unets = {model: functools.partial(ours, model) for model in MODELS}
     if training:
         video_unets = {
-            f"VideoUNet, train: {train}": functools.partial(ours_in_training, train) for train in ("all", "temporal")
+            f"{model}, train: {train}": functools.partial(ours_in_training, model, train)
+            for model in MODELS
+            for train in ("all", "temporal")
         }
     peers = {
         "UNetMotionModel": motion,
@@ -226,9 +250,9 @@ def denoiser(arguments: argparse.Namespace) -> None:
         report[part] = {
             name: {"seconds": seconds[name], "ratio": ratios[name], "parameters": parameters[name]} for name in runs
         }
-        print(f"\n{part:<34}{'ratio':>8}{'seconds':>10}{'M parameters':>14}")
+        print(f"\n{part:<48}{'ratio':>8}{'seconds':>10}{'M parameters':>14}")
         for name in sorted(runs, key=ratios.__getitem__):
-            print(f"{name:<34}{ratios[name]:>8.2f}{seconds[name]:>10.3f}{parameters[name] / 1e6:>14.1f}")
+            print(f"{name:<48}{ratios[name]:>8.2f}{seconds[name]:>10.3f}{parameters[name] / 1e6:>14.1f}")
         del runs, actions
     write(report, arguments.json)
 

@@ -24,12 +24,10 @@ def test_denoiser_measures_every_contestant(benchmark, tmp_path, capsys):
     benchmark.main(["denoiser", "--quick", "--rounds", "1", "--json", str(path)])
     report = json.loads(path.read_text())
     peers = {"UNetMotionModel", "UNet3DConditionModel", "I2VGenXLUNet", "UNetSpatioTemporalConditionModel"}
-    assert set(report["forward"]) == peers | {benchmark.REFERENCE, "VideoUNet"}
-    assert set(report["training"]) == peers | {
-        benchmark.REFERENCE,
-        "VideoUNet, train: all",
-        "VideoUNet, train: temporal",
-    }
+    ours = {"VideoUNet, MicroCinema", "VideoUNet, Factorized-Dreamer"}
+    assert set(report["forward"]) == peers | ours | {benchmark.REFERENCE}
+    trained = {f"{model}, train: {train}" for model in ours for train in ("all", "temporal")}
+    assert set(report["training"]) == peers | trained | {benchmark.REFERENCE}
     for part in ("forward", "training"):
         assert report[part][benchmark.REFERENCE]["ratio"] == 1
         assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["parameters"] > 0 for row in report[part].values())
@@ -38,10 +36,10 @@ def test_denoiser_measures_every_contestant(benchmark, tmp_path, capsys):
 
 def test_options(benchmark, tmp_path):
     path = tmp_path / "figures.json"
-    options = ["--parts", "forward", "--only", "VideoUNet", "--fusion", "spade", "--clock", "cpu", "--latents", "4"]
+    options = ["--parts", "forward", "--only", "MicroCinema", "--fusion", "spade", "--clock", "cpu", "--latents", "4"]
     benchmark.main(["denoiser", "--quick", "--rounds", "1", *options, "--json", str(path)])
     report = json.loads(path.read_text())
-    assert set(report["forward"]) == {benchmark.REFERENCE, "VideoUNet"}
+    assert set(report["forward"]) == {benchmark.REFERENCE, "VideoUNet, MicroCinema"}
     assert "training" not in report
     assert (report["fusion"], report["clock"], report["size"]["latents"]) == ("spade", "cpu", 4)
 
