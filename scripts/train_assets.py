@@ -9,10 +9,12 @@ A stage whose output stands is skipped; an interrupted stage goes on where its l
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -46,6 +48,7 @@ from microcinema.pipelines.saved import load_pipeline, save_pipeline
 
 NUM_FRAMES = 16
 MAX_TOKENS = 32
+VIDEO_MODELS = ("sprites-microcinema", "sprites-factorized-dreamer")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -549,8 +552,8 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"seed={recipe.seed}",
         "resume_from_checkpoint=latest",
     ]
-    if folder.name == "sprites-factorized-dreamer":
-        overrides += [f"init_from={folder.parent / 'sprites-microcinema'}"]
+    if folder.name == VIDEO_MODELS[1]:
+        overrides += [f"init_from={folder.parent / VIDEO_MODELS[0]}"]
         overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
     status = microcinema(["train", *overrides])
     if status:
@@ -558,36 +561,57 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     pipeline = load_pipeline(output, torch_dtype=torch.float16)
     pipeline.register_to_config(base=base.name)
     if pipeline.reads_motion:
-        pipeline.register_to_config(motion_encoder_source="sprites-t5", unet_source="sprites-microcinema")
+        pipeline.register_to_config(motion_encoder_source="sprites-t5", unet_source=VIDEO_MODELS[0])
     save_pipeline(pipeline, folder, with_base=False)
 
 
 def write_card(recipe: Recipe, pool: Pool, assets: Path) -> None:
-    """Measures the video model on the protocol of Moving Sprites, and writes what was trained and measured into the model card."""
-    report = Path(recipe.work) / "report"
-    if microcinema(["evaluate", f"pipeline={assets / 'sprites-microcinema'}", f"output_dir={report}"]):
-        sys.exit("the evaluation failed; its message is above")
-    result = json.loads((report / "results.json").read_text(encoding="utf-8"))
-    parameters = {
-        folder.relative_to(assets): sum(
+    """Measures both video models on Moving Sprites, and writes what was trained and measured into the model card."""
+    work, results = Path(recipe.work), {}
+    for name in VIDEO_MODELS:
+        report = work / f"report-{name}"
+        if microcinema(["evaluate", f"pipeline={assets / name}", f"output_dir={report}"]):
+            sys.exit("the evaluation failed; its message is above")
+        results[name] = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    dreamer = VIDEO_MODELS[1]
+    checkpoint = max((work / dreamer).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    figures = {
+        "results": results,
+        "following": benchmark("following", work / "following.json", "--pipeline", str(assets / dreamer)),
+        "flow": benchmark("flow", work / "flow.json", str(checkpoint)),
+        "videos": {name: OmegaConf.load(work / name / "config.yaml") for name in VIDEO_MODELS},
+    }
+    with atomic_path(assets / "README.md") as path:
+        path.write_text(render_card(recipe, count_parameters(assets), figures), encoding="utf-8")
+
+
+def render_card(recipe: Recipe, parameters: dict[str, int], figures: dict[str, Any]) -> str:
+    """The model card.
+
+    Args:
+        parameters: of each component.
+        figures: `results` of `evaluate` and the config of training (`videos`) by video model; what the benchmarks `following` and `flow` found.
+    """
+    template = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8"))
+    return template.render(recipe=recipe, world=sprites, parameters=parameters, **figures).strip() + "\n"
+
+
+def count_parameters(assets: Path) -> dict[str, int]:
+    """The numbers in the weight files of each component."""
+    return {
+        folder.relative_to(assets).as_posix(): sum(
             tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values()
         )
         for folder in sorted(assets.rglob("*"))
         if any(folder.glob("*.safetensors"))
     }
-    parts = result["parts"]
-    template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
-    card = Template(template).render(
-        recipe=recipe,
-        world=sprites,
-        parameters=parameters,
-        parts=parts,
-        protocol=result["protocol"]["identifier"],
-        model=result["model"],
-        video=OmegaConf.load(Path(recipe.work) / "sprites-microcinema" / "config.yaml"),
-    )
-    with atomic_path(assets / "README.md") as path:
-        path.write_text(card.strip() + "\n", encoding="utf-8")
+
+
+def benchmark(name: str, figures: Path, *arguments: str) -> dict[str, Any]:
+    """What scripts/benchmark.py measures."""
+    script = str(Path(__file__).with_name("benchmark.py"))
+    subprocess.run([sys.executable, script, name, *arguments, "--json", str(figures)], check=True)
+    return json.loads(figures.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -602,9 +626,9 @@ def main() -> None:
         "clip": (train_clip, base, "text_encoder"),
         "vae": (train_vae, base, "vae"),
         "unet": (train_unet, base, "model_index.json"),
-        "microcinema": (train_video, assets / "sprites-microcinema", "model_index.json"),
+        "microcinema": (train_video, assets / VIDEO_MODELS[0], "model_index.json"),
         "t5": (train_t5, assets / "sprites-t5", "config.json"),
-        "factorized_dreamer": (train_video, assets / "sprites-factorized-dreamer", "model_index.json"),
+        "factorized_dreamer": (train_video, assets / VIDEO_MODELS[1], "model_index.json"),
         "classifier": (train_classifier, assets / "sprites-classifier", "config.json"),
         "card": (write_card, assets, "README.md"),
     }

@@ -1,8 +1,11 @@
 """The recipe of the embedded models, with next to no data and steps: every stage writes what the next one reads, and is skipped once done."""
 
+import runpy
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,3 +36,34 @@ def test_the_recipe_makes_a_stable_diffusion_and_a_judge(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
+
+
+def test_the_card_tells_what_was_measured_of_both_video_models():
+    script = runpy.run_path(str(SCRIPT))
+
+    def result(object_share: float) -> dict:
+        measure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+        model = defaultdict(lambda: measure, object={**measure, "value": object_share})
+        part = {"n": 10, "model": model, "real": defaultdict(lambda: measure), "frechet": {"model": 7.0, "real": 3.0}}
+        told = {"seed": 0, "num_inference_steps": 25, "guidance_scale": 2.0}
+        return {"parts": {"seen": part}, "protocol": {"identifier": "sprites-1"}, "model": told}
+
+    names = script["VIDEO_MODELS"]
+    card = script["render_card"](
+        script["Recipe"](),
+        {"sprites-base/unet": 1234567},
+        {
+            "results": dict(zip(names, map(result, (0.915, 0.825)), strict=True)),
+            "following": {"model": {"motion": {"value": 0.875, "low": 0.8, "high": 0.9, "n": 99}}, "keyframes": 9},
+            "flow": {
+                "clips": 40,
+                "t=20": {"predict_net": 0.01, "zero": 0.04},
+                "t=300": {"predict_net": 0.03, "zero": 0.04},
+            },
+            "videos": dict.fromkeys(names, SimpleNamespace(max_train_steps=77, train_batch_size=8)),
+        },
+    )
+    assert "| `sprites-base/unet` | 1,234,567 |" in card and "{" not in card
+    assert card.index("91.5%") < card.index("82.5%") < card.index("87.5% (80.0 to 90.0) of 99 videos of 9 key frames")
+    assert "0.0100 of 0.0400 (0.25) at t=20, 0.0300 of 0.0400 (0.75) at t=300." in card
+    assert "(`experiment=sprites_factorized_dreamer`) | 77 | 8 clips |" in card
