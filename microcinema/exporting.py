@@ -18,9 +18,10 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saved import load_pipeline, write_pipeline
 from microcinema.provenance import describe_code
 from microcinema.sampling import quieten_libraries
+from microcinema.training.building import build_pipeline
 from microcinema.training.checkpoint import Progress, find_checkpoints, is_checkpoint, load_averages, read_progress
 from microcinema.training.step import Denoiser
-from microcinema.training.trainer import CONFIG, build_pipeline
+from microcinema.training.trainer import CONFIG
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -25,7 +25,7 @@ from microcinema.files import atomic_path
 from microcinema.live_memory import LiveMemory
 from microcinema.pipelines.base import ASSETS, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training import trainer
+from microcinema.training import building
 from microcinema.training.settings import Settings
 
 GIB = 2**30
@@ -127,9 +127,9 @@ def forget_peak() -> None:
 def real_pipeline(composed: Any) -> ImageToVideoPipeline:
     """The pipeline that `preflight.empty_pipeline` stands for, with random weights."""
     base = load_base(**composed.base, weights=False)
-    networks = trainer.build_networks(composed, base, weights=False)
+    networks = building.build_networks(composed, base, weights=False)
     parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
-    pipeline = trainer.build_pipeline(composed, base.scheduler, **parts, **networks)
+    pipeline = building.build_pipeline(composed, base.scheduler, **parts, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

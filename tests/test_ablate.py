@@ -23,8 +23,8 @@ from microcinema.data import sprites
 from microcinema.errors import UserError
 from microcinema.models.sprite_classifier import SpriteClassifier
 from microcinema.pipelines.base import load_base
+from microcinema.training.building import build_networks
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.trainer import build_networks
 
 PATH = Path(__file__).parents[1] / "scripts" / "ablate.py"
 NONE = {"diffusion.noise_prior.kind": "none", "diffusion.noise_prior.strength": 0.0}

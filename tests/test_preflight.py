@@ -16,7 +16,7 @@ from microcinema import config, preflight
 from microcinema.live_memory import LiveMemory
 from microcinema.pipelines.base import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training import trainer
+from microcinema.training import building, trainer
 from microcinema.training.settings import Settings
 
 FRAMES = 4
@@ -43,8 +43,8 @@ def settings_of(composed, **changes: Any) -> Settings:
 def real_pipeline(composed) -> ImageToVideoPipeline:
     """As the command `train` makes it."""
     base = load_base(**composed.base)
-    networks = trainer.build_networks(composed, base)
-    pipeline = trainer.build_pipeline(
+    networks = building.build_networks(composed, base)
+    pipeline = building.build_pipeline(
         composed, base.scheduler, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, **networks
     )
     pipeline.set_progress_bar_config(disable=True)
