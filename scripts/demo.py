@@ -1,16 +1,34 @@
 """`make demo`: the whole system on Moving Sprites, each step the command that a user would type, shown before it runs."""
 
+import csv
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from microcinema.cli import main as microcinema
+from microcinema.data.video_io import probe, read_clip, write_contact_sheet, write_gif
 
 HERE = Path("runs/demo")
-PROMPTS = HERE / "prompts.txt"
-EMBEDDED = "sprites-microcinema"
+PROMPTS, TWO_PROMPTS = HERE / "prompts.csv", HERE / "two_prompts.csv"
+MICROCINEMA, FACTORIZED_DREAMER = "sprites-microcinema", "sprites-factorized-dreamer"
+BOTH = HERE / "both_papers"
+PAPERS = {
+    "microcinema": "MicroCinema",
+    "factorized_dreamer": "Factorized-Dreamer",
+}  # folder and title, in the order of rows
+SCALE = 3  # of the GIF: a pixel of the small world is hardly seen on a screen
+
+# id: what is to be seen (with a place for the motion), and how it moves
+SCENES = {
+    "star": ("a large red star {}on sand", "moving quickly to the left"),
+    "heart": ("a small blue heart {}on wood", "rotating slowly clockwise"),
+    "moon": ("a large yellow moon {}on night", "growing slowly"),
+    "circle": ("a small orange circle {}on grass", "bouncing quickly"),
+}
 
 STEPS = [
     (
@@ -22,15 +40,19 @@ STEPS = [
         ["train", "experiment=sprites_demo", f"data.dataset.root={HERE}/data", f"output_dir={HERE}/train"],
     ),
     (
-        f"Sample with the embedded model {EMBEDDED}: text to key frame, key frame to video",
-        ["sample", f"pipeline={EMBEDDED}", f"prompts={PROMPTS}", f"output_dir={HERE}/videos"],
+        "Sample with the embedded MicroCinema model: text to key frame, key frame to video",
+        ["sample", f"pipeline={MICROCINEMA}", f"prompts={PROMPTS}", f"output_dir={HERE}/microcinema"],
     ),
     (
-        "Measure the embedded model: is the named object there, does it move as named?",
+        "Sample with the embedded Factorized-Dreamer model: the same key frames, the motion told apart",
+        ["sample", f"pipeline={FACTORIZED_DREAMER}", f"prompts={TWO_PROMPTS}", f"output_dir={HERE}/factorized_dreamer"],
+    ),
+    (
+        "Measure the embedded MicroCinema model: is the named object there, does it move as named?",
         [
             "evaluate",
             "evaluation=sprites",
-            f"pipeline={EMBEDDED}",
+            f"pipeline={MICROCINEMA}",
             f"output_dir={HERE}/report",
             "evaluation.protocol.num_prompts=24",
             "evaluation.protocol.num_heldout_prompts=12",
@@ -40,26 +62,51 @@ STEPS = [
 ]
 
 
+def write_prompts() -> None:
+    """One caption each for MicroCinema; for Factorized-Dreamer the two parts of it, and the key frame that MicroCinema began with."""
+    with (
+        open(PROMPTS, "w", encoding="utf-8", newline="") as one,
+        open(TWO_PROMPTS, "w", encoding="utf-8", newline="") as two,
+    ):
+        whole, parts = csv.writer(one), csv.writer(two)
+        whole.writerow(("id", "prompt"))
+        parts.writerow(("id", "prompt", "motion_prompt", "image"))
+        for name, (scene, motion) in SCENES.items():
+            whole.writerow((name, scene.format(f"{motion} ")))
+            parts.writerow((name, scene.format(""), motion, f"microcinema/{name}_keyframe.png"))
+
+
+def show_both() -> None:
+    """A GIF of all scenes, MicroCinema's videos above Factorized-Dreamer's, and a sheet of their frames with the prompts."""
+    BOTH.mkdir()
+    rows, sheet, captions = [], [], []
+    for paper, title in PAPERS.items():
+        files = {name: HERE / paper / f"{name}.mp4" for name in SCENES}
+        info = probe(files["star"])
+        clips = {name: read_clip(file, info.num_frames) for name, file in files.items()}
+        rows.append(np.concatenate(list(clips.values()), axis=2))
+        sheet += [clip[::2] for clip in clips.values()]
+        captions += [f"{title}: {scene.format('')} | {motion}" for scene, motion in SCENES.values()]
+    grid = np.concatenate(rows, axis=1).repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    write_gif(BOTH / "all.gif", grid, info.fps)
+    write_contact_sheet(BOTH / "sheet.png", sheet, captions)
+
+
 def main() -> int:
     """Runs the steps in order, stops at the first that fails, and prints what to look at."""
     shutil.rmtree(HERE, ignore_errors=True)  # of an earlier demo: training would refuse to overwrite its checkpoints
-    PROMPTS.parent.mkdir(parents=True)
-    PROMPTS.write_text(
-        "a large red star moving quickly to the left on sand\n"
-        "a small blue heart rotating slowly clockwise on wood\n"
-        "a large yellow moon growing slowly on night\n"
-        "a small orange circle bouncing quickly on grass\n",
-        encoding="utf-8",
-    )
+    HERE.mkdir(parents=True)
+    write_prompts()
     start = time.monotonic()
     for number, (heading, command) in enumerate(STEPS, 1):
         print(f"\n== {number}/{len(STEPS)}  {heading}\n$ microcinema {shlex.join(command)}", flush=True)
         status = microcinema(command)
         if status:
             return status
+    show_both()
     print(f"\n== Done in {time.monotonic() - start:.0f} s")
     for what, where in {
-        "videos of the embedded model": HERE / "videos",
+        "the same key frames moved by MicroCinema (above) and by Factorized-Dreamer (below)": BOTH / "all.gif",
         "videos of the model trained just now": HERE / "train" / "validation",
         "page with everything measured": HERE / "report" / "report.html",
     }.items():

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -54,11 +53,6 @@ def test_there_are_commands_to_check():
     pages = [page for page, _ in commands()]
     assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
     assert {cli.joined(line.split())[0] for _, line in commands()} >= set(config.COMMANDS)
-
-
-def test_commands_of_the_demo_compose():
-    for _, (command, *overrides) in runpy.run_path(str(ROOT / "scripts" / "demo.py"))["STEPS"]:
-        config.compose(command, overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
