@@ -4,7 +4,7 @@ import pytest
 
 from microcinema.data import sprites
 from microcinema.errors import UserError
-from microcinema.evaluation import metrics
+from microcinema.data import metrics
 
 
 def clips(count: int = 24) -> list[tuple[sprites.Sprite, sprites.Rendered]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from microcinema.errors import UserError
-from microcinema.evaluation import metrics
+from microcinema.data import metrics
 from microcinema.evaluation.preparation import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
 from microcinema.models.i3d import I3D, MIN_FRAMES

@@ -11,7 +11,7 @@ from microcinema.data import sprites
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.evaluation.detectors import SpriteJudge
-from microcinema.evaluation.metrics import psnr
+from microcinema.data.metrics import psnr
 from microcinema.evaluation.tracking import segment
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from microcinema.data import sprites
 from microcinema.errors import UserError
-from microcinema.evaluation import metrics
+from microcinema.data import metrics
 from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.evaluation.generate import Sample
 from microcinema.evaluation.protocols import SpritesProtocol, Task
