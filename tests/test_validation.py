@@ -1,4 +1,5 @@
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny_training import one_thread  # noqa: F401
 from microcinema.data.video_io import probe, read_clip
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.training.settings import Settings
-from microcinema.training.validation import Validation, psnr
+from microcinema.training.validation import FIGURES, Validation
 
 PROMPTS = ["a red star", "a blue circle"]
 
@@ -54,11 +55,26 @@ def test_videos_and_fidelity_go_to_the_tracker(validated):
     assert events.Tags()["images"] == ["validation/0", "validation/1"]
     assert [event.step for event in events.Images("validation/1")] == [7, 8]
     assert events.Images("validation/1")[0].encoded_image_string == (validated / "validation/step-7/1.gif").read_bytes()
-    assert [event.step for event in events.Scalars("validation/reference_psnr")] == [7, 8]
 
 
-def test_psnr():
-    image = np.zeros((4, 4, 3), dtype=np.uint8)
-    assert psnr(image, image) == math.inf
-    assert psnr(image, image + 255) == 0.0
-    assert psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
+def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
+    """Two videos of which all is known: one stands still, a grey level off its key frame; the other moves two pixels a frame."""
+    keyframe = np.random.default_rng(0).integers(60, 200, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    videos = [np.stack([keyframe + 1] * 4), np.stack([np.roll(keyframe, 2 * f, axis=1) for f in range(4)])]
+    Image.fromarray(keyframe).save(tmp_path / "keyframe.png")
+
+    class Known(types.SimpleNamespace):
+        def __call__(self, prompt, image, **_):
+            frames = videos[PROMPTS.index(prompt)] / 255
+            return types.SimpleNamespace(frames=[frames], keyframes=[image])
+
+    accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
+    accelerator.init_trackers("microcinema")
+    validation = Validation(accelerator, KeyframePipeline(tmp_path / "keyframe.png"), PROMPTS, 64, 64, tmp_path)
+    model = Known(set_progress_bar_config=lambda **_: None, reference_frame="first", config={"fps": 8.0})
+    validation(accelerator, model, 3)
+    accelerator.trackers[0].finish()
+    found = {name: tiny_training.logged(tmp_path, f"validation/{name}")[3] for name in FIGURES}
+    assert found["reference_psnr"] == pytest.approx((20 * math.log10(255) + 60) / 2)
+    assert 0.99 < found["reference_ssim"] <= 1
+    assert 0.7 < found["motion_magnitude"] < 1.1  # at the edge what comes in is from the other side

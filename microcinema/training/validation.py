@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from microcinema.data import metrics
 from microcinema.data.reference import reference_index
 from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
 from microcinema.diffusion.randomness import generator
@@ -17,6 +18,8 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 INFERENCE_STEPS = 25
+FIGURES = ("reference_psnr", "reference_ssim", "motion_magnitude")
+"""Of each video: its reference frame against the key frame (dB, at most 60, and structural similarity), pixels of optical flow a frame."""
 
 
 class Validation:
@@ -54,7 +57,7 @@ class Validation:
             self.images[i] = drawn.image
 
     def __call__(self, accelerator: Accelerator, pipeline: ImageToVideoPipeline, step: int) -> None:
-        """Writes `validation/step-{step}/{i}.mp4` and `.gif` and one contact sheet, and logs them with the PSNR of the reference frames.
+        """Writes `validation/step-{step}/{i}.mp4` and `.gif` and one contact sheet, and logs them with their means of `FIGURES`.
 
         Every process must call it.
         """
@@ -71,13 +74,15 @@ class Validation:
                 )
             frames = np.rint(result.frames[0] * 255).astype(np.uint8)
             reference = frames[reference_index(pipeline.reference_frame, len(frames))]
-            made.append((i, frames, psnr(reference, np.asarray(result.keyframes[0]))))
+            fidelity = metrics.image_fidelity(reference, np.asarray(result.keyframes[0]))
+            made.append((i, frames, (*fidelity, _motion(frames))))
         made = sorted(gather_object(made), key=lambda entry: entry[0])
         if accelerator.is_main_process:
             clips = [frames for _, frames, _ in made]
             self._write(clips, pipeline.config["fps"], self.folder / f"step-{step}")
             self._log(accelerator, clips, step)
-        accelerator.log({"validation/reference_psnr": float(np.mean([value for *_, value in made]))}, step=step)
+        means = np.mean([figures for *_, figures in made], axis=0)
+        accelerator.log({f"validation/{name}": float(mean) for name, mean in zip(FIGURES, means, strict=True)}, step)
 
     def _write(self, clips: list[np.ndarray], fps: float, folder: Path) -> None:
         for i, frames in enumerate(clips):
@@ -102,10 +107,9 @@ class Validation:
                 tracker.log(videos, step=step)
 
 
-def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 images of one shape; infinite if they are equal."""
-    error = np.mean((image.astype(np.float64) - reference) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+def _motion(frames: np.ndarray) -> float:
+    """Motion magnitude; a single frame has none."""
+    return metrics.motion_magnitude(metrics.clip_flow(frames)) if len(frames) > 1 else 0.0
 
 
 def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:
