@@ -22,6 +22,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "schema": set(),
     "pages": set(),
     "live_memory": set(),
+    "utilisation": set(),
     "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
     "data": {"errors", "files", "config"},

@@ -145,14 +145,26 @@ def test_what_is_logged(tmp_path):
     assert logged(run, "grad_norm")[1] > 0
     assert logged(run, "clips_per_second")[2] > 0
     assert 0 <= logged(run, "data_wait")[2] <= 1
+    assert 0 < logged(run, "flop_utilisation")[2] < 1
+    assert 0.05 < logged(run, "peak_memory_gib")[1] <= logged(run, "peak_memory_gib")[2] < 100
 
 
 def test_wandb_works_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    train(pipeline(tmp_path), LatentClips(), tmp_path / "run", max_train_steps=1, report_to="wandb")
-    assert list(tmp_path.rglob("*.wandb"))
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "keyframe.png")
+    settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 1, "report_to": "wandb"})
+    accelerator, keyframes = tiny_training.accelerator(settings), KeyframePipeline(tmp_path / "keyframe.png")
+    validation = Validation(accelerator, keyframes, ["a star"], tiny.SIZE, tiny.SIZE, tmp_path / "run")
+    trainer.train(accelerator, pipeline(tmp_path), LatentClips(), settings, validation)
+    (file,) = tmp_path.rglob("*.wandb")
+    (media,) = tmp_path.rglob("files/media/videos/validation/*.gif")
+    assert media.read_bytes() == (tmp_path / "run/validation/step-1/0.gif").read_bytes()
+    steps = ("loss", "grad_norm", "lr", "clips_per_second", "data_wait", "broken_clips")
+    steps += ("flop_utilisation", "peak_memory_gib", "checkpoint_seconds", "validation_seconds")
+    validated = tuple(f"validation/{name}" for name in ("reference_psnr", "reference_ssim", "motion_magnitude"))
+    assert [name for name in (*steps, *validated) if name.encode() not in file.read_bytes()] == []
 
 
 # Exactness

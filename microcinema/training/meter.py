@@ -1,15 +1,22 @@
 """What a run reports of itself at every step."""
 
+import resource
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from einops import rearrange
 
+from microcinema.utilisation import ModelFlops, peak_flops
+
 QUARTILES = 4
+GIB = 2**30
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 
 
@@ -26,6 +33,9 @@ class Meter:
         self._rows: list[torch.Tensor] = []
         self._recent: deque[float] = deque(maxlen=50)
         self._waited = 0.0
+        self._flops = 0
+        self._flops_of: dict[tuple[int, ...], int] = {}
+        self._peak = peak_flops(accelerator.device, _DTYPES.get(accelerator.mixed_precision, torch.float32))
         self._began = time.perf_counter()
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
@@ -39,13 +49,25 @@ class Meter:
             self._waited += time.perf_counter() - asked
             yield batch
 
+    @contextmanager
+    def counting(self, items: Mapping[str, Any]) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: counts its operations, the first time that one of this shape comes."""
+        shape = tuple(items["latents" if "latents" in items else "video"].shape)
+        if shape in self._flops_of:
+            yield
+        else:
+            with ModelFlops() as flops:
+                yield
+            self._flops_of[shape] = flops.total
+        self._flops += self._flops_of[shape]
+
     def add(self, loss: torch.Tensor, t: torch.Tensor, flow_loss: torch.Tensor | None = None) -> None:
         """Takes a micro-batch: loss, diffusion step and, if there is one, PredictNet's loss of every clip, (b,)."""
         rows = [loss.detach().float(), t.float(), *([] if flow_loss is None else [flow_loss.detach().float()])]
         self._rows.append(torch.stack(rows))
 
     def read(self) -> dict[str, float]:
-        """The step's figures, times as this process saw them; begins the next step. One gather, one copy to the host."""
+        """The step's figures, times, operations and memory those of this process; begins the next step. One gather, one copy to the host."""
         # gather concatenates the first axis, hence b k.
         rows = self.accelerator.gather(rearrange(torch.cat(self._rows, dim=1), "k b -> b k")).double().cpu()
         losses, quarter = rows[:, 0], (rows[:, 1] * QUARTILES / self.num_train_timesteps).long()
@@ -54,6 +76,8 @@ class Meter:
             "loss": losses.mean().item(),
             "clips_per_second": len(losses) / elapsed,
             "data_wait": self._waited / elapsed,
+            "flop_utilisation": self._flops / elapsed / self._peak,
+            "peak_memory_gib": peak_memory(self.accelerator.device) / GIB,
         }
         for k in range(QUARTILES):
             if (quarter == k).any():
@@ -68,9 +92,17 @@ class Meter:
         """Forgets what was collected and begins to count time: after a validation or a checkpoint, which are no training."""
         self._rows.clear()
         self._waited = 0.0
+        self._flops = 0
         self._began = time.perf_counter()
 
     @property
     def recent_loss(self) -> float:
         """Mean loss of the last 50 steps: what the progress bar shows, since the loss of one step is mostly its noise levels."""
         return sum(self._recent) / len(self._recent)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of tensors on a GPU, elsewhere of this process as it is resident, with its code."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -127,7 +127,7 @@ def train(
     ) as bar:
         meter.start()
         while progress.step < settings.max_train_steps:
-            norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of)
+            norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of, meter)
             figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
             figures["broken_clips"] = errors.total
             reached = Progress(progress.step + 1, progress.clips + clips_per_step)
@@ -268,13 +268,15 @@ def _optimise(
     settings: Settings,
     micro_batches: Iterator[dict[str, Any]],
     loss_of: Callable[[dict[str, Any]], torch.Tensor],
+    meter: Meter,
 ) -> float:
     """One step of the optimiser over its micro-batches; returns the norm of the gradient before clipping."""
     norm: torch.Tensor | float | None = None
     for _ in range(settings.gradient_accumulation_steps):
         items = next(micro_batches)
         with accelerator.accumulate(denoiser):
-            accelerator.backward(loss_of(items))
+            with meter.counting(items):
+                accelerator.backward(loss_of(items))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(denoiser.parameters(), settings.max_grad_norm)
             optimizer.step()
