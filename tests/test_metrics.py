@@ -2,9 +2,8 @@ import cv2
 import numpy as np
 import pytest
 
-from microcinema.data import sprites
+from microcinema.data import metrics, sprites
 from microcinema.errors import UserError
-from microcinema.data import metrics
 
 
 def clips(count: int = 24) -> list[tuple[sprites.Sprite, sprites.Rendered]]:

@@ -47,8 +47,6 @@ def test_attention_by_whichever_kernel():
     assert flops.total in (4 * one, 5 * one)  # fused kernels compute the scores once more
 
 
-
-
 def test_what_a_checkpoint_computes_again_does_not_count():
     layer, x = nn.Linear(5, 7, bias=False), torch.randn(3, 5, requires_grad=True)
     with ModelFlops() as flops:

@@ -64,6 +64,14 @@ class LatentClips:
         return {"latents": latents, "caption": f"a red star {index % 2}", "fps": 8.0}
 
 
+class PoisonedClips(LatentClips):
+    """One of them, item 3, is not finite."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {**super().__getitem__(index), "id": f"clip-{index}"}
+        return {**item, "latents": item["latents"] / 0, "caption": "poison"} if index == 3 else item
+
+
 SMALL = {
     "max_train_steps": 4,
     "train_batch_size": 2,

@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from microcinema.errors import UserError
 from microcinema.data import metrics
+from microcinema.errors import UserError
 from microcinema.evaluation.preparation import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
 from microcinema.models.i3d import I3D, MIN_FRAMES

@@ -8,10 +8,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from microcinema.data import sprites
+from microcinema.data.metrics import psnr
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.evaluation.detectors import SpriteJudge
-from microcinema.data.metrics import psnr
 from microcinema.evaluation.tracking import segment
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
-from microcinema.data import sprites
+from microcinema.data import metrics, sprites
 from microcinema.errors import UserError
-from microcinema.data import metrics
 from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.evaluation.generate import Sample
 from microcinema.evaluation.protocols import SpritesProtocol, Task

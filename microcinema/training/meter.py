@@ -25,11 +25,17 @@ class Meter:
 
     Args:
         num_train_timesteps: diffusion steps; losses are also told by quarter of them, `loss/t1` (least noise) to `loss/t4`.
+
+    Attributes:
+        losses: of every clip of the step that was read last, by process, (processes, clips).
+        seconds_aside: of what was last done aside.
     """
 
     def __init__(self, accelerator: Accelerator, num_train_timesteps: int) -> None:
         self.accelerator = accelerator
         self.num_train_timesteps = num_train_timesteps
+        self.losses = torch.empty(accelerator.num_processes, 0)
+        self.seconds_aside = 0.0
         self._rows: list[torch.Tensor] = []
         self._recent: deque[float] = deque(maxlen=50)
         self._waited = 0.0
@@ -70,6 +76,7 @@ class Meter:
         """The step's figures, times, operations and memory those of this process; begins the next step. One gather, one copy to the host."""
         # gather concatenates the first axis, hence b k.
         rows = self.accelerator.gather(rearrange(torch.cat(self._rows, dim=1), "k b -> b k")).double().cpu()
+        self.losses = rearrange(rows[:, 0], "(p b) -> p b", p=self.accelerator.num_processes)
         losses, quarter = rows[:, 0], (rows[:, 1] * QUARTILES / self.num_train_timesteps).long()
         elapsed = time.perf_counter() - self._began
         figures = {
@@ -88,8 +95,16 @@ class Meter:
         self.start()
         return figures
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around a checkpoint or a validation, which are no training: takes their time, and begins the next step after them."""
+        began = time.perf_counter()
+        yield
+        self.seconds_aside = time.perf_counter() - began
+        self.start()
+
     def start(self) -> None:
-        """Forgets what was collected and begins to count time: after a validation or a checkpoint, which are no training."""
+        """Forgets what was collected and begins to count time."""
         self._rows.clear()
         self._waited = 0.0
         self._flops = 0

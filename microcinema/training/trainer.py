@@ -1,6 +1,5 @@
 """The training loop: order of clips, loss, optimiser, averages, checkpoints and reports, each from its own module."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from microcinema.pipelines.saved import save_pipeline
 from microcinema.training.building import build_keyframes, build_networks, build_pipeline, reads_pixels
 from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
 from microcinema.training.encoding import BatchEncoder
+from microcinema.training.guard import Guard
 from microcinema.training.meter import Meter
 from microcinema.training.order import Clips, NumberedClips, RankNumbers
 from microcinema.training.settings import Settings
@@ -54,6 +54,7 @@ def train(
     settings: Settings,
     validate: Validate | None = None,
     predict_net: PredictNet | None = None,
+    listen: Callable[[dict[str, float]], None] | None = None,
 ) -> Path:
     """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
@@ -67,12 +68,13 @@ def train(
         predict_net: trained beside the pipeline, and in its checkpoints alone, on the clips' `flow` and `flow_valid`.
         validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
             averaged weights.
+        listen: given all figures that are logged: those of each step, and the seconds of each checkpoint and validation.
 
     Returns:
         output_dir.
 
     Raises:
-        UserError: settings that cannot work, a checkpoint that does not fit, a loss that is not finite.
+        UserError: settings that cannot work, a checkpoint that does not fit, a loss or gradient that is not finite (training/guard.py).
     """
     output_dir = make_folder(settings.output_dir)
     checkpoint = choose_checkpoint(output_dir, settings.resume_from_checkpoint)
@@ -106,6 +108,12 @@ def train(
     objective = make_objective(pipeline, settings)
     encode = BatchEncoder(pipeline, device)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
+    guard = Guard(accelerator, output_dir, settings.seed)
+
+    def report(figures: dict[str, float]) -> None:
+        accelerator.log(figures, step=progress.step)
+        if listen is not None:
+            listen(figures)
 
     def loss_of(items: dict[str, Any]) -> torch.Tensor:
         with accelerator.autocast():
@@ -113,6 +121,7 @@ def train(
         draws = objective.draw(batch.numbers, batch.latents.shape[1:]).to(device)
         losses = training_loss(denoiser, batch, draws, dropped, objective)
         meter.add(losses.total, draws.t, losses.flow)
+        guard.hold(items, batch.latents, draws.t, losses.total)
         return losses.total.mean()
 
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
@@ -128,20 +137,18 @@ def train(
         meter.start()
         while progress.step < settings.max_train_steps:
             norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of, meter)
-            figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "grad_norm": norm}
-            figures["broken_clips"] = errors.total
+            figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "broken_clips": errors.total}
+            if norm is not None:
+                figures["grad_norm"] = norm
             reached = Progress(progress.step + 1, progress.clips + clips_per_step)
-            if not math.isfinite(figures["loss"]):
-                raise UserError(
-                    f"the loss is {figures['loss']} at step {reached.step} (clips {progress.clips} to {reached.clips - 1}); "
-                    "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
-                )
+            # A step that was skipped is a loss scale being found, whose gradients overflow.
+            guard.check(reached.step, meter.losses, None if accelerator.optimizer_step_was_skipped else norm)
             if not accelerator.optimizer_step_was_skipped:
                 lr_schedule.step()
                 if ema:
                     ema.step(parameters)
             progress = reached
-            accelerator.log(figures, step=progress.step)
+            report(figures)
             bar.set_postfix_str(
                 f"loss {meter.recent_loss:.4f}, {figures['clips_per_second']:.1f} clips/s", refresh=False
             )
@@ -149,12 +156,13 @@ def train(
 
             done = progress.step == settings.max_train_steps
             if done or progress.step % settings.checkpointing_steps == 0:
-                checkpoints.save(progress)
-                meter.start()
+                with meter.aside():
+                    checkpoints.save(progress)
+                report({"checkpoint_seconds": meter.seconds_aside})
             if validate is not None and (done or progress.step % settings.validation_steps == 0):
-                with averaged(ema, parameters), _evaluating(denoiser):
+                with meter.aside(), averaged(ema, parameters), _evaluating(denoiser):
                     validate(accelerator, pipeline, progress.step)
-                meter.start()
+                report({"validation_seconds": meter.seconds_aside})
 
     if accelerator.is_main_process:
         with averaged(ema, parameters):
@@ -165,8 +173,11 @@ def train(
     return output_dir
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None = None) -> None:
     """The command `train`: makes the objects that its config describes, and trains.
+
+    Args:
+        listen: as in `train`.
 
     Raises:
         UserError: the config describes something that cannot be made or trained.
@@ -213,7 +224,7 @@ def run(config: "DictConfig") -> None:
     if accelerator.is_main_process:
         save(config, output_dir / CONFIG)
     del base  # its 2D UNet has been copied
-    train(accelerator, pipeline, dataset, settings, validate, predict_net)
+    train(accelerator, pipeline, dataset, settings, validate, predict_net, listen)
     accelerator.end_training()
 
 
@@ -269,8 +280,8 @@ def _optimise(
     micro_batches: Iterator[dict[str, Any]],
     loss_of: Callable[[dict[str, Any]], torch.Tensor],
     meter: Meter,
-) -> float:
-    """One step of the optimiser over its micro-batches; returns the norm of the gradient before clipping."""
+) -> float | None:
+    """One step of the optimiser over its micro-batches; returns the norm of the gradient before clipping, if it is told."""
     norm: torch.Tensor | float | None = None
     for _ in range(settings.gradient_accumulation_steps):
         items = next(micro_batches)
@@ -281,7 +292,7 @@ def _optimise(
                 norm = accelerator.clip_grad_norm_(denoiser.parameters(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return math.nan if norm is None else float(norm)
+    return None if norm is None else float(norm)
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
