@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from microcinema import __version__
 from microcinema.files import atomic_path
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+TRAINING_LIBRARIES = ("accelerate", "safetensors", "numpy", "av")
 
 
 def hash_weights(module: torch.nn.Module) -> str:
@@ -42,6 +44,37 @@ def describe_code() -> dict[str, Any]:
     """
     libraries = {name: version(name) for name in LIBRARIES}
     return {"microcinema": __version__, "commit": _commit(), "python": platform.python_version(), **libraries}
+
+
+def describe_environment(num_processes: int) -> dict[str, Any]:
+    """What a run of training runs on: `describe_code`, the libraries that read and spread it, the machine of this process, the time.
+
+    Args:
+        num_processes: of the run, over all machines.
+    """
+    libraries = {name: version(name) for name in TRAINING_LIBRARIES}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **describe_code(),
+        **libraries,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "num_processes": num_processes,
+    }
+
+
+def append_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Adds an entry to a JSON list in a file, whole or not at all; what is there and no list is replaced."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        entries = []
+    with atomic_path(path) as temporary:
+        entries = [*(entries if isinstance(entries, list) else []), record]
+        temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:

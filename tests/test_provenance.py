@@ -24,6 +24,18 @@ def test_code_is_described():
     assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40
 
 
+def test_each_start_of_a_run_adds_what_it_runs_on(tmp_path):
+    path = tmp_path / "environment.json"
+    for processes in (8, 16):
+        provenance.append_record(path, provenance.describe_environment(processes))
+    starts = json.loads(path.read_text())
+    assert [start["num_processes"] for start in starts] == [8, 16]
+    assert starts[0].keys() >= {*provenance.describe_code(), "accelerate", "cuda", "gpus", "platform", "time"}
+    path.write_text("[half")  # nothing can be added to that
+    provenance.append_record(path, {"num_processes": 4})
+    assert json.loads(path.read_text()) == [{"num_processes": 4}]
+
+
 def test_a_record_stands_if_it_says_what_is_wanted_and_its_files_are_there(tmp_path):
     path = tmp_path / "a.json"
     (tmp_path / "a.mp4").touch()

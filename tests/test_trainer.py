@@ -340,6 +340,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
     assert saved.training_scheduler.config["prediction_type"] == "v_prediction"
     assert (saved.reference_frame, saved.config["num_frames"], saved.config["height"]) == ("center", 4, tiny.SIZE)
     assert yaml.safe_load((run / "config.yaml").read_text())["max_train_steps"] == 2
+    assert json.loads((run / "environment.json").read_text())[0]["num_processes"] == 1
     assert {path.name for path in (run / "validation/step-2").iterdir()} == {
         "0.mp4",
         "0.gif",

@@ -29,6 +29,7 @@ from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import INDEX, is_embedded, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saved import save_pipeline
+from microcinema.provenance import append_record, describe_environment
 from microcinema.training.building import build_keyframes, build_networks, build_pipeline, reads_pixels
 from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
 from microcinema.training.encoding import BatchEncoder
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"  # one entry for each start of the run
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
@@ -223,6 +225,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         )
     if accelerator.is_main_process:
         save(config, output_dir / CONFIG)
+        append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
     del base  # its 2D UNet has been copied
     train(accelerator, pipeline, dataset, settings, validate, predict_net, listen)
     accelerator.end_training()
