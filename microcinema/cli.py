@@ -21,6 +21,7 @@ BODIES = {
     "export": ("microcinema.exporting", "make a pipeline folder of a training checkpoint"),
     "doctor": ("microcinema.doctor", "say whether train can run here with the same keys, and what it needs"),
 }
+DRY_RUNS = {"train": "microcinema.dry_run"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", choices=BODIES, help=argparse.SUPPRESS, metavar="command")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", help="show this, or the keys of a command")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train: a few steps of everything, what the run will take, nothing kept"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=__version__, help="show the version")
     return parser
@@ -43,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def command_help(command: str) -> str:
     """The keys of a command with their defaults and meanings, and those of its groups' default options."""
-    lines = [f"usage: microcinema {command} [key=value ...] [--traceback]", "", f"{BODIES[command][1]}.", ""]
+    dry = "[--dry-run] " if command in DRY_RUNS else ""
+    lines = [f"usage: microcinema {command} [key=value ...] {dry}[--traceback]", "", f"{BODIES[command][1]}.", ""]
     groups = config.group_defaults(command)
 
     def describe(rows: list[tuple[str, str, str]]) -> None:
@@ -81,11 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.help or options.command is None:
         print(command_help(options.command) if options.command else parser.format_help().rstrip())
         return 0 if options.help else 2
+    if options.dry_run and options.command not in DRY_RUNS:
+        parser.error(f"--dry-run is for {', '.join(DRY_RUNS)}, not for {options.command}")
+    body = DRY_RUNS[options.command] if options.dry_run else BODIES[options.command][0]
     # Otherwise transformers warns of each image processor that it would rather have torchvision for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         composed = config.compose(options.command, options.overrides)
-        return importlib.import_module(BODIES[options.command][0]).run(composed) or 0
+        return importlib.import_module(body).run(composed) or 0
     except UserError as error:
         if options.traceback:
             traceback.print_exc()

@@ -41,6 +41,7 @@ FLOORS["evaluation"] = {*FLOORS} - {"training"}
 FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
 FLOORS["preflight"] = {*FLOORS} - {"evaluation", "exporting", "preparing", "requests", "sampling"}
 FLOORS["doctor"] = {*FLOORS["preflight"], "preflight"}
+FLOORS["dry_run"] = {*FLOORS["preflight"], "preflight"}
 FLOORS["cli"] = {*FLOORS}
 
 
