@@ -12,6 +12,8 @@ drift: what becomes of objects and backgrounds in videos that are longer than a 
 
 following: how often a video moves as its motion caption says, when key frame and descriptive caption stay the same.
 
+train: what each part of a training step takes, of the trainer itself, for one or more runs such as from video files and from latents.
+
 flow: the end-point error of the PredictNet in a training checkpoint, on clips that it has not seen.
 """
 
@@ -19,6 +21,7 @@ import argparse
 import functools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -353,6 +356,34 @@ def flow(arguments: argparse.Namespace) -> None:
     write(report, arguments.json)
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Prints what the parts of a step take, run beside run, in milliseconds for a clip and as shares of the step."""
+    from microcinema import config, step_time
+
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    report: dict[str, Any] = {"overrides": arguments.overrides, "clock": arguments.clock, "runs": {}}
+    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for name, *overrides in arguments.run_of or [["training"]]:
+        with tempfile.TemporaryDirectory() as folder:
+            composed = config.compose("train", [*arguments.overrides, *overrides, f"output_dir={folder}"])
+            report["runs"][name] = {"overrides": overrides, **step_time.measure(composed, arguments.steps, clock)}
+    runs = report["runs"]
+    print(f"\n| ms for a clip (share of the step) | {' | '.join(runs)} |")
+    print("| --- |" + " ---: |" * len(runs))
+    for part in ("step", *step_time.PARTS, "other", "communication"):
+        if any(part in run for run in runs.values()):
+            cells = [f"{1000 * run[part] / run['clips']:.1f} ({run[part] / run['step']:.0%})" for run in runs.values()]
+            print(f"| {part} | {' | '.join(cells)} |")
+    for title, figure, form in (
+        ("decoding a clip, by one worker", "decoding", "{:.1f}"),
+        ("waiting for workers", "data_wait", "{:.1%}"),
+        ("GiB at most", "peak_memory_gib", "{:.2f}"),
+    ):
+        scale = 1000 if figure == "decoding" else 1
+        print(f"| {title} | {' | '.join(form.format(scale * run[figure]) for run in runs.values())} |")
+    write(report, arguments.json)
+
+
 def write(report: dict[str, Any], path: Path | None) -> None:
     """Writes the figures to a file, if there is to be one."""
     if path:
@@ -413,6 +444,20 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("checkpoint", type=Path, help="folder of a training checkpoint")
     command.add_argument("--clips", type=int, default=40)
     command.add_argument("--steps", type=int, nargs="+", default=[20, 100, 300], help="diffusion steps")
+
+    command = commands.add_parser("train", parents=[for_all], help="the parts of a training step")
+    command.set_defaults(run=train)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of `microcinema train`, for all runs")
+    command.add_argument(
+        "--run",
+        dest="run_of",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "key=value"),
+        help="a column, with its keys",
+    )
+    command.add_argument("--steps", type=int, default=10, help="steps that count")
+    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

@@ -42,6 +42,7 @@ FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
 FLOORS["preflight"] = {*FLOORS} - {"evaluation", "exporting", "preparing", "requests", "sampling"}
 FLOORS["doctor"] = {*FLOORS["preflight"], "preflight"}
 FLOORS["dry_run"] = {*FLOORS["preflight"], "preflight"}
+FLOORS["step_time"] = {"config", "pipelines", "training"}
 FLOORS["cli"] = {*FLOORS}
 
 
