@@ -4,7 +4,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,8 +101,8 @@ def run(config: "DictConfig") -> None:
         before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
         trainer.run(OmegaConf.merge(config, changes), listen)  # type: ignore[arg-type]
         found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
-        found.pipeline_bytes = _size(folder) - found.checkpoint_bytes
         if main:
+            found.pipeline_bytes = _size(folder) - found.checkpoint_bytes
             for line in describe(settings, processes, found, predict(settings, processes, found), _estimate(config)):
                 print(line, flush=True)
 
@@ -154,19 +154,21 @@ def describe(settings: Settings, processes: int, found: Measured, run: Predictio
 
 @contextmanager
 def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
-    """A folder within output_dir, so on the disk of the run, that the main process removes, with output_dir if it was not there."""
+    """A folder within output_dir, so on the disk of the run, that is removed in the end, with output_dir if it was not there."""
     new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     folder = output_dir / FOLDER
     if main:
         shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
+    failed = True
     try:
         yield folder
+        failed = False
     finally:
-        if main:
+        if main or failed:  # the launcher may end the main process when another one fails
             shutil.rmtree(folder, ignore_errors=True)
             for parent in new:
-                if not any(parent.iterdir()):
+                with suppress(OSError):  # something else is in it
                     parent.rmdir()
 
 
