@@ -1,5 +1,6 @@
 """A dry run does everything that a run does, says what it will take, and leaves nothing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def test_it_says_what_the_run_takes_and_leaves_nothing(tmp_path, capsys):
 def test_two_processes(tmp_path):
     given = arguments(tmp_path)
     (tmp_path / "runs/one/checkpoint-1").mkdir(parents=True)  # of a run that will go on
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, str(ROOT / "scripts/train.py"), "--dry-run", *given]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -85,7 +85,7 @@ def test_the_benchmark_puts_runs_beside_one_another(tmp_path, capsys):
     assert report["clock"] == "cpu"
     assert [run["clips"] for run in report["runs"].values()] == [1, 2]
     for run in report["runs"].values():
-        assert all(run[part] > 0 for part in PARTS)
+        assert all(run[part] > 0 for part in PARTS if part != "encoders")  # both captions are known after the warm-up
         assert sum(run[part] for part in (*PARTS, "other")) == pytest.approx(run["step"])
         assert 0 <= run["data_wait"] < 1 and run["decoding"] > 0 and run["peak_memory_gib"] > 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
