@@ -20,6 +20,7 @@ flow: the end-point error of the PredictNet in a training checkpoint, on clips t
 import argparse
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -360,13 +361,18 @@ def train(arguments: argparse.Namespace) -> None:
     """Prints what the parts of a step take, run beside run, in milliseconds for a clip and as shares of the step."""
     from microcinema import config, step_time
 
+    columns = arguments.run_of or [["training"]]
+    if len(columns) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit("error: several processes measure one --run at a time; start them again for the next")
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     report: dict[str, Any] = {"overrides": arguments.overrides, "clock": arguments.clock, "runs": {}}
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name, *overrides in arguments.run_of or [["training"]]:
+    for name, *overrides in columns:
         with tempfile.TemporaryDirectory() as folder:
             composed = config.compose("train", [*arguments.overrides, *overrides, f"output_dir={folder}"])
             report["runs"][name] = {"overrides": overrides, **step_time.measure(composed, arguments.steps, clock)}
+    if os.environ.get("RANK", "0") != "0":
+        return
     runs = report["runs"]
     print(f"\n| ms for a clip (share of the step) | {' | '.join(runs)} |")
     print("| --- |" + " ---: |" * len(runs))
