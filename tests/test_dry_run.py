@@ -45,6 +45,7 @@ def test_it_says_what_the_run_takes_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     given = arguments(tmp_path)
     (tmp_path / "runs/one/checkpoint-1").mkdir(parents=True)  # of a run that will go on
