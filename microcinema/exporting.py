@@ -1,12 +1,12 @@
 """The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from microcinema.checksums import sha256_of
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
@@ -19,7 +19,8 @@ from microcinema.pipelines.saved import load_pipeline, write_pipeline
 from microcinema.provenance import describe_code
 from microcinema.sampling import quieten_libraries
 from microcinema.training.building import build_pipeline
-from microcinema.training.checkpoint import Progress, find_checkpoints, is_checkpoint, load_averages, read_progress
+from microcinema.training.checkpoint import load_averages
+from microcinema.training.checkpoint_folders import Progress, find_checkpoints, is_checkpoint, read_progress
 from microcinema.training.step import Denoiser
 from microcinema.training.trainer import CONFIG
 
@@ -147,7 +148,7 @@ def write_card(
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module)
         },
-        hashes={file.relative_to(files).as_posix(): _sha256(file) for file in weights},
+        hashes={file.relative_to(files).as_posix(): sha256_of(file) for file in weights},
         dtype=str(pipeline.unet.dtype).removeprefix("torch."),
         config=settings,
         config_yaml=yaml.safe_dump(settings, sort_keys=False).strip(),
@@ -174,11 +175,3 @@ def _read_config(folder: Path) -> "DictConfig":
     if not isinstance(config, DictConfig) or "base" not in config:
         raise UserError(f"'{path}' is no config of a training run")
     return config
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -73,3 +73,21 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Removes from a folder what killed processes left half-done there; nothing may be writing to it.
+
+    A folder that was renamed away for a new one which never took its place is given its name back.
+    """
+    for path in Path(folder).glob(".*.old"):
+        final = path.with_name(path.name.removeprefix(".").rsplit(".", 2)[0])
+        if path.is_dir() and not final.exists():
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob(".*.partial*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -19,11 +19,12 @@ from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.training.averages import averaged
 from microcinema.training.building import build_networks, build_pipeline
 from microcinema.training.encoding import BatchEncoder
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, training_loss
-from microcinema.training.trainer import averaged, make_objective, make_optimizer
+from microcinema.training.trainer import make_objective, make_optimizer
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

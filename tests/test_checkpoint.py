@@ -1,6 +1,8 @@
 import json
+import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_training import LatentClips, one_thread, pipeline, train, weights  # noqa: F401
 
+from microcinema.checksums import find_fault, write_checksums
 from microcinema.errors import UserError
-from microcinema.training import checkpoint
-from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint, find_checkpoints
+from microcinema.training.checkpoint import Checkpoints
+from microcinema.training.checkpoint_folders import Progress, choose_checkpoint, find_checkpoints
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser
 
@@ -55,7 +58,7 @@ def test_a_checkpoint_describes_itself(finished):
         }
     found = {path.name for path in folder.iterdir()}
     assert found == {
-        "unet", "condition_encoder", "ema.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json"
+        "unet", "condition_encoder", "ema.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json", "SHA256SUMS"
     }  # fmt: skip
     assert not list(finished.glob(".*"))
 
@@ -82,8 +85,7 @@ def test_which_checkpoint_is_chosen(tmp_path):
     assert choose_checkpoint(tmp_path, None) is None
     assert choose_checkpoint(tmp_path, "latest") is None
     for step in (90, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/training_state.json").write_text("{}")
+        make(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-200").mkdir()  # not one of ours: nothing says so
     assert choose_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
     assert choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-90")) == tmp_path / "checkpoint-90"
@@ -93,19 +95,87 @@ def test_which_checkpoint_is_chosen(tmp_path):
         choose_checkpoint(tmp_path, None)
 
 
-def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
-    def full_disk(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
+def make(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "training_state.json").write_text("{}")
+    (folder / "optimizer.bin").write_bytes(bytes(1000))
+    write_checksums(folder)
 
-    model, run = pipeline(tmp_path), tmp_path / "run"
-    train(model, LatentClips(), run, max_train_steps=1, report_to=None)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(UserError, match="checkpoint-2.*No space left"):
-        train(
-            pipeline(tmp_path), LatentClips(), run, max_train_steps=2, resume_from_checkpoint="latest", report_to=None
-        )
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+def flip(file: Path) -> None:
+    """One bit of one byte."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "a missing file": (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin: No such file"),
+    "a truncated file": (lambda folder: os.truncate(folder / "optimizer.bin", 500), "optimizer.bin is not as it was"),
+    "a flipped bit": (lambda folder: flip(folder / "optimizer.bin"), "optimizer.bin is not as it was written"),
+    "no state": (lambda folder: (folder / "training_state.json").unlink(), "training_state.json: No such file"),
+    "no checksums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
+    "empty checksums": (lambda folder: os.truncate(folder / "SHA256SUMS", 0), "SHA256SUMS is empty"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+    spoil, fault = DAMAGES[damage]
+    for step in (90, 100):
+        make(tmp_path / f"checkpoint-{step}")
+    spoil(tmp_path / "checkpoint-100")
+    said: list[str] = []
+    assert choose_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-90"
+    (line,) = said
+    assert line.startswith(f"checkpoint-100 is broken ({fault}") and "\n" not in line
+    with pytest.raises(UserError, match=r"checkpoint-100' is broken \("):  # what was asked for by name is not replaced
+        choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-100"))
+    spoil(tmp_path / "checkpoint-90")
+    with pytest.raises(UserError, match="none of the 2 checkpoints in .* is whole"):
+        choose_checkpoint(tmp_path, "latest", said.append)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_and_replaces_the_broken_one(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    flip(run / "checkpoint-2/unet/diffusion_pytorch_model.safetensors")
+    (run / ".checkpoint-3.4711.partial/unet").mkdir(parents=True)  # of a process that was killed in a save
+    train(pipeline(tmp_path), LatentClips(), run, max_train_steps=2, resume_from_checkpoint="latest", report_to=None)
+    assert "checkpoint-2 is broken (unet/diffusion_pytorch_model.safetensors is not" in capsys.readouterr().out
+    one, other = weights(finished / "checkpoint-2"), weights(run / "checkpoint-2")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert find_fault(run / "checkpoint-2") is None
+    assert not list(run.glob(".*"))
+
+
+def test_going_back_deletes_nothing_newer(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "checkpoint-2").rename(run / "checkpoint-9")
+    settings = {"max_train_steps": 3, "checkpoints_total_limit": 1, "checkpointing_steps": 10, "report_to": None}
+    train(pipeline(tmp_path), LatentClips(), run, resume_from_checkpoint=str(run / "checkpoint-1"), **settings)
+    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-3", "checkpoint-9"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
+    """A real one: a file system in memory that has room for one checkpoint and a half."""
+    run = tmp_path / "disk"
+    run.mkdir()
+    model = pipeline(tmp_path)
+    size = 4 * sum(p.numel() for net in (model.unet, model.condition_encoder) for p in net.parameters())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={7 * size}", "tmpfs", run], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        train(model, LatentClips(), run, max_train_steps=1, report_to=None, train="all")
+        shutil.rmtree(run / "unet")  # of the finished pipeline: only checkpoints are wanted here
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        settings = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "report_to": None, "train": "all"}
+        with pytest.raises(UserError, match="cannot write .*checkpoint-2'.*; make room") as error:
+            train(pipeline(tmp_path), LatentClips(), run, **settings)
+        assert "\n" not in str(error.value)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        assert find_fault(run / "checkpoint-1") is None
+    finally:
+        subprocess.run(["umount", "--lazy", run], check=True)
 
 
 def test_every_random_state_comes_back(tmp_path):
@@ -128,6 +198,7 @@ def test_keys_that_do_not_fit_are_named(broken):
     tensors["stray.weight"] = tensors.pop(first)
     tensors["conv_in.bias"] = torch.zeros(3)
     save_file(tensors, file)
+    write_checksums(broken)
     with pytest.raises(UserError) as error:
         resume(broken)
     message = str(error.value)
@@ -138,24 +209,52 @@ def test_keys_that_do_not_fit_are_named(broken):
 @pytest.mark.parametrize(
     "spoil, told",
     [
-        (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin"),
         (lambda folder: (folder / "optimizer.bin").write_bytes(b"not a pickle"), "cannot be read"),
         (lambda folder: (folder / "training_state.json").write_text("{"), "cannot be read"),
         (lambda folder: shutil.rmtree(folder / "condition_encoder"), "condition_encoder' holds no .safetensors"),
         (lambda folder: (folder / "ema.safetensors").unlink(), "set use_ema=false"),
-        (lambda folder: truncate(folder / "unet/diffusion_pytorch_model.safetensors"), "cannot be read"),
+        (lambda folder: os.truncate(folder / "unet/diffusion_pytorch_model.safetensors", 1000), "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_in_one_line(broken, spoil, told):
+def test_a_checkpoint_that_was_never_right_is_refused_in_one_line(broken, spoil, told):
     spoil(broken)
+    write_checksums(broken)
     with pytest.raises(UserError, match=told) as error:
         resume(broken)
     assert "\n" not in str(error.value)
     assert not (broken.parent / "model_index.json").exists()
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:1000])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"seed": 1}, "seed was 0 and is 1; go on"),
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
+        ({"adam_beta1": 0.5}, "adam_beta1 was 0.9 and is 0.5"),
+    ],
+)
+def test_settings_of_another_run_are_refused(broken, changes, told):
+    with pytest.raises(UserError, match="is of another run: .*init_from") as error:
+        resume(broken, **changes)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_clips_and_another_objective_are_refused(broken):
+    settings = {"max_train_steps": STEPS, "resume_from_checkpoint": str(broken), "report_to": None}
+    with pytest.raises(UserError, match="of another run: the clips, or their order, are others; go on"):
+        train(pipeline(broken), LatentClips(6), broken.parent, **settings)
+    other = pipeline(broken, noise_prior="appearance", noise_prior_strength=0.5)
+    with pytest.raises(UserError, match="noise_prior_strength was 0.03 and is 0.5"):
+        train(other, LatentClips(), broken.parent, **settings)
+
+
+def test_what_may_differ_is_told_in_one_line(broken, capsys):
+    resume(broken, train_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=0.5)
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "other settings" in each]
+    assert line == (
+        f"resuming checkpoint-{STEPS} with other settings: train_batch_size was 2 and is 1; "
+        "gradient_accumulation_steps was 1 and is 2; max_grad_norm was 1.0 and is 0.5"
+    )
 
 
 def test_other_trained_parameters_are_refused(broken):

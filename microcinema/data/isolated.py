@@ -134,7 +134,9 @@ def serve() -> None:
     """What the child does: answers calls until its parent is gone."""
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not come between the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is the parent's affair
+    # Control-C, and a scheduler that asks every process of a job to end, are the parent's affair.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     calls = os.fdopen(0, "rb")
     _send(answers, "ready")
     while header := calls.read(_LENGTH.size):

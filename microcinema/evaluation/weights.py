@@ -1,28 +1,15 @@
 """Weight files of detectors: given by path or by URL, held against their sha256, fetched once."""
 
-import hashlib
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from microcinema.checksums import sha256_of
 from microcinema.errors import UserError
 from microcinema.files import make_folder
 
 CACHE_VARIABLE = "MICROCINEMA_CACHE"
 _URL_SCHEMES = ("http", "https", "file")
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:

@@ -4,17 +4,17 @@ checkpoint-1000/
   unet/  condition_encoder/     diffusers folders, as in a pipeline
   ema.safetensors               moving averages of the trained parameters, by name
   optimizer.bin  scheduler.bin  random_states_{rank}.pkl  and what else accelerate saves (scaler, shards)
-  training_state.json           step, number of the next clip, names of the trained parameters
+  training_state.json           step, number of the next clip, names of the trained parameters, identity of the run
+  SHA256SUMS                    checksums of all of these
 """
 
 import json
 import os
 import pickle
-import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +22,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from microcinema.checksums import write_checksums
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
+from microcinema.training.checkpoint_folders import STATE, Progress, find_checkpoints, read_state
+from microcinema.training.identity import Identity, compare
+from microcinema.training.processes import first_fault
+from microcinema.training.sharding import gather, gather_state, is_sharded, part_like, whole_copy
 
-_STATE = "training_state.json"
 _EMA = "ema.safetensors"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: optimiser steps done.
-        clips: number of the next clip in the global order.
-    """
-
-    step: int
-    clips: int
-
-
-def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    steps = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_checkpoint(folder):
-            steps[int(match[1])] = folder
-    return [steps[step] for step in sorted(steps)]
-
-
-def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint is there."""
-    return (Path(folder) / _STATE).is_file()
-
-
-def read_progress(folder: str | os.PathLike[str]) -> Progress:
-    """How far the run had come when it wrote a checkpoint.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return Progress(**_read_state(Path(folder))["progress"])
+# What libraries raise when a file cannot be written or read; torch's writer of archives says RuntimeError of a full disk.
+_FAILURES = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 def load_averages(folder: str | os.PathLike[str], denoiser: nn.Module) -> None:
@@ -79,37 +50,13 @@ def load_averages(folder: str | os.PathLike[str], denoiser: nn.Module) -> None:
     if not file.is_file():
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
     averages = _load_safetensors(file)
-    trained, parameters = _read_state(Path(folder))["trained"], dict(denoiser.named_parameters())
+    trained, parameters = read_state(Path(folder))["trained"], dict(denoiser.named_parameters())
     if getattr(denoiser, "predict_net", None) is None:  # as in a pipeline
         averages = {name: average for name, average in averages.items() if not name.startswith("predict_net.")}
     check_keys(f"'{file}'", {name: parameters[name] for name in trained if name in parameters}, averages)
     with torch.no_grad():
         for name, average in averages.items():
             parameters[name].copy_(average)
-
-
-def choose_checkpoint(output_dir: str | os.PathLike[str], resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to continue from, or None for a new run.
-
-    `latest` in a folder without any is a new run, so that one command line serves a job that is started again and again.
-
-    Raises:
-        UserError: the named checkpoint is not there, or a new run would mix its checkpoints with those of an earlier one.
-    """
-    found = find_checkpoints(output_dir)
-    if resume_from_checkpoint is None:
-        if found:
-            raise UserError(
-                f"'{output_dir}' already holds {found[-1].name}; set resume_from_checkpoint=latest, or choose another output_dir"
-            )
-        return None
-    if resume_from_checkpoint == "latest":
-        return found[-1] if found else None
-    path = Path(resume_from_checkpoint)
-    if not is_checkpoint(path):
-        there = ", ".join(folder.name for folder in found) or "none"
-        raise UserError(f"'{path}' is not a checkpoint (no {_STATE} in it); '{output_dir}' holds: {there}")
-    return path
 
 
 def check_keys(what: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
@@ -135,22 +82,6 @@ def check_keys(what: str, expected: Mapping[str, torch.Tensor], found: Mapping[s
         )
 
 
-def load_component(module: nn.Module, folder: Path) -> None:
-    """Loads the safetensors of a diffusers folder, every key of them and no other.
-
-    Raises:
-        UserError: no readable weights, or other keys or shapes than the module's.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and module.state_dict():  # a condition encoder without networks has no weights
-        raise UserError(f"'{folder}' holds no .safetensors file; resume from another checkpoint")
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= _load_safetensors(file)
-    check_keys(f"'{folder}'", module.state_dict(), weights)
-    module.load_state_dict(weights)
-
-
 class Checkpoints:
     """Saves and restores one run; made on every process after `accelerator.prepare`, which it hooks into.
 
@@ -160,6 +91,7 @@ class Checkpoints:
         trained: the trained parameters by name.
         ema: averages of them, in the same order, or None.
         total_limit: how many checkpoints stay; None for all.
+        identity: of the run, which a checkpoint has to share; None: any will do.
     """
 
     def __init__(
@@ -169,12 +101,14 @@ class Checkpoints:
         trained: Mapping[str, nn.Parameter],
         ema: EMAModel | None,
         total_limit: int | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.output_dir = Path(output_dir)
         self.trained = dict(trained)
         self.ema = ema
         self.total_limit = total_limit
+        self.identity = identity
         accelerator.register_save_state_pre_hook(self._save_components)
         accelerator.register_load_state_pre_hook(self._load_components)
 
@@ -186,22 +120,23 @@ class Checkpoints:
         """
         final = self.output_dir / f"checkpoint-{progress.step}"
         main = self.accelerator.is_main_process
-        try:
-            with ExitStack() as stack:
-                # One process owns the rename; the others write their parts into its temporary folder.
+        with ExitStack() as stack:
+            # One process owns the rename; the others write their parts into its temporary folder.
+            folder = [""]
+            with self._together(final):
                 folder = [str(stack.enter_context(atomic_folder(final))) if main else ""]
-                broadcast_object_list(folder)
+            broadcast_object_list(folder)
+            with self._together(final):
                 self.accelerator.save_state(folder[0])
+                self._save_averages(Path(folder[0]))
+            with self._together(final):
                 if main:
                     self._write_state(Path(folder[0]), progress)
-                self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write '{final}' ({_first_line(error)}); make room, and resume from the one before"
-            ) from error
+                    write_checksums(folder[0])
+                    stack.close()
         if main and self.total_limit is not None:
-            for old in find_checkpoints(self.output_dir)[: -self.total_limit]:
-                doomed = old.with_name(f".{old.name}.old")
+            for old in find_checkpoints(self.output_dir, progress.step)[: -self.total_limit]:
+                doomed = old.with_name(f".{old.name}.partial")
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
         self.accelerator.wait_for_everyone()
@@ -211,31 +146,57 @@ class Checkpoints:
         """Restores everything that `save` wrote. Every process must call it.
 
         Raises:
-            UserError: a part is missing, unreadable, or of another model.
+            UserError: a part is missing, unreadable, or of another model or run.
         """
         try:
-            state = _read_state(folder)
+            state = read_state(folder)
             self._check_trained(folder, state["trained"])
+            self._check_components(folder)
+            if self.identity is not None and (other := compare(f"checkpoint '{folder}'", state["run"], self.identity)):
+                self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(other)}")
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
                 weights = _load_safetensors(folder / _EMA)
                 check_keys(f"'{folder / _EMA}'", self.trained, weights)
-                device = next(iter(self.trained.values())).device
-                self.ema.shadow_params = [weights[name].to(device) for name in self.trained]
+                self.ema.shadow_params = [part_like(weights[name], like) for name, like in self.trained.items()]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        except (EOFError, KeyError, ValueError, pickle.UnpicklingError, *_FAILURES) as error:
             raise UserError(
                 f"checkpoint '{folder}' cannot be read ({_first_line(error)}); resume from another one"
             ) from error
 
+    @contextmanager
+    def _together(self, final: Path) -> Iterator[None]:
+        """What fails in one process fails in all, before any of them goes on to wait for the others.
+
+        Raises:
+            UserError: something could not be written.
+        """
+        fault = None
+        try:
+            yield
+        except (*_FAILURES, UserError) as error:
+            fault = _first_line(error)
+        if (fault := first_fault(fault)) is not None:
+            raise UserError(f"cannot write '{final}' ({fault}); make room, and resume from the one before")
+
+    def _save_averages(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        averages = {}
+        for name, average in zip(self.trained, self.ema.shadow_params, strict=True):
+            whole = gather(average)
+            if self.accelerator.is_main_process:
+                averages[name] = whole.contiguous().cpu()
+        if averages:
+            save_file(averages, folder / _EMA)
+
     def _write_state(self, folder: Path, progress: Progress) -> None:
-        state: dict[str, Any] = {"progress": asdict(progress), "trained": list(self.trained)}
+        state: dict[str, Any] = {"progress": asdict(progress), "trained": list(self.trained), "run": self.identity}
         if self.ema is not None:
             state["ema_step"] = self.ema.optimization_step
-            averages = zip(self.trained, self.ema.shadow_params, strict=True)
-            save_file({name: average.contiguous() for name, average in averages}, folder / _EMA)
-        (folder / _STATE).write_text(json.dumps(state, indent=1))
+        (folder / STATE).write_text(json.dumps(state, indent=1))
 
     def _check_trained(self, folder: Path, names: list[str]) -> None:
         missing, unexpected = set(self.trained) - set(names), set(names) - set(self.trained)
@@ -248,24 +209,53 @@ class Checkpoints:
         if self.ema is not None and not (folder / _EMA).is_file():
             raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
 
+    def _check_components(self, folder: Path) -> None:
+        denoiser = self.accelerator.unwrap_model(self.accelerator._models[0])
+        for name, component in denoiser.named_children():
+            check_keys(f"'{folder / name}'", component.state_dict(), _shapes(folder / name, component))
+
     def _save_components(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # or accelerate would write them once more
-        if self.accelerator.is_main_process:
-            denoiser = self.accelerator.unwrap_model(models[0])
-            for name, component in denoiser.named_children():
+        main = self.accelerator.is_main_process
+        for name, component in self.accelerator.unwrap_model(models[0]).named_children():
+            if is_sharded(component):
+                state = gather_state(component, keep=main)
+                component = whole_copy(component, state) if main else None
+            if main:
                 component.save_pretrained(Path(folder) / name)
 
     def _load_components(self, models: list[nn.Module], folder: str) -> None:
-        denoiser = self.accelerator.unwrap_model(models.pop())
-        for name, component in denoiser.named_children():
-            load_component(component, Path(folder) / name)
+        while models:  # none where accelerate has loaded the parts of each process
+            denoiser = self.accelerator.unwrap_model(models.pop())
+            for name, component in denoiser.named_children():
+                component.load_state_dict(_load_component(Path(folder) / name, component))
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint '{folder}' cannot be read ({_first_line(error)}); use another one") from None
+def _weight_files(folder: Path, component: nn.Module) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and component.state_dict():  # a condition encoder without networks has no weights
+        raise UserError(f"'{folder}' holds no .safetensors file; resume from another checkpoint")
+    return files
+
+
+def _load_component(folder: Path, component: nn.Module) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder, component):
+        weights |= _load_safetensors(file)
+    return weights
+
+
+def _shapes(folder: Path, component: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a component without their contents, of which only the headers of its files tell."""
+    shapes = {}
+    for file in _weight_files(folder, component):
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    shapes[key] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"'{file}' cannot be read ({_first_line(error)}); resume from another checkpoint") from None
+    return shapes
 
 
 def _load_safetensors(file: Path) -> dict[str, torch.Tensor]:

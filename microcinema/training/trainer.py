@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +22,24 @@ from microcinema.data.latents import LatentClipDataset
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.errors import UserError
-from microcinema.files import atomic_folder, make_folder
+from microcinema.files import atomic_folder, make_folder, sweep
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base import INDEX, is_embedded, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saved import save_pipeline
 from microcinema.provenance import append_record, describe_environment
+from microcinema.training.averages import evaluated
 from microcinema.training.building import build_keyframes, build_networks, build_pipeline, reads_pixels
-from microcinema.training.checkpoint import Checkpoints, Progress, choose_checkpoint
+from microcinema.training.checkpoint import Checkpoints
+from microcinema.training.checkpoint_folders import Progress, choose_checkpoint
 from microcinema.training.encoding import BatchEncoder
 from microcinema.training.guard import Guard
+from microcinema.training.identity import identify
 from microcinema.training.meter import Meter
 from microcinema.training.order import Clips, NumberedClips, RankNumbers
+from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, deaf_worker
+from microcinema.training.processes import from_main
 from microcinema.training.settings import Settings
 from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
@@ -57,6 +61,7 @@ def train(
     validate: Validate | None = None,
     predict_net: PredictNet | None = None,
     listen: Callable[[dict[str, float]], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> Path:
     """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
@@ -71,15 +76,17 @@ def train(
         validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
             averaged weights.
         listen: given all figures that are logged: those of each step, and the seconds of each checkpoint and validation.
+        on_start: called in the main process before the first step, when all that can be refused has been checked.
 
     Returns:
         output_dir.
 
     Raises:
         UserError: settings that cannot work, a checkpoint that does not fit, a loss or gradient that is not finite (training/guard.py).
+        Preempted: SIGTERM or SIGUSR1 asked the run to end, and it has saved.
     """
     output_dir = make_folder(settings.output_dir)
-    checkpoint = choose_checkpoint(output_dir, settings.resume_from_checkpoint)
+    checkpoint = from_main(accelerator, lambda: _choose(output_dir, settings.resume_from_checkpoint))
     device = accelerator.device
 
     for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
@@ -90,9 +97,7 @@ def train(
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
     set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
-    trained = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
-    parameters = list(trained.values())
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer([each for each in denoiser.parameters() if each.requires_grad], settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -100,10 +105,18 @@ def train(
         num_training_steps=settings.max_train_steps,
     )
     denoiser, optimizer, lr_schedule = accelerator.prepare(denoiser, optimizer, lr_schedule)
+    # Only now: FSDP puts others in the place of the parameters that it parts.
+    named = accelerator.unwrap_model(denoiser).named_parameters()
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    parameters = list(trained.values())
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
 
-    checkpoints = Checkpoints(accelerator, output_dir, trained, ema, settings.checkpoints_total_limit)
+    clips = NumberedClips(dataset, settings.seed)
+    identity = identify(settings, pipeline, clips, accelerator.num_processes, accelerator.mixed_precision)
+    checkpoints = Checkpoints(accelerator, output_dir, trained, ema, settings.checkpoints_total_limit, identity)
     progress = checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
+    if on_start is not None and accelerator.is_main_process:
+        on_start()
     if settings.report_to:
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
@@ -128,15 +141,19 @@ def train(
 
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     errors = ErrorRate(settings.max_error_rate)
-    micro_batches = meter.waiting(errors.watch(_micro_batches(accelerator, dataset, settings, progress)))
-    with tqdm(
-        total=settings.max_train_steps,
-        initial=progress.step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    ) as bar:
+    micro_batches = meter.waiting(errors.watch(_micro_batches(accelerator, clips, settings, progress)))
+    with (
+        Preemption() as preemption,
+        tqdm(
+            total=settings.max_train_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        ) as bar,
+    ):
         meter.start()
+        stopping = False
         while progress.step < settings.max_train_steps:
             norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of, meter)
             figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "broken_clips": errors.total}
@@ -157,29 +174,38 @@ def train(
             bar.update()
 
             done = progress.step == settings.max_train_steps
-            if done or progress.step % settings.checkpointing_steps == 0:
+            stopping = preemption.agreed(accelerator) and not done
+            if done or stopping or progress.step % settings.checkpointing_steps == 0:
                 with meter.aside():
                     checkpoints.save(progress)
                 report({"checkpoint_seconds": meter.seconds_aside})
+            if stopping:
+                break
             if validate is not None and (done or progress.step % settings.validation_steps == 0):
-                with meter.aside(), averaged(ema, parameters), _evaluating(denoiser):
-                    validate(accelerator, pipeline, progress.step)
+                with meter.aside(), evaluated(accelerator, pipeline, denoiser, ema, trained) as whole:
+                    validate(accelerator, whole, progress.step)
                 report({"validation_seconds": meter.seconds_aside})
 
-    if accelerator.is_main_process:
-        with averaged(ema, parameters):
-            export(pipeline, output_dir)
+    if not stopping:
+        with evaluated(accelerator, pipeline, denoiser, ema, trained) as whole:
+            if accelerator.is_main_process:
+                export(whole, output_dir)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
+    if stopping:
+        raise Preempted(f"asked to end; saved step {progress.step} of {settings.max_train_steps}")
     return output_dir
 
 
-def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None = None) -> None:
+def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None = None) -> int:
     """The command `train`: makes the objects that its config describes, and trains.
 
     Args:
         listen: as in `train`.
+
+    Returns:
+        The exit status: 0, or `EXIT_STATUS` of a run that was asked to end, and goes on with resume_from_checkpoint=latest.
 
     Raises:
         UserError: the config describes something that cannot be made or trained.
@@ -223,18 +249,26 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         validate = Validation(
             accelerator, build_keyframes(base), settings.validation_prompts, *size, output_dir, settings.seed
         )
-    if accelerator.is_main_process:
+    del base  # its 2D UNet has been copied
+
+    def record() -> None:
         save(config, output_dir / CONFIG)
         append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
-    del base  # its 2D UNet has been copied
-    train(accelerator, pipeline, dataset, settings, validate, predict_net, listen)
-    accelerator.end_training()
+
+    try:
+        train(accelerator, pipeline, dataset, settings, validate, predict_net, listen, record)
+    except Preempted as stop:
+        accelerator.print(f"{stop}; go on with resume_from_checkpoint=latest")
+        return EXIT_STATUS
+    finally:
+        accelerator.end_training()
+    return 0
 
 
 def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
     """Saves the pipeline among the checkpoints of its run, `model_index.json` last; what is embedded is named, not copied."""
     sources = (pipeline.config["base"], pipeline.config["unet_source"] or pipeline.config["base"])
-    whole = output_dir / ".pipeline"
+    whole = output_dir / ".pipeline.partial"
     save_pipeline(pipeline, whole, with_base=any(source is None or not is_embedded(source) for source in sources))
     for part in sorted(whole.iterdir(), key=lambda path: path.name == INDEX):
         if part.is_dir():
@@ -319,21 +353,25 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.
     return AdamW8bit(parameters, **arguments)
 
 
+def _choose(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    sweep(output_dir)
+    return choose_checkpoint(output_dir, resume_from_checkpoint)
+
+
 def _micro_batches(
-    accelerator: Accelerator, dataset: Clips, settings: Settings, progress: Progress
+    accelerator: Accelerator, clips: NumberedClips, settings: Settings, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """This process's share of the clips that are left, collated; those that cannot be read go to `output_dir/quarantine`."""
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     stop = progress.clips + max(0, settings.max_train_steps - progress.step) * clips_per_step
-    if hasattr(dataset, "check_processes"):
-        dataset.check_processes(accelerator.num_processes)
+    if hasattr(clips.dataset, "check_processes"):
+        clips.dataset.check_processes(accelerator.num_processes)
     folder = Path(settings.output_dir) / "quarantine"
     if progress.clips == 0:  # a new run: what an earlier one met there says nothing of this one
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         accelerator.wait_for_everyone()
-    quarantine = Quarantine(folder, settings.clip_retries, accelerator.process_index)
-    clips = NumberedClips(dataset, settings.seed, quarantine)
+    clips.quarantine = Quarantine(folder, settings.clip_retries, accelerator.process_index)
     loader = DataLoader(
         clips,
         batch_sampler=RankNumbers(
@@ -345,34 +383,12 @@ def _micro_batches(
             clips.group,
         ),
         num_workers=settings.dataloader_num_workers,
+        worker_init_fn=deaf_worker,
         pin_memory=accelerator.device.type == "cuda",
         # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
         generator=torch.Generator().manual_seed(settings.seed),
     )
     return iter(loader)
-
-
-@contextmanager
-def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it the parameters hold their averages."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 def _loggable(value: Any) -> Any:
