@@ -23,6 +23,7 @@ FLOORS = {  # what a part may import beside itself; what stands on the ground fl
     "pages": set(),
     "live_memory": set(),
     "utilisation": set(),
+    "checksums": set(),
     "provenance": {"errors", "files"},
     "config": {"errors", "files", "schema"},
     "data": {"errors", "files", "config"},
