@@ -1,6 +1,7 @@
 """Runs of real processes that are killed, asked to end, or cut into parts, and come to the same end."""
 
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_lives import Life
 from microcinema.checksums import find_fault
 from microcinema.data.sprites_dataset import write_dataset
 from microcinema.training.checkpoint_folders import find_checkpoints, read_progress
+from microcinema.training.preemption import EXIT_STATUS
 
 KILLS = 10
 STEPS = 12

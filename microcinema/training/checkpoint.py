@@ -33,7 +33,7 @@ from microcinema.files import atomic_folder
 from microcinema.training.checkpoint_folders import STATE, Progress, find_checkpoints, read_state
 from microcinema.training.identity import Identity, compare
 from microcinema.training.processes import first_fault
-from microcinema.training.sharding import gather, gather_state, is_sharded, part_like, whole_copy
+from microcinema.training.sharding import gather, gather_state, is_sharded, part_like, whole_copy, whole_shapes
 
 _EMA = "ema.safetensors"
 # What libraries raise when a file cannot be written or read; torch's writer of archives says RuntimeError of a full disk.
@@ -212,7 +212,7 @@ class Checkpoints:
     def _check_components(self, folder: Path) -> None:
         denoiser = self.accelerator.unwrap_model(self.accelerator._models[0])
         for name, component in denoiser.named_children():
-            check_keys(f"'{folder / name}'", component.state_dict(), _shapes(folder / name, component))
+            check_keys(f"'{folder / name}'", whole_shapes(component), _shapes(folder / name, component))
 
     def _save_components(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # or accelerate would write them once more

@@ -1,4 +1,4 @@
-"""Networks whose parameters FSDP2 (torch's `fully_shard`) has parted over the processes, made whole."""
+"""Networks whose parameters FSDP2 (torch's `fully_shard`) or ZeRO-3 (DeepSpeed) has parted over the processes, made whole."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,30 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds only its parts of the parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(isinstance(parameter, DTensor) or _of_zero3(parameter) for parameter in module.parameters())
+
+
+def has_zero3(module: nn.Module) -> bool:
+    """Whether it is ZeRO-3 that has parted them."""
+    return any(_of_zero3(parameter) for parameter in module.parameters())
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whole, in every process; every process must call it. One that is not parted is returned as it is."""
+    if _of_zero3(tensor):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_shapes(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's state as it is when whole, without its contents."""
+    return {
+        name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
+        for name, tensor in _state(module).items()
+    }
 
 
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -36,7 +54,7 @@ def gather_state(
         keep: whether this process wants it; one that does not takes part in the gathering, and gets nothing.
     """
     state = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in _state(module).items():
         whole = gather((instead or {}).get(name, tensor))
         if keep:
             state[name] = whole.detach().cpu()
@@ -48,3 +66,12 @@ def whole_copy(component: Any, state: Mapping[str, torch.Tensor]) -> Any:
     copy = type(component).from_config(component.config)
     copy.load_state_dict(state)
     return copy.eval()
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Its state with the parameters themselves, whose attributes say how they are parted, in the place of their contents."""
+    return {**module.state_dict(), **dict(module.named_parameters())}
+
+
+def _of_zero3(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "ds_id")

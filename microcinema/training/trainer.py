@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -41,6 +41,7 @@ from microcinema.training.order import Clips, NumberedClips, RankNumbers
 from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, deaf_worker
 from microcinema.training.processes import from_main
 from microcinema.training.settings import Settings
+from microcinema.training.sharding import has_zero3
 from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import describe, warm_start
@@ -109,6 +110,10 @@ def train(
     named = accelerator.unwrap_model(denoiser).named_parameters()
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     parameters = list(trained.values())
+    if settings.use_ema and has_zero3(denoiser):
+        raise UserError(
+            "use_ema=true averages no parameters that ZeRO-3 has parted; use FSDP or ZeRO-2, or use_ema=false"
+        )
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
 
     clips = NumberedClips(dataset, settings.seed)
@@ -282,7 +287,7 @@ def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
 
 def make_accelerator(settings: Settings) -> Accelerator:
     """The processes, device, precision and tracker of a run. To be made before anything else of accelerate, whose first object decides."""
-    return Accelerator(
+    accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
         log_with=settings.report_to,
@@ -290,6 +295,14 @@ def make_accelerator(settings: Settings) -> Accelerator:
         # accelerate would advance the schedule once for every process; here a step is a step.
         step_scheduler_with_optimizer=False,
     )
+    if (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+    ):  # clips the gradient itself, and would ask a loader for the size of a batch
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": settings.train_batch_size,
+            "gradient_clipping": settings.max_grad_norm,
+        }
+    return accelerator
 
 
 def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Objective:
