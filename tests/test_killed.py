@@ -9,13 +9,19 @@ import psutil
 import pytest
 import tiny_lives
 import tiny_training
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_lives import Life
 
 from microcinema.checksums import find_fault
 from microcinema.data.sprites_dataset import write_dataset
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
+from microcinema.training.checkpoint import load_averages
 from microcinema.training.checkpoint_folders import find_checkpoints, read_progress
 from microcinema.training.preemption import EXIT_STATUS
+from microcinema.training.step import Denoiser
 
 KILLS = 10
 STEPS = 12
@@ -118,3 +124,34 @@ def test_asked_to_end_a_run_saves_and_says_so(tmp_path, whole, number):
         life = Life(run, clips, processes, **settings)
         assert life.end() == [0] * processes, life.said()
         check_equal(whole, run)
+
+
+def test_fsdp_trains_saves_and_resumes(tmp_path, whole):
+    """By the file that is shipped: the losses of DDP, and after an interruption the same bits."""
+    whole, processes, clips, settings = whole
+    if processes == 1:
+        pytest.skip("nothing to part")
+    path = str(Path(__file__).parents[1] / "configs/accelerate/fsdp.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", path, "scripts/train.py"])
+    given = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    environment = {name: value for name, value in given.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    assert environment["FSDP_VERSION"] == "2"
+    few = {**settings, "mixed_precision": "no", "max_train_steps": 4}
+    for name, steps in (("sharded", (4,)), ("parts", (2, 4))):
+        for step in steps:
+            life = Life(tmp_path / name, clips, processes, environment, **{**few, "max_train_steps": step})
+            assert life.end() == [0] * processes, life.said()
+    ddp, sharded, parts = (history(run) for run in (whole, tmp_path / "sharded", tmp_path / "parts"))
+    assert sharded == parts and sorted(sharded) == [1, 2, 3, 4]
+    for step, (loss,) in sharded.items():
+        assert loss == pytest.approx(*ddp[step], abs=1e-5)
+    one, other = (tiny_training.weights(tmp_path / name) for name in ("sharded", "parts"))
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+    # Networks and averages are whole in a checkpoint; of the optimiser every process has written its part.
+    checkpoint = tmp_path / "parts/checkpoint-4"
+    unet = VideoUNet.from_pretrained(checkpoint / "unet")
+    load_averages(checkpoint, Denoiser(unet, ConditionEncoder.from_pretrained(checkpoint / "condition_encoder")))
+    saved = tiny_training.weights(tmp_path / "parts/unet")
+    found = unet.state_dict()
+    assert all(value.equal(found[key.partition(":")[2]]) for key, value in saved.items())
+    assert len(list(checkpoint.glob("optimizer_0/*.distcp"))) == processes

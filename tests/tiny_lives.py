@@ -102,12 +102,23 @@ def live(
     own = output_dir.with_name(f"{output_dir.name}-tokens-{rank}")
     own.mkdir(exist_ok=True)
     made = Settings(str(output_dir), **{**tiny_training.SMALL, "resume_from_checkpoint": "latest", **settings})
+    if "ACCELERATE_USE_FSDP" in environment:
+        shard_on_cpu()
     accelerator = tiny_training.accelerator(made)
     assert accelerator.num_processes == processes
     try:
         trainer.train(accelerator, tiny_training.pipeline(own), Counted(open_clips(data), count), made)
     except preemption.Preempted:
         sys.exit(preemption.EXIT_STATUS)
+
+
+def shard_on_cpu() -> None:
+    """Accelerate shards on GPUs alone, though torch does it on the CPU as well: lets it take this process for one with a GPU."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 class Life:
