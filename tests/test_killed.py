@@ -24,8 +24,9 @@ from microcinema.training.preemption import EXIT_STATUS
 from microcinema.training.step import Denoiser
 
 KILLS = 10
-STEPS = 12
+STEPS = 20
 EVERY = 2  # steps between checkpoints
+CLIPS = 2  # in a step
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints
 def whole(request, data, tmp_path_factory):
     """A run that nothing happens to: its folder, number of processes, clips and settings."""
     processes, kind = request.param
-    settings = {**SETTINGS, "train_batch_size": 2 // processes}
+    settings = {**SETTINGS, "train_batch_size": CLIPS // processes}
     run = tmp_path_factory.mktemp("whole") / "run"
     life = Life(run, data[kind], processes, **settings)
     assert life.end() == [0] * processes, life.said()
@@ -73,11 +74,12 @@ def test_killed_ten_times_ends_in_the_same_bits(tmp_path, whole):
     chance, in_a_save, run = random.Random(processes), 0, tmp_path / "run"
     for number in range(KILLS):
         life = Life(run, clips, processes, **settings)
-        if number % 2:
+        if number % 2:  # past the first checkpoint of its life, in the next
+            life.wait_until_read(CLIPS * EVERY + 1)
             reached = life.wait_until(lambda: saving(run))
             time.sleep(chance.uniform(0, 0.02))
-        else:
-            reached = life.wait_until_read(chance.randint(1, 2 * EVERY))  # in one of its first steps
+        else:  # in one of its first steps
+            reached = life.wait_until_read(chance.randint(1, 3 * CLIPS))
             time.sleep(chance.uniform(0, 0.1))
         assert reached, life.said()
         in_a_save += saving(run)
@@ -102,6 +104,17 @@ def check_equal(one: Path, other: Path) -> None:
         assert (one / name / "SHA256SUMS").read_bytes() == (other / name / "SHA256SUMS").read_bytes()
     a, b = (tiny_training.weights(run / "unet") for run in (one, other))
     assert a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path, whole):
+    whole, processes, clips, settings = whole
+    if processes == 1:
+        pytest.skip("the one that the other is compared with")
+    life = Life(tmp_path / "one", clips, 1, **{**settings, "train_batch_size": CLIPS})
+    assert life.end() == [0], life.said()
+    two, one = history(whole), history(tmp_path / "one")
+    assert sorted(one) == list(range(1, STEPS + 1))
+    assert all(abs(max(one[step] | two[step]) - min(one[step] | two[step])) < 1e-5 for step in one)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)

@@ -86,6 +86,9 @@ def live(
     log = os.open(f"{output_dir}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of the loader's workers, as in a process that was started by itself
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **environment)
     if processes > 1:
         world = {"WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
