@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,36 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
         "contact_sheet.png",
     }
     assert not list(run.glob(".*"))
+
+
+def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, capsys, monkeypatch):
+    tiny.base_folder(tmp_path / "base")
+    run = tmp_path / "run"
+    small = [f"resolution={tiny.SIZE}", "num_frames=4", "max_train_steps=2", "train_batch_size=1", "model=plain"]
+    where = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={clips}", f"output_dir={run}"]
+    command = ["train", *where, *small, "dataloader_num_workers=0", "resume_from_checkpoint=latest", "report_to=null"]
+
+    def call(*overrides: str) -> int:
+        tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+        return cli.main([*command, *overrides])
+
+    optimise = trainer._optimise
+
+    def signalled(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimise(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(trainer, "_optimise", signalled)
+        assert call() == 75
+    assert "saved step 1 of 2; go on with resume_from_checkpoint=latest" in capsys.readouterr().out
+    assert (run / "checkpoint-1").is_dir() and not (run / "model_index.json").exists()
+    before = (run / "config.yaml").read_bytes()
+    assert call("seed=1") == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before  # a run that is refused leaves no trace
+    assert call() == 0
+    assert (run / "model_index.json").exists()
 
 
 def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):

@@ -262,12 +262,12 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
 
     try:
         train(accelerator, pipeline, dataset, settings, validate, predict_net, listen, record)
+        status = 0
     except Preempted as stop:
         accelerator.print(f"{stop}; go on with resume_from_checkpoint=latest")
-        return EXIT_STATUS
-    finally:
-        accelerator.end_training()
-    return 0
+        status = EXIT_STATUS
+    accelerator.end_training()
+    return status
 
 
 def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
