@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from microcinema.errors import UserError
-from microcinema.files import atomic_folder, atomic_path, make_folder
+from microcinema.files import atomic_folder, atomic_path, make_folder, sweep
 
 
 def names(folder: Path) -> list[str]:
@@ -84,6 +84,9 @@ for content in ("old", "new"):
     done = subprocess.run([sys.executable, "-c", code, str(final)])
     assert done.returncode == -signal.SIGKILL
     assert (final / "weights" if writer == "atomic_folder" else final).read_text() == "old"
+    assert len(names(final.parent)) == 2
+    sweep(final.parent)
+    assert names(final.parent) == [final.name]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
@@ -97,3 +100,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
 
 def test_make_folder_leaves_nothing_inside(tmp_path: Path):
     assert names(make_folder(tmp_path / "a" / "b")) == []
+
+
+def test_a_folder_that_was_renamed_away_gets_its_name_back_unless_another_has_it(tmp_path: Path):
+    """As `atomic_folder` leaves it when it is killed between its two renames, and after them."""
+    for name in (".lost.12.old", ".lost.12.partial", "there", ".there.34.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / ".report.56.partial.json").write_text("{")
+    (tmp_path / ".hidden").write_text("not ours")
+    sweep(tmp_path)
+    assert names(tmp_path) == [".hidden", "lost", "there"]
+    assert [(tmp_path / name / "weights").read_text() for name in ("lost", "there")] == [".lost.12.old", "there"]

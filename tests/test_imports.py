@@ -110,6 +110,7 @@ def test_every_import_is_a_declared_dependency():
     outside = used - set(sys.stdlib_module_names) - {"microcinema"}
     optional = {
         "bitsandbytes",
+        "deepspeed",
         "matplotlib",
         "ray",
         "torchvision",

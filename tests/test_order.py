@@ -49,6 +49,24 @@ def test_processes_share_the_same_clips_step_by_step(batch_size, processes):
         assert sorted(number for batch in batches for number in batch) == list(range(8 + 4 * step, 12 + 4 * step))
 
 
+def test_the_fingerprint_tells_lists_and_orders_apart():
+    class Listed(Named):
+        """With names, which shift from one place on."""
+
+        def __init__(self, length: int, shifted_from: int) -> None:
+            super().__init__(length)
+            self.shifted_from = shifted_from
+
+        def id(self, index: int) -> str:
+            return f"clip {index + (index >= self.shifted_from)}"
+
+    plain = NumberedClips(Named(1000), seed=0).fingerprint()
+    assert NumberedClips(Named(1000), seed=0).fingerprint() == plain
+    named = [NumberedClips(Listed(1000, place), seed=0).fingerprint() for place in (0, 500, 1000)]
+    others = [NumberedClips(Named(1001), seed=0).fingerprint(), NumberedClips(Named(1000), seed=1).fingerprint()]
+    assert len({plain, *named, *others}) == 6
+
+
 def test_bad_input():
     with pytest.raises(UserError, match="0 clips"):
         NumberedClips(Named(0), seed=0)
