@@ -1,5 +1,6 @@
 """Asked to end: a run that gets SIGTERM or SIGUSR1 finishes its step, saves and exits with a status that says so."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+PATIENCE = 30.0  # seconds; launchers of torch kill what is there after as long
 
 
 class Preempted(Exception):
@@ -46,10 +48,12 @@ class Preemption:
         self.asked = True
 
 
-def deaf_worker(worker: int) -> None:
+def patient_worker(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: whether to end is the affair of the run, which ends its workers itself.
 
-    A scheduler may signal every process of a job, and a worker that died would take the run with it before it has saved.
+    A scheduler may signal every process of a job, and a worker that died would take the run with it before it has saved. But
+    Python ends workers that are left over by SIGTERM, and waits for them; so a worker goes some time after it.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, PATIENCE))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from microcinema.training.guard import Guard
 from microcinema.training.identity import identify
 from microcinema.training.meter import Meter
 from microcinema.training.order import Clips, NumberedClips, RankNumbers
-from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, deaf_worker
+from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, patient_worker
 from microcinema.training.processes import from_main
 from microcinema.training.settings import Settings
 from microcinema.training.sharding import has_zero3
@@ -149,6 +150,7 @@ def train(
     micro_batches = meter.waiting(errors.watch(_micro_batches(accelerator, clips, settings, progress)))
     with (
         Preemption() as preemption,
+        closing(micro_batches),  # type: ignore[type-var]  # and with them the workers
         tqdm(
             total=settings.max_train_steps,
             initial=progress.step,
@@ -396,7 +398,7 @@ def _micro_batches(
             clips.group,
         ),
         num_workers=settings.dataloader_num_workers,
-        worker_init_fn=deaf_worker,
+        worker_init_fn=patient_worker,
         pin_memory=accelerator.device.type == "cuda",
         # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
         generator=torch.Generator().manual_seed(settings.seed),
