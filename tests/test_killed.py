@@ -23,6 +23,7 @@ from microcinema.training.checkpoint_folders import find_checkpoints, read_progr
 from microcinema.training.preemption import EXIT_STATUS
 from microcinema.training.step import Denoiser
 
+pytestmark = pytest.mark.slow
 KILLS = 10
 STEPS = 20
 EVERY = 2  # steps between checkpoints
