@@ -70,10 +70,13 @@ class Prediction:
         return self.steps + self.checkpoints + self.validations
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "DictConfig") -> int:
     """Trains a few steps, saves a checkpoint, makes a validation video in each process; prints what it took and what the run will take.
 
     By every process of a distributed run, as `train` is. Nothing stays in output_dir.
+
+    Returns:
+        The exit status, as of `train`.
 
     Raises:
         UserError: as the run would.
@@ -99,12 +102,14 @@ def run(config: "DictConfig") -> None:
                 found.validation_seconds = figures["validation_seconds"]
 
         before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-        trainer.run(OmegaConf.merge(config, changes), listen)  # type: ignore[arg-type]
+        if status := trainer.run(OmegaConf.merge(config, changes), listen):  # type: ignore[arg-type]
+            return status  # asked to end
         found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
         if main:
             found.pipeline_bytes = _size(folder) - found.checkpoint_bytes
             for line in describe(settings, processes, found, predict(settings, processes, found), _estimate(config)):
                 print(line, flush=True)
+    return 0
 
 
 def predict(settings: Settings, processes: int, found: Measured) -> Prediction:
