@@ -18,6 +18,10 @@ BODIES = {
     "prepare": ("microcinema.preparing", "render a Moving Sprites data set"),
     "prepare check": ("microcinema.checking", "look at the clips of a data set and say what is wrong with them"),
     "prepare preview": ("microcinema.previewing", "draw clips as the model will see them, with their captions"),
+    "prepare latents": (
+        "microcinema.precomputing",
+        "encode the clips of a training run once, with the keys of that run",
+    ),
     "export": ("microcinema.exporting", "make a pipeline folder of a training checkpoint"),
     "doctor": ("microcinema.doctor", "say whether train can run here with the same keys, and what it needs"),
 }

@@ -22,9 +22,24 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 ALLOWED_PACKAGES = ("microcinema", "torch", "diffusers", "transformers", "accelerate")
-COMMANDS = ("train", "sample", "evaluate", "prepare", "prepare check", "prepare preview", "export", "doctor")
+COMMANDS = (
+    "train",
+    "sample",
+    "evaluate",
+    "prepare",
+    "prepare check",
+    "prepare preview",
+    "prepare latents",
+    "export",
+    "doctor",
+)
 # Commands whose keys are in a file of another name.
-KEYS_OF = {"doctor": "train", "prepare check": "check", "prepare preview": "preview"}
+KEYS_OF = {
+    "doctor": "train",
+    "prepare check": "check",
+    "prepare preview": "preview",
+    "prepare latents": "latents",
+}
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
@@ -128,8 +143,13 @@ def group_defaults(command: str) -> dict[str, str | None]:
     """The groups of a command, and the option that each has unless told otherwise."""
     import yaml
 
-    entries = yaml.safe_load(_read(command)).get("defaults", [])
-    return {group: option for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
+    found: dict[str, str | None] = {}
+    for entry in yaml.safe_load(_read(command)).get("defaults", []):
+        if isinstance(entry, dict):
+            found |= entry
+        elif entry != "_self_":  # a file that this one builds on
+            found |= group_defaults(entry)
+    return found
 
 
 def group_options(group: str) -> list[str]:
@@ -154,7 +174,7 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
             for entry in node.value:
                 yield from walk(entry, prefix)
         elif isinstance(node, yaml.ScalarNode) and node.value != "_self_" and "@" not in node.value:
-            below.append(f"{name.rpartition('/')[0]}/{node.value}")
+            below.append("".join((*name.rpartition("/")[:2], node.value)))
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == "defaults":

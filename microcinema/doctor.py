@@ -35,7 +35,7 @@ MARGIN = 1.15
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 DECODERS = {"pyav": "av", "decord": "decord"}
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-PLACES = ("metadata", "root", "path")  # keys of data sets that name files and folders
+PLACES = ("metadata", "root")  # keys of data sets that name files and folders
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def examine(config: "DictConfig", settings: Settings) -> Iterator[Finding]:
     yield modules("trackers", TRACKERS, settings.report_to, "report_to")
     if settings.use_8bit_adam:
         yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
-    yield data(config.data)
+    yield data(config.data, config.latents)
     found, folder = base(**{key: config.base[key] for key in ("pretrained_model_name_or_path", "revision", "variant")})
     yield found
     if folder is not None:
@@ -179,12 +179,16 @@ def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) ->
     return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
 
 
-def data(node: Any) -> Finding:
-    """Whether the files and folders that the data set names are there."""
-    places = dict.fromkeys(_places(node))
+def data(node: Any, latents: str | None) -> Finding:
+    """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
+    places = dict.fromkeys([*_places(node), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
+    if missing == [latents]:
+        return Finding(
+            "data", f"{latents} not there", PROBLEM, "make it with microcinema prepare latents and the same keys"
+        )
     if missing:
-        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare (latents_of=... for latents)"
+        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare"
         return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
     return Finding("data", ", ".join(places))
 
@@ -239,8 +243,9 @@ def needs(config: "DictConfig", settings: Settings, folder: str, device: torch.d
             half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
-        latents = "LatentClipDataset" in config.data._target_
-        training = training_memory(pipeline, settings, latents, device.type, empty_predict_net(config, pipeline))
+        training = training_memory(
+            pipeline, settings, config.latents is not None, device.type, empty_predict_net(config, pipeline)
+        )
         bar.update()
     yield disk(settings, networks, training)
     yield memory("training", training, free, PROBLEM, ways_to_train_with_less(settings, training))
@@ -343,5 +348,5 @@ def _places(node: Any) -> Iterator[str]:
     for key, value in node.items():
         if hasattr(value, "items"):
             yield from _places(value)
-        elif key in PLACES:
+        elif key in PLACES and value is not None:
             yield str(value)

@@ -18,6 +18,7 @@ Group = dict[str, Any]
 class Train:
     base: Group
     data: Group
+    latents: str | None
     diffusion: Group
     model: Group
     output_dir: str
@@ -113,9 +114,13 @@ class Prepare:
     num_frames: Count
     size: Count
     fps: Positive
-    latents_of: str | None
-    keyframe: CountOrZero | Literal["first", "center"] | None
-    flow_teacher: Literal["ground_truth", "dis", "raft"] | None
+
+
+@dataclass
+class Latents(Train):
+    keep: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
+    passes: Count
+    clips_per_shard: Count
 
 
 @dataclass
@@ -163,6 +168,7 @@ COMMANDS = {
     "prepare": Prepare,
     "prepare check": Check,
     "prepare preview": Preview,
+    "prepare latents": Latents,
     "export": Export,
     "doctor": Train,
 }

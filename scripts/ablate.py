@@ -1,6 +1,7 @@
 """The ablation grid: trains and measures every variant of every paper for several seeds, and draws one table and one figure.
 
-    microcinema prepare num_clips=6000 latents_of=sprites-base keyframe=first flow_teacher=ground_truth
+    microcinema prepare num_clips=6000
+    microcinema prepare latents experiment=sprites_factorized_dreamer "keep=[keyframe, flow]"
     python scripts/ablate.py --workers 2
 
 The grid is `configs/ablation/sprites.yaml`. A run is `train` and then `evaluate`, each a process of its own, in
@@ -258,7 +259,7 @@ def final_loss(trained: Path, steps: int, flow_weight: float) -> float:
 
 
 def _common(steps: int, data: Path) -> list[str]:
-    return [f"max_train_steps={steps}", f"data.dataset.root={data}", "report_to=tensorboard"]
+    return [f"max_train_steps={steps}", f"data.root={data}", "report_to=tensorboard"]
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -32,12 +32,16 @@ SCENES = {
 
 STEPS = [
     (
-        "Render a small world: clips with captions, encoded once by the VAE",
-        ["prepare", f"output_dir={HERE}/data", "num_clips=200", "latents_of=sprites-base"],
+        "Render a small world: clips with captions",
+        ["prepare", f"output_dir={HERE}/data", "num_clips=200"],
+    ),
+    (
+        "Encode it once, for the run that is to come",
+        ["prepare", "latents", "experiment=sprites_demo", f"data.root={HERE}/data"],
     ),
     (
         "Train a video model on it for a short while, from the text-to-image model alone",
-        ["train", "experiment=sprites_demo", f"data.dataset.root={HERE}/data", f"output_dir={HERE}/train"],
+        ["train", "experiment=sprites_demo", f"data.root={HERE}/data", f"output_dir={HERE}/train"],
     ),
     (
         "Sample with the embedded MicroCinema model: text to key frame, key frame to video",

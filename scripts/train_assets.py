@@ -40,7 +40,7 @@ from transformers import (
 from microcinema.cli import main as microcinema
 from microcinema.data import sprites
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import WEIGHTS, encode_dataset
+from microcinema.data.latents import encode
 from microcinema.data.sprites_dataset import CSV_FILE, write_dataset
 from microcinema.files import atomic_path
 from microcinema.models.sprite_classifier import SpriteClassifier, classifier_loss, encode_labels
@@ -408,21 +408,19 @@ def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
     save_half(vae, base / "vae")
 
 
-def make_data(recipe: Recipe, base: Path) -> Path:
-    """The pool's clips as an ordinary data set: files on disk, and their latents by the base's VAE."""
+def make_data(recipe: Recipe) -> Path:
+    """The pool's clips as an ordinary data set: files on disk."""
     data = Path(recipe.work) / "data"
     if not (data / CSV_FILE).exists():
         write_dataset(data, recipe.train_clips, recipe.seed)
-    if not (data / "latents").exists():
-        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
-        encode_dataset(
-            ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first"),
-            vae,
-            data / "latents",
-            keyframe="first",
-            flow_teacher="ground_truth",
-        )
     return data
+
+
+def encode_clips(data: Path, base: Path) -> torch.Tensor:
+    """Latents of all clips by the base's VAE, (n, f, c, h, w), float16."""
+    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
+    clips = ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first")
+    return torch.cat([encode(vae, clips[k]["video"][None]).half().cpu() for k in range(len(clips))])
 
 
 def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
@@ -454,7 +452,7 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    latents = load_file(make_data(recipe, base) / "latents" / WEIGHTS)["latents"]
+    latents = encode_clips(make_data(recipe), base)
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32).to(DEVICE).eval()
     encoder.requires_grad_(False)
@@ -543,11 +541,16 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
-    data = make_data(recipe, base)
     overrides = [
-        f"experiment={folder.name.replace('-', '_')}",
         f"base.pretrained_model_name_or_path={base}",
-        f"data.dataset.root={data}",
+        f"data.root={make_data(recipe)}",
+        f"experiment={folder.name.replace('-', '_')}",
+    ]
+    # The same for both models, which read other captions: these are encoded as they train.
+    reads = ["model.pixel_scales=[1]", "model.flow_teacher=ground_truth", "keep=[keyframe, flow]"]
+    if status := microcinema(["prepare", "latents", *overrides[:2], "experiment=sprites_microcinema", *reads]):
+        sys.exit(status)
+    overrides += [
         f"output_dir={output}",
         f"seed={recipe.seed}",
         "resume_from_checkpoint=latest",

@@ -1,6 +1,7 @@
 """A tiny video pipeline, tiny latent clips and what a run has logged, for the tests of training. Import as `import tiny_training`."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from microcinema import precomputing
+from microcinema.data.latents import LatentClips, Layout
 from microcinema.diffusion.schedule import make_sampler, make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -93,6 +96,26 @@ def train(
     """`trainer.train` with small settings."""
     settings = Settings(str(output_dir), **{**SMALL, **changes})
     return trainer.train(accelerator(settings), model, dataset, settings, validate)
+
+
+def encode_clips(
+    model: ImageToVideoPipeline,
+    dataset: Any,
+    folder: str | Path,
+    flow_teacher: str | None = None,
+    keep: Sequence[str] | None = None,
+    clips_per_shard: int = 2,
+    passes: int = 1,
+    **changes: Any,
+) -> LatentClips:
+    """`precomputing.encode_clips` with small shards; gives what it wrote."""
+    layout = Layout(len(dataset), passes, clips_per_shard)
+    settings = {"flow_teacher": flow_teacher, "keep": keep, "layout": layout, "clip_retries": 0, **changes}
+    with contextlib.redirect_stdout(None):
+        precomputing.encode_clips(
+            accelerator(Settings(str(folder), 1)), model, dataset, Path(folder), **settings
+        )
+    return LatentClips(folder, dataset)
 
 
 def logged(output_dir: str | Path, name: str = "loss") -> dict[int, float]:

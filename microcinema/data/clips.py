@@ -1,6 +1,8 @@
 """A folder of videos, or of pictures, with a list of any format, as a data set of clips."""
 
 import copy
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from microcinema.errors import UserError
 
 LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
 _TRIES = 10_000  # rows, spread over the list, of which one has to be there
+_MEASURED = 1000  # files whose sizes tell a list from one of other files
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -29,7 +32,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     Args:
         metadata: path of the list: .csv, .tsv, .jsonl or .parquet (data/metadata.py).
-        root: folder of the files.
+        root: folder of the files; None: they are not here, as where a model trains from latents alone.
         num_frames: frames of a clip; 1 for pictures, and for single frames of videos.
         fps: frames per second of a clip, picked by time; None takes each file's own rate.
         resolution: size of the square, or (height, width).
@@ -55,7 +58,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         metadata: str | os.PathLike[str],
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None,
         num_frames: int,
         fps: float | None,
         resolution: int | tuple[int, int],
@@ -73,7 +76,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.reader = ClipReader(num_frames, fps, resolution, decoder, clip, seed, multiple_of, watermark, timeout)
         self.clip, self.seed = clip, seed
-        self.root = Path(root)
+        self.root = None if root is None else Path(root)
         self._epoch = 0
         self.rows = read_rows(metadata, columns)
         self.left_out: dict[str, int] = {}
@@ -113,6 +116,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._marked = ~(score < watermark_score)
 
     def _check_root(self, listing: str | os.PathLike[str]) -> None:
+        if self.root is None:
+            return
         spread = np.linspace(0, len(self.rows) - 1, min(len(self.rows), _TRIES)).astype(int)
         if not any(path.is_file() for index in spread.tolist() for path in self._candidates(self.rows[index])):
             tried = [str(path) for index in spread[:3].tolist() for path in self._candidates(self.rows[index])][:3]
@@ -176,20 +181,38 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Height and width of the clips, where there are no buckets."""
         return self.reader.size
 
-    @property
-    def transform(self) -> dict[str, Any]:
-        """What decides the pixels of a clip, beside its file; the decoder does not."""
-        return self.reader.transform
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the items: the transform, a sha256 of the list and of what is known of its clips, and of the sizes of files, where they are here.
+
+        Of a long list 1000 files, spread over it, are measured: asking a file server for ten million sizes takes an hour.
+        """
+        digest = hashlib.sha256(self.rows.digest().encode())
+        shapes = self.buckets.shapes if self.buckets else None
+        for known in (self._marked, self.buckets and self.buckets.choice):
+            digest.update(b"" if known is None else np.ascontiguousarray(known).data)
+        parts = {**self.reader.transform, "buckets": shapes, "list": digest.hexdigest()}
+        if self.root is not None:
+            spread = np.linspace(0, len(self) - 1, min(len(self), _MEASURED)).astype(int).tolist()
+            found = [self._find(self.rows[index]) for index in spread]
+            sizes = [None if path is None else path.stat().st_size for path in found]
+            parts["files"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return parts
 
     def _found(self, row: dict[str, str]) -> Path:
-        candidates = self._candidates(row)
-        for path in candidates:
-            if path.is_file():
-                return path
-        tried = ", ".join(str(path) for path in candidates)
-        raise UserError(f"video '{row['id']}' is missing; tried {tried}; fetch it or take it off the list")
+        if self.root is None:
+            raise UserError("the data set has no root; set data.root to the folder of the videos")
+        path = self._find(row)
+        if path is None:
+            tried = ", ".join(str(path) for path in self._candidates(row))
+            raise UserError(f"video '{row['id']}' is missing; tried {tried}; fetch it or take it off the list")
+        return path
+
+    def _find(self, row: dict[str, str]) -> Path | None:
+        return next((path for path in self._candidates(row) if path.is_file()), None)
 
     def _candidates(self, row: dict[str, str]) -> list[Path]:
+        if self.root is None:
+            return []
         if row["file"]:
             return [self.root / row["file"]]
         layouts = LAYOUTS if row["page_dir"] else [layout for layout in LAYOUTS if "page_dir" not in layout]

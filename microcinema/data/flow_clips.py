@@ -13,7 +13,7 @@ from microcinema.errors import UserError
 
 
 class FlowClips(Dataset[dict[str, Any]]):
-    """The items of a `ClipDataset` with `flow` float32 (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w), on the latent grid.
+    """The items of a data set of clips with `flow` float32 (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w), on the latent grid.
 
     `raft` works on the GPU only in the main process, so with it either encode the data set once or take dataloader_num_workers=0.
 
@@ -26,12 +26,14 @@ class FlowClips(Dataset[dict[str, Any]]):
         UserError: an unknown teacher, or a data set of which the truth is not known.
     """
 
-    def __init__(self, dataset: ClipDataset, teacher: str, factor: int) -> None:
+    def __init__(self, dataset: Any, teacher: str, factor: int) -> None:
         if teacher not in TEACHERS:
             raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(TEACHERS)}")
         self.dataset, self.teacher, self.factor = dataset, teacher, factor
         self._sprites: dict[str, sprites.Sprite] = {}
         if teacher == "ground_truth":
+            if not isinstance(dataset, ClipDataset) or dataset.root is None:
+                raise UserError("flow teacher 'ground_truth' needs the folder of Moving Sprites; use dis")
             if dataset.clip != "first" or len(set(dataset.reader.size)) != 1:
                 raise UserError(
                     "flow teacher 'ground_truth' needs square clips from the beginning (clip=first); use dis"

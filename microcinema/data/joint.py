@@ -49,6 +49,12 @@ class JointDataset(Dataset[dict[str, Any]]):
         name = self._part(index)
         return f"{name}/{self.parts[name].id(index - self.starts[name])}"
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Those of all parts."""
+        return {
+            f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.fingerprint().items()
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Tells all parts."""
         for part in self.parts.values():

@@ -1,35 +1,42 @@
-"""A data set's clips encoded by the VAE once, kept on disk with the fingerprint of everything that made them.
+"""Clips encoded once, kept in WebDataset shards with the fingerprint of everything that made them.
 
-A cache is a folder: `latents.safetensors` (one tensor `latents`, float16, n f c h w) and `clips.json` (captions, fingerprint). What is kept
-is the posterior's mean in the scale that the denoiser works in, `(mean - shift_factor) * scaling_factor`; its spread is not kept. Where asked
-for there are `keyframe` (uint8, n 3 H W) and the teacher's `flow` (float16, n f-1 2 h w) with `flow_valid` (bool, n f-1 h w) in it as well.
+A folder of latents has
+
+- `000000.tar`, ...: shard k holds rows `k * clips_per_shard` and on. A row is an item of the data set in a pass over it; its sample is a `.json` (captions,
+  id, fps) and a `.safetensors` (`latents` and what else was kept, float16).
+- `000000.npy`, ...: where in the shard each row lies (`PLACE`); written before the shard gets its name, so a shard that has its name is finished.
+- `index.npy`: all of these in one, which readers map. It is written last.
+- `fingerprint.json`: how the rows are laid out, and what decides their contents.
+- `empty.safetensors`: tokens of the empty caption, which stand for dropped ones.
+- `quarantine/`: clips that could not be read; of these the shards have no sample.
 """
 
-import hashlib
 import json
 import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import einops
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch.utils.data import Dataset
 
-from microcinema.data.clips import ClipDataset
-from microcinema.data.flow_clips import FlowClips
-from microcinema.data.reference import reference_index
+from microcinema.data.numbering import Stream
+from microcinema.data.quarantine import read_quarantine
 from microcinema.errors import UserError
-from microcinema.files import atomic_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-WEIGHTS, RECORDS = "latents.safetensors", "clips.json"
-TEXTS = ("id", "caption", "description", "motion")
+INDEX, FINGERPRINT, EMPTY, QUARANTINE = "index.npy", "fingerprint.json", "empty.safetensors", "quarantine"
+PLACE = np.dtype([("json", "<u8"), ("json_size", "<u4"), ("tensors", "<u8"), ("tensors_size", "<u4")])
+"""Offsets in a shard and sizes, in bytes, of the two members of a row; all zero: it has none."""
+_OPEN = 64  # shards that a process holds open
 
 
 @torch.no_grad()
@@ -58,187 +65,168 @@ def encode(vae: "AutoencoderKL", video: torch.Tensor) -> torch.Tensor:
     return einops.unpack(latents, leading, "* c h w")[0]
 
 
-def fingerprint(vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None) -> dict[str, Any]:
-    """What decides the contents of a cache: the VAE (sha256 of weights and scale), the transform, the clips (sha256 of ids and file sizes).
+@dataclass(frozen=True)
+class Layout:
+    """Which row is in which shard.
 
-    A part of which the maker is not given is left out.
+    Attributes:
+        num_clips: of the data set.
+        passes: over the data set; row `p * num_clips + i` is item i in pass p.
+        clips_per_shard: rows of each shard but the last.
     """
-    parts: dict[str, Any] = {}
-    if vae is not None:
-        digest = hashlib.sha256(json.dumps([vae.config.scaling_factor, vae.config.get("shift_factor")]).encode())
-        for name, tensor in sorted(vae.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            # In float32, so that the dtype that the weights happen to be loaded in does not count as another VAE.
-            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
-        parts["vae"] = digest.hexdigest()
-    if dataset is not None:
-        parts["transform"] = dataset.transform
-        digest = hashlib.sha256()
-        for index, row in enumerate(dataset.rows):
-            digest.update(f"{row['id']} {dataset.path(index).stat().st_size}\n".encode())
-        parts["clips"] = digest.hexdigest()
-    return parts
+
+    num_clips: int
+    passes: int
+    clips_per_shard: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_clips * self.passes
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.clips_per_shard)
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        first = shard * self.clips_per_shard
+        return range(first, min(first + self.clips_per_shard, self.num_rows))
 
 
-def encode_dataset(
-    dataset: ClipDataset,
-    vae: "AutoencoderKL",
-    path: str | os.PathLike[str],
-    batch_size: int = 4,
-    num_workers: int = 0,
-    progress: bool = True,
-    keyframe: str | int | None = None,
-    flow_teacher: str | None = None,
-) -> None:
-    """Encodes every clip of a data set into the cache folder `path`, which appears when it is whole; one that is there is replaced.
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
+    return folder / f"{shard:06d}.tar"
 
-    Args:
-        dataset: with `clip="first"` or "center": a cache holds one clip of each video.
-        vae: on the device and in the dtype to work with.
-        batch_size: clips at once.
-        num_workers: processes that decode.
-        keyframe: the frame whose pixels are kept as well, `first`, `center` or an index, for models that read them; None: none.
-        flow_teacher: whose optical flow is kept as well, for PredictNet; see `FlowClips`; None: none.
+
+def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
+    """How the rows of a folder of latents are laid out, and what made them.
 
     Raises:
-        UserError: a data set of random clips, a bad clip, latents beyond float16, a folder that is something else or cannot be written.
+        UserError: the folder holds no latents.
     """
-    folder = Path(path)
-    if dataset.clip == "random":
+    try:
+        contents = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+        return Layout(**contents["layout"]), contents["parts"]
+    except FileNotFoundError:
         raise UserError(
-            "clip='random' cannot be cached, a cache holds one clip of each video; choose clip=first or clip=center"
-        )
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / RECORDS).is_file())):
-        raise UserError(f"'{folder}' exists and is no latent cache; choose another folder")
-    kept: dict[str, torch.Tensor] = {}
-    records: list[dict[str, Any]] = []
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    source = dataset if flow_teacher is None else FlowClips(dataset, flow_teacher, factor)
-    loader = DataLoader(source, batch_size=batch_size, num_workers=num_workers)
-    with atomic_folder(folder) as temporary:
-        with tqdm(total=len(dataset), desc="encoding latents", unit="clip", disable=not progress) as bar:
-            for batch in loader:
-                encoded = encode(vae, batch["video"]).half().cpu()
-                if not encoded.isfinite().all():
-                    raise UserError(
-                        f"latents of clips {', '.join(batch['id'])} do not fit float16; use a sound VAE, in float32"
-                    )
-                made = {"latents": encoded}
-                if keyframe is not None:
-                    pixels = batch["video"][:, reference_index(keyframe, batch["video"].shape[1])]
-                    made["keyframe"] = ((pixels + 1) * 127.5).round().to(torch.uint8)
-                if flow_teacher is not None:
-                    made |= {"flow": batch["flow"].half(), "flow_valid": batch["flow_valid"]}
-                for name, part in made.items():
-                    whole = kept.setdefault(name, part.new_empty(len(dataset), *part.shape[1:]))
-                    whole[len(records) : len(records) + len(part)] = part
-                for k, fps in enumerate(batch["fps"].tolist()):
-                    records.append({**{name: batch[name][k] for name in TEXTS}, "fps": fps})
-                bar.update(len(encoded))
-        save_file(kept, temporary / WEIGHTS)
-        extras = {"keyframe": keyframe, "flow_teacher": flow_teacher}
-        contents = {"fingerprint": {**fingerprint(vae, dataset), **extras}, "clips": records}
-        (temporary / RECORDS).write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
+            f"'{folder}' holds no latents ({FINGERPRINT} is missing); make them with `microcinema prepare latents`, or set latents=null"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
 
 
-class LatentClipDataset(Dataset[dict[str, Any]]):
-    """The clips of a cache: the items of `ClipDataset` with `latents`, float32 (f, c, h, w), in the place of `video`.
+class LatentClips(Dataset[dict[str, Any]]):
+    """The clips of a data set with `latents` (f, c, h, w) in the place of `video`, and in the same order.
 
-    If the cache has them, also `keyframe` uint8 (3, H, W), and `flow` and `flow_valid` as of `FlowClips`.
+    An item also has what else was kept, of `text` (n, d), `motion_tokens` (k, e), `image_tokens` (p, e), `keyframe` uint8 (3, H, W), `flow`
+    (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w); all others are float16. A clip that could not be read when the latents were made cannot be
+    read here.
 
-    The file is mapped, not read: an item costs its own bytes, and worker processes share the pages.
+    An item is read from its place in its shard, which costs its own bytes; worker processes share the index.
 
     Args:
-        path: a folder that `encode_dataset` wrote.
-        vae: if given, the VAE that must have made it.
-        dataset: if given, the data set that must have been its source.
+        path: a folder that `microcinema prepare latents` wrote.
+        source: the data set that it was made of, which knows the order of training; its files may be gone.
+
+    Attributes:
+        parts: the fingerprint, to be compared with training's (training/fingerprint.py).
+        empty: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty caption, where these were kept.
 
     Raises:
-        UserError: no cache there, a damaged one, or one of another VAE, transform or list of clips.
+        UserError: no latents there, not all of them, or damaged ones; from an item, a clip that is not there or damaged.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None
-    ) -> None:
-        self.folder = Path(path)
-        self._slices: dict[str, Any] = {}
-        try:
-            contents = json.loads((self.folder / RECORDS).read_text(encoding="utf-8"))
-            self.fingerprint: dict[str, Any] = contents["fingerprint"]
-            self.records: list[dict[str, Any]] = contents["clips"]
-            count = self._open()["latents"].get_shape()[0]
-            self._slices = {}  # opened anew in each worker process
-        except FileNotFoundError as error:
-            raise UserError(
-                f"'{self.folder}' is no latent cache ({error.filename or WEIGHTS} is missing); encode one first"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"latent cache '{self.folder}' is damaged ({error}); encode it again") from None
-        if count != len(self.records):
-            raise UserError(
-                f"latent cache '{self.folder}' holds {count} latents for {len(self.records)} clips; encode it again"
-            )
-        self.check(vae, dataset)
-
-    def check(self, vae: "AutoencoderKL | None" = None, dataset: ClipDataset | None = None) -> None:
-        """Compares the cache's fingerprint with that of a VAE, a data set, or both.
-
-        Raises:
-            UserError: names what differs.
-        """
-        differences = []
-        for part, now in fingerprint(vae, dataset).items():
-            then = self.fingerprint.get(part)
-            if part == "transform" and isinstance(then, dict):
-                keys = [key for key in now if now[key] != then.get(key)]
-                differences += [f"{key} was {then.get(key)} and is {now[key]}" for key in keys]
-            elif now != then:
-                differences.append("another VAE" if part == "vae" else "another list of clips")
-        if differences:
-            raise UserError(f"latent cache '{self.folder}' does not match: {', '.join(differences)}; encode it again")
-
-    def check_extras(self, flow_teacher: str | None, keyframe: str | int | None) -> None:
-        """Compares what the cache holds beside latents with what a run needs.
-
-        Args:
-            flow_teacher: whose flow PredictNet learns; None: there is no PredictNet.
-            keyframe: the frame whose pixels the model reads; None: it reads none.
-
-        Raises:
-            UserError: names what is missing, or what differs.
-        """
-        needs: dict[str, Any] = {"flow_teacher": flow_teacher, "keyframe": keyframe}
-        for name, wanted in needs.items():
-            held = self.fingerprint.get(name)
-            frames = self.fingerprint["transform"]["num_frames"]
-            if name == "keyframe" and wanted is not None and held is not None:
-                wanted, held = reference_index(wanted, frames), reference_index(held, frames)
-            if wanted not in (None, held):
-                there = "none" if held is None else f"that of {name}={held}"
-                what = "optical flow" if name == "flow_teacher" else "key frames' pixels"
-                raise UserError(
-                    f"latent cache '{self.folder}' holds no {what} for {name}={wanted} ({there}); encode it again with it"
-                )
+    def __init__(self, path: str | os.PathLike[str], source: Any) -> None:
+        self.folder, self.source = Path(path), source
+        self.layout, self.parts = read_fingerprint(self.folder)
+        self._pass = 0
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._places = self._map()
+        self._check_shards()
+        self._broken = {each["number"]: each["reason"] for each in read_quarantine(self.folder / QUARANTINE)}
+        file = self.folder / EMPTY
+        self.empty: Mapping[str, torch.Tensor] = load_file(file) if file.is_file() else {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: every epoch sees the same clips. There so that this and `ClipDataset` are interchangeable."""
+        """Makes the next pass over the data set read the clips of the next pass that was encoded; after the last comes the first."""
+        self._pass = epoch % self.layout.passes
+
+    def streams(self, seed: int) -> list[tuple[Stream, int]]:
+        """The orders of the data set."""
+        return self.source.streams(seed) if hasattr(self.source, "streams") else []
+
+    @property
+    def group(self) -> int:
+        """Of the data set: numbers in a row whose items have one shape."""
+        return self.source.group
+
+    def id(self, index: int) -> str:
+        """The name of a clip in messages and quarantine."""
+        return self.source.id(index)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.layout.num_clips
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        kept = {name: part[index : index + 1][0] for name, part in self._open().items()}
-        kept |= {name: kept[name].float() for name in ("latents", "flow") if name in kept}
-        return {**kept, **self.records[index], "index": index}
+        row = self._pass * len(self) + index
+        place = self._places[row]
+        if not place["tensors_size"]:
+            reason = self._broken.get(row, "unknown")
+            raise UserError(f"clip '{self.id(index)}' could not be read when the latents were made: {reason}")
+        shard = row // self.layout.clips_per_shard
+        start, between = int(place["json"]), int(place["tensors"] - place["json"])
+        try:
+            data = os.pread(self._open(shard), between + int(place["tensors_size"]), start)
+            record = json.loads(data[: int(place["json_size"])])
+            return {**load(data[between:]), **record, "index": index}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"clip {row} of '{shard_path(self.folder, shard)}' is damaged ({error}); delete the shard and make it again"
+            ) from None
 
-    def _open(self) -> dict[str, Any]:
-        if not self._slices:
-            file = safe_open(self.folder / WEIGHTS, framework="pt")
-            self._slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-        return self._slices
+    def _open(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= _OPEN:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(shard_path(self.folder, shard), os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _map(self) -> np.ndarray:
+        try:
+            places = np.load(self.folder / INDEX, mmap_mode="r")
+        except FileNotFoundError:
+            made = sum(shard_path(self.folder, shard).is_file() for shard in range(self.layout.num_shards))
+            raise UserError(
+                f"latents '{self.folder}' are not finished: {made} of {self.layout.num_shards} shards are; "
+                "go on with the same `microcinema prepare latents`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
+        if places.dtype != PLACE or len(places) != self.layout.num_rows:
+            raise UserError(
+                f"'{self.folder / INDEX}' names {len(places)} clips of {self.layout.num_rows}; make the latents again"
+            )
+        return places
+
+    def _check_shards(self) -> None:
+        for shard in range(self.layout.num_shards):
+            rows, path = self.layout.rows(shard), shard_path(self.folder, shard)
+            places = self._places[rows.start : rows.stop]
+            whole = int((places["tensors"] + places["tensors_size"]).max())
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size < whole:
+                found = "missing" if size is None else f"cut off at {size} bytes of {whole}"
+                raise UserError(
+                    f"shard '{path}' is {found}; copy it again, or delete it and go on with `microcinema prepare latents`"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped file does not travel to another process; it is opened there.
-        return {**self.__dict__, "_slices": {}}
+        # Neither files nor mapped ones travel to another process; they are opened there.
+        return {**self.__dict__, "_files": OrderedDict(), "_places": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._places = self._map()

@@ -5,6 +5,7 @@ worker processes that a data loader forks (a list of dictionaries would take ten
 """
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,19 @@ class Rows(Sequence[dict[str, str]]):
     def ids(self) -> pa.ChunkedArray:
         """The column `id`, as it is compared with that of a manifest."""
         return self.table.column("id" if "id" in self.table.column_names else "file")
+
+    def digest(self) -> str:
+        """sha256 of all that the rows say, whatever the blocks that Arrow keeps them in."""
+        digest = hashlib.sha256()
+        for name in self.table.column_names:
+            column = self.table.column(name)
+            digest.update(f"{name} {len(column)} ".encode())
+            digest.update(pc.binary_length(column).to_numpy().astype("<i8"))
+            for chunk in filter(len, column.chunks):
+                _, offsets, texts = chunk.buffers()
+                ends = np.frombuffer(offsets, "<i8")
+                digest.update(memoryview(texts or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]])
+        return digest.hexdigest()
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
         """The rows with these numbers, in this order."""

@@ -38,6 +38,7 @@ class Quarantine:
         self.folder, self.retries = Path(folder), retries
         self.path = self.folder / f"rank-{rank:05d}.jsonl"
         _end_line(self.path)
+        self.reason = "recorded by an earlier run"
         self._known = {(record["number"], record["index"]) for record in read_quarantine(self.folder)}
 
     def read(
@@ -52,20 +53,26 @@ class Quarantine:
         Raises:
             UserError: a long row of substitutes is broken as well.
         """
-        reason = "recorded by an earlier run"
         for attempt in range(1 + SUBSTITUTES):
             index = substitute(attempt) if attempt else index
-            if (number, index) in self._known:
-                continue
-            try:
-                return self._tried(dataset, index), attempt
-            except UserError as error:
-                reason = str(error)
-                self._record(dataset, number, index, reason)
+            item = self.attempt(dataset, number, index)
+            if item is not None:
+                return item, attempt
         raise UserError(
-            f"clip {number} and {SUBSTITUTES} that should have stood in for it are broken (last: {reason}); "
+            f"clip {number} and {SUBSTITUTES} that should have stood in for it are broken (last: {self.reason}); "
             f"see '{self.folder}', check the data"
         )
+
+    def attempt(self, dataset: Any, number: int, index: int) -> dict[str, Any] | None:
+        """`dataset[index]`, or None if it cannot be read or was written down for this number before; `reason` then says why."""
+        if (number, index) in self._known:
+            return None
+        try:
+            return self._tried(dataset, index)
+        except UserError as error:
+            self.reason = str(error)
+            self._record(dataset, number, index, self.reason)
+            return None
 
     def _tried(self, dataset: Any, index: int) -> dict[str, Any]:
         for pause in range(self.retries):

@@ -72,19 +72,19 @@ class ClipReader:
 
     @property
     def transform(self) -> dict[str, Any]:
-        """What decides the pixels of a clip, beside its file; the decoder does not."""
+        """What decides a clip and its captions, beside its file; the decoder does not."""
         height, width = self.size
-        parts: dict[str, Any] = {
+        mark = self.watermark
+        return {
             "num_frames": self.num_frames,
             "fps": self.fps,
             "height": height,
             "width": width,
             "clip": self.clip,
+            "seed": self.seed if self.clip == "random" else None,
             "resize": RESIZE,
+            "watermark": [mark.action, *mark.box, mark.tag if mark.action == "tag" else ""] if mark else None,
         }
-        if self.watermark and self.watermark.action != "tag":
-            parts["watermark"] = [self.watermark.action, *self.watermark.box]
-        return parts
 
     def read(
         self,

@@ -174,10 +174,17 @@ class ShardDataset(Dataset[dict[str, Any]]):
             "motion": str(record.get(self.columns["motion"]) or caption),
         }
 
-    @property
-    def transform(self) -> dict[str, Any]:
-        """What decides the pixels of a clip, beside its file; the decoder does not."""
-        return self.reader.transform
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the items: the transform, a sha256 of the list, and one of the shards' sizes, if they are local and here."""
+        names = [[url.rsplit("/", 1)[-1], int(count)] for url, count in zip(self.urls, self.counts, strict=True)]
+        digest = hashlib.sha256(json.dumps([names, self.columns]).encode())
+        for kept in self._kept or ():
+            digest.update(kept.data)
+        parts = {**self.reader.transform, "list": digest.hexdigest()}
+        if all(_is_local(url) and Path(url).is_file() for url in self.urls):
+            sizes = [Path(url).stat().st_size for url in self.urls]
+            parts["files"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return parts
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -202,24 +209,13 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def _members(self, shard: int) -> list[Sample]:
         """All samples of a shard, from the headers of its tar file."""
-        url, last = self.urls[shard], None
-        samples: list[Sample] = []
+        url = self.urls[shard]
         try:
-            path = url if _is_local(url) else self._cache.get_file(url)
-            with tarfile.open(path, "r:") as tar:  # uncompressed: a compressed one has no places to read at
-                for entry in tar:
-                    key, extension = base_plus_ext(entry.name)
-                    if not entry.isreg() or not extension:
-                        continue
-                    if key != last:
-                        samples.append({})
-                        last = key
-                    samples[-1][extension.lower()] = video_io.Member(path, entry.name, entry.offset_data, entry.size)
+            return read_members(url if _is_local(url) else self._cache.get_file(url))
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(
                 f"shard '{url}' cannot be read ({error}); fetch it again, uncompressed, or take it off the list"
             ) from None
-        return samples
 
     def _counts(self, index: Path | None) -> np.ndarray:
         if index is not None and index.is_file():
@@ -250,6 +246,26 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_contents": OrderedDict()}
+
+
+def read_members(path: str) -> list[Sample]:
+    """The samples of a tar file in their order, from its headers alone.
+
+    Raises:
+        OSError, ValueError, tarfile.TarError: it cannot be read, or is compressed: there are no places to read at.
+    """
+    samples: list[Sample] = []
+    last = None
+    with tarfile.open(path, "r:") as tar:
+        for entry in tar:
+            key, extension = base_plus_ext(entry.name)
+            if not entry.isreg() or not extension:
+                continue
+            if key != last:
+                samples.append({})
+                last = key
+            samples[-1][extension.lower()] = video_io.Member(path, entry.name, entry.offset_data, entry.size)
+    return samples
 
 
 def expand(shards: str | Sequence[str]) -> list[str]:

@@ -245,16 +245,27 @@ class ImageToVideoPipeline(DiffusionPipeline):
             self._execution_device,
         )
 
-    def encode_pixels(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the condition encoder reads of key frames (b, 3, H, W) in [-1, 1] beside their latents, by its arguments' names."""
+    def encode_pixels(self, image: torch.Tensor, image_tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """What the condition encoder reads of key frames (b, 3, H, W) in [-1, 1] beside their latents, by its arguments' names.
+
+        Args:
+            image_tokens: of the image encoder, (b, p, e); None: they are made.
+        """
         made = {}
         image = image.to(self._execution_device)
         if self.image_encoder is not None:
             colours = self.config["image_mean"], self.config["image_std"]
-            made["image_tokens"] = read_image(self.image_encoder, image, *colours)
-        if self.condition_encoder.config["pixels"] is not None:
+            if image_tokens is None:
+                image_tokens = read_image(self.image_encoder, image, *colours)
+            made["image_tokens"] = image_tokens
+        if self.shows_pixels:
             made["pixels"] = image
         return made
+
+    @property
+    def shows_pixels(self) -> bool:
+        """Whether pixel-aware attention looks at the key frame itself."""
+        return self.condition_encoder.config["pixels"] is not None
 
     @property
     def reads_pixels(self) -> bool:

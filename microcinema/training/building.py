@@ -58,11 +58,6 @@ def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> di
     return parts
 
 
-def reads_pixels(config: "DictConfig") -> bool:
-    """Whether the model of a config of `train` reads more of a key frame than its latents."""
-    return config.model.adapter is not None or bool(config.model.pixel_scales)
-
-
 def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
     """The video pipeline of a training run.
 

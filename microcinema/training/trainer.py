@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from microcinema.config import instantiate, save
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.latents import LatentClipDataset
+from microcinema.data.latents import LatentClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.errors import UserError
@@ -30,8 +30,9 @@ from microcinema.pipelines.base import INDEX, is_embedded, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saved import save_pipeline
 from microcinema.provenance import append_record, describe_environment
+from microcinema.training import fingerprint
 from microcinema.training.averages import evaluated
-from microcinema.training.building import build_keyframes, build_networks, build_pipeline, reads_pixels
+from microcinema.training.building import build_keyframes, build_networks, build_pipeline
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.checkpoint_folders import Progress, choose_checkpoint
 from microcinema.training.encoding import BatchEncoder
@@ -127,7 +128,7 @@ def train(
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
     objective = make_objective(pipeline, settings)
-    encode = BatchEncoder(pipeline, device)
+    encode = BatchEncoder(pipeline, device, getattr(dataset, "empty", None))
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
     guard = Guard(accelerator, output_dir, settings.seed)
 
@@ -230,9 +231,8 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     if accelerator.is_main_process:
         for reason, count in getattr(dataset, "left_out", {}).items():
             print(f"{count} clips left out: {reason}")
-    if isinstance(dataset, LatentClipDataset):
-        dataset.check(base.vae)
-        dataset.check_extras(teacher, config.model.reference_frame if reads_pixels(config) else None)
+    if config.latents is not None:
+        dataset = LatentClips(config.latents, dataset)
     elif teacher is not None:
         dataset = FlowClips(dataset, teacher, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to know it
@@ -249,6 +249,8 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         tokenizer=base.tokenizer,
         **parts,
     )
+    if isinstance(dataset, LatentClips):
+        fingerprint.check(dataset, pipeline, teacher)
     predict_net = None if teacher is None else PredictNet(pipeline.unet.config["block_out_channels"][0])
     validate = None
     if settings.validation_prompts:
