@@ -112,8 +112,8 @@ def encode_clips(
         dataset = FlowClips(dataset, str(flow_teacher), pipeline.vae_scale_factor)
     rank = accelerator.process_index
     shards = latent_shards.missing(folder, layout, rank, accelerator.num_processes)
-    batches = latent_shards.read(dataset, folder, layout, shards, clip_retries, rank, num_workers)
-    batches = ErrorRate(max_error_rate).watch(batches)
+    errors = ErrorRate(max_error_rate)
+    batches = latent_shards.read(dataset, folder, layout, shards, clip_retries, rank, num_workers, errors)
     total = sum(len(layout.rows(shard)) for shard in shards)
     with tqdm(total=total, desc="encoding", unit="clip", disable=None if rank == 0 else True) as bar:
         for shard in shards:

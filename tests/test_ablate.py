@@ -234,8 +234,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data with flow, an untrained judge, and a grid of two variants, all tiny."""
     folder = tmp_path_factory.mktemp("world")
     base = tiny.base_folder(folder / "base")
-    clips = ["num_clips=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}", f"latents_of={base}"]
-    assert cli.main(["prepare", *clips, "flow_teacher=ground_truth"]) == 0
+    assert cli.main(["prepare", "num_clips=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"]) == 0
+    train = [
+        f"base.pretrained_model_name_or_path={base}",
+        "latents=${data.root}/latents",
+        "num_frames=4",
+        "resolution=32",
+    ]
+    reads = ["model=plain", "diffusion=none", "model.flow_teacher=ground_truth", "keep=[flow]"]
+    assert cli.main(["prepare", "latents", f"data.root={folder / 'data'}", *train, *reads]) == 0
     kinds = {
         "shape": sprites.SHAPES,
         "colour": sprites.COLOURS,
@@ -249,12 +256,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = {
         "seeds": [5],
         "max_train_steps": 2,
-        "train": [
-            f"base.pretrained_model_name_or_path={base}",
-            "data=sprites_latents",
-            "num_frames=4",
-            "resolution=32",
-        ],
+        "train": train,
         "evaluate": [f"evaluation.protocol.{key}={value}" for key, value in protocol.items()],
         "papers": {
             "paper": {

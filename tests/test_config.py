@@ -17,7 +17,6 @@ from webdataset.shardlists import expand_urls
 
 from microcinema import config, schema
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import LatentClipDataset, encode_dataset
 from microcinema.data.sprites_dataset import CSV_FILE, write_dataset
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.errors import UserError
@@ -30,11 +29,8 @@ OPTIONS = [(command, group, option) for group, command in GROUPS.items() for opt
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three clips and their latents, as `prepare` writes them."""
-    folder = write_dataset(tmp_path_factory.mktemp("data") / "sprites", num_clips=3, progress=False)
-    clips = ClipDataset(str(folder / CSV_FILE), str(folder), 16, 8.0, 64, clip="first")
-    encode_dataset(clips, tiny.vae(), folder / "latents", progress=False)
-    return folder
+    """Three clips, as `prepare` writes them."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "sprites", num_clips=3, progress=False)
 
 
 def told(command: str, *overrides: str) -> str:
@@ -300,12 +296,3 @@ def test_configs_reach_their_classes(sprites: Path):
     assert isinstance(data, ClipDataset)
     assert data[0]["video"].shape == (4, 3, 64, 64)
     assert config.instantiate(composed.diffusion.noise_prior) == NoisePrior("mixed", 2.0)
-
-
-def test_latents_come_with_their_clips_and_refuse_others(sprites: Path):
-    chosen = ["data=sprites_latents", f"data.dataset.root={sprites}"]
-    data = config.instantiate(config.compose("train", chosen).data)
-    assert isinstance(data, LatentClipDataset)
-    assert data[0]["latents"].shape == (16, 4, 16, 16)
-    with pytest.raises(UserError, match="num_frames was 16 and is 8"):
-        config.instantiate(config.compose("train", [*chosen, "num_frames=8"]).data)

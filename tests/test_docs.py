@@ -82,7 +82,7 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
-    commands = ("train", "sample", "export", "prepare check", "prepare preview")
+    commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [config.compose(command) for command in commands]
     composed.append(config.compose("evaluate", ["evaluation=ucf101"]))
     known = {name for one in composed for name in dotted(one)}

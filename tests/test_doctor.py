@@ -160,17 +160,23 @@ def test_8_bit_adam_needs_its_package(arguments, monkeypatch, capsys):
 
 
 def test_all_places_of_a_data_set_have_to_be_there(tmp_path):
+    latents = str(tmp_path / "latents")
     node = {
         "_target_": "x",
-        "path": str(tmp_path / "latents"),
-        "dataset": {"metadata": str(tmp_path), "root": str(tmp_path)},
+        "parts": {"videos": {"metadata": str(tmp_path), "root": str(tmp_path)}, "images": {"root": None}},
     }
-    found = doctor.data(node)
+    found = doctor.data(node, latents)
     assert (
-        found.status == PROBLEM and str(tmp_path / "latents") in found.found and found.found.count(str(tmp_path)) == 1
+        found.status == PROBLEM
+        and found.found == f"{latents} not there"
+        and "microcinema prepare latents" in found.advice
     )
+    node["parts"]["videos"]["root"] = f"{tmp_path}/videos"
+    found = doctor.data(node, latents)
+    assert f"{tmp_path}/videos, {latents} not there" in found.found and "set data.*" in found.advice
+    (tmp_path / "videos").mkdir()
     (tmp_path / "latents").mkdir()
-    assert doctor.data(node).status == OK
+    assert doctor.data(node, latents).status == doctor.data(node, None).status == OK
 
 
 # The base

@@ -13,13 +13,13 @@ from tiny_training import FRAMES, logged, one_thread, weights  # noqa: F401
 from microcinema import cli
 from microcinema.data.clips import ClipDataset
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.latents import LatentClipDataset, encode_dataset
 from microcinema.data.sprites_dataset import write_dataset
 from microcinema.diffusion.randomness import generator
 from microcinema.errors import UserError
 from microcinema.models.predict_net import PredictNet
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder, read_motion
 from microcinema.pipelines.saved import load_pipeline, save_pipeline
+from microcinema.training import fingerprint
 from microcinema.training.encoding import BatchEncoder
 
 PROMPT, MOTION = "a large red star on sand", "moving to the left"
@@ -172,38 +172,53 @@ def test_predict_net_is_in_checkpoints_and_not_in_the_pipeline(folder, tmp_path,
     assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
 
 
-def test_latents_with_key_frames_and_flow_train_as_the_clips_do(model, clips, tmp_path):
+def collated(source):
+    return torch.utils.data.default_collate([{**source[k], "number": k} for k in range(3)])
+
+
+@pytest.mark.parametrize("keep", [None, ["keyframe", "flow"], ["text", "motion_tokens", "keyframe", "flow"]])
+def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_path, keep, monkeypatch):
+    """Whatever was kept and whatever is made of it; what was kept is not made again."""
     data = FlowClips(dataset(clips), "ground_truth", tiny.VAE_FACTOR)
-    encode_dataset(dataset(clips), model.vae, tmp_path, progress=False, keyframe="first", flow_teacher="ground_truth")
-    cached = LatentClipDataset(tmp_path, model.vae, dataset(clips))
-    cached.check_extras("ground_truth", 0)
+    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", "ground_truth", keep)
+    fingerprint.check(kept, model, "ground_truth")
     encode = BatchEncoder(model, torch.device("cpu"))
-    raw, kept = (
-        encode(torch.utils.data.default_collate([{**source[k], "number": k} for k in range(3)]))
-        for source in (data, cached)
-    )
-    torch.testing.assert_close(kept.latents, raw.latents, atol=2e-3, rtol=2e-3)
-    assert raw.image.keys() == kept.image.keys() == {"image_tokens", "pixels"}
-    for name in raw.image:
-        torch.testing.assert_close(kept.image[name], raw.image[name], atol=1e-5, rtol=1e-5)
-    assert torch.equal(kept.motion_tokens, raw.motion_tokens)
-    assert torch.equal(kept.flow.valid, raw.flow.valid)
-    torch.testing.assert_close(kept.flow.vectors, raw.flow.vectors, atol=2e-3, rtol=2e-3)
+    raw, dropped = encode(collated(data)), encode.dropped()
+    if keep is None:
+        for network in (model.vae, model.text_encoder, model.motion_encoder, model.image_encoder):
+            monkeypatch.setattr(network, "forward", None)
+        monkeypatch.setattr(model.vae, "encode", None)
+    encode = BatchEncoder(model, torch.device("cpu"), kept.empty)
+    batch = encode(collated(kept))
+    assert raw.image.keys() == batch.image.keys() == {"image_tokens", "pixels"}
+    close = {"atol": 4e-3, "rtol": 2e-3}  # float16
+    torch.testing.assert_close(batch.latents, raw.latents, **close)
+    torch.testing.assert_close(batch.text, raw.text, **close)
+    torch.testing.assert_close(batch.motion_tokens, raw.motion_tokens, **close)
+    torch.testing.assert_close(batch.image["image_tokens"], raw.image["image_tokens"], **close)
+    torch.testing.assert_close(batch.image["pixels"], raw.image["pixels"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(encode.dropped().text, dropped.text, **close)
+    torch.testing.assert_close(encode.dropped().motion_tokens, dropped.motion_tokens, **close)
+    assert torch.equal(batch.flow.valid, raw.flow.valid)
+    torch.testing.assert_close(batch.flow.vectors, raw.flow.vectors, **close)
     assert raw.flow.vectors.abs().max() > 0.05
-    with pytest.raises(UserError, match="flow_teacher=dis.*flow_teacher=ground_truth"):
-        cached.check_extras("dis", None)
-    with pytest.raises(UserError, match="pixels for keyframe=2"):
-        cached.check_extras(None, "center")
+    with pytest.raises(UserError, match="teacher was ground_truth and is dis"):
+        fingerprint.check(kept, model, "dis")
 
 
-def test_latents_without_key_frames_are_refused(model, clips, tmp_path):
-    encode_dataset(dataset(clips), model.vae, tmp_path, progress=False)
-    cached = LatentClipDataset(tmp_path)
-    cached.check_extras(None, None)
-    with pytest.raises(UserError, match="no key frames' pixels"):
-        cached.check_extras(None, "first")
+def test_what_these_latents_are_not(folder, model, clips, tmp_path):
+    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", keep=["text", "motion_tokens"])
+    with pytest.raises(UserError, match="come without flow and keyframe, which this model learns from"):
+        fingerprint.check(kept, model, "dis")
     with pytest.raises(UserError, match="come without"):
-        BatchEncoder(model, torch.device("cpu"))(torch.utils.data.default_collate([{**cached[0], "number": 0}]))
+        BatchEncoder(model, torch.device("cpu"))(collated(kept))
+    model.register_to_config(num_motion_tokens=9)
+    with pytest.raises(UserError, match="num_motion_tokens was 32 and is 9; make others"):
+        fingerprint.check(kept, model, None)
+    model.register_to_config(num_motion_tokens=32)
+    plain = tiny.video_pipeline(folder)
+    with pytest.raises(UserError, match="of was description and is caption"):  # another caption is read
+        fingerprint.check(kept, plain, None)
 
 
 # The commands

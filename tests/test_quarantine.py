@@ -219,7 +219,7 @@ def test_the_error_rate_forgets():
     assert len(list(rate.watch(batches([1] + [0] * 5)))) == 6  # too few to judge
     assert len(list(rate.watch(batches([0] * 200 + [1] * 20 + [0] * 100 + [1] * 20)))) == 340
     assert rate.total == 41
-    with pytest.raises(UserError, match="26 of the last 126 clips read are broken, more than max_error_rate=0.2"):
+    with pytest.raises(UserError, match="21 of the last 100 clips read are broken, more than max_error_rate=0.2"):
         list(rate.watch(batches([1] * 20)))
 
 

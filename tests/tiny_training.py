@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from microcinema import precomputing
-from microcinema.data.latents import LatentClips, Layout
+from microcinema.data.latents import EncodedClips, Layout
 from microcinema.diffusion.schedule import make_sampler, make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -107,15 +107,13 @@ def encode_clips(
     clips_per_shard: int = 2,
     passes: int = 1,
     **changes: Any,
-) -> LatentClips:
+) -> EncodedClips:
     """`precomputing.encode_clips` with small shards; gives what it wrote."""
     layout = Layout(len(dataset), passes, clips_per_shard)
     settings = {"flow_teacher": flow_teacher, "keep": keep, "layout": layout, "clip_retries": 0, **changes}
     with contextlib.redirect_stdout(None):
-        precomputing.encode_clips(
-            accelerator(Settings(str(folder), 1)), model, dataset, Path(folder), **settings
-        )
-    return LatentClips(folder, dataset)
+        precomputing.encode_clips(accelerator(Settings(str(folder), 1)), model, dataset, Path(folder), **settings)
+    return EncodedClips(folder, dataset)
 
 
 def logged(output_dir: str | Path, name: str = "loss") -> dict[int, float]:

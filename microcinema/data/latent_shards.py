@@ -22,7 +22,7 @@ from microcinema.data.latents import (
     read_fingerprint,
     shard_path,
 )
-from microcinema.data.quarantine import Quarantine
+from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.shards import read_members
 from microcinema.errors import UserError
 from microcinema.files import atomic_path, make_folder
@@ -68,17 +68,30 @@ def missing(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1)
 
 
 def read(
-    dataset: Any, folder: Path, layout: Layout, shards: list[int], retries: int, rank: int, num_workers: int
+    dataset: Any,
+    folder: Path,
+    layout: Layout,
+    shards: list[int],
+    retries: int,
+    rank: int,
+    num_workers: int,
+    errors: ErrorRate,
 ) -> Iterator[dict[str, Any]]:
     """The clips of shards one after the other, as batches of one with `row` and `broken`; those that cannot be read go to quarantine.
 
     Args:
         retries, rank: as in `Quarantine`.
         num_workers: processes that decode.
+
+    Raises:
+        UserError: too many cannot be read.
     """
     rows = [row for shard in shards for row in layout.rows(shard)]
     source = _Rows(dataset, layout.num_clips, Quarantine(folder / QUARANTINE, retries, rank))
-    yield from DataLoader(source, batch_size=1, sampler=rows, num_workers=num_workers)
+    for batch in DataLoader(source, batch_size=1, sampler=rows, num_workers=num_workers):
+        broken = int(batch["broken"].item())
+        errors.count(broken, 1 - broken)
+        yield batch
 
 
 def write(

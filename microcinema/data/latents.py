@@ -115,7 +115,7 @@ def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
         raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
 
 
-class LatentClips(Dataset[dict[str, Any]]):
+class EncodedClips(Dataset[dict[str, Any]]):
     """The clips of a data set with `latents` (f, c, h, w) in the place of `video`, and in the same order.
 
     An item also has what else was kept, of `text` (n, d), `motion_tokens` (k, e), `image_tokens` (p, e), `keyframe` uint8 (3, H, W), `flow`
@@ -203,7 +203,7 @@ class LatentClips(Dataset[dict[str, Any]]):
                 f"latents '{self.folder}' are not finished: {made} of {self.layout.num_shards} shards are; "
                 "go on with the same `microcinema prepare latents`"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
         if places.dtype != PLACE or len(places) != self.layout.num_rows:
             raise UserError(

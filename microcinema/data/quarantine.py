@@ -126,7 +126,7 @@ def _end_line(path: Path) -> None:
 
 
 class ErrorRate:
-    """Counts broken clips in the batches of a process, and stops the run when they are too many.
+    """Counts broken clips among those that a process reads, and stops the run when they are too many.
 
     Args:
         most: the share of broken clips among those read that is borne.
@@ -140,22 +140,30 @@ class ErrorRate:
     def __init__(self, most: float, window: int = 1000, first: int = 100) -> None:
         self.most, self.first = most, first
         self.total = 0
-        self._recent: deque[int] = deque(maxlen=window)
+        self._recent: deque[bool] = deque(maxlen=window)
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The same batches.
+        """The same batches, of clips and as many `broken` ones as each stands in for.
 
         Raises:
-            UserError: more than `most` of the clips read are broken.
+            UserError: as `count`.
         """
         for batch in batches:
-            broken = batch["broken"].tolist()
-            self.total += sum(broken)
-            self._recent.extend(broken)
-            read = len(self._recent) + sum(self._recent)
-            if read >= self.first and sum(self._recent) > self.most * read:
-                raise UserError(
-                    f"{sum(self._recent)} of the last {read} clips read are broken, more than max_error_rate={self.most:g}; "
-                    "see the quarantine for which and why, and take them off with `microcinema prepare check`"
-                )
+            for broken in batch["broken"].tolist():
+                self.count(broken, 1)
             yield batch
+
+    def count(self, broken: int, sound: int) -> None:
+        """Adds clips that were read.
+
+        Raises:
+            UserError: more than `most` of the last ones are broken.
+        """
+        self.total += broken
+        self._recent.extend([True] * broken + [False] * sound)
+        read, wrong = len(self._recent), sum(self._recent)
+        if read >= self.first and wrong > self.most * read:
+            raise UserError(
+                f"{wrong} of the last {read} clips read are broken, more than max_error_rate={self.most:g}; "
+                "see the quarantine for which and why, and take them off with `microcinema prepare check`"
+            )

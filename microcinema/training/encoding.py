@@ -54,7 +54,7 @@ class BatchEncoder:
     Args:
         pipeline: the model, whose frozen encoders are used.
         device: to compute on.
-        empty: of `LatentClips`: tokens of the empty caption, by the names above, where the items bring tokens.
+        empty: of `EncodedClips`: tokens of the empty caption, by the names above, where the items bring tokens.
     """
 
     def __init__(

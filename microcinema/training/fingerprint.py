@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from microcinema.data.latents import LatentClips
+from microcinema.data.latents import EncodedClips
 from microcinema.errors import UserError
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 
@@ -57,7 +57,7 @@ def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_teacher: str 
     return json.loads(json.dumps(parts))  # as it is read again
 
 
-def check(clips: LatentClips, pipeline: ImageToVideoPipeline, flow_teacher: str | None) -> None:
+def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_teacher: str | None) -> None:
     """Compares encoded clips with what a run reads. What is not kept, and can be made of what is, is no difference.
 
     Raises:
@@ -69,7 +69,8 @@ def check(clips: LatentClips, pipeline: ImageToVideoPipeline, flow_teacher: str 
         for name, now in leaves.items() if part in held else ():
             then = held[part].get(name)
             if now != then:
-                differ.append(_SAID.get(f"{part}.{name}", f"{name} was {then} and is {now}"))
+                last = name.rpartition(".")[2]  # of a part of joint data
+                differ.append(_SAID.get(f"{part}.{last}", f"{name} was {then} and is {now}"))
     if differ:
         raise UserError(
             f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "

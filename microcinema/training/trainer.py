@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from microcinema.config import instantiate, save
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.latents import LatentClips
+from microcinema.data.latents import EncodedClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.errors import UserError
@@ -232,7 +232,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         for reason, count in getattr(dataset, "left_out", {}).items():
             print(f"{count} clips left out: {reason}")
     if config.latents is not None:
-        dataset = LatentClips(config.latents, dataset)
+        dataset = EncodedClips(config.latents, dataset)
     elif teacher is not None:
         dataset = FlowClips(dataset, teacher, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to know it
@@ -249,7 +249,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         tokenizer=base.tokenizer,
         **parts,
     )
-    if isinstance(dataset, LatentClips):
+    if isinstance(dataset, EncodedClips):
         fingerprint.check(dataset, pipeline, teacher)
     predict_net = None if teacher is None else PredictNet(pipeline.unet.config["block_out_channels"][0])
     validate = None
