@@ -122,7 +122,7 @@ def encode_clips(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         count = latent_shards.finish(folder, layout)
-        size = sum(file.stat().st_size for file in folder.glob("*.tar"))
+        size = sum(file.stat().st_size for file in folder.glob("[0-9]*.tar"))
         broken = f"; {layout.num_rows - count} that are broken are in quarantine" if count < layout.num_rows else ""
         print(f"{count} clips in {layout.num_shards} shards, {size / 2**20:.1f} MiB{broken}")
         print(f"latents={folder} trains from them, with the keys that they were made with")

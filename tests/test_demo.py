@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microcinema import config
+from microcinema import cli, config
 from microcinema.data import sprites
 from microcinema.data.video_io import write_video
 from microcinema.requests import read_requests
@@ -23,7 +23,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_compose():
-    for _, (command, *overrides) in DEMO["STEPS"]:
+    for _, step in DEMO["STEPS"]:
+        command, *overrides = cli.joined(step)
         config.compose(command, overrides)
 
 

@@ -125,7 +125,7 @@ def test_the_items_are_those_of_the_data_set(folder, root, model):
 
 def test_the_shards_are_webdataset(folder):
     """Read by the library itself, in order; and the size that docs/data.md computes."""
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(folder.glob("[0-9]*.tar"))
     assert [path.name for path in shards] == ["000000.tar", "000001.tar", "000002.tar"]
     samples = list(webdataset.WebDataset([str(path) for path in shards], shardshuffle=False).decode())
     assert [sample["json"]["caption"] for sample in samples] == [f"a star {k}" for k in range(5)]
@@ -210,7 +210,7 @@ def test_too_many_that_cannot_be_read(root, model, tmp_path, monkeypatch):
     source = Broken(root / "clips.csv", root, 4, 8, 32, clip="first")
     with pytest.raises(UserError, match="4 of the last 4 clips read are broken, more than max_error_rate=0.05"):
         encode_clips(model, source, tmp_path / "latents")
-    assert len(list((tmp_path / "latents").glob("*.tar"))) == 1
+    assert len(list((tmp_path / "latents").glob("[0-9]*.tar"))) == 1
 
 
 def test_any_data_set_of_training(root, model, tmp_path):
@@ -313,20 +313,20 @@ def test_the_digest_of_a_list_is_of_what_it_says(root):
 
 
 def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
-    stamps = {file.name: file.stat().st_mtime_ns for file in copy.glob("*.tar")}
+    stamps = {file.name: file.stat().st_mtime_ns for file in copy.glob("[0-9]*.tar")}
     encode_clips(model, clips(root), copy)  # nothing is left to do
-    assert stamps == {file.name: file.stat().st_mtime_ns for file in copy.glob("*.tar")}
+    assert stamps == {file.name: file.stat().st_mtime_ns for file in copy.glob("[0-9]*.tar")}
     (copy / "000001.tar").unlink()
     encode_clips(model, clips(root), copy)  # that one alone is made
-    again = {file.name: file.stat().st_mtime_ns for file in copy.glob("*.tar")}
+    again = {file.name: file.stat().st_mtime_ns for file in copy.glob("[0-9]*.tar")}
     assert [name for name in stamps if again[name] != stamps[name]] == ["000001.tar"]
     for changes, said in (
         ({"clips_per_shard": 3}, "clips_per_shard was 2 and is 3"),
-        ({"keep": []}, "text.sha256 was [0-9a-f]+ and is None"),
+        ({"keep": []}, "text was kept"),
     ):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)
-    with pytest.raises(UserError, match="clips.clip was first and is center"):
+    with pytest.raises(UserError, match=r"\(clip was first and is center\)"):
         encode_clips(model, clips(root, clip="center"), copy)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something other than latents; choose a new folder"):
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
             encode_clips(model, clips(root), copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(file.name for file in copy.glob("*.tar")) == ["000000.tar", "000002.tar"]
+    assert sorted(file.name for file in copy.glob("[0-9]*.tar")) == ["000000.tar", "000002.tar"]
     assert not list(copy.glob(".*"))
     encode_clips(model, clips(root), copy)
     for file in folder.iterdir():
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
 def test_sizes_that_do_not_divide(root, model, tmp_path):
     with pytest.raises(UserError, match=r"30x32 do not divide by the VAE's 4"):
         encode_clips(model, clips(root, resolution=(30, 32), multiple_of=2), tmp_path / "latents")
-    assert not list((tmp_path / "latents").glob("*.tar")) and not list((tmp_path / "latents").glob(".*"))
+    assert not list((tmp_path / "latents").glob("[0-9]*.tar")) and not list((tmp_path / "latents").glob(".*"))
 
 
 def test_numbers_that_overflow_are_named(root, tmp_path):

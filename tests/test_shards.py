@@ -8,6 +8,8 @@ import tarfile
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import tiny
 import tiny_broken
@@ -18,6 +20,7 @@ from tiny_training import logged, one_thread, pipeline, train, weights  # noqa: 
 from torch.utils.data import DataLoader
 
 from microcinema.data import video_io
+from microcinema.data.manifest import SCHEMA
 from microcinema.data.shards import ShardDataset
 from microcinema.errors import UserError
 from microcinema.training.order import NumberedClips, RankNumbers
@@ -182,3 +185,26 @@ def test_shards_that_are_none(tmp_path, folder):
     (tmp_path / "e.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError):
         [clips(tmp_path, "e.tar")[k] for k in range(5)]
+
+
+def test_a_manifest_leaves_samples_out(tmp_path, folder):
+    """Of one shard all, of another some; what it does not know stays. Each of the others has its turn in a pass."""
+    data = clips(folder, clip="first")
+    ids = [data.id(k) for k in range(18)]
+    rejected = {*ids[5:8], ids[0], ids[17]}
+    table = pa.Table.from_pylist(
+        [{"id": name, "accepted": name not in rejected} for name in [*ids[:-2], ids[17]]], schema=SCHEMA
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
+    kept = clips(folder, clip="first", manifest=tmp_path / "manifest.parquet", lanes=2)
+    left = [k for k in range(18) if ids[k] not in rejected]
+    assert kept.left_out == {"rejected by the manifest": 5}
+    assert [kept.id(k) for k in range(len(kept))] == [ids[k] for k in left]
+    assert [kept[k]["caption"] for k in range(len(kept))] == [f"caption {k}" for k in left]
+    ((order, share),) = kept.streams(0)
+    assert sorted(order.locate(n)[1] for n in range(13)) == list(range(13)) and share == 13
+    assert kept.fingerprint()["list"] != data.fingerprint()["list"]
+    table = pa.Table.from_pylist([{"id": name, "accepted": False} for name in ids], schema=SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
+    with pytest.raises(UserError, match="leaves no clip of 18; relax the check"):
+        clips(folder, manifest=tmp_path / "manifest.parquet")

@@ -19,6 +19,7 @@ from microcinema.data.latents import (
     PLACE,
     QUARANTINE,
     Layout,
+    differences,
     read_fingerprint,
     shard_path,
 )
@@ -39,12 +40,8 @@ def begin(folder: Path, layout: Layout, parts: Mapping[str, Any], empty: Mapping
     about = {"layout": asdict(layout), "parts": parts}
     if (folder / FINGERPRINT).is_file():
         there, held = read_fingerprint(folder)
-        old, new = (
-            {**asdict(one), **_leaves(made)} for one, made in ((there, held), (layout, json.loads(json.dumps(parts))))
-        )
-        differ = [
-            f"{key} was {old.get(key)} and is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-        ]
+        differ = differences({"layout": asdict(there), **held}, {"layout": asdict(layout), **parts})
+        differ += [f"{part} was{' not' * (part in parts)} kept" for part in sorted(set(held) ^ set(parts))]
         if differ:
             raise UserError(
                 f"'{folder}' holds other latents ({', '.join(differ)}); delete it, or choose another folder"
@@ -184,10 +181,3 @@ def _members(batch: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> dict
         tensors[name] = one.cpu().contiguous()
     record = {**{name: batch[name][0] for name in TEXTS}, "fps": batch["fps"].item()}
     return {"json": json.dumps(record, ensure_ascii=False).encode(), "safetensors": save(tensors)}
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found

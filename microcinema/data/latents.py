@@ -115,6 +115,28 @@ def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
         raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
 
 
+_SAID = {
+    "vae.sha256": "another VAE",
+    "text.sha256": "another text encoder",
+    "motion_tokens.sha256": "another motion encoder",
+    "image_tokens.sha256": "another image encoder",
+    "clips.list": "another list of clips",
+    "clips.files": "other video files",
+}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, how two fingerprints differ in the parts that both have; what only the first one knows is no difference."""
+    found = []
+    for part, leaves in now.items():
+        for name, is_now in leaves.items() if part in then else ():
+            was = then[part].get(name)
+            if was != is_now:
+                last = name.rpartition(".")[2]  # of a part of joint data
+                found.append(_SAID.get(f"{part}.{last}", f"{name} was {was} and is {is_now}"))
+    return found
+
+
 class EncodedClips(Dataset[dict[str, Any]]):
     """The clips of a data set with `latents` (f, c, h, w) in the place of `video`, and in the same order.
 

@@ -7,21 +7,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from microcinema.data.latents import EncodedClips
+from microcinema.data.latents import EncodedClips, differences
 from microcinema.errors import UserError
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 
 KEPT = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
 """What can be kept beside the latents."""
-
-_SAID = {
-    "vae.sha256": "another VAE",
-    "text.sha256": "another text encoder",
-    "motion_tokens.sha256": "another motion encoder",
-    "image_tokens.sha256": "another image encoder",
-    "clips.list": "another list of clips",
-    "clips.files": "other video files",
-}
 
 
 def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_teacher: str | None) -> dict[str, Any]:
@@ -64,13 +55,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_teacher: str
         UserError: names what differs, or what is missing.
     """
     wanted, held = fingerprint(pipeline, clips.source, flow_teacher), clips.parts
-    differ = []
-    for part, leaves in wanted.items():
-        for name, now in leaves.items() if part in held else ():
-            then = held[part].get(name)
-            if now != then:
-                last = name.rpartition(".")[2]  # of a part of joint data
-                differ.append(_SAID.get(f"{part}.{last}", f"{name} was {then} and is {now}"))
+    differ = differences(held, wanted)
     if differ:
         raise UserError(
             f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "
