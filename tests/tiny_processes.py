@@ -25,7 +25,7 @@ class Ended:
 
 
 class Processes:
-    """The server. To be closed.
+    """The server. To be closed at the end.
 
     Args:
         folder: for what the processes say.
@@ -61,8 +61,8 @@ class Processes:
         return [Ended(**each) for each in json.loads(self._server.stdout.readline())]
 
     def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(60)
+        self._server.kill()  # it has no children between two runs, and takes seconds to unload what it has imported
+        self._server.wait()
 
 
 def _serve(folder: Path) -> None:

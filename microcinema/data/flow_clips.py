@@ -15,7 +15,7 @@ from microcinema.errors import UserError
 class FlowClips(Dataset[dict[str, Any]]):
     """The items of a data set of clips with `flow` float32 (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w), on the latent grid.
 
-    `raft` works on the GPU only in the main process, so with it either encode the data set once or take dataloader_num_workers=0.
+    `raft` works on the GPU only in the main process: with it take dataloader_num_workers=0, and rather for encoding the data set once.
 
     Args:
         dataset: of clips.
