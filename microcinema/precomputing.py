@@ -18,9 +18,9 @@ from microcinema.data.quarantine import ErrorRate
 from microcinema.errors import UserError
 from microcinema.pipelines.base import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.training.building import build_networks, build_pipeline
 from microcinema.training.encoding import BatchEncoder
 from microcinema.training.fingerprint import fingerprint
-from microcinema.training.building import build_networks, build_pipeline
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
