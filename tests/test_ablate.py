@@ -237,7 +237,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(["prepare", "num_clips=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"]) == 0
     train = [
         f"base.pretrained_model_name_or_path={base}",
-        "latents=${data.root}/latents",
+        f"latents={folder / 'data/latents'}",
         "num_frames=4",
         "resolution=32",
     ]
