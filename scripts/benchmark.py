@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--prompts", type=int, default=20, help="videos of each kind")
     command.add_argument("--num-clips", type=int, default=4)
     command.add_argument("--num-inference-steps", type=int, default=25)
-    command.add_argument("--guidance-scale", type=float, default=2.0)
+    command.add_argument("--guidance-scale", type=float, default=1.5)
     command.add_argument("--window-overlap", type=int, help="frames; half a window without it")
     command.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -439,10 +439,10 @@ def main(argv: list[str] | None = None) -> None:
         "following", parents=[for_all], help="videos of one key frame by many motion captions"
     )
     command.set_defaults(run=following)
-    command.add_argument("--pipeline", default="sprites-microcinema", help="an embedded or saved video model")
+    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved video model")
     command.add_argument("--keyframes", type=int, default=20)
     command.add_argument("--num-inference-steps", type=int, default=25)
-    command.add_argument("--guidance-scale", type=float, default=2.0)
+    command.add_argument("--guidance-scale", type=float, default=1.5)
     command.add_argument("--seed", type=int, default=0, help="of the noise")
 
     command = commands.add_parser("flow", parents=[for_all], help="what a checkpoint's PredictNet knows of motion")
