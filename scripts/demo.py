@@ -20,14 +20,14 @@ PAPERS = {
     "microcinema": "MicroCinema",
     "factorized_dreamer": "Factorized-Dreamer",
 }  # folder and title, in the order of rows
-SCALE = 3  # of the GIF: a pixel of the small world is hardly seen on a screen
+SCALE = 2  # of the GIF: a pixel of the small world is hardly seen on a screen
 
 # id: what is to be seen (with a place for the motion), and how it moves
 SCENES = {
     "star": ("a large red star {}on sand", "moving quickly to the left"),
-    "heart": ("a small blue heart {}on wood", "rotating slowly clockwise"),
-    "moon": ("a large yellow moon {}on night", "growing slowly"),
-    "circle": ("a small orange circle {}on grass", "bouncing quickly"),
+    "heart": ("a small blue heart {}on wood", "moving slowly up"),
+    "moon": ("a small purple moon {}on night", "growing quickly"),
+    "circle": ("a small red circle {}on grass", "bouncing quickly"),
 }
 
 STEPS = [
