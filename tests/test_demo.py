@@ -25,7 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_compose():
     for _, step in DEMO["STEPS"]:
         command, *overrides = cli.joined(step)
-        config.compose(command, overrides)
+        composed = config.compose(command, overrides)
+        assert str(DEMO["HERE"]) in str(composed)  # nothing is written elsewhere
 
 
 def test_both_papers_get_the_same_scenes_and_key_frames(here: Path):
