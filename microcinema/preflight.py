@@ -96,7 +96,7 @@ def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> P
     if config.model.flow_teacher is None:
         return None
     with FakeTensorMode():
-        return PredictNet(pipeline.unet.config["block_out_channels"][0])
+        return PredictNet.reading(pipeline.unet)
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:

@@ -19,5 +19,14 @@ def run(config: "DictConfig") -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not (folder / TRUTH_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")
-    write_dataset(folder, config.num_clips, config.seed, config.split, config.num_frames, config.size, config.fps)
+    write_dataset(
+        folder,
+        config.num_clips,
+        config.seed,
+        config.split,
+        config.num_frames,
+        config.size,
+        config.fps,
+        rotation_weight=config.rotation_weight,
+    )
     print(f"{config.num_clips} clips in {folder}")

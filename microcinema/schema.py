@@ -110,6 +110,7 @@ class Prepare:
     output_dir: str
     num_clips: Count
     split: Literal["train", "heldout"]
+    rotation_weight: Count
     seed: CountOrZero
     num_frames: Count
     size: Count

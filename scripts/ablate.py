@@ -1,6 +1,6 @@
 """The ablation grid: trains and measures every variant of every paper for several seeds, and draws one table and one figure.
 
-    microcinema prepare num_clips=6000
+    microcinema prepare num_clips=6000 rotation_weight=4
     microcinema prepare latents experiment=sprites_factorized_dreamer "keep=[keyframe, flow]"
     python scripts/ablate.py --workers 2
 

@@ -63,6 +63,7 @@ class Recipe:
     )
     seed: int = 0
     train_clips: int = 6000
+    rotation_weight: int = 4  # in the clips of the video models, which learn to turn last
     clip_steps: int = 1500
     t5_steps: int = 1500
     vae_steps: int = 5500
@@ -412,7 +413,7 @@ def make_data(recipe: Recipe) -> Path:
     """The pool's clips as an ordinary data set: files on disk."""
     data = Path(recipe.work) / "data"
     if not (data / CSV_FILE).exists():
-        write_dataset(data, recipe.train_clips, recipe.seed)
+        write_dataset(data, recipe.train_clips, recipe.seed, rotation_weight=recipe.rotation_weight)
     return data
 
 

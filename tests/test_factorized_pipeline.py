@@ -150,7 +150,7 @@ def train(folder, run, clips, teacher="ground_truth", **settings):
     if teacher is not None:
         data, predict_net = (
             FlowClips(data, teacher, tiny.VAE_FACTOR),
-            PredictNet(tiny.unet().config["block_out_channels"][0]),
+            PredictNet.reading(pipeline.unet),
         )
     settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "train": "all", **settings})
     tiny_training.trainer.train(tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net)

@@ -19,8 +19,8 @@ class Knows(PredictNet):
 @pytest.mark.parametrize("factorized", [False, True])
 def test_errors_are_those_of_what_is_said(tmp_path, factorized):
     pipeline = tiny.video_pipeline(tmp_path, fusion=None, factorized=factorized)
-    new = flow_error(pipeline, PredictNet(32), SHOWN, 20)
+    new = flow_error(pipeline, PredictNet(32, 8), SHOWN, 20)
     assert new["predict_net"] == pytest.approx(new["zero"]) and new["zero"] > 0  # it starts at zero flow
-    off = flow_error(pipeline, Knows(32), SHOWN, 20)
+    off = flow_error(pipeline, Knows(32, 8), SHOWN, 20)
     assert off["zero"] == new["zero"]
     assert off["predict_net"] == pytest.approx(0.25 * 2**0.5, abs=2 * new["zero"])

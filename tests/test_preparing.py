@@ -14,6 +14,11 @@ def test_it_renders_and_replaces_only_its_own(tmp_path: Path, capsys: pytest.Cap
         assert len((folder / "clips.csv").read_text().splitlines()) == 1 + clips
         assert len(list(folder.rglob("*.mp4"))) == clips
 
+    overrides = [f"output_dir={folder}", "num_clips=12", "num_frames=1", "size=32", "rotation_weight=1000"]
+    assert cli.main(["prepare", *overrides]) == 0
+    lines = (folder / "clips.csv").read_text().splitlines()[1:]
+    assert all("rotating" in line or "circle" in line for line in lines)
+
     precious = tmp_path / "thesis" / "chapter.tex"
     precious.parent.mkdir()
     precious.write_text("years of work")

@@ -42,6 +42,16 @@ def test_every_motion_is_drawn_and_a_circle_never_turns():
     assert all((s.speed == "") == (s.motion == "still") for s in drawn)
 
 
+def test_rotations_can_be_drawn_more_often():
+    drawn = [sprites.sample_attributes(1, i, rotation_weight=4) for i in range(1500)]
+    turning = [s.motion for s in drawn if s.shape != "circle" and s.motion in sprites.ROTATIONS]
+    share = len(turning) / sum(s.shape != "circle" for s in drawn)
+    assert share == pytest.approx(2 * 4 / (2 * 4 + len(sprites.MOTIONS) - 2), abs=0.05)
+    assert {s.motion for s in drawn if s.shape == "circle"} == set(sprites.MOTIONS) - set(sprites.ROTATIONS)
+    with pytest.raises(UserError, match="rotation_weight=0"):
+        sprites.sample_attributes(0, 0, rotation_weight=0)
+
+
 def test_captions():
     sprite = example("left")
     assert sprites.combined_caption(sprite) == "a large red star moving quickly to the left on sand"

@@ -263,17 +263,20 @@ def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
 # --- sampling ----------------------------------------------------------------------------------------------------------------------
 
 
-def sample_attributes(seed: int, index: int, split: str = "train") -> Sprite:
+def sample_attributes(seed: int, index: int, split: str = "train", rotation_weight: int = 1) -> Sprite:
     """Draws clip number `index` of the world with this `seed`.
 
     Args:
         split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
+        rotation_weight: how many times as often each rotation is drawn as each other motion. Turning is what a video model learns last.
 
     Raises:
-        UserError: unknown split.
+        UserError: unknown split, or a weight below 1.
     """
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split '{split}' of Moving Sprites; choose train or heldout")
+    if rotation_weight < 1:
+        raise UserError(f"rotation_weight={rotation_weight} of Moving Sprites: it is at least 1")
     rng = np.random.default_rng([seed, index, split == "heldout"])
 
     def choice(names: object) -> str:
@@ -282,7 +285,8 @@ def sample_attributes(seed: int, index: int, split: str = "train") -> Sprite:
     pairs = [(s, c) for s in SHAPES for c in COLOURS if ((s, c) in HELD_OUT) == (split == "heldout")]
     shape, colour = pairs[rng.integers(len(pairs))]
     # A turning circle looks like a still one.
-    motion = choice(m for m in MOTIONS if not (shape == "circle" and m in ROTATIONS))
+    weights = {m: rotation_weight * (shape != "circle") if m in ROTATIONS else 1 for m in MOTIONS}
+    motion = choice(m for m in MOTIONS for _ in range(weights[m]))
     return place(
         rng, shape, colour, choice(SIZES), choice(BACKGROUNDS), motion, "" if motion == "still" else choice(SPEEDS)
     )

@@ -28,6 +28,7 @@ def write_dataset(
     size: int = 64,
     fps: float = 8.0,
     crf: int = 14,
+    rotation_weight: int = 1,
     progress: bool = True,
 ) -> Path:
     """Renders clips 0 to `num_clips - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
@@ -47,7 +48,7 @@ def write_dataset(
             table = csv.writer(table_file)
             table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
             for index in tqdm(range(num_clips), desc="render Moving Sprites", unit="clip", disable=not progress):
-                sprite = sample_attributes(seed, index, split)
+                sprite = sample_attributes(seed, index, split, rotation_weight)
                 first = index - index % _CLIPS_PER_FOLDER
                 page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"
                 video_id = f"{index:06d}"

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from microcinema.models.layers import zero_init
+from microcinema.models.video_unet import VideoUNet
 
 
 class PredictNet(ModelMixin, ConfigMixin):
@@ -14,14 +15,19 @@ class PredictNet(ModelMixin, ConfigMixin):
 
     Used in training only: what it teaches stays in the VideoUNet, and a saved pipeline does not carry it.
 
+    It reads each frame's features and their change to the next frame, after a norm of its own, as the UNet's output layer has one: features of a
+    residual decoder grow without bound, and most of what two neighbouring frames say is the same.
+
     Args:
         channels: of the decoder's features.
+        norm_num_groups: groups of the norm.
         width: inner channels.
     """
 
     @register_to_config
-    def __init__(self, channels: int, width: int = 64):
+    def __init__(self, channels: int, norm_num_groups: int, width: int = 64):
         super().__init__()
+        self.norm = nn.GroupNorm(norm_num_groups, channels)
         self.network = nn.Sequential(
             nn.Conv2d(2 * channels, width, 3, padding=1),
             nn.SiLU(),
@@ -32,9 +38,14 @@ class PredictNet(ModelMixin, ConfigMixin):
             zero_init(nn.Conv2d(width, 2, 3, padding=1)),
         )
 
+    @classmethod
+    def reading(cls, unet: VideoUNet) -> "PredictNet":
+        """A new one for the decoder's last features of this UNet."""
+        return cls(unet.config["block_out_channels"][0], unet.config["norm_num_groups"])
+
     def forward(self, features: Tensor, frames: int) -> Tensor:
         """Flow `b f-1 2 h w` (dx, dy), in places of the latent grid from each frame to the next, of features `(b f) c h w`."""
-        clips = rearrange(features, "(b f) c h w -> b f c h w", f=frames)
-        pairs = torch.cat([clips[:, :-1], clips[:, 1:]], dim=2)
+        clips = rearrange(self.norm(features), "(b f) c h w -> b f c h w", f=frames)
+        pairs = torch.cat([clips[:, :-1], clips.diff(dim=1)], dim=2)
         flow = self.network(rearrange(pairs, "b f c h w -> (b f) c h w"))
         return rearrange(flow, "(b f) c h w -> b f c h w", b=len(clips))

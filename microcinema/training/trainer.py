@@ -251,7 +251,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     )
     if isinstance(dataset, EncodedClips):
         fingerprint.check(dataset, pipeline, teacher)
-    predict_net = None if teacher is None else PredictNet(pipeline.unet.config["block_out_channels"][0])
+    predict_net = None if teacher is None else PredictNet.reading(pipeline.unet)
     validate = None
     if settings.validation_prompts:
         size = pipeline.config["height"], pipeline.config["width"]
