@@ -1,20 +1,19 @@
 """Moving Sprites: a small rendered world of captioned clips with ground truth.
 
-One object (shape, colour, size) does one named motion at one named speed before one textured background. The scene is 64 units wide and high, whatever the resolution; x points right, y down, angles are
-clockwise as seen. Everything about a clip follows from (seed, index), and the truth (attributes, masks, optical flow) is exact.
+One object (shape, colour, size) does one named motion at one named speed before one textured background. The scene is 64 units wide and high,
+whatever the resolution; x points right, y down, angles are clockwise as seen. Everything about a clip follows from (seed, index), and the truth (attributes, masks, optical flow) is exact.
 
-Objects are saturated and backgrounds muted (see `COLOURS` and `_BACKGROUND_TONES`), so that an object can be tracked without a network.
+Objects are saturated and backgrounds muted (see `COLOURS` and `_BACKGROUND_TONES` of the backgrounds), so that an object can be tracked without a network.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from microcinema.data.sprite_backgrounds import BACKGROUNDS, WORLD, background, grid
+from microcinema.data.sprite_shapes import SHAPES
 from microcinema.errors import UserError
-
-WORLD = 64.0  # width and height of the scene, in scene units
 
 COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB in [0, 1]
     "red": (0.91, 0.15, 0.17),
@@ -78,162 +77,6 @@ class Rendered:
     frames: np.ndarray
     masks: np.ndarray
     flow: np.ndarray
-
-
-# --- shapes: signed distances in units of the object's radius, negative inside ------------------------------------------------
-
-
-def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Exact signed distance to a simple polygon with the given `corners` (n, 2)."""
-    nearest = np.full(x.shape, np.inf, x.dtype)
-    inside = np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        ex, ey = bx - ax, by - ay
-        px, py = x - ax, y - ay
-        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-        nearest = np.minimum(nearest, (px - along * ex) ** 2 + (py - along * ey) ** 2)
-        crosses = (ay > y) != (by > y)
-        if ey != 0:
-            inside ^= crosses & (x < ax + ex * (y - ay) / ey)
-    return np.where(inside, -1, 1) * np.sqrt(nearest)
-
-
-def _regular_corners(radii: tuple[float, ...], points: int) -> np.ndarray:
-    """`points * len(radii)` corners around the centre, the first at the top, their radii cycling through `radii`."""
-    count = points * len(radii)
-    angle = 2 * np.pi * np.arange(count) / count - np.pi / 2
-    radius = np.resize(np.asarray(radii), count)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
-
-
-_TRIANGLE = _regular_corners((1.0,), 3) + np.asarray([0.0, 0.12], np.float32)
-_SQUARE = np.asarray([[-0.7, -0.7], [0.7, -0.7], [0.7, 0.7], [-0.7, 0.7]], np.float32)
-_STAR = _regular_corners((1.0, 0.46), 5)
-
-
-def _heart_corners() -> np.ndarray:
-    angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    x = 16 * np.sin(angle) ** 3
-    y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
-    return np.stack([x / 16.5, (y - 2.0) / 16.5], axis=1).astype(np.float32)
-
-
-_HEART = _heart_corners()
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.86
-
-
-def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x = x - 0.16  # puts the crescent's middle near the centre of rotation
-    return np.maximum(np.hypot(x, y) - 0.98, 0.80 - np.hypot(x - 0.52, y + 0.12))
-
-
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": lambda x, y: _polygon_distance(x, y, _SQUARE) - 0.06,
-    "triangle": lambda x, y: _polygon_distance(x, y, _TRIANGLE) - 0.05,
-    "star": lambda x, y: _polygon_distance(x, y, _STAR) - 0.05,
-    "heart": lambda x, y: _polygon_distance(x, y, _HEART),
-    "moon": _moon,
-}
-
-# --- backgrounds: soft textures of muted colour --------------------------------------------------------------------------------
-
-_BACKGROUND_TONES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # (dark, light) sRGB
-    "sand": ((0.74, 0.65, 0.50), (0.89, 0.82, 0.68)),
-    "grass": ((0.40, 0.49, 0.34), (0.60, 0.67, 0.50)),
-    "brick": ((0.55, 0.42, 0.38), (0.78, 0.73, 0.69)),
-    "water": ((0.40, 0.53, 0.60), (0.68, 0.78, 0.82)),
-    "wood": ((0.43, 0.34, 0.26), (0.65, 0.54, 0.43)),
-    "night": ((0.07, 0.08, 0.15), (0.62, 0.63, 0.72)),
-}
-BACKGROUNDS = tuple(_BACKGROUND_TONES)
-
-
-def _waves(
-    x: np.ndarray, y: np.ndarray, rng: np.random.Generator, lengths: tuple[float, float], count: int = 5
-) -> np.ndarray:
-    """Smooth noise of about unit variance: plane waves with wavelengths between `lengths` (scene units) in random directions."""
-    total = np.zeros_like(x)
-    for _ in range(count):
-        direction, phase = rng.uniform(0, 2 * np.pi, 2)
-        wavelength = rng.uniform(*lengths)
-        total += np.sin(2 * np.pi / wavelength * (np.cos(direction) * x + np.sin(direction) * y) + phase)
-    return total * np.sqrt(2 / count)
-
-
-def _sand(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    bend = 2.0 * _waves(x, y, rng, (34, 60), 3)
-    ripple = np.sin(2 * np.pi / 11 * (y + 0.35 * x + bend) + rng.uniform(0, 2 * np.pi))
-    return 0.5 + 0.24 * ripple + 0.09 * _waves(x, y, rng, (18, 40))
-
-
-def _grass(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    lean = 2.2 * _waves(x, y, rng, (30, 60), 3)
-    blades = np.sin(2 * np.pi / 8.5 * (x + lean) + 0.5 * np.sin(2 * np.pi / 16 * y + rng.uniform(0, 2 * np.pi)))
-    return 0.48 + 0.19 * blades + 0.12 * _waves(x, y, rng, (26, 54), 4)
-
-
-def _brick(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    width, height = 21.0, 10.5
-    row = (y + rng.uniform(0, height)) / height
-    column = (x + rng.uniform(0, width)) / width + 0.5 * (np.floor(row) % 2)
-    to_joint = np.minimum(
-        width * np.minimum(column % 1, 1 - column % 1), height * np.minimum(row % 1, 1 - row % 1)
-    )  # distance to the mortar's middle, in scene units
-    tone = rng.uniform(0.05, 0.42, (16, 16))[np.floor(row).astype(int) % 16, np.floor(column).astype(int) % 16]
-    mortar = np.clip(1.6 - to_joint, 0, 1)
-    return tone * (1 - mortar) + 0.92 * mortar
-
-
-def _water(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    sway = 2.5 * _waves(x, y, rng, (22, 44), 4)
-    crests = np.sin(2 * np.pi / 13 * (y + sway) + rng.uniform(0, 2 * np.pi))
-    return (
-        0.34
-        + 0.34 * np.exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
-        + 0.08 * _waves(x, y, rng, (26, 60), 3)
-    )
-
-
-def _wood(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    plank = (y + rng.uniform(0, 16)) / 16
-    index = np.floor(plank).astype(int) % 8
-    tone = rng.uniform(0.42, 0.72, 8)[index]
-    shift = rng.uniform(0, 60, 8)[index]
-    grain = np.sin(2 * np.pi / 5.3 * (y + 1.3 * np.sin(2 * np.pi / 38 * (x + shift)) + shift))
-    gap = np.clip(1.25 - 16 * np.minimum(plank % 1, 1 - plank % 1), 0, 1)
-    return (tone + 0.11 * grain + 0.05 * _waves(x, y, rng, (24, 50), 3)) * (1 - 0.85 * gap)
-
-
-def _night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    sky = 0.06 + 0.16 * y / WORLD + 0.03 * _waves(x, y, rng, (30, 60), 3)
-    for _ in range(9):
-        cx, cy = rng.uniform(0, WORLD, 2)
-        spread = rng.uniform(0.9, 1.3)
-        sky = sky + rng.uniform(0.35, 0.8) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * spread**2))
-    return sky
-
-
-_TEXTURES = {"sand": _sand, "grass": _grass, "brick": _brick, "water": _water, "wood": _wood, "night": _night}
-
-
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene coordinates x, y (h, w) of the pixel centres of a `size` x `size` picture."""
-    centres = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(WORLD / size)
-    x, y = np.meshgrid(centres, centres)
-    return x, y
-
-
-def _background(name: str, variation: int, size: int) -> np.ndarray:
-    x, y = _grid(size)
-    rng = np.random.default_rng(variation)
-    shade = np.clip(_TEXTURES[name](x, y, rng), 0, 1)[..., None]
-    dark, light = (np.asarray(tone, np.float32) for tone in _BACKGROUND_TONES[name])
-    vignette = 1 - 0.10 * (((x - 32) ** 2 + (y - 32) ** 2) / 2048)[..., None]
-    return ((dark + (light - dark) * shade) * vignette).astype(np.float32)
 
 
 # --- motion ----------------------------------------------------------------------------------------------------------------------
@@ -374,7 +217,7 @@ def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.
     """
     if num_frames < 1 or size < 1 or not fps > 0:
         raise UserError(f"num_frames={num_frames}, size={size}, fps={fps}: all three must be positive")
-    x, y = _grid(size)
+    x, y = grid(size)
     pixel = np.float32(WORLD / size)
     pose = poses(sprite, np.arange(num_frames) / fps)
     radius = pose[:, 2, None, None].astype(np.float32)
@@ -386,7 +229,7 @@ def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.
     # The shadow falls to the lower right, whatever the object's angle.
     shadow_distance = signed_distance(*_to_object(x - 1.3, y - 1.9, pose)) * radius
     shadow = 0.42 * np.clip(0.5 - shadow_distance / 3.6, 0, 1)
-    frames = _background(sprite.background, sprite.variation, size)[None] * (1 - shadow[..., None])
+    frames = background(sprite.background, sprite.variation, size)[None] * (1 - shadow[..., None])
 
     # Light from the upper left, a darker rim, a brighter body.
     lit = np.clip(0.5 - 0.35 * ((x - pose[:, 0, None, None]) + (y - pose[:, 1, None, None])) / radius, 0, 1)[..., None]

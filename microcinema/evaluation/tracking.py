@@ -1,10 +1,7 @@
-"""Which motion a Moving Sprites clip shows, found by following the object: no network, nothing fitted to generated
-clips.
+"""Which motion a Moving Sprites clip shows, found by following the object: no network, nothing fitted to generated clips.
 
-Sprites are saturated and backgrounds muted, so colour alone separates them. The object's place, size and orientation
-in every frame give one rate for
-each kind of motion; each rate is compared with the slowest motion of that kind that the world draws, and the largest
-wins.
+Sprites are saturated and backgrounds muted, so colour alone separates them. The object's place, size and orientation in every frame give
+one rate for each kind of motion; each rate is compared with the slowest motion of that kind that the world draws, and the largest wins.
 """
 
 import itertools
@@ -31,10 +28,9 @@ _BOUNCE_FIT = 0.6  # share of the vertical variance that a bounce must explain
 
 @dataclass(frozen=True)
 class Track:
-    """The object in every frame, in scene units: `place` (f, 2) x and y, `radius` (f,) of the disc of equal area,
-    `angle` (f,) in radians from
-    the first frame on, clockwise; `found` and `whole` (f,) bool: seen at all, and not cut by the frame's border. NaN
-    where not found."""
+    """The object in every frame, in scene units: `place` (f, 2) x and y, `radius` (f,) of the disc of equal area, `angle` (f,) in radians
+    from the first frame on, clockwise; `found` and `whole` (f,) bool: seen at all, and not cut by the frame's border. NaN where not
+    found."""
 
     place: np.ndarray
     radius: np.ndarray
@@ -45,10 +41,8 @@ class Track:
 
 @dataclass(frozen=True)
 class Motion:
-    """The verdict: `name` out of `sprites.MOTIONS` or `NO_MOTION`, `speed` out of `sprites.SPEEDS` or empty, and the
-    `rates` behind it:
-    x and y (scene units a second), turn (radians a second), scale (log radius a second), bounce (scene units of
-    height)."""
+    """The verdict: `name` out of `sprites.MOTIONS` or `NO_MOTION`, `speed` out of `sprites.SPEEDS` or empty, and the `rates` behind it:
+    x and y (scene units a second), turn (radians a second), scale (log radius a second), bounce (scene units of height)."""
 
     name: str
     speed: str
@@ -56,11 +50,9 @@ class Motion:
 
 
 def segment(frames: np.ndarray) -> np.ndarray:
-    """Soft mask of the object, float32 (f, h, w) in [0, 1], all zero where a frame has none; `frames` uint8 (f, h, w,
-    3).
+    """Soft mask of the object, float32 (f, h, w) in [0, 1], all zero where a frame has none; `frames` uint8 (f, h, w, 3).
 
-    Every pixel's chroma is read as a mixture of the background's and the object's (a matte), so that edges keep their
-    coverage.
+    Every pixel's chroma is read as a mixture of the background's and the object's (a matte), so that edges keep their coverage.
     """
     count, height, width, _ = frames.shape
     lab = cv2.cvtColor(frames.reshape(count * height, width, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
@@ -88,8 +80,7 @@ def segment(frames: np.ndarray) -> np.ndarray:
 
 
 def _angular_signature(mask: np.ndarray, place: np.ndarray, reach: float) -> np.ndarray:
-    """Mass of the mask along each direction from `place` (pixels), (_ANGLES,); the first points right, then
-    clockwise."""
+    """Mass of the mask along each direction from `place` (pixels), (_ANGLES,); the first points right, then clockwise."""
     angle = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
     distance = np.arange(0.5, reach, 0.5)
     x = (place[0] + np.outer(np.cos(angle), distance)).astype(np.float32)
@@ -99,8 +90,7 @@ def _angular_signature(mask: np.ndarray, place: np.ndarray, reach: float) -> np.
 
 
 def _turn(before: np.ndarray, after: np.ndarray) -> float:
-    """Angle by which signature `before` has to turn clockwise to fit `after`: the peak of their circular correlation,
-    radians."""
+    """Angle by which signature `before` has to turn clockwise to fit `after`: the peak of their circular correlation, radians."""
     correlation = np.fft.irfft(
         np.fft.rfft(after - after.mean()) * np.conj(np.fft.rfft(before - before.mean())), _ANGLES
     )
@@ -139,9 +129,7 @@ def track(frames: np.ndarray) -> Track:
 
 def _angles(signatures: np.ndarray) -> np.ndarray:
     """Orientation (f,) since the first frame, from signatures (f, _ANGLES) with NaN rows where there is no object:
-    the sum of the small turns
-    between neighbouring frames, so that the symmetry of a square or a star stays harmless. All zero for a round
-    outline."""
+    the sum of the small turns between neighbouring frames, so that the symmetry of a square or a star stays harmless. All zero for a round outline."""
     angle = np.where(np.isnan(signatures[:, 0]), np.nan, 0.0)
     known = np.flatnonzero(~np.isnan(angle))
     if len(known) < 2 or np.median(signatures[known].std(axis=1) / signatures[known].mean(axis=1)) < _MIN_VARIATION:
@@ -151,15 +139,13 @@ def _angles(signatures: np.ndarray) -> np.ndarray:
 
 
 def _rate(seconds: np.ndarray, values: np.ndarray, use: np.ndarray) -> float:
-    """Slope of `values` over time by Theil and Sen, which a third of bad frames does not move; 0 with fewer than
-    three frames."""
+    """Slope of `values` over time by Theil and Sen, which a third of bad frames does not move; 0 with fewer than three frames."""
     use = use & ~np.isnan(values)
     return float(theilslopes(values[use], seconds[use])[0]) if use.sum() >= 3 else 0.0
 
 
 def _bounce(seconds: np.ndarray, height: np.ndarray) -> tuple[float, float, float]:
-    """Least-squares fit of `ground + amplitude |sin(pi t / period)|` to the height: (amplitude, period, share of the
-    variance explained)."""
+    """Least-squares fit of `ground + amplitude |sin(pi t / period)|` to the height: (amplitude, period, share of the variance explained)."""
     spread = float(((height - height.mean()) ** 2).sum())
     best = (0.0, sprites.BOUNCE_PERIOD[0], 0.0)
     for period in np.geomspace(0.75 * sprites.BOUNCE_PERIOD[1], 1.3 * sprites.BOUNCE_PERIOD[0], 60):
