@@ -409,11 +409,11 @@ def train_vae(recipe: Recipe, pool: Pool, base: Path) -> None:
     save_half(vae, base / "vae")
 
 
-def make_data(recipe: Recipe) -> Path:
-    """The pool's clips as an ordinary data set: files on disk."""
-    data = Path(recipe.work) / "data"
+def make_data(recipe: Recipe, rotation_weight: int = 1) -> Path:
+    """An ordinary data set, files on disk: the pool's clips, or as many of which more rotate."""
+    data = Path(recipe.work) / f"data-{rotation_weight}"
     if not (data / CSV_FILE).exists():
-        write_dataset(data, recipe.train_clips, recipe.seed, rotation_weight=recipe.rotation_weight)
+        write_dataset(data, recipe.train_clips, recipe.seed, rotation_weight=rotation_weight)
     return data
 
 
@@ -544,7 +544,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
     overrides = [
         f"base.pretrained_model_name_or_path={base}",
-        f"data.root={make_data(recipe)}",
+        f"data.root={make_data(recipe, recipe.rotation_weight)}",
         f"experiment={folder.name.replace('-', '_')}",
     ]
     # The same for both models, which read other captions: these are encoded as they train.

@@ -252,7 +252,7 @@ def test_predict_net_learns_motion_from_loud_features_of_a_world_that_mostly_sta
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(150):
         features, flow = drifting_blob(16, seed=1 + step)
-        flow_loss(net(features, 4), flow, torch.ones(16, 3, 8, 8, dtype=torch.bool), torch.ones(16)).mean().backward()
+        flow_loss(net(features, 4), flow, torch.ones(16, 3, 8, 8, dtype=torch.bool)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     features, flow = drifting_blob(32, seed=0)

@@ -148,8 +148,7 @@ def test_the_flow_loss_joins_where_predict_net_speaks():
     plain = training_loss(denoiser, clips, draws, dropped, task)
     joined = training_loss(denoiser, with_flow, draws, dropped, task)
     assert plain.flow is None
-    abar = task.scheduler.alphas_cumprod[draws.t]
-    torch.testing.assert_close(joined.flow, abar * 18**0.5, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(joined.flow, torch.full((2,), 18**0.5), atol=2e-3, rtol=1e-3)  # at any noise
     torch.testing.assert_close(joined.total, plain.total + 0.5 * joined.flow)
 
 

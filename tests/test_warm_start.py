@@ -55,6 +55,10 @@ def test_a_light_folder_leaves_out_the_weights_that_stayed_an_embedded_models(tm
     opened = load_pipeline(tmp_path / "light").unet.state_dict()
     assert opened.keys() == saved.unet.state_dict().keys()
     assert all(torch.equal(opened[name], value) for name, value in saved.unet.state_dict().items())
+    torch.manual_seed(1)
+    fresh = VideoUNet.from_config(saved.unet.config)
+    assert warm_start({"unet": fresh}, str(tmp_path / "light")) == {"unet": []}
+    assert all(torch.equal(fresh.state_dict()[name], value) for name, value in opened.items())
     save_pipeline(saved, tmp_path / "whole")
     assert len(load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")) == len(opened)
     assert torch.equal(load_pipeline(tmp_path / "whole").unet.conv_in.weight, opened[changed])

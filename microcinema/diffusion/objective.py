@@ -87,24 +87,21 @@ def squared_error(prediction: torch.Tensor, wanted: torch.Tensor, weights: torch
     return reduce(weights * (prediction.to(kind) - wanted.to(kind)) ** 2, "b ... -> b", "mean")
 
 
-def flow_loss(
-    prediction: torch.Tensor, wanted: torch.Tensor, valid: torch.Tensor, abar: torch.Tensor, delta: float = 1e-3
-) -> torch.Tensor:
+def flow_loss(prediction: torch.Tensor, wanted: torch.Tensor, valid: torch.Tensor, delta: float = 1e-3) -> torch.Tensor:
     """PredictNet's loss of every clip, (b,), float32 (arXiv 2408.10119, our reading): the robust L1 distance of flows in their valid places.
 
-        abar_t * mean over valid places of sqrt(|u - u*|^2 + delta^2) - delta
+        mean over valid places of sqrt(|u - u*|^2 + delta^2) - delta
 
-    The Charbonnier penalty is smooth at zero; by `abar_t` it asks little where noise hides the motion. A clip
-    without a valid place has no loss.
+    The Charbonnier penalty is smooth at zero. It counts alike at every noise level: where noise hides the motion, key frame and text still tell
+    of it, and it is there that the denoiser decides it. A clip without a valid place has no loss.
 
     Args:
         prediction, wanted: (b, f-1, 2, h, w).
         valid: bool (b, f-1, h, w).
-        abar: (b,).
     """
     distance = ((prediction.float() - wanted.float()).square().sum(2) + delta**2).sqrt() - delta
     share = valid.float()
-    return abar * (distance * share).sum((1, 2, 3)) / share.sum((1, 2, 3)).clamp(min=1)
+    return (distance * share).sum((1, 2, 3)) / share.sum((1, 2, 3)).clamp(min=1)
 
 
 def _prediction_type(scheduler: SchedulerMixin) -> str:

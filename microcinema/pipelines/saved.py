@@ -1,6 +1,7 @@
 """Saved video pipelines: writing them, opening them, and keeping one beside its base without storing the base's parts twice."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,29 @@ def _unet_weights(embedded: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def _complete_unet(folder: Path, source: str, dtype: torch.dtype) -> VideoUNet:
-    """A UNet whose folder holds only what its `unet_source` does not.
+def borrowed_weights(folder: str, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The UNet's weights that a saved pipeline takes from its `unet_source`; none where its folder has all of them.
+
+    Args:
+        index: what `model_index.json` of the folder says.
 
     Raises:
-        UserError: the source is not there, or is not the one.
+        UserError: the source is not there.
+    """
+    source, light = index.get("unet_source"), not any(Path(folder, part).is_dir() for part in LENT)
+    return _unet_weights(source) if light and source is not None and is_embedded(source) else {}
+
+
+def _complete_unet(folder: Path, borrowed: Mapping[str, torch.Tensor], dtype: torch.dtype) -> VideoUNet:
+    """A UNet whose folder holds only what is not borrowed.
+
+    Raises:
+        UserError: together they are not all of its weights.
     """
     unet = VideoUNet.from_config(VideoUNet.load_config(folder))
     wanted = unet.state_dict().keys()
     own = load_file(folder / _WEIGHTS)
-    lent = _unet_weights(source)
-    weights = {name: value for name, value in lent.items() if name in wanted} | own
+    weights = {name: value for name, value in borrowed.items() if name in wanted} | own
     check_keys(wanted - weights.keys(), weights.keys() - wanted, f"'{folder}'")
     unet.load_state_dict(weights)
     return freeze(unet, dtype)  # type: ignore[return-value]
@@ -124,11 +137,9 @@ def load_pipeline(
         )
     components = {*LENT, *_READERS, *_TRAINED, "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
-    light = not any((Path(folder) / part).is_dir() for part in LENT)
-    source = index.get("unet_source")
-    if light and source is not None and is_embedded(source):
+    if borrowed := borrowed_weights(folder, index):
         trained = load_components(folder, {"condition_encoder": ConditionEncoder}, dtype=torch_dtype)
-        trained["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
+        trained["unet"] = _complete_unet(Path(folder, "unet"), borrowed, torch_dtype)
     else:
         trained = load_components(folder, _TRAINED, dtype=torch_dtype)
     whole = all((Path(folder) / part).is_dir() for part in LENT)

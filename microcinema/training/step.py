@@ -13,7 +13,6 @@ from microcinema.data.reference import reference_index
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.objective import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.randomness import generator
-from microcinema.diffusion.schedule import signal_and_noise
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
@@ -205,6 +204,5 @@ def training_loss(
     losses = error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)
     if flow is None or batch.flow is None:
         return Losses(losses)
-    signal = signal_and_noise(objective.scheduler, draws.t, draws.t.float())[0] ** 2
-    of_flow = flow_loss(flow, batch.flow.vectors, batch.flow.valid, signal)
+    of_flow = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
     return Losses(losses + objective.flow_weight * of_flow, of_flow)

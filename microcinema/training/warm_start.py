@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from microcinema.errors import UserError
-from microcinema.pipelines.base import open_folder
+from microcinema.pipelines.base import INDEX, load_index, open_folder
+from microcinema.pipelines.saved import borrowed_weights
 
 
 def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list[str]]:
-    """Copies every weight that a saved video model has by the same name and shape; all others stay as they are.
+    """Copies every weight that a saved video model has, its own or borrowed, by the same name and shape; all others stay as they are.
 
     Args:
         networks: `unet` and `condition_encoder`.
@@ -29,6 +30,8 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
     folder, new = open_folder(source, list(networks)), {}
     for name, network in networks.items():
         found: dict[str, torch.Tensor] = {}
+        if name == "unet" and Path(folder, INDEX).is_file():  # a checkpoint has none
+            found = borrowed_weights(folder, load_index(folder))
         for file in sorted((Path(folder) / name).glob("*.safetensors")):
             try:
                 found |= load_file(file)
