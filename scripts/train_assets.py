@@ -597,7 +597,11 @@ def render_card(recipe: Recipe, parameters: dict[str, int], figures: dict[str, A
         figures: `results` of `evaluate` and the config of training (`videos`) by video model; what the benchmarks `following` and `flow` found.
     """
     template = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8"))
-    return template.render(recipe=recipe, world=sprites, parameters=parameters, **figures).strip() + "\n"
+    turns = {
+        name: [c["right"]["motion"] for c in result["clips"] if c["asked"]["motion"] in sprites.ROTATIONS]
+        for name, result in figures["results"].items()
+    }
+    return template.render(recipe=recipe, world=sprites, parameters=parameters, turns=turns, **figures).strip() + "\n"
 
 
 def count_parameters(assets: Path) -> dict[str, int]:

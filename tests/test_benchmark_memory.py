@@ -27,7 +27,7 @@ def benchmark_memory():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
-    path, parts = tmp_path / "figures.json", ["forward", "sampling", "training"]
+    path, parts = tmp_path / "figures.json", ["sampling", "training"]  # sampling has forward in it
     command = [sys.executable, str(PATH), "--quick", "--sizes", "64", "--measure", *parts, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train train=temporal gradient_checkpointing=true"],
+    ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train train=temporal"],
 )
 def test_the_guide_shows_what_is_estimated_today(benchmark_memory, tmp_path, name):
     page = (PATH.parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")

@@ -46,7 +46,11 @@ def test_the_card_tells_what_was_measured_of_both_video_models():
         model = defaultdict(lambda: measure, object={**measure, "value": object_share})
         part = {"n": 10, "model": model, "real": defaultdict(lambda: measure), "frechet": {"model": 7.0, "real": 3.0}}
         told = {"seed": 0, "num_inference_steps": 25, "guidance_scale": 2.0}
-        return {"parts": {"seen": part}, "protocol": {"identifier": "sprites-1"}, "model": told}
+        clips = [
+            {"asked": {"motion": motion}, "right": {"motion": right}}
+            for motion, right in (("clockwise", True), ("clockwise", False), ("counterclockwise", True), ("left", True))
+        ]
+        return {"parts": {"seen": part}, "protocol": {"identifier": "sprites-1"}, "model": told, "clips": clips}
 
     names = script["VIDEO_MODELS"]
     card = script["render_card"](
@@ -64,6 +68,7 @@ def test_the_card_tells_what_was_measured_of_both_video_models():
         },
     )
     assert "| `sprites-base/unet` | 1,234,567 |" in card and "{" not in card
+    assert "rotations in 2 (`sprites-microcinema`) and 2 (`sprites-factorized-dreamer`) of\nthe 3 clips below" in card
     assert card.index("91.5%") < card.index("83.5%") < card.index("87.5% (80.0 to 90.0) of 99 videos of 9 key frames")
     assert "0.0100 of 0.0400 (0.25) at t=20, 0.0300 of 0.0400 (0.75) at t=300." in card
     assert "(`experiment=sprites_factorized_dreamer`) | 77 | 8 clips |" in card
