@@ -287,6 +287,7 @@ def arguments(world: Path, *more: str) -> list[str]:
     return ["--grid", str(world / "grid.yaml"), "--data", str(world / "data"), *more]
 
 
+@pytest.mark.slow
 def test_the_grid_goes_on_where_it_stopped(
     ablate: ModuleType, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -223,6 +223,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, clips):
     assert all(torch.equal(one[k][name], other[k][name]) for k in one for name in one[k])
 
 
+@pytest.mark.slow
 def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path, monkeypatch):
     """Global batches of four, also over two real processes, of which each is interrupted and resumed."""
     plain = train(pipeline(tmp_path), LatentClips(), tmp_path / "1x4", train_batch_size=4)
