@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from microcinema.config import instantiate
-from microcinema.data.video_io import write_contact_sheet
+from microcinema.data.video_writing import write_contact_sheet
 from microcinema.training.order import NumberedClips
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from microcinema.config import instantiate
-from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
+from microcinema.data.video_writing import write_contact_sheet, write_gif, write_video
 from microcinema.diffusion.randomness import generator
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.errors import UserError

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from microcinema.data.clips import ClipDataset
 from microcinema.data.quarantine import Quarantine
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.training.order import NumberedClips, RankNumbers
 
 FILES = 24

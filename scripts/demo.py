@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from microcinema.cli import main as microcinema
-from microcinema.data.video_io import probe, read_clip, write_contact_sheet, write_gif
+from microcinema.data.video_io import probe, read_clip
+from microcinema.data.video_writing import write_contact_sheet, write_gif
 
 HERE = Path("runs/demo")
 PROMPTS, TWO_PROMPTS = HERE / "prompts.csv", HERE / "two_prompts.csv"

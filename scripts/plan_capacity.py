@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from microcinema import config, preflight
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import encode
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.files import atomic_path
 from microcinema.training.settings import Settings
 from microcinema.utilisation import ModelFlops

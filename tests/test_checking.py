@@ -13,7 +13,7 @@ import tiny_broken
 from PIL import Image, ImageDraw
 
 from microcinema import cli
-from microcinema.data import audit, video_io
+from microcinema.data import audit, video_io, video_writing
 from microcinema.data.clips import ClipDataset
 from microcinema.data.manifest import SCHEMA, Manifest
 from microcinema.errors import UserError
@@ -47,7 +47,7 @@ def world(tmp_path_factory) -> Path:
     clips["short"] = stamped(scene(53, 5))
     clips["copy"] = np.stack([cv2.resize(frame, (120, 72)) for frame in clips["sound03"]])
     for name, frames in clips.items():
-        video_io.write_video(folder / f"{name}.mp4", frames, 8, crf=30 if name == "copy" else 18)
+        video_writing.write_video(folder / f"{name}.mp4", frames, 8, crf=30 if name == "copy" else 18)
     for kind, (make, reason) in tiny_broken.KINDS.items():
         if reason and kind != "one_frame":
             make(folder / f"{kind}.mp4", 0)
@@ -192,7 +192,7 @@ def test_the_first_of_several_copies_is_named():
 
 def test_hashes_stand_another_size_and_codec(tmp_path):
     frames = scene(3)
-    video_io.write_video(tmp_path / "a.mp4", np.stack([cv2.resize(f, (320, 192)) for f in frames]), 8, crf=32)
+    video_writing.write_video(tmp_path / "a.mp4", np.stack([cv2.resize(f, (320, 192)) for f in frames]), 8, crf=32)
     again = video_io.survey(tmp_path / "a.mp4", audit.SIZE, 8.0, 100)[2]
     one, other = audit.hashes(frames), audit.hashes(again)
     assert sum(bin(a ^ b).count("1") for a, b in zip(one, other, strict=True)) <= 6
@@ -201,7 +201,7 @@ def test_hashes_stand_another_size_and_codec(tmp_path):
 
 def test_survey_sees_the_right_frames(tmp_path):
     frames = scene(5, count=40)
-    video_io.write_video(tmp_path / "a.mp4", frames, 24, lossless=True)
+    video_writing.write_video(tmp_path / "a.mp4", frames, 24, lossless=True)
     info, times, small = video_io.survey(tmp_path / "a.mp4", frames.shape[1:3], 8.0, 100)
     assert info == video_io.probe(tmp_path / "a.mp4")
     np.testing.assert_allclose(times, np.arange(14) / 8, atol=1e-3)

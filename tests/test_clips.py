@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from microcinema.data import video_io
+from microcinema.data import video_writing
 from microcinema.data.clips import ClipDataset
 from microcinema.data.reading import resize_and_crop
 from microcinema.errors import UserError
@@ -62,7 +62,7 @@ def world(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
     for k, row in enumerate(rows):
         folder = [root / "videos" / "000001_000050", root / "000001_000050", root, root][k]
         folder.mkdir(parents=True, exist_ok=True)
-        video_io.write_video(folder / f"{row['videoid']}.mp4", video(seed=k), fps=8, lossless=True)
+        video_writing.write_video(folder / f"{row['videoid']}.mp4", video(seed=k), fps=8, lossless=True)
     return root, rows
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from microcinema import cli, config
 from microcinema.data import sprites
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.requests import read_requests
 
 DEMO = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "demo.py"))

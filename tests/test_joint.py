@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from microcinema.data import video_io
+from microcinema.data import video_io, video_writing
 from microcinema.data.clips import ClipDataset
 from microcinema.data.flow_clips import FlowClips
 from microcinema.data.joint import JointDataset
@@ -25,7 +25,7 @@ def world(tmp_path_factory) -> Path:
     lists: dict[str, list[tuple[str, str]]] = {"videos": [], "pictures": []}
     for k in range(9):
         frames = np.repeat(rng.integers(0, 256, (1, 48, 80, 3), dtype=np.uint8), 8, axis=0)
-        video_io.write_video(folder / f"{k}.mp4", frames, 8)
+        video_writing.write_video(folder / f"{k}.mp4", frames, 8)
         lists["videos"].append((f"{k}.mp4", f"video {k}"))
     for k in range(3):
         Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / f"{k}.png")

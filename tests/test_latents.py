@@ -18,7 +18,7 @@ import webdataset
 from tiny_training import encode_clips, one_thread, pipeline  # noqa: F401
 from torch.utils.data import DataLoader
 
-from microcinema.data import video_io
+from microcinema.data import video_writing
 from microcinema.data.clips import ClipDataset
 from microcinema.data.joint import JointDataset
 from microcinema.data.latents import FINGERPRINT, INDEX, QUARANTINE, EncodedClips, encode
@@ -48,7 +48,7 @@ def make_world(root: Path, count: int = 5) -> Path:
     lines = ["videoid,name,description,motion"]
     for k in range(count):
         frames = rng.integers(0, 256, (10, 32, 40, 3), dtype=np.uint8)
-        video_io.write_video(root / f"{k:06}.mp4", frames, fps=8)
+        video_writing.write_video(root / f"{k:06}.mp4", frames, fps=8)
         lines.append(f"{k:06},a star {k},a red star {k},to the left {k}")
     (root / "clips.csv").write_text("\n".join(lines))
     return root
@@ -288,7 +288,7 @@ def test_the_decoder_is_no_difference(folder, model, root):
 def test_other_clips_are_refused_and_files_may_be_gone(folder, model, tmp_path):
     changed = make_world(tmp_path)
     check(folder, model, changed)  # the same clips elsewhere
-    video_io.write_video(changed / "000002.mp4", np.zeros((10, 32, 40, 3), np.uint8), fps=8)
+    video_writing.write_video(changed / "000002.mp4", np.zeros((10, 32, 40, 3), np.uint8), fps=8)
     with pytest.raises(UserError, match="do not match this run: other video files; make others"):
         check(folder, model, changed)
     check(folder, model, changed, root=None)

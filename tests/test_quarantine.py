@@ -237,18 +237,13 @@ def test_the_same_frames_from_another_process(listing):
     assert reader._child.pid == child  # an error is no reason for another process
 
 
-# What stands in for a decoder that hangs: a power of ten of a hundred million digits, some minutes inside one function written in C, which holds
-# the interpreter's lock, so that neither a signal's handler nor another thread could end it.
-HANG = ("Fraction", "1e100000000")
-
-
 def test_a_decoder_that_hangs_is_ended_and_the_next_clip_is_read(listing):
     reader, sound = IsolatedReader(1.0), listing.parent / "sound0.mp4"
     reader("probe", sound)  # the time to start is not counted
     child = psutil.Process(reader._child.pid)
     began = time.monotonic()
     with pytest.raises(UserError, match=r"took more than 1 s to decode, and its decoder was ended"):
-        reader(*HANG)
+        reader("probe", tiny_broken.Hanging())
     assert 1 <= time.monotonic() - began < 10
     assert not child.is_running()
     assert reader("read_clip", sound, 4).shape[0] == 4
@@ -258,7 +253,7 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
     class Hanging(ClipDataset):
         def __getitem__(self, index):
             if index == 3:
-                self.reader.isolated(*HANG)
+                self.reader.isolated("probe", tiny_broken.Hanging())
             return super().__getitem__(index)
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
@@ -300,9 +295,9 @@ def test_workers_have_their_own_and_leave_none_behind(listing):
 def test_a_child_without_a_parent_ends_itself():
     """Also in the midst of a call that hangs: by the kernel's alarm."""
     code = (
-        "import os, sys; from microcinema.data import isolated; isolated._GRACE = 0.5; reader = isolated.IsolatedReader(1.0);"
+        "import os, sys, tiny_broken; from microcinema.data import isolated; isolated._GRACE = 0.5; reader = isolated.IsolatedReader(1.0);"
         "child = reader._running(); print(child.pid, flush=True);"
-        "isolated._send(child.stdin.fileno(), (1.0, 'Fraction', ('1e100000000',), {})); os._exit(0)"
+        "isolated._send(child.stdin.fileno(), (1.0, 'probe', (tiny_broken.Hanging(),), {})); os._exit(0)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

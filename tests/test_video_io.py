@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microcinema.data import video_io
+from microcinema.data import video_io, video_writing
 from microcinema.errors import UserError
 
 
@@ -152,7 +152,7 @@ def test_a_rotated_video_is_read_as_displayed(tmp_path, degrees, matrix):
 @pytest.fixture(scope="module")
 def two_seconds(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("video") / "two_seconds.mp4"
-    video_io.write_video(path, picture_frames(48, 48, 64), fps=24)
+    video_writing.write_video(path, picture_frames(48, 48, 64), fps=24)
     return path
 
 
@@ -203,7 +203,7 @@ def test_written_video_has_exactly_the_size_count_and_rate(tmp_path, size, fps):
     frames = picture_frames(7, *size)
     for lossless in (False, True):
         path = tmp_path / f"{lossless}.mp4"
-        video_io.write_video(path, frames, fps, lossless=lossless)
+        video_writing.write_video(path, frames, fps, lossless=lossless)
         info = video_io.probe(path)
         assert (info.num_frames, info.height, info.width) == (7, *size)
         assert info.fps == pytest.approx(fps, rel=1e-9)
@@ -219,7 +219,7 @@ def test_quality_follows_crf(tmp_path):
     quality, sizes = [], []
     for crf in (0, 18, 40):
         path = tmp_path / f"{crf}.mp4"
-        video_io.write_video(path, frames, 8, crf=crf)
+        video_writing.write_video(path, frames, 8, crf=crf)
         quality.append(psnr(video_io.read_clip(path, 12), frames))
         sizes.append(path.stat().st_size)
     assert quality[0] > quality[1] > quality[2] + 3
@@ -234,8 +234,8 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
         tmp_path / "frames.npy", np.stack([cv2.GaussianBlur(frame, (0, 0), 6) for frame in picture_frames(24, 64, 64)])
     )
     program = (
-        "import sys, numpy; from microcinema.data import video_io;"
-        "video_io.write_video(sys.argv[2], numpy.load(sys.argv[1]), 8, crf=30)"
+        "import sys, numpy; from microcinema.data import video_writing;"
+        "video_writing.write_video(sys.argv[2], numpy.load(sys.argv[1]), 8, crf=30)"
     )
     written = []
     for fill in ("0", "1", "85"):
@@ -252,14 +252,14 @@ def test_colours_survive(tmp_path):
         [[232, 38, 43], [31, 179, 61], [36, 92, 237], [250, 222, 33], [255, 255, 255], [0, 0, 0]], dtype=np.uint8
     )
     frames = np.broadcast_to(colours[:, None, None], (6, 32, 32, 3))
-    video_io.write_video(tmp_path / "a.mp4", frames, 8)
+    video_writing.write_video(tmp_path / "a.mp4", frames, 8)
     np.testing.assert_allclose(video_io.read_clip(tmp_path / "a.mp4", 6), frames.astype(float), atol=3)
 
 
 @pytest.mark.parametrize("fps", [8, 24, 10])
 def test_gif_keeps_pictures_size_and_length(tmp_path, fps):
     frames = picture_frames(16, 32, 48)
-    video_io.write_gif(tmp_path / "a.gif", frames, fps)
+    video_writing.write_gif(tmp_path / "a.gif", frames, fps)
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.size, gif.n_frames, gif.info["loop"]) == ((48, 32), 16, 0)
         shown, length = [], 0
@@ -275,7 +275,7 @@ def test_gif_of_few_colours_is_exact(tmp_path):
     rng = np.random.default_rng(0)
     palette = rng.integers(0, 256, (200, 3), dtype=np.uint8)
     frames = palette[rng.integers(0, 200, (5, 16, 16))]
-    video_io.write_gif(tmp_path / "a.gif", frames, 10)
+    video_writing.write_gif(tmp_path / "a.gif", frames, 10)
     with Image.open(tmp_path / "a.gif") as gif:
         for k in range(5):
             gif.seek(k)
@@ -284,7 +284,7 @@ def test_gif_of_few_colours_is_exact(tmp_path):
 
 def test_contact_sheet_shows_every_frame(tmp_path):
     frames = picture_frames(6, 40, 60)
-    video_io.write_contact_sheet(tmp_path / "a.png", frames, columns=3, scale=2)
+    video_writing.write_contact_sheet(tmp_path / "a.png", frames, columns=3, scale=2)
     sheet = np.array(Image.open(tmp_path / "a.png"))
     assert sheet.shape == (8 + 80 + 4 + 80 + 8, 8 + 3 * 120 + 2 * 4 + 8, 3)
     for k, frame in enumerate(frames):
@@ -295,7 +295,7 @@ def test_contact_sheet_shows_every_frame(tmp_path):
 def test_contact_sheet_of_several_clips_with_captions(tmp_path):
     clips = [picture_frames(4, 40, 60), picture_frames(2, 32, 32)]
     caption = "a large red star moving quickly to the left on sand, then to the right on grass, and so on"
-    video_io.write_contact_sheet(tmp_path / "a.png", clips, captions=[caption, ""])
+    video_writing.write_contact_sheet(tmp_path / "a.png", clips, captions=[caption, ""])
     sheet = np.array(Image.open(tmp_path / "a.png"))
     assert sheet.shape[1] == 8 + 4 * 60 + 3 * 4 + 8
     text = sheet[8:40, 8:-8]
@@ -307,7 +307,7 @@ def test_contact_sheet_of_several_clips_with_captions(tmp_path):
 
 def test_smooth_enlargement(tmp_path):
     frames = picture_frames(1, 40, 160)
-    video_io.write_contact_sheet(tmp_path / "a.png", frames, scale=3, smooth=True)
+    video_writing.write_contact_sheet(tmp_path / "a.png", frames, scale=3, smooth=True)
     sheet = np.array(Image.open(tmp_path / "a.png"))[8:-8, 8:-8]
     expected = np.array(Image.fromarray(frames[0]).resize((480, 120), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(sheet, expected)
@@ -331,7 +331,7 @@ def broken_file(folder: Path, kind: str) -> Path:
     if kind == "wrong_extension":
         path.write_text("not a video " * 200)
         return path
-    video_io.write_video(path, picture_frames(60, 64, 96), 24)  # the index is at the front
+    video_writing.write_video(path, picture_frames(60, 64, 96), 24)  # the index is at the front
     data = bytearray(path.read_bytes())
     if kind == "empty":
         data = bytearray()
@@ -392,13 +392,13 @@ def test_nothing_is_written_from_bad_input(tmp_path):
         (good, {"crf": 99}),
     ]:
         with pytest.raises(UserError):
-            video_io.write_video(tmp_path / "a.mp4", frames, **{"fps": 8, **keywords})
+            video_writing.write_video(tmp_path / "a.mp4", frames, **{"fps": 8, **keywords})
     with pytest.raises(UserError, match="caption for each"):
-        video_io.write_contact_sheet(tmp_path / "a.png", [good, good], captions=["one"])
+        video_writing.write_contact_sheet(tmp_path / "a.png", [good, good], captions=["one"])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        video_io.write_video(tmp_path / "file" / "a.mp4", good, 8)
+        video_writing.write_video(tmp_path / "file" / "a.mp4", good, 8)
 
 
 def test_importing_loads_no_codec():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from microcinema.data import video_io
+from microcinema.data import video_io, video_writing
 from microcinema.data.clips import ClipDataset
 from microcinema.data.reading import resize_and_crop
 from microcinema.data.watermark import Watermark
@@ -68,7 +68,7 @@ def test_bad_watermarks(arguments, said):
 
 def test_the_options_reach_the_clips(tmp_path):
     frames = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 48, 80, 3), dtype=np.uint8), 8, axis=0)
-    video_io.write_video(tmp_path / "2.mp4", frames, 8)
+    video_writing.write_video(tmp_path / "2.mp4", frames, 8)
     (tmp_path / "list.csv").write_text("videoid,name\n2,video 2\n")
 
     def clips(**more) -> ClipDataset:

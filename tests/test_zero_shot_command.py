@@ -18,7 +18,7 @@ import tiny_detectors
 import torch
 
 from microcinema import cli
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.evaluation.zero_shot_run import (
     FEATURES_FOLDER,
     MANIFEST_FILE,

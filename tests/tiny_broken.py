@@ -10,7 +10,7 @@ import av
 import cv2
 import numpy as np
 
-from microcinema.data import video_io
+from microcinema.data import video_writing
 
 FRAMES, FPS, SIZE = 16, 8, 64
 
@@ -23,7 +23,7 @@ def frames(seed: int, count: int = FRAMES, height: int = SIZE, width: int = SIZE
 
 
 def sound(path: Path, seed: int) -> None:
-    video_io.write_video(path, frames(seed), FPS)
+    video_writing.write_video(path, frames(seed), FPS)
 
 
 def empty(path: Path, seed: int) -> None:
@@ -66,7 +66,7 @@ def zero_duration(path: Path, seed: int) -> None:
 
 
 def one_frame(path: Path, seed: int) -> None:
-    video_io.write_video(path, frames(seed, count=1), FPS)
+    video_writing.write_video(path, frames(seed, count=1), FPS)
 
 
 def variable_frame_rate(path: Path, seed: int) -> None:
@@ -84,7 +84,7 @@ def variable_frame_rate(path: Path, seed: int) -> None:
 
 def rotated(path: Path, seed: int) -> None:
     """Stored on its side: the track header's matrix (ISO 14496-12) says to turn it by 90 degrees."""
-    video_io.write_video(path, frames(seed, height=64, width=96), FPS)
+    video_writing.write_video(path, frames(seed, height=64, width=96), FPS)
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 44
     data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
@@ -92,7 +92,15 @@ def rotated(path: Path, seed: int) -> None:
 
 
 def odd_size(path: Path, seed: int) -> None:
-    video_io.write_video(path, frames(seed, height=67, width=81), FPS)
+    video_writing.write_video(path, frames(seed, height=67, width=81), FPS)
+
+
+class Hanging:
+    """Stands in for a file whose decoder hangs: a power of ten of a hundred million digits, some minutes inside one function written in C,
+    which holds the interpreter's lock, so that neither a signal's handler nor another thread could end it."""
+
+    def __fspath__(self) -> str:
+        return str(Fraction("1e100000000"))
 
 
 # The ten kinds, and why each cannot be used: None, it can.

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from microcinema.data.sprites import Sprite, combined_caption, describe, describe_motion, render, sample_attributes
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.errors import UserError
 from microcinema.files import atomic_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from microcinema.data.video_io import write_video
+from microcinema.data.video_writing import write_video
 from microcinema.evaluation.generate import Sample
 from microcinema.evaluation.protocols import PARTS
 from microcinema.evaluation.summary import MEASURES

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from microcinema.data import metrics
 from microcinema.data.reference import reference_index
-from microcinema.data.video_io import write_contact_sheet, write_gif, write_video
+from microcinema.data.video_writing import write_contact_sheet, write_gif, write_video
 from microcinema.diffusion.randomness import generator
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
