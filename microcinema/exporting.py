@@ -43,7 +43,7 @@ def run(config: "DictConfig") -> None:
     check_replaceable(folder)
     quieten_libraries()
     run_folder = source.parent if is_checkpoint(source) else source
-    trained_with = _read_config(run_folder)
+    trained_with = read_config(run_folder)
     if is_checkpoint(source):
         pipeline, progress = open_checkpoint(source, trained_with, config.use_ema), read_progress(source)
     else:
@@ -159,7 +159,7 @@ def write_card(
     )
 
 
-def _read_config(folder: Path) -> "DictConfig":
+def read_config(folder: Path) -> "DictConfig":
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from microcinema.diffusion.schedule import make_sampler
+from microcinema.errors import UserError
 from microcinema.files import atomic_path
 from microcinema.models import ConditionEncoder, VideoUNet, set_trainable
 from microcinema.models.appearance import FUSIONS
@@ -337,17 +339,21 @@ def following(arguments: argparse.Namespace) -> None:
 
 def flow(arguments: argparse.Namespace) -> None:
     """Prints the end-point errors of a checkpoint's PredictNet and of predicting that nothing moves."""
-    from omegaconf import OmegaConf
-
     from microcinema.data.sprites import sample_attributes
-    from microcinema.exporting import open_checkpoint
+    from microcinema.exporting import open_checkpoint, read_config
     from microcinema.models.predict_net import PredictNet
+    from microcinema.training.checkpoint import load_averages
     from microcinema.training.flow_error import flow_error
-    from microcinema.training.trainer import CONFIG
+    from microcinema.training.step import Denoiser
 
-    config = OmegaConf.load(arguments.checkpoint.parent / CONFIG)
+    config = read_config(arguments.checkpoint.parent)
+    folder = arguments.checkpoint / "predict_net"
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is not there; give a checkpoint of a run with model.flow_teacher")
     pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
-    predict_net = PredictNet.from_pretrained(arguments.checkpoint / "predict_net")
+    predict_net = PredictNet.from_pretrained(folder)
+    if config.use_ema:  # what is exported; PredictNet has averages as well
+        load_averages(arguments.checkpoint, Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net))
     shown = [sample_attributes(FLOW_WORLD, index, "heldout") for index in range(arguments.clips)]
     report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
     for t in arguments.steps:
@@ -363,7 +369,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     columns = arguments.run_of or [["training"]]
     if len(columns) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SystemExit("error: several processes measure one --run at a time; start them again for the next")
+        raise UserError("several processes measure one --run at a time; start them again for the next")
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     report: dict[str, Any] = {"overrides": arguments.overrides, "clock": arguments.clock, "runs": {}}
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -397,8 +403,8 @@ def write(report: dict[str, Any], path: Path | None) -> None:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Reads the command line and runs one benchmark."""
+def main(argv: list[str] | None = None) -> int:
+    """Reads the command line and runs one benchmark; returns 0, or 2 for bad input."""
     timed = argparse.ArgumentParser(add_help=False)
     timed.add_argument("--rounds", type=int, default=5, help="rounds that count")
     timed.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
@@ -466,8 +472,13 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what to count")
 
     arguments = parser.parse_args(argv)
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """Factorized-Dreamer end to end on tiny models: sampling with two captions, saving, training with a flow loss, the commands."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import tiny
@@ -224,6 +226,7 @@ def test_what_these_latents_are_not(folder, model, clips, tmp_path):
 # The commands
 
 
+@pytest.mark.usefixtures("model")  # which writes the folder
 def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, monkeypatch):
     tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
     monkeypatch.chdir(tmp_path)
@@ -240,6 +243,12 @@ def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, m
     assert cli.main(["export", f"checkpoint={tmp_path / 'run/checkpoint-1'}", f"output_dir={tmp_path / 'out'}"]) == 0
     schedule = json.loads((tmp_path / "out/model_index.json").read_text())["training_schedule"]
     assert schedule["prediction_type"] == "v_prediction"
+    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "scripts/benchmark.py"))["main"]
+    capsys.readouterr()
+    assert benchmark(["flow", str(tmp_path / "run/checkpoint-1"), "--clips", "1", "--steps", "20"]) == 0
+    assert "places a frame: 1.0" in capsys.readouterr().out  # a step from predicting zero
+    assert benchmark(["flow", str(tmp_path / "run/logs")]) == 2
+    assert "predict_net' is not there" in capsys.readouterr().err
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save("key.png")
     asked = [f"pipeline={tmp_path / 'out'}", "image=key.png", "num_inference_steps=2", f"prompt={PROMPT}"]
     made = {}
