@@ -109,7 +109,7 @@ def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict
     assert dreamer.model.flow_teacher == "ground_truth"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
     for config in (microcinema, dreamer):
-        assert config.init_from is None and config.train == "all" and config.train_batch_size == 8
+        assert config.init_from is None and config.train == "all" and config.train_batch_size == 4
         assert config.base.pretrained_model_name_or_path == "sprites-base"
 
 
