@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from microcinema.models.layers import zero_init
 from microcinema.models.video_unet import VideoUNet
 
+# Between neighbouring frames most things move by tenths of a latent place, and an Adam step of learning rate 1e-3 may move an output of 576 inputs
+# by more than that. With what the network says scaled to what there is to say, the error on frozen features was 0.68 of predicting zero flow
+# after 400 steps, and without it 0.82.
+_SCALE = 0.1
+
 
 class PredictNet(ModelMixin, ConfigMixin):
     """Forward optical flow between neighbouring frames, read from the decoder's last features. Starts at zero flow.
@@ -47,5 +52,5 @@ class PredictNet(ModelMixin, ConfigMixin):
         """Flow `b f-1 2 h w` (dx, dy), in places of the latent grid from each frame to the next, of features `(b f) c h w`."""
         clips = rearrange(self.norm(features), "(b f) c h w -> b f c h w", f=frames)
         pairs = torch.cat([clips[:, :-1], clips.diff(dim=1)], dim=2)
-        flow = self.network(rearrange(pairs, "b f c h w -> (b f) c h w"))
+        flow = _SCALE * self.network(rearrange(pairs, "b f c h w -> (b f) c h w"))
         return rearrange(flow, "(b f) c h w -> b f c h w", b=len(clips))
