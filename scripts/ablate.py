@@ -9,9 +9,10 @@ The grid is `configs/ablation/sprites.yaml`. A run is `train` and then `evaluate
 off resumes from its last checkpoint. Settings of every run of an output directory are the same but for what its variant changes; others are
 refused. `ablation.md`, `ablation.json` and `ablation.png` are drawn after the last run, and by `--table` at any time from what stands.
 
-Size, as shipped: 14 variants, 3 seeds, 1,200 steps of 4 clips, 64 measured clips a run. On one core of two that are both busy a step takes about
-0.8 s and a measured clip 1 to 2 s, hence a run 1,050 s and the grid, with two workers, 6 hours. On one GPU, which networks this small leave idle most
-of the time, half an hour is 5 minutes a run with `--workers 8`: 0.2 s a step (an estimate; it has not been measured).
+Size, as shipped: 14 variants, 3 seeds, 1,200 steps of 4 clips, 64 measured clips a run. Two runs of MicroCinema of 450 steps took 594 and 623 s, side by
+side on two cores that a third process shared: 0.9 s a step and 3 minutes for the rest. By that the grid takes 8 hours with two workers, and more where
+Factorized-Dreamer's runs, which have not been timed, are slower. On one GPU, which networks this small leave idle most of the time, half an hour is 5
+minutes a run with `--workers 8`: 0.2 s a step (an estimate; it has not been measured).
 """
 
 import argparse
