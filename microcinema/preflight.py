@@ -152,7 +152,7 @@ def training_memory(
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
-    parameters = set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
+    parameters = set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.unfreeze)
     if predict_net is not None:
         parameters += predict_net.parameters()
     gradients = sum(parameter.nbytes for parameter in parameters)

@@ -25,6 +25,7 @@ class Train:
     seed: int
     init_from: str | None
     train: Literal["temporal", "all"]
+    unfreeze: list[str]
     resolution: Count | tuple[Count, Count]
     num_frames: Count
     fps: Positive | None

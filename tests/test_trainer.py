@@ -88,23 +88,24 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     assert loss() < 0.9 * before
 
 
-@pytest.mark.parametrize("which", ["temporal", "all"])
-def test_only_what_is_to_be_trained_changes(tmp_path, which):
+@pytest.mark.parametrize(("which", "unfreeze"), [("temporal", []), ("temporal", ["up_blocks.1"]), ("all", [])])
+def test_only_what_is_to_be_trained_changes(tmp_path, which, unfreeze):
     model = pipeline(tmp_path)
     before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
     added = {id(parameter) for parameter in model.unet.added_parameters()}
-    train(model, LatentClips(), tmp_path / "run", train=which, max_train_steps=2, report_to=None)
+    settings = {"train": which, "unfreeze": unfreeze, "max_train_steps": 2, "report_to": None}
+    train(model, LatentClips(), tmp_path / "run", **settings)
     state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
     trained = [p for net in (model.unet, model.condition_encoder) for p in net.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(trained)
     for name, parameter in model.unet.named_parameters():
-        frozen = which == "temporal" and id(parameter) not in added
+        frozen = which == "temporal" and id(parameter) not in added and not name.startswith(tuple(unfreeze))
         assert parameter.requires_grad is not frozen
         if frozen:
             assert parameter.grad is None and torch.equal(parameter, before[name]), name
     changed = [name for name, parameter in model.unet.named_parameters() if not torch.equal(parameter, before[name])]
     assert changed
-    if which == "all":
+    if which == "all" or unfreeze:
         assert any(id(parameter) not in added for name, parameter in model.unet.named_parameters() if name in changed)
 
 

@@ -109,9 +109,10 @@ def test_every_block_may_know_the_number_of_its_frame(known):
     assert torch.allclose(out[:, :1].expand_as(out), out, atol=1e-5) != known
 
 
-def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes():
+@pytest.mark.parametrize("unfreeze", [[], ["up_blocks.1", "conv_out.bias"]])
+def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(unfreeze):
     video, encoder = nets(base(), keyframe_concat=True)
-    trained = set_trainable(video, encoder, "temporal")
+    trained = set_trainable(video, encoder, "temporal", unfreeze)
     randomise(video, encoder)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     before = {k: v.clone() for k, v in video.state_dict().items()}
@@ -120,9 +121,9 @@ def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes():
     optimizer.step()
     entries = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in video.named_parameters():
-        added = name.startswith(VideoUNet.added)
-        assert (id(parameter) in entries) == (parameter.grad is not None) == added, name
-        assert torch.equal(parameter, before[name]) != added, name
+        trains = name.startswith((*VideoUNet.added, *unfreeze))
+        assert (id(parameter) in entries) == (parameter.grad is not None) == trains, name
+        assert torch.equal(parameter, before[name]) != trains, name
     assert all(p.grad is not None and id(p) in entries for p in encoder.parameters())
 
 
@@ -132,6 +133,15 @@ def test_train_all_trains_everything():
     assert len(set_trainable(video, encoder, "all")) == len([*video.parameters(), *encoder.parameters()])
     with pytest.raises(UserError, match="train='some'"):
         set_trainable(video, encoder, "some")
+    with pytest.raises(UserError, match=r"unfreeze is \['up_blocks'\], but train=all freezes nothing"):
+        set_trainable(video, encoder, "all", ["up_blocks"])
+
+
+@pytest.mark.parametrize("name", ["up_block", "up_blocks.7", "temporal_transformers", ""])
+def test_what_is_to_train_must_be_a_frozen_layer(name):
+    video, encoder = nets(base())
+    with pytest.raises(UserError, match=f"unfreeze names '{name}', and no 2D layer has that name.*mid_block, "):
+        set_trainable(video, encoder, "temporal", [name])
 
 
 @pytest.mark.parametrize("fusion", ["add", "spade"])

@@ -1,6 +1,7 @@
 """VideoUNet: the 2D UNet's blocks on every frame, with temporal layers and injection points between them."""
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
@@ -278,16 +279,34 @@ class VideoUNet(UNet2DParts):
             )
 
 
-def set_trainable(unet: VideoUNet, condition_encoder: ConditionEncoder, train: str = "temporal") -> list[nn.Parameter]:
+def set_trainable(
+    unet: VideoUNet, condition_encoder: ConditionEncoder, train: str = "temporal", unfreeze: Sequence[str] = ()
+) -> list[nn.Parameter]:
     """Freezes what is not to be trained and returns what is, for the optimiser.
 
-    `temporal` freezes the 2D part of the VideoUNet; `all` freezes nothing. The condition encoder is trained in both.
+    `temporal` freezes the 2D part of the VideoUNet, but for the layers `unfreeze`; `all` freezes nothing. The condition encoder is trained in both.
+
+    Args:
+        unfreeze: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
 
     Raises:
-        UserError: `train` is neither.
+        UserError: `train` is neither, the 2D part has nothing of such a name, or nothing is frozen.
     """
     check_choice("train", train, ("temporal", "all"))
+    if unfreeze and train == "all":
+        raise UserError(f"unfreeze is {list(unfreeze)}, but train=all freezes nothing; leave one of them out")
     unet.requires_grad_(train == "all")
+    added = {id(parameter) for parameter in unet.added_parameters()}
+    frozen = {name: parameter for name, parameter in unet.named_parameters() if id(parameter) not in added}
+    for layer in unfreeze:
+        chosen = [parameter for name, parameter in frozen.items() if f"{name}.".startswith(f"{layer}.")]
+        if not chosen:
+            known = sorted({name.partition(".")[0] for name in frozen})
+            raise UserError(
+                f"unfreeze names '{layer}', and no 2D layer has that name; it may begin with {', '.join(known)}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(True)
     condition_encoder.requires_grad_(True)
     for parameter in unet.added_parameters():
         parameter.requires_grad_(True)

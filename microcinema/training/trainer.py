@@ -99,7 +99,7 @@ def train(
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
-    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train)
+    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.unfreeze)
     optimizer = make_optimizer([each for each in denoiser.parameters() if each.requires_grad], settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
