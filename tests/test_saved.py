@@ -48,6 +48,18 @@ def test_a_light_folder_takes_the_revision_of_its_base_that_it_was_trained_on(ca
     assert all(torch.equal(drawing[name], second[name]) for name in second)
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_saved_pipeline_names_no_path_that_it_was_opened_from(cache, tmp_path, with_base):
+    save_pipeline(tiny.video_pipeline(tmp_path / "main", base=BASE), tmp_path / "first")
+    opened = load_pipeline(tmp_path / "first")
+    wanted = frames(opened)
+    save_pipeline(opened, tmp_path / "second", with_base)
+    files = [*(tmp_path / "second").rglob("*.json")]
+    assert any(file.parent.name == "condition_encoder" for file in files)
+    assert all(str(tmp_path) not in file.read_text() for file in files)
+    assert np.array_equal(frames(load_pipeline(tmp_path / "second")), wanted)
+
+
 def test_borrowed_parts_have_the_type_of_the_others(cache, tmp_path):
     save_pipeline(tiny.video_pipeline(tmp_path / "main", base=BASE), tmp_path / "light", with_base=False)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "light", torch_dtype=torch.bfloat16)

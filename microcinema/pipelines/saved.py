@@ -1,5 +1,6 @@
 """Saved video pipelines: writing them, opening them, and keeping one beside its base without storing the base's parts twice."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.unet2d import check_keys
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base import (
+    INDEX,
     LENT,
     freeze,
     is_embedded,
@@ -56,6 +58,15 @@ def save_pipeline(pipeline: ImageToVideoPipeline, folder: str | os.PathLike[str]
 
 def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> None:
     """Writes the pipeline's files into a folder, as in `save_pipeline`."""
+    _write(pipeline, folder, with_base)
+    for file in (folder / INDEX, *folder.glob("*/config.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # Where a part was opened from is a path of this machine, and nothing to whoever opens the folder on another.
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> None:
     if with_base:
         pipeline.save_pretrained(folder)
         return
