@@ -26,7 +26,7 @@ SCALE = 2  # of the GIF: a pixel of the small world is hardly seen on a screen
 # id: what is to be seen (with a place for the motion), and how it moves
 SCENES = {
     "star": ("a large red star {}on sand", "moving quickly to the left"),
-    "heart": ("a small blue heart {}on wood", "moving slowly up"),
+    "moon": ("a large yellow moon {}on night", "rotating slowly counterclockwise"),
     "square": ("a small orange square {}on water", "growing quickly"),
     "circle": ("a small red circle {}on grass", "bouncing quickly"),
 }

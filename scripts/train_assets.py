@@ -63,7 +63,8 @@ class Recipe:
     )
     seed: int = 0
     train_clips: int = 6000
-    rotation_weight: int = 4  # in the clips of the video models, which learn to turn last
+    microcinema_rotation_weight: int = 4  # in the clips of the video models, which learn to turn last
+    factorized_dreamer_rotation_weight: int = 12  # and that is all that it has left to learn
     clip_steps: int = 1500
     t5_steps: int = 1500
     vae_steps: int = 5500
@@ -542,10 +543,12 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
+    name = folder.name.removeprefix("sprites-").replace("-", "_")
+    rotation_weight = getattr(recipe, f"{name}_rotation_weight")
     overrides = [
         f"base.pretrained_model_name_or_path={base}",
-        f"data.root={make_data(recipe, recipe.rotation_weight)}",
-        f"experiment={folder.name.replace('-', '_')}",
+        f"data.root={make_data(recipe, rotation_weight)}",
+        f"experiment=sprites_{name}",
     ]
     # The same for both models, which read other captions: these are encoded as they train.
     reads = ["model.pixel_scales=[1]", "model.flow_teacher=ground_truth", "keep=[keyframe, flow]"]

@@ -290,11 +290,9 @@ def set_trainable(
         unfreeze: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
 
     Raises:
-        UserError: `train` is neither, the 2D part has nothing of such a name, or nothing is frozen.
+        UserError: `train` is neither, or the 2D part has nothing of such a name.
     """
     check_choice("train", train, ("temporal", "all"))
-    if unfreeze and train == "all":
-        raise UserError(f"unfreeze is {list(unfreeze)}, but train=all freezes nothing; leave one of them out")
     unet.requires_grad_(train == "all")
     added = {id(parameter) for parameter in unet.added_parameters()}
     frozen = {name: parameter for name, parameter in unet.named_parameters() if id(parameter) not in added}
