@@ -42,6 +42,7 @@ from microcinema.files import atomic_path, make_folder
 from microcinema.pipelines.base import INDEX
 
 RESULT_FILE = "result.json"
+FIGURE = "ablation.png"
 CONFIDENCE = 0.95
 FULL = "full"
 INTERRUPTED = 130
@@ -330,10 +331,11 @@ def summarise(grid: Grid, output_dir: Path) -> dict[str, Any]:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The table of a summary."""
+    """The page of a summary: its table, beside which the figure is expected."""
     headings = [f"{q.label}{f', {q.unit}' if q.unit else ''}" for q in QUANTITIES.values()]
     settings = summary["settings"]
-    lines = [f"{settings['max_train_steps']} steps a run; measured with `{' '.join(settings['evaluate'])}`. {NOTE}"]
+    lines = ["# Ablation grid", "", f"![Means and intervals of every variant]({FIGURE})", ""]
+    lines += [f"{settings['max_train_steps']} steps a run; measured with `{' '.join(settings['evaluate'])}`. {NOTE}"]
     for paper, rows in summary["papers"].items():
         lines += ["", f"| {paper} | changes | seeds | {' | '.join(headings)} |"]
         lines.append("| --- | --- | ---: |" + " ---: |" * len(headings))
@@ -413,7 +415,7 @@ def publish(grid: Grid, output_dir: Path) -> None:
     _write_json(output_dir / "ablation.json", summary)
     with atomic_path(output_dir / "ablation.md") as temporary:
         temporary.write_text(markdown(summary), encoding="utf-8")
-    draw(summary, output_dir / "ablation.png")
+    draw(summary, output_dir / FIGURE)
     print(output_dir / "ablation.md")
 
 
