@@ -33,6 +33,7 @@ WITHOUT_APPEARANCE = dict.fromkeys(
 )
 INTO_ENCODER = {f"model.{part}inject": "encoder" for part in ("", "unet.", "condition_encoder.")}
 WITHOUT_PIXELS: dict[str, Any] = {f"model.{part}pixel_scales": [] for part in ("", "unet.", "condition_encoder.")}
+WITHOUT_CONCAT = {"model.keyframe_concat": False, "model.condition_encoder.keyframe_concat": False}
 SCHEDULE_OF_THE_BASE = dict.fromkeys(
     f"diffusion.scheduler.{key}"
     for key in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "snr_shift")
@@ -44,6 +45,7 @@ CHANGES = {
         "noise_prior_0": {"diffusion.noise_prior.strength": 0.0},
         "noise_prior_0.01": {"diffusion.noise_prior.strength": 0.01},
         "noise_prior_0.1": {"diffusion.noise_prior.strength": 0.1},
+        "without_keyframe_concat": WITHOUT_CONCAT,
     },
     "factorized_dreamer": {
         "without_adapter": {"model.adapter": None, "model.condition_encoder.adapter": None},
@@ -51,6 +53,7 @@ CHANGES = {
         "without_t5": {"model.motion_encoder": None},
         "without_predict_net": {"model.flow_teacher": None},
         "without_schedule": SCHEDULE_OF_THE_BASE,
+        "without_keyframe_concat": WITHOUT_CONCAT,
     },
 }
 
