@@ -9,10 +9,9 @@ The grid is `configs/ablation/sprites.yaml`. A run is `train` and then `evaluate
 off resumes from its last checkpoint. Settings of every run of an output directory are the same but for what its variant changes; others are
 refused. `ablation.md`, `ablation.json` and `ablation.png` are drawn after the last run, and by `--table` at any time from what stands.
 
-Size, as shipped: 14 variants, 3 seeds, 1,200 steps of 4 clips, 64 measured clips a run. Two runs of MicroCinema of 450 steps took 594 and 623 s, side by
-side on two cores that a third process shared: 0.9 s a step and 3 minutes for the rest. By that the grid takes 8 hours with two workers, and more where
-Factorized-Dreamer's runs, which have not been timed, are slower. On one GPU, which networks this small leave idle most of the time, half an hour is 5
-minutes a run with `--workers 8`: 0.2 s a step (an estimate; it has not been measured).
+Size, as shipped: 14 variants, 3 seeds, 800 steps of 2 clips, 64 measured clips a run. With two workers on two cores a run of MicroCinema took 4 minutes and
+one of Factorized-Dreamer 4.5, the whole grid 1 hour 30: three times the steps fit into a night. On one GPU, which networks this small leave idle
+most of the time, half an hour is 5 minutes a run with `--workers 8` (an estimate; it has not been measured).
 """
 
 import argparse
@@ -334,7 +333,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The page of a summary: its table, beside which the figure is expected."""
     headings = [f"{q.label}{f', {q.unit}' if q.unit else ''}" for q in QUANTITIES.values()]
     settings = summary["settings"]
-    lines = ["# Ablation grid", "", f"![Means and intervals of every variant]({FIGURE})", ""]
+    lines = [
+        "# Ablation grid",
+        "",
+        f"![Differences of every variant to the whole model of the same seed]({FIGURE})",
+        "",
+    ]
     lines += [f"{settings['max_train_steps']} steps a run; measured with `{' '.join(settings['evaluate'])}`. {NOTE}"]
     for paper, rows in summary["papers"].items():
         lines += ["", f"| {paper} | changes | seeds | {' | '.join(headings)} |"]
@@ -372,7 +376,8 @@ def _label(variant: str) -> str:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """The figure: a row of panels for each paper, a panel for each quantity; means with intervals, seeds as dots.
+    """The figure: a row of panels for each paper, a panel for each quantity; differences to `full` of the same seed, which vary much less than
+    the seeds do, with their intervals, seeds as dots.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -386,25 +391,28 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(14, 1.5 + 0.42 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(papers), len(QUANTITIES), sharey="row", squeeze=False, height_ratios=heights)
     for line, (paper, rows) in zip(panels, papers.items(), strict=True):
+        full, others = rows[FULL]["measures"], [variant for variant in rows if variant != FULL]
         for panel, (key, quantity) in zip(line, QUANTITIES.items(), strict=True):
-            for place, (variant, row) in enumerate(rows.items()):
-                measure = row["measures"][key]
-                if measure["mean"] is None:
+            for place, variant in enumerate(others):
+                measure = rows[variant]["measures"][key]
+                difference = measure["difference"]
+                if difference["mean"] is None:
                     # Across the panel, which has no scale for what is not there.
                     panel.text(0.5, place, "missing", transform=panel.get_yaxis_transform(), ha="center", va="center")
                     continue
-                mean = quantity.scale * measure["mean"]
-                half = 0.0 if measure["high"] is None else quantity.scale * measure["high"] - mean
-                colour = "black" if variant == FULL else "tab:blue"
-                panel.errorbar(mean, place, xerr=half or None, fmt="o", color=colour, capsize=3)
-                values = [quantity.scale * value for value in measure["values"].values()]
-                panel.plot(values, [place] * len(values), ".", color="grey", markersize=4)
-                if variant == FULL:
-                    panel.axvline(mean, color="black", linewidth=0.8, linestyle=":")
+                mean = quantity.scale * difference["mean"]
+                half = 0.0 if difference["high"] is None else quantity.scale * difference["high"] - mean
+                panel.errorbar(mean, place, xerr=half or None, fmt="o", color="tab:blue", capsize=3)
+                of_full, values = full[key]["values"], measure["values"]
+                pairs = [quantity.scale * (values[seed] - of_full[seed]) for seed in values if seed in of_full]
+                panel.plot(pairs, [place] * len(pairs), ".", color="grey", markersize=4)
+            panel.axvline(0, color="black", linewidth=0.8, linestyle=":")
             panel.set_xlabel(f"{quantity.label}{f', {quantity.unit}' if quantity.unit else ''}")
-        line[0].set_yticks(range(len(rows)), [_label(variant) for variant in rows])
-        line[0].set_ylim(len(rows) - 0.5, -0.5)
-        line[0].set_title(paper, loc="left")
+            whole = "missing" if full[key]["mean"] is None else f"{quantity.scale * full[key]['mean']:.3g}"
+            panel.set_title(f"difference to full: {whole}", fontsize="medium")
+        line[0].set_yticks(range(len(others)), [_label(variant) for variant in others])
+        line[0].set_ylim(len(others) - 0.5, -0.5)
+        line[0].set_ylabel(paper)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
