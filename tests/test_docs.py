@@ -84,7 +84,7 @@ def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
     commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [config.compose(command) for command in commands]
-    composed.append(config.compose("evaluate", ["evaluation=ucf101"]))
+    composed += [config.compose("evaluate", [f"evaluation={protocol}"]) for protocol in ("ucf101", "sprites")]
     known = {name for one in composed for name in dotted(one)}
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
