@@ -41,8 +41,7 @@ def test_it_says_what_the_run_takes_and_leaves_nothing(tmp_path, capsys):
     tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
     given = arguments(tmp_path)
     assert cli.main(["train", "--dry-run", *given]) == 0
-    # By how much this process grew: not at all, where an earlier test has left it the memory.
-    assert check(capsys.readouterr().out) >= 0
+    check(capsys.readouterr().out)  # how much this process grew says nothing: earlier tests may have left it the memory
     assert not (tmp_path / "runs").exists()
 
 
