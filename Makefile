@@ -13,7 +13,7 @@ demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 .PHONY: demo test test-slow lint install clean
 
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/recipes/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "UserError": "microcinema.errors",
+    "UserError": "microcinema.utils.errors",
     "VideoUNet": "microcinema.models.video_unet",
     "AppearanceNet": "microcinema.models.appearance",
     "Conditions": "microcinema.models.conditioning",

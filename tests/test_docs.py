@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from microcinema import cli, config
+from microcinema.commands import cli
+from microcinema.config.compose import COMMANDS, compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,7 @@ def commands() -> list[tuple[str, str]]:
         for line in lines(page):
             if line.startswith("microcinema "):
                 found.append((page.name, line.removeprefix("microcinema ")))
-            elif (match := LAUNCHED.match(line)) and match[1] in config.COMMANDS:
+            elif (match := LAUNCHED.match(line)) and match[1] in COMMANDS:
                 found.append((page.name, f"{match[1]} {match[2]}"))
     return found
 
@@ -47,15 +48,15 @@ def test_commands_compose(page: str, line: str):
         assert command in cli.DRY_RUNS
         overrides.remove("--dry-run")
     if command != "--help":
-        assert command in config.COMMANDS
+        assert command in COMMANDS
         if "--help" not in overrides:
-            config.compose(command, overrides)
+            compose(command, overrides)
 
 
 def test_there_are_commands_to_check():
     pages = [page for page, _ in commands()]
     assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
-    assert {cli.joined(line.split())[0] for _, line in commands()} >= set(config.COMMANDS)
+    assert {cli.joined(line.split())[0] for _, line in commands()} >= set(COMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -83,8 +84,8 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
     commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
-    composed = [config.compose(command) for command in commands]
-    composed += [config.compose("evaluate", [f"evaluation={protocol}"]) for protocol in ("ucf101", "sprites")]
+    composed = [compose(command) for command in commands]
+    composed += [compose("evaluate", [f"evaluation={protocol}"]) for protocol in ("ucf101", "sprites")]
     known = {name for one in composed for name in dotted(one)}
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from huggingface_hub import constants
 from PIL import Image
-from tiny_training import AcceleratorState, one_thread  # noqa: F401
 
-from microcinema import cli, config
-from microcinema.data.video_io import probe
+from fixtures import tiny
+from fixtures.tiny_training import AcceleratorState, one_thread  # noqa: F401
+from microcinema.commands import cli
+from microcinema.config.compose import compose
+from microcinema.data.video_reader import probe
 from microcinema.pipelines import load_pipeline
-from microcinema.provenance import hash_weights
+from microcinema.utils.provenance import hash_weights
 
 PROMPT = "a red star moving to the left on sand"
 STEPS = "num_inference_steps=2"
@@ -42,7 +43,7 @@ def exported(request: Any, clips: Path, tmp_path_factory: pytest.TempPathFactory
         context.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         context.setattr(constants, "HF_HUB_OFFLINE", True)
         if request.param == "sd15":
-            name = config.compose("train", overrides).base.pretrained_model_name_or_path
+            name = compose("train", overrides).base.pretrained_model_name_or_path
             tiny.into_hub_cache(base, folder / "hub", name)
         else:
             overrides.append(f"base.pretrained_model_name_or_path={base}")

@@ -16,36 +16,21 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "microcinema").rglob("*.py"))
 }
-FLOORS = {  # what a part may import beside itself; what stands on the ground floor knows nothing of its neighbours
-    "errors": set(),
-    "files": {"errors"},
-    "schema": set(),
-    "pages": set(),
-    "live_memory": set(),
-    "utilisation": set(),
-    "checksums": set(),
-    "provenance": {"errors", "files"},
-    "config": {"errors", "files", "schema"},
-    "data": {"errors", "files", "config"},
-    "diffusion": {"errors", "files", "config"},
-    "models": {"errors", "files", "config"},
+FLOORS = {  # what a folder may import beside itself
+    "utils": set(),
+    "config": {"utils"},
+    "data": {"utils", "config"},
+    "diffusion": {"utils", "config"},
+    "models": {"utils", "config"},
 }
 FLOORS["pipelines"] = {*FLOORS}
-FLOORS["requests"] = {*FLOORS}
-FLOORS["sampling"] = {*FLOORS}
-FLOORS["preparing"] = {"errors", "data"}
-FLOORS["check_report"] = {"errors", "files", "pages"}
-FLOORS["checking"] = {"errors", "files", "config", "data", "check_report"}
+FLOORS["evaluation"] = {*FLOORS}
 FLOORS["training"] = {*FLOORS}
-FLOORS["precomputing"] = {"errors", "files", "config", "data", "pipelines", "training"}
-FLOORS["previewing"] = {"errors", "files", "config", "data", "training"}
-FLOORS["evaluation"] = {*FLOORS} - {"training"}
-FLOORS["exporting"] = {*FLOORS} - {"evaluation"}
-FLOORS["preflight"] = {*FLOORS} - {"evaluation", "exporting", "preparing", "requests", "sampling"}
-FLOORS["doctor"] = {*FLOORS["preflight"], "preflight"}
-FLOORS["dry_run"] = {*FLOORS["preflight"], "preflight"}
-FLOORS["step_time"] = {"config", "pipelines", "training"}
-FLOORS["cli"] = {*FLOORS}
+FLOORS["sprites"] = FLOORS["profiling"] = {*FLOORS}
+FLOORS["commands"] = {*FLOORS}
+FLOORS["data"] |= {"sprites"}  # flow_clips
+FLOORS["evaluation"] |= {"sprites"}  # detectors, generate, report, zero_shot
+FLOORS["sprites"] |= {"commands"}  # evaluate
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microcinema.data.numbering import Shuffled, Stream
-from microcinema.errors import UserError
+from microcinema.data.ordering import Shuffled, Stream
+from microcinema.utils.errors import UserError
 
-_TICK = 1e-6  # seconds, as in data/video_io.py
+_TICK = 1e-6  # seconds, as in data/video_reader.py
 
 
 class Buckets:

@@ -12,11 +12,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from microcinema.data.buckets import Buckets
+from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.metadata import read_rows
-from microcinema.data.numbering import Stream
-from microcinema.data.reading import ClipReader
-from microcinema.errors import UserError
+from microcinema.data.ordering import Stream
+from microcinema.utils.errors import UserError
 
 LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
 _TRIES = 10_000  # rows, spread over the list, of which one has to be there

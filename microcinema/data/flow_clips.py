@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from microcinema.data import sprites
 from microcinema.data.clips import ClipDataset
-from microcinema.data.flow import TEACHERS, Flow, estimate, exact, to_latent_grid
-from microcinema.data.sprites_dataset import read_truth
-from microcinema.errors import UserError
+from microcinema.data.optical_flow import TEACHERS, Flow, estimate, exact, to_latent_grid
+from microcinema.sprites import scene
+from microcinema.sprites.dataset import read_truth
+from microcinema.utils.errors import UserError
 
 
 class FlowClips(Dataset[dict[str, Any]]):
@@ -30,7 +30,7 @@ class FlowClips(Dataset[dict[str, Any]]):
         if teacher not in TEACHERS:
             raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(TEACHERS)}")
         self.dataset, self.teacher, self.factor = dataset, teacher, factor
-        self._sprites: dict[str, sprites.Sprite] = {}
+        self._sprites: dict[str, scene.Sprite] = {}
         if teacher == "ground_truth":
             if not isinstance(dataset, ClipDataset) or dataset.root is None:
                 raise UserError("flow teacher 'ground_truth' needs the folder of Moving Sprites; use dis")
@@ -57,6 +57,6 @@ class FlowClips(Dataset[dict[str, Any]]):
     def _flow(self, item: dict[str, Any]) -> Flow:
         frames, size = len(item["video"]), item["video"].shape[-1]
         if self.teacher == "ground_truth":
-            return exact(sprites.render(self._sprites[item["id"]], frames, size, item["fps"]).flow)
+            return exact(scene.render(self._sprites[item["id"]], frames, size, item["fps"]).flow)
         pixels = ((item["video"] + 1) * 127.5).round().to(torch.uint8)
         return estimate(self.teacher, pixels.permute(0, 2, 3, 1).contiguous().numpy())

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from microcinema.data.numbering import Shuffled, Stream
-from microcinema.errors import UserError
+from microcinema.data.ordering import Shuffled, Stream
+from microcinema.utils.errors import UserError
 
 
 class JointDataset(Dataset[dict[str, Any]]):

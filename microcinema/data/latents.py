@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch.utils.data import Dataset
 
-from microcinema.data.numbering import Stream
+from microcinema.data.ordering import Stream
 from microcinema.data.quarantine import read_quarantine
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 # One row a clip that was checked. Measures of a clip that could not be decoded are null.
 SCHEMA = pa.schema(

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 KEYS = ("id", "file", "page_dir", "caption", "description", "motion")
 WEBVID = {"id": "videoid", "caption": "name"}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 SUBSTITUTES = 20  # in a row for one number; more are no accident of the data
 _PAUSE = 0.1  # seconds before the first try again; twice that before the next

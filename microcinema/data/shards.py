@@ -23,17 +23,17 @@ from webdataset.cache import FileCache
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from microcinema.data import video_io
+from microcinema.data import video_reader
+from microcinema.data.clip_reader import IMAGES, ClipReader
 from microcinema.data.manifest import Manifest
-from microcinema.data.numbering import ShardByShard, Stream
-from microcinema.data.reading import IMAGES, ClipReader
-from microcinema.errors import UserError
-from microcinema.files import atomic_path
+from microcinema.data.ordering import ShardByShard, Stream
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _OPEN = 32  # shards whose contents a worker remembers
 
-Sample = dict[str, video_io.Member]
+Sample = dict[str, video_reader.Member]
 """The members of a sample by their extension, such as `mp4`, `json`, `txt`."""
 
 
@@ -134,7 +134,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
         return self, indices
 
-    def source(self, index: int) -> video_io.Member:
+    def source(self, index: int) -> video_reader.Member:
         """Where the video, or picture, of a sample lies.
 
         Raises:
@@ -264,7 +264,7 @@ def read_members(path: str) -> list[Sample]:
             if key != last:
                 samples.append({})
                 last = key
-            samples[-1][extension.lower()] = video_io.Member(path, entry.name, entry.offset_data, entry.size)
+            samples[-1][extension.lower()] = video_reader.Member(path, entry.name, entry.offset_data, entry.size)
     return samples
 
 
@@ -296,7 +296,7 @@ def _identity(url: str, number: int) -> str:
     return f"{Path(url).stem}#{number:05d}"
 
 
-def _bytes(member: video_io.Member) -> bytes:
+def _bytes(member: video_reader.Member) -> bytes:
     with open(member.archive, "rb") as file:
         file.seek(member.offset)
         return file.read(member.size)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 ACTIONS = ("crop", "mask", "tag")
 

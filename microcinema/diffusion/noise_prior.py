@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 KINDS = ("none", "appearance", "mixed", "progressive")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Several schedulers clamp the predicted sample to [-1, 1] unless told otherwise: right for pixels, the ruin of latents.

@@ -12,14 +12,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from microcinema.data import metrics
-from microcinema.errors import UserError
-from microcinema.evaluation.preparation import PREPARATIONS
+from microcinema.evaluation import video_metrics
+from microcinema.evaluation.i3d import I3D, MIN_FRAMES
+from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
-from microcinema.models.i3d import I3D, MIN_FRAMES
-from microcinema.models.sprite_classifier import SpriteClassifier
-from microcinema.pipelines.base import ASSETS
-from microcinema.provenance import hash_weights
+from microcinema.pipelines.base_model import ASSETS
+from microcinema.sprites.classifier import SpriteClassifier
+from microcinema.utils.errors import UserError
+from microcinema.utils.provenance import hash_weights
 
 
 class SpriteJudge:
@@ -269,7 +269,11 @@ class ClipScores:
 
 def motion(batch: Batch) -> dict[str, np.ndarray]:
     """`motion_magnitude` (b,): mean length of the optical flow, in pixels a frame."""
-    return {"motion_magnitude": np.array([metrics.motion_magnitude(metrics.clip_flow(clip)) for clip in batch.frames])}
+    return {
+        "motion_magnitude": np.array(
+            [video_metrics.motion_magnitude(video_metrics.clip_flow(clip)) for clip in batch.frames]
+        )
+    }
 
 
 def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
@@ -277,7 +281,7 @@ def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
     if batch.keyframes is None:
         return {}
     pairs = zip(batch.frames[:, 0], batch.keyframes, strict=True)
-    values = np.array([metrics.image_fidelity(frame, keyframe) for frame, keyframe in pairs])
+    values = np.array([video_metrics.image_fidelity(frame, keyframe) for frame, keyframe in pairs])
     return {"psnr": values[:, 0], "ssim": values[:, 1]}
 
 

@@ -10,7 +10,7 @@ from functools import reduce
 
 import numpy as np
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from microcinema.errors import UserError
 from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.utils.errors import UserError
 
 SUBSETS = 15
 RESAMPLES = 100

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from microcinema.diffusion.randomness import generator
-from microcinema.errors import UserError
-from microcinema.evaluation.protocols import SpritesProtocol, Task
-from microcinema.files import atomic_path, make_folder
+from microcinema.diffusion.rng import generator
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.sprites.protocol import SpritesProtocol, Task
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path, make_folder
 
 IDENTITY_FILE = "identity.json"
 

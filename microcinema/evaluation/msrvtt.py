@@ -7,8 +7,8 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-from microcinema.errors import UserError
 from microcinema.evaluation.videos import Caption, Video, first_of
+from microcinema.utils.errors import UserError
 
 CHOICE_FILE = Path(__file__).parent / "msrvtt_captions.csv"
 

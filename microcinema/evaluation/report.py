@@ -1,84 +1,151 @@
-"""One HTML page with everything in it: playing videos, key frames, verdicts, numbers, figures. Nothing is loaded from elsewhere."""
+"""The page of a zero-shot measurement: numbers with their protocol, the curve of FVD against N, what others published, videos."""
 
-import base64
+import csv
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from microcinema.data.video_writing import write_video
-from microcinema.evaluation.generate import Sample
-from microcinema.evaluation.protocols import PARTS
-from microcinema.evaluation.summary import MEASURES
-from microcinema.files import atomic_path
-from microcinema.pages import open_template
+from microcinema.sprites.report import embedded_picture, embedded_video
+from microcinema.utils.files import atomic_path
+from microcinema.utils.templates import open_template
 
 TEMPLATE = "report.html.jinja"
-TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
+PUBLISHED_FILE = Path(__file__).parent / "published.csv"
+WARNING = "Protocols differ from paper to paper and are seldom written down whole: an order among these numbers is weak evidence."
 
-_SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
-_CRF = 20
+_ROWS = (
+    ("fvd", "FVD", "Fréchet distance of the video detector's features", 2, "lower"),
+    ("kvd", "KVD", "kernel distance of the same features", 4, "lower"),
+    ("is", "IS", "Inception score of C3D's classes", 2, "higher"),
+    ("clipsim", "CLIPSIM", "CLIP cosine of text and frame", 4, "higher"),
+    ("frame_fid", "Frame FID", "Fréchet distance of single frames", 2, "lower"),
+    ("clip_consistency", "CLIP consistency", "CLIP cosine of neighbouring frames; a still video scores 1", 4, ""),
+    ("motion_magnitude", "Motion magnitude", "mean optical flow, pixels a frame; near 0: still videos", 3, ""),
+    ("psnr", "Key frame, PSNR", "first frame against the key frame, dB", 1, "higher"),
+    ("ssim", "Key frame, SSIM", "first frame against the key frame", 3, "higher"),
+)
+_WIDTH, _HEIGHT, _MARGIN = 640, 300, 56
 
 
-def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Writes the page, whole or not at all.
+@dataclass(frozen=True)
+class Picture:
+    """A clip to show: `frames` uint8 (f, h, w, 3), its key frame if there is one."""
+
+    words: str
+    frames: np.ndarray
+    keyframe: np.ndarray | None
+    fps: float
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Label, meaning, value, details and the value of real clips of every number that was measured."""
+    found = []
+    for key, label, meaning, digits, better in _ROWS:
+        if key not in results["values"]:
+            continue
+        entry = results["values"][key]
+        found.append(
+            {
+                "label": label,
+                "meaning": f"{meaning}; {better} is better" if better else meaning,
+                "value": f"{entry['value']:.{digits}f}",
+                "detail": _detail(key, entry, digits),
+                "real": f"{entry['real']:.{digits}f}" if "real" in entry else "",
+            }
+        )
+    return found
+
+
+def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
+    if key == "fvd":
+        parts = [f"N = {entry['num_generated']} against {entry['num_real']}"]
+        parts.append(f"95 % interval {entry['low']:.2f} to {entry['high']:.2f}")
+        if entry["extrapolated"] is not None:
+            parts.append(f"at infinite N {entry['extrapolated']:.2f}")
+        if entry["floor"] is not None:
+            parts.append(f"real against real {entry['floor']:.2f} at N = {entry['floor_count']}")
+        return ", ".join(parts)
+    if key == "is":
+        return f"± {entry['std']:.2f} over {entry['splits']} splits"
+    return f"{entry['low']:.{digits}f} to {entry['high']:.{digits}f}" if "low" in entry else ""
+
+
+def text_table(results: Mapping[str, Any]) -> str:
+    """For a terminal: a line for each number, with the protocol's identifier beside it, and everything that was not as it should be."""
+    identifier = results["protocol"]["identifier"]
+    lines = []
+    for row in rows(results):
+        more = ", ".join(filter(None, (row["detail"], f"real {row['real']}" if row["real"] else "")))
+        lines.append(f"{row['label']:17} {row['value']:>10}  [{identifier}]  {more}".rstrip())
+    lines += [f"{names} not measured: {why}" for names, why in results["not_measured"].items()]
+    lines += [f"INCOMPLETE: {shortfall}" for shortfall in results["shortfalls"]]
+    lines += [f"warning: {warning}" for warning in results["warnings"]]
+    return "\n".join(lines)
+
+
+def published() -> list[dict[str, str]]:
+    """What papers state, as they state it; empty where one states nothing."""
+    with open(PUBLISHED_FILE, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
+    """Writes the page, whole or not at all. Nothing in it is loaded from elsewhere.
 
     Args:
         results: the content of `results.json`.
-        samples: the clips, in the order of `results["clips"]`.
+        pictures: clips to show.
     """
-    measures = {measure.key: measure for measure in MEASURES}
-    fps = results["protocol"]["fps"]
-    clips = [
+    shown = [
         {
-            **clip,
-            "badges": _badges(clip),
-            "video": _video(sample.frames, fps),
-            "keyframe": embedded_picture(sample.keyframe),
+            "words": picture.words,
+            "video": embedded_video(picture.frames, picture.fps),
+            "keyframe": None if picture.keyframe is None else embedded_picture(picture.keyframe),
         }
-        for clip, sample in zip(results["clips"], samples, strict=True)
+        for picture in pictures
     ]
-    page = open_template(Path(__file__).with_name(TEMPLATE)).render(
-        results=results, clips=clips, measures=measures, titles=TITLES, meanings=PARTS
+    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+        results=results,
+        rows=rows(results),
+        chart=_chart(results["values"].get("fvd")),
+        published=published(),
+        warning=WARNING,
+        pictures=shown,
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _badges(clip: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked for, whether it is there, and what is there instead."""
-    asked, judged, right = clip["asked"], clip["judged"], clip["right"]
-    badges = [
-        {"text": asked[key], "right": right[key], "instead": judged[key]}
-        for key in ("colour", "shape", "background", "motion")
-    ]
-    badges[-1]["instead"] = judged["motion"] or "lost"
-    if "speed" in right:
-        badges.append({"text": asked["speed"], "right": right["speed"], "instead": judged["speed"]})
-    return badges
+def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Places in an SVG of the curve of FVD over 1/N, and of the line that leads to infinite N."""
+    if fvd is None or len(fvd["curve"]) < 2:
+        return None
+    counts, values = np.array(fvd["curve"], float).T
+    heights = [*values, *(value for value in (fvd["extrapolated"], fvd["floor"]) if value is not None), 0.0]
+    low, high = min(heights), max(heights) or 1.0
 
+    def x(inverse: float) -> float:
+        return round(_MARGIN + inverse / (1 / counts.min()) * (_WIDTH - 2 * _MARGIN), 1)
 
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    return cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_LANCZOS4)
+    def y(value: float) -> float:
+        return round(_HEIGHT - _MARGIN + (low - value) / ((high - low) or 1) * (_HEIGHT - 2 * _MARGIN), 1)
 
-
-def _video(frames: np.ndarray, fps: float) -> str:
-    return embedded_video(np.stack([_enlarged(frame) for frame in frames]), fps)
-
-
-def embedded_video(frames: np.ndarray, fps: float) -> str:
-    """Base64 of an H.264 mp4 of uint8 (f, h, w, 3)."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "clip.mp4"
-        write_video(file, frames, fps, crf=_CRF)
-        return base64.b64encode(file.read_bytes()).decode()
-
-
-def embedded_picture(image: np.ndarray) -> str:
-    """Base64 of a PNG of uint8 (h, w, 3)."""
-    _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    return base64.b64encode(data.tobytes()).decode()
+    slope, start = np.polyfit(1 / counts, values, 1)
+    return {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _MARGIN,
+        "right": _WIDTH - _MARGIN,
+        "bottom": _HEIGHT - _MARGIN,
+        "points": [
+            {"x": x(1 / n), "y": y(v), "n": int(n), "value": f"{v:.2f}"} for n, v in zip(counts, values, strict=True)
+        ],
+        "line": [y(start), x(1 / counts.min()), y(start + slope / counts.min())],
+        "floor": None if fvd["floor"] is None else {"y": y(fvd["floor"]), "value": f"{fvd['floor']:.2f}"},
+        "labels": [{"x": x(1 / n), "text": str(int(n))} for n in (counts[-1], counts[0])],
+        "ends": [{"y": y(v), "text": f"{v:.4g}"} for v in (low, high)],
+    }

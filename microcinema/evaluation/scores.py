@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 _BLOCK = 1024  # rows of a Gram matrix in memory at once
 

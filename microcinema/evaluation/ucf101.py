@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from microcinema.errors import UserError
 from microcinema.evaluation.videos import Video, first_of
+from microcinema.utils.errors import UserError
 
 PROMPTS_FILE = Path(__file__).parent / "ucf101_prompts.csv"
 VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"

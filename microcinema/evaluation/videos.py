@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from microcinema.checksums import sha256_of
-from microcinema.errors import UserError
-from microcinema.files import make_folder
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import make_folder
+from microcinema.utils.hashing import sha256_of
 
 CACHE_VARIABLE = "MICROCINEMA_CACHE"
 _URL_SCHEMES = ("http", "https", "file")

@@ -1,164 +1,375 @@
-"""Zero-shot protocols on UCF-101 and MSR-VTT: which texts are asked for, which real clips they are measured against, and how."""
+"""The zero-shot protocols, from a pipeline or a folder of videos to numbers and a report, by any number of processes."""
 
-import hashlib
+import dataclasses
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from einops import rearrange
 
-from microcinema.data.reading import RESIZE
-from microcinema.errors import UserError
-from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
-from microcinema.evaluation.ucf101 import Ucf101, class_prompt
-from microcinema.evaluation.videos import Caption, Video, folder_videos
-from microcinema.schema import Count, CountOrZero, Positive
+from microcinema.config.compose import instantiate
+from microcinema.data.clip_reader import resize_and_crop
+from microcinema.data.video_reader import probe, read_clip
+from microcinema.evaluation import detectors
+from microcinema.evaluation.detectors import Measure
+from microcinema.evaluation.features import Clips, Features, extract
+from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.fvd import video_distance
+from microcinema.evaluation.generate import IDENTITY_FILE, Share, TextMaker, claim, generate, load_sample
+from microcinema.evaluation.protocol import Prompt, ZeroShotProtocol, digest
+from microcinema.evaluation.report import Picture, text_table, write_report
+from microcinema.evaluation.scores import inception_score, kernel_distance
+from microcinema.evaluation.videos import Video, folder_videos, hash_list
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.sprites import metrics
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.provenance import describe_code, hash_networks
 
-_DRAW_PROMPTS, _DRAW_REAL = 0, 1  # streams of the seed
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manifest.json"
+SAMPLES_FOLDER, FEATURES_FOLDER, REFERENCE_FOLDER = "samples", "features", "reference"
+PICTURES = 24  # clips that the report shows
+_STEPS = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One clip to make. `source`: the id of the class, caption or video in the data set; `prompt` is empty where nothing is asked for."""
+class Generated:
+    """Clips to measure: which of the protocol's samples they are, how to read one, and what they depend on."""
 
-    index: int
-    prompt: str
-    source: str
-
-    @property
-    def name(self) -> str:
-        """A file name."""
-        return f"{self.index:05d}"
-
-    @property
-    def numbers(self) -> tuple[int]:
-        """What this clip's random numbers depend on, beside the seed."""
-        return (self.index,)
+    samples: list[Prompt]
+    load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
+    fps: float
+    identity: dict[str, Any]
+    prompts_known: bool = True
+    warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class ZeroShotProtocol:
-    """What is asked for and what it is measured against; every choice that changes the number is here.
-
-    Args:
-        name: of the preset.
-        dataset: `ucf101`, `msrvtt`, or `folder`: the real clips are any folder of videos, and nothing is asked for.
-        prompts: of UCF-101's classes, `raw`, `split` or `descriptive`; of MSR-VTT, `caption`; of a folder, `none`.
-        sample_split: the videos whose classes or captions are asked for.
-        selection: `all`, each of these videos once; `draw`, `num_samples` of them (again and again only if there are fewer);
-            `per_class`, `num_samples` of each class; `every_caption`, each caption of each video.
-        num_samples: number of clips, or of clips a class; None: as many as there are.
-        real_split: the real clips; None: none, and no measure that compares sets.
-        num_real: how many, drawn by the seed if there are more; None: all.
-        num_frames: frames of a clip, generated or real.
-        fps: frames a second of a real clip, picked by time; None: neighbouring frames as they are. The model is asked for the same.
-        clip: which part of a real video.
-        height, width: of the frames that detectors see; clips are scaled to cover it (antialiased) and cropped in the centre.
-        ddof: 1: covariances divided by n - 1; 0: by n.
-        seed: of every draw here. That of the model is another.
+def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: PartialState) -> None:
+    """Does what the config of `evaluate` asks for; the first process writes the numbers and says where the report is.
 
     Raises:
-        UserError: choices that exclude each other.
+        UserError: bad input; clips and features that were already made stay and are used by the next run.
     """
+    settings, folder, share = (
+        config.evaluation,
+        Path(config.output_dir),
+        Share(state.process_index, state.num_processes),
+    )
+    dataset = protocol.open(settings.root)
+    shortfalls: list[str] = []
+    samples = [] if protocol.dataset == "folder" else protocol.samples(dataset)
+    if protocol.dataset != "folder":
+        _enough(len(samples), protocol.expected()["samples"], "samples to ask for", settings.allow_fewer, shortfalls)
+    elif config.generated is None:
+        raise UserError("the protocol asks for nothing; set generated=folder, the videos to measure")
+    real = _present(protocol.real(dataset), protocol.expected()["real"], settings.allow_fewer, shortfalls)
+    compares = bool(real) or protocol.dataset == "folder"
+    measures, missing = load_measures(settings, state.device, config.batch_size, compares, protocol.dataset == "ucf101")
+    make_folder(folder)
+    if config.generated is None:
+        generated = _from_pipeline(config, protocol, samples, share, state)
+    else:
+        generated = _from_folder(config.generated, protocol, samples, settings.allow_fewer, shortfalls)
+    records = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
+    identifier = protocol.identifier(samples or generated.samples, real, records)
+    common = {"preparation": _prepared(protocol), "detectors": records, "batch_size": config.batch_size}
+    reference = _reference(settings.reference, folder, common | _chosen_clips(protocol), real)
+    made = {**common, "generated": generated.identity, "prompts": digest([s.prompt for s in generated.samples])}
+    features = folder / FEATURES_FOLDER / digest(made)[:16]
+    size = (protocol.height, protocol.width)
 
-    name: str
-    dataset: Literal["ucf101", "msrvtt", "folder"]
-    prompts: Literal["raw", "split", "descriptive", "caption", "none"]
-    sample_split: Literal["all", "train", "test"]
-    selection: Literal["all", "draw", "per_class", "every_caption"]
-    num_samples: Count | None
-    real_split: Literal["all", "train", "test"] | None
-    num_real: Count | None
-    num_frames: Count
-    fps: Positive | None
-    clip: Literal["first", "center", "random"]
-    height: Count
-    width: Count
-    ddof: Literal[0, 1]
-    seed: CountOrZero
-    version: int = field(default=1, init=False)
-    resize: str = field(default=RESIZE, init=False)
+    def real_clip(index: int) -> tuple[np.ndarray, None]:
+        video = real[index]
+        frames = read_clip(video.path, protocol.num_frames, protocol.fps, position=protocol.position(index))
+        return _fitted(frames, size), None
 
-    def __post_init__(self) -> None:
-        known = {"ucf101": ("raw", "split", "descriptive"), "msrvtt": ("caption",), "folder": ("none",)}[self.dataset]
-        if self.prompts not in known:
-            raise UserError(f"prompts={self.prompts} are not of {self.dataset}; choose one of {', '.join(known)}")
-        if self.selection == "per_class" and self.dataset != "ucf101":
-            raise UserError(f"selection=per_class needs classes, which {self.dataset} has not; use all or draw")
-        if self.selection == "every_caption" and self.dataset != "msrvtt":
-            raise UserError(f"selection=every_caption needs captions, which {self.dataset} has not; use all or draw")
-        if self.selection in ("draw", "per_class") and self.num_samples is None:
-            raise UserError(f"selection={self.selection} needs num_samples; give a number")
+    def generated_clip(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        frames, keyframe = generated.load(index)
+        return _fitted(frames, size), None if keyframe is None else _fitted(keyframe[None], size)[0]
 
-    def open(self, root: str | os.PathLike[str]) -> "Ucf101 | MsrVtt | _Folder":
-        """The data set on disk.
+    prompts = [sample.prompt for sample in generated.samples] if generated.prompts_known else None
+    sets = [(Clips(len(generated.samples), generated_clip, prompts), features, made, "measure generated")]
+    if real:
+        wanted = json.loads((reference / IDENTITY_FILE).read_text(encoding="utf-8"))
+        sets.append((Clips(len(real), real_clip), reference, wanted, "measure real"))
+    for clips, place, identity, label in sets:
+        extract(clips, measures, place, identity, config.batch_size, share, label, state.is_main_process)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
 
-        Raises:
-            UserError: it is not there, or has another layout.
-        """
-        return {"ucf101": Ucf101, "msrvtt": MsrVtt, "folder": _Folder}[self.dataset](root)
-
-    def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Prompt]:
-        """All clips to make."""
-        videos = dataset.videos(self.sample_split)
-        if self.selection == "draw":
-            assert self.num_samples is not None
-            generator = np.random.default_rng([self.seed, _DRAW_PROMPTS])
-            picks = generator.choice(len(videos), self.num_samples, replace=len(videos) < self.num_samples)
-            videos = [videos[pick] for pick in picks]
-        elif self.selection == "per_class":
-            assert self.num_samples is not None
-            firsts = {video.label: video for video in reversed(videos)}
-            videos = [firsts[label] for label in sorted(firsts) for _ in range(self.num_samples)]
-        texts = [caption for video in videos for caption in self._texts(video)]
-        return [Prompt(index, text.text, text.id) for index, text in enumerate(texts)]
-
-    def _texts(self, video: Video) -> Sequence[Caption]:
-        if self.dataset == "folder":
-            return [Caption(video.name, "")]
-        if self.dataset == "ucf101":
-            assert self.prompts in ("raw", "split", "descriptive")
-            return [Caption(video.label, class_prompt(video.label, self.prompts))]
-        return video.captions if self.selection == "every_caption" else [chosen_caption(video)]
-
-    def real(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Video]:
-        """The real videos that are asked for, whether they are there or not."""
-        videos = [] if self.real_split is None else dataset.videos(self.real_split)
-        if self.num_real is None or len(videos) <= self.num_real:
-            return videos
-        picks = np.random.default_rng([self.seed, _DRAW_REAL]).choice(len(videos), self.num_real, replace=False)
-        return [videos[pick] for pick in sorted(picks)]
-
-    def position(self, index: int) -> float:
-        """Where in a real video its clip lies: 0 at the beginning, 1 as late as possible. Of `random`, by the video's own number."""
-        if self.clip == "random":
-            return float(np.random.default_rng([self.seed, _DRAW_REAL, index]).random())
-        return {"first": 0.0, "center": 0.5}[self.clip]
-
-    def expected(self) -> dict[str, int | None]:
-        """How many clips the protocol asks for, where it says."""
-        fixed = self.selection in ("all", "every_caption")
-        return {"samples": self.num_samples if fixed else None, "real": self.num_real}
-
-    def identifier(
-        self, samples: Sequence[Prompt], real: Sequence[Video], detectors: Mapping[str, Mapping[str, Any]]
-    ) -> str:
-        """Equal for two measurements if and only if they asked for the same: name, version, and a hash of all settings, prompts, ids of
-        the real videos, and detectors with their weights."""
-        content = [asdict(self), [asdict(sample) for sample in samples], [video.name for video in real], detectors]
-        return f"{self.name}-{self.version}-{digest(content)[:12]}"
+    found = [Features(place, clips.count, config.batch_size) for clips, place, _, _ in sets]
+    results = {
+        "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
+        "prompts_sha256": digest([sample.prompt for sample in samples]),
+        "real_files_sha256": hash_list(real) if real else None,
+        "generated": generated.identity,
+        "detectors": records,
+        "counts": {"generated": len(generated.samples), "real": len(real)},
+        "values": compute(found[0], found[1] if real else None, protocol),
+        "not_measured": missing,
+        "shortfalls": shortfalls,
+        "warnings": list(generated.warnings),
+        "versions": describe_code(),
+    }
+    _write_json(folder / MANIFEST_FILE, _manifest(protocol, identifier, samples, real, records))
+    _write_json(folder / RESULTS_FILE, results)
+    write_report(folder / REPORT_FILE, results, _pictures(generated))
+    print(text_table(results))
+    print(folder / REPORT_FILE)
 
 
-def digest(content: Any) -> str:
-    """sha256 of anything that is JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+# ------------------------------------------------------------------------------------------------------------ what is measured
 
 
-class _Folder:
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._videos = folder_videos(root)
+def load_measures(
+    settings: Mapping[str, Any], device: torch.device | str, batch_size: int, compares: bool, classes: bool
+) -> tuple[list[Measure], dict[str, str]]:
+    """The measures whose weights are given; and for each other one, why not.
 
-    def videos(self, split: str) -> list[Video]:
-        return self._videos
+    Args:
+        settings: the group `evaluation`.
+        compares: whether there are real clips.
+        classes: whether the Inception score of UCF-101's classes makes sense.
+
+    Raises:
+        UserError: no weights at all, or some that cannot be opened.
+    """
+    measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
+    missing = {}
+    wanted: list[tuple[str, str, bool, Callable[[Mapping[str, Any]], Measure]]] = [
+        ("video", "FVD, KVD", compares, lambda node: instantiate(node).load(device, batch_size)),
+        ("c3d", "IS", classes, lambda node: detectors.ClassProbabilities(node["weights"], node["sha256"], device)),
+        ("clip", "CLIPSIM, CLIP consistency", True, lambda node: detectors.ClipScores(node["weights"], device)),
+        ("inception", "Frame FID", compares, lambda n: detectors.FrameFeatures(n["weights"], n["sha256"], device)),
+    ]
+    for key, names, applies, load in wanted:
+        if not applies:
+            missing[names] = (
+                "it speaks of the classes of UCF-101" if key == "c3d" else "the protocol has nothing to compare it with"
+            )
+        elif settings[key]["weights"] is None:
+            missing[names] = f"evaluation.{key}.weights is not set"
+        else:
+            measures.append(load(settings[key]))
+    if len(measures) == 2:
+        keys = ", ".join(f"evaluation.{key}.weights" for key, _, applies, _ in wanted if applies)
+        raise UserError(
+            f"no detector has weights; set at least one of {keys} (docs/evaluation.md says how to get them)"
+        )
+    return measures, missing
+
+
+def compute(generated: Features, real: Features | None, protocol: ZeroShotProtocol) -> dict[str, Any]:
+    """All numbers that the features of generated and real clips allow for."""
+    names = generated.names
+    values: dict[str, Any] = {}
+    if real is not None and "features" in names:
+        features = generated.all("features"), real.all("features")
+        values["fvd"] = dataclasses.asdict(video_distance(*features, protocol.ddof, protocol.seed))
+        values["kvd"] = {"value": kernel_distance(*features)}
+    if "probabilities" in names:
+        probabilities = generated.all("probabilities")
+        splits = min(10, len(probabilities))
+        score, deviation = inception_score(probabilities, splits, protocol.seed)
+        values["is"] = {"value": score, "std": deviation, "splits": splits}
+    if real is not None and "frame_features" in names:
+        one, two = (Moments.stream(map(np.concatenate, side.batches("frame_features"))) for side in (generated, real))
+        values["frame_fid"] = {"value": frechet_distance(one, two, protocol.ddof)}
+    for name in ("clipsim", "clip_consistency", "motion_magnitude", "psnr", "ssim"):
+        if name in names:
+            values[name] = metrics.mean(generated.all(name).tolist())
+            if real is not None and name in real.names:
+                values[name]["real"] = float(np.mean(real.all(name)))
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------------- generated clips
+
+
+def _from_pipeline(
+    config: "DictConfig", protocol: ZeroShotProtocol, samples: list[Prompt], share: Share, state: PartialState
+) -> Generated:
+    settings = config.evaluation
+    if settings.torch_dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"evaluation.torch_dtype={settings.torch_dtype}; use float32, float16 or bfloat16")
+    dtype = getattr(torch, settings.torch_dtype)
+    video = load_pipeline(config.pipeline, torch_dtype=dtype)
+    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video, settings.keyframe_model, torch_dtype=dtype), video)
+    asked = (settings.height, settings.width, protocol.num_frames, protocol.fps, 1, None)
+    _, height, width, num_frames, fps = video.check("any", *asked)
+    arguments = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
+    arguments |= {key: settings[key] for key in _STEPS}
+    stage1 = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.keyframe_guidance_scale}
+    identity = {
+        "pipeline": str(config.pipeline),
+        "keyframe_model": settings.keyframe_model,
+        "seed": config.seed,
+        "torch_dtype": settings.torch_dtype,
+        **arguments,
+        "keyframe_guidance_scale": settings.keyframe_guidance_scale,
+        "prompts_sha256": digest([sample.prompt for sample in samples]),
+        "weights_sha256": hash_networks(pipeline.networks),
+    }
+    folder = Path(config.output_dir) / SAMPLES_FOLDER
+    if share.rank < len(samples):  # a process without a share needs no weights on its device
+        pipeline.to(state.device)
+    for part, name in ((video, "videos"), (pipeline.keyframe, "key frames")):
+        part.set_progress_bar_config(desc=name, unit="step", leave=False, disable=not state.is_main_process)
+    maker = TextMaker(pipeline, config.seed, arguments, stage1)
+    generate(samples, maker, folder, identity, config.batch_size, state.is_main_process, share)
+    pipeline.to("cpu")
+    state.wait_for_everyone()
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        sample = load_sample(folder, samples[index])
+        return sample.frames, sample.keyframe
+
+    return Generated(samples, load, fps, identity)
+
+
+def _from_folder(
+    name: str, protocol: ZeroShotProtocol, samples: list[Prompt], allow_fewer: bool, shortfalls: list[str]
+) -> Generated:
+    """Videos that anyone made. Files whose names are numbers are the samples of these numbers; others, in the order of their names."""
+    videos = folder_videos(name)
+    numbers = [int(video.path.stem) if video.path.stem.isdigit() else -1 for video in videos]
+    known = bool(samples)
+    if not samples:
+        chosen = [Prompt(index, "", video.name) for index, video in enumerate(videos)]
+    elif min(numbers) >= 0:
+        if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
+            raise UserError(
+                f"generated='{name}' has numbered files that are not the {len(samples)} samples 0 to {len(samples) - 1}; "
+                "number them by the manifest's samples"
+            )
+        chosen = [samples[number] for number in numbers]
+    else:
+        if len(videos) > len(samples):
+            raise UserError(f"generated='{name}' holds {len(videos)} videos; the protocol asks for {len(samples)}")
+        chosen, known = samples[: len(videos)], len(videos) == len(samples)
+    if samples:
+        _enough(len(videos), len(samples), f"videos in generated='{name}'", allow_fewer, shortfalls)
+    first = probe(videos[0].path)
+
+    def load(index: int) -> tuple[np.ndarray, None]:
+        video = videos[index]
+        frames = read_clip(video.path, protocol.num_frames)
+        if frames.shape[1:3] != (first.height, first.width):
+            raise UserError(
+                f"'{video.path}' is {frames.shape[2]}x{frames.shape[1]}, '{videos[0].path}' {first.width}x{first.height}; "
+                "generated videos must all have one size"
+            )
+        return frames, None
+
+    warnings = ["Generated clips were read from compressed videos; compression changes what is measured."]
+    if not known and samples:
+        warnings.append("With fewer videos than samples and names that are no numbers, prompts are not known.")
+    identity = {"folder": str(name), "files_sha256": hash_list(videos), "height": first.height, "width": first.width}
+    return Generated(chosen, load, first.fps, {**identity, "fps": first.fps}, known, tuple(warnings))
+
+
+def _fitted(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return rearrange(resize_and_crop(frames, size).numpy(), "f c h w -> f h w c")
+
+
+# --------------------------------------------------------------------------------------------------------------- real clips
+
+
+def _present(videos: Sequence[Video], expected: int | None, allow_fewer: bool, shortfalls: list[str]) -> list[Video]:
+    """Those that are there.
+
+    Raises:
+        UserError: there are fewer than asked for.
+    """
+    there = [video for video in videos if video.path.is_file()]
+    wanted = max(expected or 0, len(videos))
+    gone = next((f"; first missing: '{video.path}'" for video in videos if not video.path.is_file()), "")
+    _enough(len(there), wanted, "real videos", allow_fewer, shortfalls, gone)
+    return there
+
+
+def _enough(
+    count: int, wanted: int | None, what: str, allow_fewer: bool, shortfalls: list[str], detail: str = ""
+) -> None:
+    if wanted is None or count == wanted:
+        return
+    if count > wanted:
+        raise UserError(
+            f"{count} {what}, and the protocol asks for {wanted}; use selection=draw, or correct the number"
+        )
+    if not allow_fewer or count < 2:
+        raise UserError(
+            f"{count} of {wanted} {what} that the protocol asks for{detail}; complete them, or set evaluation.allow_fewer=true"
+        )
+    shortfalls.append(f"{count} of {wanted} {what}")
+
+
+def _prepared(protocol: ZeroShotProtocol) -> dict[str, Any]:
+    """What is done to any clip before a detector sees it."""
+    return {key: getattr(protocol, key) for key in ("num_frames", "height", "width", "resize")}
+
+
+def _chosen_clips(protocol: ZeroShotProtocol) -> dict[str, Any]:
+    """Which part of a real video is read."""
+    return {"fps": protocol.fps, "clip": protocol.clip, "seed": protocol.seed if protocol.clip == "random" else None}
+
+
+def _reference(given: str | None, folder: Path, settings: Mapping[str, Any], real: Sequence[Video]) -> Path:
+    """The folder of the features of these real clips, marked with what they depend on.
+
+    Under the hash of that, in `given` or the output folder; or `given` itself, if it is such a folder.
+
+    Raises:
+        UserError: `given` holds features of other clips, or made otherwise; every difference is named.
+    """
+    root = Path(given) if given is not None else folder / REFERENCE_FOLDER
+    if not real:
+        return root
+    identity = {**settings, "files_sha256": hash_list(real), "count": len(real)}
+    place = root if (root / IDENTITY_FILE).is_file() else root / digest(identity)[:16]
+    claim(place, identity)
+    return place
+
+
+# ------------------------------------------------------------------------------------------------------------------- outcome
+
+
+def _manifest(
+    protocol: ZeroShotProtocol,
+    identifier: str,
+    samples: Sequence[Prompt],
+    real: Sequence[Video],
+    records: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "identifier": identifier,
+        **dataclasses.asdict(protocol),
+        "detectors": records,
+        "samples": [dataclasses.asdict(sample) for sample in samples],
+        "real": [video.name for video in real],
+    }
+
+
+def _pictures(generated: Generated) -> list[Picture]:
+    chosen = np.unique(np.linspace(0, len(generated.samples) - 1, PICTURES).round().astype(int))
+    found = []
+    for index in chosen.tolist():
+        frames, keyframe = generated.load(index)
+        sample = generated.samples[index]
+        found.append(Picture(sample.prompt or sample.source, frames, keyframe, generated.fps))
+    return found
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,9 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microcinema.errors import UserError
-from microcinema.models.layers import zero_init
+from microcinema.models.temporal import zero_init
 from microcinema.models.unet2d import UNet2DParts, spatial_transformer, unet2d_arguments
+from microcinema.utils.errors import UserError
 
 FUSIONS = ("add", "spade")
 INJECTS = ("encoder", "decoder", "both")

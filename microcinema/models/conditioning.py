@@ -9,12 +9,12 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from microcinema.errors import UserError
-from microcinema.models.adapter import MODES, TextImageAdapter
 from microcinema.models.appearance import AppearanceNet, check_choice
-from microcinema.models.layers import Attended
-from microcinema.models.pixels import PixelPyramid
+from microcinema.models.image_adapter import MODES, TextImageAdapter
+from microcinema.models.pixel_attention import PixelPyramid
+from microcinema.models.temporal import Attended
 from microcinema.models.unet2d import layer_shapes, load_checked, unreadable
+from microcinema.utils.errors import UserError
 
 
 @dataclass

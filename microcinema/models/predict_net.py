@@ -6,7 +6,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from microcinema.models.layers import zero_init
+from microcinema.models.temporal import zero_init
 from microcinema.models.video_unet import VideoUNet
 
 # Between neighbouring frames most things move by tenths of a latent place, and an Adam step of learning rate 1e-3 may move an output of 576 inputs

@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor
 
-from microcinema.errors import UserError
-from microcinema.models.layers import Attended, attend
+from microcinema.models.temporal import Attended, attend
+from microcinema.utils.errors import UserError
 
 # What of a UNet2DConditionModel's config may vary: all that Stable Diffusion 1.x and 2.x vary.
 # The rest must stand at its default.

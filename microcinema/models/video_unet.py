@@ -12,10 +12,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from microcinema.errors import UserError
 from microcinema.models.appearance import FUSIONS, INJECTS, check_choice, fuse, injected_layers
 from microcinema.models.conditioning import ConditionEncoder, Conditions
-from microcinema.models.layers import PixelAwareCrossAttention, TemporalConv, TemporalTransformer, zero_init
+from microcinema.models.temporal import PixelAwareCrossAttention, TemporalConv, TemporalTransformer, zero_init
 from microcinema.models.unet2d import (
     TextAndImage,
     UNet2DParts,
@@ -23,6 +22,7 @@ from microcinema.models.unet2d import (
     spatial_transformer,
     unet2d_arguments,
 )
+from microcinema.utils.errors import UserError
 
 
 class VideoUNet(UNet2DParts):

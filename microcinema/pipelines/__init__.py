@@ -2,10 +2,10 @@
 
 import diffusers
 
-from microcinema.pipelines.base import Base, load_base
+from microcinema.pipelines.base_model import Base, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
-from microcinema.pipelines.saved import load_keyframe_pipeline, load_pipeline, save_pipeline
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 
 __all__ = [

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from microcinema.data.reference import reference_index
-from microcinema.errors import UserError
+from microcinema.data.keyframe_index import reference_index
+from microcinema.utils.errors import UserError
 
 
 def check_continues(num_clips: int, num_frames: int, reference_frame: str | int) -> None:

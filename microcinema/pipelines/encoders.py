@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.errors import UserError
-from microcinema.pipelines.base import load_component, load_index, open_folder
+from microcinema.pipelines.base_model import load_component, load_index, open_folder
+from microcinema.utils.errors import UserError
 
 IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER = "image_encoder", "motion_encoder", "motion_tokenizer"
 _PROCESSOR = "preprocessor_config.json"

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.data.reference import reference_index
+from microcinema.data.keyframe_index import reference_index
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
@@ -25,11 +25,10 @@ from microcinema.diffusion.schedule import (
     step_arguments,
     times_of_equal_noise,
 )
-from microcinema.errors import UserError
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import continuation
-from microcinema.pipelines.base import LENT, borrow, check_fit, encode_text
+from microcinema.pipelines.base_model import LENT, borrow, check_fit, encode_text
 from microcinema.pipelines.encoders import (
     IMAGE_ENCODER,
     MOTION_ENCODER,
@@ -41,7 +40,8 @@ from microcinema.pipelines.encoders import (
 )
 from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, one_each
 from microcinema.pipelines.keyframe import make_keyframe
-from microcinema.pipelines.windows import Windows
+from microcinema.pipelines.long_video import Windows
+from microcinema.utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""

@@ -17,9 +17,9 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMix
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from microcinema.data.reading import cover, resize
-from microcinema.errors import UserError
-from microcinema.pipelines.base import load_index, locate, refuse_pickles
+from microcinema.data.clip_reader import cover, resize
+from microcinema.pipelines.base_model import load_index, locate, refuse_pickles
+from microcinema.utils.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Fit = Literal["crop", "stretch", "exact"]

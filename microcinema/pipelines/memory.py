@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from diffusers import DiffusionPipeline
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from microcinema.checksums import write_checksums
-from microcinema.errors import UserError
-from microcinema.files import atomic_folder
-from microcinema.training.checkpoint_folders import STATE, Progress, find_checkpoints, read_state
+from microcinema.training.distributed import gather, gather_state, is_sharded, part_like, whole_copy, whole_shapes
 from microcinema.training.identity import Identity, compare
 from microcinema.training.processes import first_fault
-from microcinema.training.sharding import gather, gather_state, is_sharded, part_like, whole_copy, whole_shapes
+from microcinema.training.resume import STATE, Progress, find_checkpoints, read_state
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_folder
+from microcinema.utils.hashing import write_checksums
 
 _EMA = "ema.safetensors"
 # What libraries raise when a file cannot be written or read; torch's writer of archives says RuntimeError of a full disk.

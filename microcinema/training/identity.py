@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from microcinema.errors import UserError
+from microcinema.data.indexed import NumberedClips
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
-from microcinema.training.order import NumberedClips
 from microcinema.training.settings import Settings
+from microcinema.utils.errors import UserError
 
 Identity = dict[str, dict[str, Any]]
 """`fixed`: what has to be the same; `free`: what may differ, so that the run is no longer the one that it would have been."""

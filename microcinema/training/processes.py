@@ -6,7 +6,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from microcinema.errors import UserError
+from microcinema.utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -17,36 +17,36 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from microcinema.config import instantiate, save
+from microcinema.config.compose import instantiate, save
 from microcinema.data.flow_clips import FlowClips
+from microcinema.data.indexed import Clips, NumberedClips, RankNumbers
 from microcinema.data.latents import EncodedClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule
-from microcinema.errors import UserError
-from microcinema.files import atomic_folder, make_folder, sweep
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
-from microcinema.pipelines.base import INDEX, is_embedded, load_base
+from microcinema.pipelines.base_model import INDEX, is_embedded, load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.saved import save_pipeline
-from microcinema.provenance import append_record, describe_environment
-from microcinema.training import fingerprint
-from microcinema.training.averages import evaluated
-from microcinema.training.building import build_keyframes, build_networks, build_pipeline
+from microcinema.pipelines.saving import save_pipeline
+from microcinema.training import cached_latents_check
+from microcinema.training.batch_encoder import BatchEncoder
+from microcinema.training.build import build_keyframes, build_networks, build_pipeline
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.checkpoint_folders import Progress, choose_checkpoint
-from microcinema.training.encoding import BatchEncoder
-from microcinema.training.guard import Guard
+from microcinema.training.distributed import has_zero3
+from microcinema.training.ema import evaluated
 from microcinema.training.identity import identify
-from microcinema.training.meter import Meter
-from microcinema.training.order import Clips, NumberedClips, RankNumbers
+from microcinema.training.loss import Denoiser, Objective, training_loss
+from microcinema.training.metrics import Meter
+from microcinema.training.nan_guard import Guard
 from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, patient_worker
 from microcinema.training.processes import from_main
+from microcinema.training.resume import Progress, choose_checkpoint
 from microcinema.training.settings import Settings
-from microcinema.training.sharding import has_zero3
-from microcinema.training.step import Denoiser, Objective, training_loss
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import describe, warm_start
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_folder, make_folder, sweep
+from microcinema.utils.provenance import append_record, describe_environment
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -250,7 +250,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         **parts,
     )
     if isinstance(dataset, EncodedClips):
-        fingerprint.check(dataset, pipeline, teacher)
+        cached_latents_check.check(dataset, pipeline, teacher)
     predict_net = None if teacher is None else PredictNet.reading(pipeline.unet)
     validate = None
     if settings.validation_prompts:

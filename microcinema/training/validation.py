@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from microcinema.data import metrics
-from microcinema.data.reference import reference_index
-from microcinema.data.video_writing import write_contact_sheet, write_gif, write_video
-from microcinema.diffusion.randomness import generator
+from microcinema.data.keyframe_index import reference_index
+from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
+from microcinema.diffusion.rng import generator
+from microcinema.evaluation import video_metrics
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
@@ -74,7 +74,7 @@ class Validation:
                 )
             frames = np.rint(result.frames[0] * 255).astype(np.uint8)
             reference = frames[reference_index(pipeline.reference_frame, len(frames))]
-            fidelity = metrics.image_fidelity(reference, np.asarray(result.keyframes[0]))
+            fidelity = video_metrics.image_fidelity(reference, np.asarray(result.keyframes[0]))
             made.append((i, frames, (*fidelity, _motion(frames))))
         made = sorted(gather_object(made), key=lambda entry: entry[0])
         if accelerator.is_main_process:
@@ -109,7 +109,7 @@ class Validation:
 
 def _motion(frames: np.ndarray) -> float:
     """Motion magnitude; a single frame has none."""
-    return metrics.motion_magnitude(metrics.clip_flow(frames)) if len(frames) > 1 else 0.0
+    return video_metrics.motion_magnitude(video_metrics.clip_flow(frames)) if len(frames) > 1 else 0.0
 
 
 def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:

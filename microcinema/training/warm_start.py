@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from microcinema.errors import UserError
-from microcinema.pipelines.base import INDEX, load_index, open_folder
-from microcinema.pipelines.saved import borrowed_weights
+from microcinema.pipelines.base_model import INDEX, load_index, open_folder
+from microcinema.pipelines.saving import borrowed_weights
+from microcinema.utils.errors import UserError
 
 
 def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list[str]]:

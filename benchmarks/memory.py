@@ -1,0 +1,221 @@
+"""Says what runs on Stable Diffusion 1.5 take of memory: a table of preflight estimates, for which its settings are enough.
+
+With `--measure` the estimate stands beside what this process really takes, with random weights in float32 on the CPU: the
+growth of its resident memory (Linux with glibc). At full width that wants 12 GB.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from torch.nn import functional
+from tqdm import tqdm
+
+from microcinema.config.compose import compose
+from microcinema.pipelines.base_model import ASSETS, load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.profiling import memory_estimate
+from microcinema.profiling.memory_tracker import LiveMemory
+from microcinema.training import build
+from microcinema.training.settings import Settings
+from microcinema.utils.files import atomic_path
+
+GIB = 2**30
+FRAMES, TOKENS = 16, 77
+M_MMAP_THRESHOLD = -3  # of mallopt
+SD15: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+        "sample_size": 64,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder": {
+        "model_type": "clip_text_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+    },
+}
+NARROW: dict[str, dict[str, Any]] = {
+    "unet": {"block_out_channels": [32, 64, 128, 128]},
+    "vae": {"block_out_channels": [32, 32, 64, 64]},
+    "text_encoder": {"num_hidden_layers": 1},
+}
+HALF = "memory.torch_dtype=float16"
+RUNS: dict[str, dict[str, Any]] = {
+    "sample": {},
+    f"sample {HALF}": {"dtype": torch.float16},
+    f"sample {HALF} decode_chunk_size=1": {"dtype": torch.float16, "decode_chunk_size": 1},
+    **{
+        f"train train={layers}{' gradient_checkpointing=true' * thrifty}": {
+            "train": layers,
+            "gradient_checkpointing": thrifty,
+        }
+        for layers in ("temporal", "all")
+        for thrifty in (False, True)
+    },
+    "train train=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
+        "train": "temporal",
+        "gradient_checkpointing": True,
+        "use_8bit_adam": True,
+        "use_ema": False,
+    },
+}
+
+
+def settings_of_sd15(folder: Path, narrow: bool = False) -> Path:
+    """Writes Stable Diffusion 1.5 as a diffusers folder without weights, with the words of Moving Sprites, and returns it."""
+    without = shutil.ignore_patterns("*.safetensors", "image_encoder", "feature_extractor")
+    shutil.copytree(ASSETS / "sprites-base", folder, ignore=without, dirs_exist_ok=True)
+    for part, settings in SD15.items():
+        (folder / part / "config.json").write_text(json.dumps(settings | (NARROW[part] if narrow else {})))
+    for file, change in (
+        ("tokenizer/tokenizer_config.json", {"model_max_length": TOKENS}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
+    ):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    return folder
+
+
+def estimate(composed: Any, run: dict[str, Any]) -> memory_estimate.Estimate:
+    """The estimate of an entry of `RUNS`, for one video or one clip at a time, training in bf16 as on CUDA."""
+    if "train" in run:
+        settings = Settings("", 1, train_batch_size=1, mixed_precision="bf16", **run)
+        return memory_estimate.training_memory(memory_estimate.empty_pipeline(composed), settings, device="cuda")
+    sample = compose("sample")
+    guidance = {key: sample[key] for key in ("guidance_scale", "image_guidance_scale")}
+    pipeline = memory_estimate.empty_pipeline(composed, run.get("dtype", torch.float32))
+    return memory_estimate.sampling_memory(pipeline, **guidance, decode_chunk_size=run.get("decode_chunk_size"))
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of memory that this process has now, and had at most since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines if ":" in line)
+    now, most = (1024 * int(status[key].split()[0]) for key in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def forget_peak() -> None:
+    """Lets the most begin at what this process has now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def real_pipeline(composed: Any) -> ImageToVideoPipeline:
+    """The pipeline that `memory_estimate.empty_pipeline` stands for, with random weights."""
+    base = load_base(**composed.base, weights=False)
+    networks = build.build_networks(composed, base, weights=False)
+    parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
+    pipeline = build.build_pipeline(composed, base.scheduler, **parts, **networks)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def forward_memory(pipeline: ImageToVideoPipeline) -> memory_estimate.Estimate:
+    """One evaluation of the denoiser for one clip, its conditions included."""
+    side = pipeline.config["height"] // pipeline.vae_scale_factor
+    z_ref = torch.zeros(1, pipeline.unet.config["in_channels"], side, side)
+    text = torch.zeros(1, TOKENS, pipeline.unet.config["cross_attention_dim"])
+    with LiveMemory() as live, torch.no_grad():
+        live.watch(memory_estimate.tensors(pipeline))
+        weights = live.now
+        conditions = pipeline.condition_encoder(text, z_ref, torch.tensor([8.0]))
+        pipeline.unet(repeat(z_ref, "b c h w -> b f c h w", f=FRAMES), torch.tensor([500]), conditions)
+    return memory_estimate.Estimate(weights, {"forward": live.peak})
+
+
+PARTS: dict[str, Callable[[ImageToVideoPipeline], memory_estimate.Estimate]] = {
+    "forward": forward_memory,
+    "sampling": lambda pipeline: memory_estimate.sampling_memory(pipeline, guidance_scale=4.0),
+    "training": lambda pipeline: memory_estimate.training_memory(
+        pipeline, Settings("", 1, train_batch_size=1, mixed_precision="no")
+    ),
+}
+
+
+def compare(composed: Any, parts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """GiB estimated and measured of some of `PARTS`; `training` spends the pipeline and comes last."""
+    parts = [part for part in PARTS if part in parts]
+    estimates = {part: PARTS[part](memory_estimate.empty_pipeline(composed)).peak for part in parts}
+    # Every buffer goes back to the kernel when it is released. What the C library would keep for later is not what tensors take.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
+    functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))  # the kernels' own memory
+    forget_peak()
+    before, _ = resident()
+    pipeline = real_pipeline(composed)
+    figures = {}
+    for part in tqdm(parts, "measuring", unit="part"):
+        forget_peak()
+        PARTS[part](pipeline)
+        measured = resident()[1] - before
+        figures[part] = {
+            "estimate": estimates[part] / GIB,
+            "measured": measured / GIB,
+            "ratio": estimates[part] / measured,
+        }
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line, prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=(256, 512), help="height and width in pixels")
+    parser.add_argument("--measure", nargs="+", choices=PARTS, help="measure these too, at the first size, one clip")
+    parser.add_argument("--quick", action="store_true", help="narrow networks: shows that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        base = settings_of_sd15(Path(folder), arguments.quick)
+        configs = {
+            size: compose(
+                "train",
+                [f"base.pretrained_model_name_or_path={base}", f"num_frames={FRAMES}", f"resolution={size}"],
+            )
+            for size in arguments.sizes
+        }
+        if arguments.measure:
+            size = arguments.sizes[0]
+            report: dict[str, Any] = compare(configs[size], arguments.measure)
+            print(f"\n{f'GiB at {size}x{size}':<16}{'estimate':>10}{'measured':>10}{'ratio':>8}")
+            for name, row in report.items():
+                print(f"{name:<16}{row['estimate']:>10.2f}{row['measured']:>10.2f}{row['ratio']:>8.2f}")
+        else:
+            report = {name: {} for name in RUNS}
+            for size, name in tqdm([(size, name) for size in configs for name in RUNS], "estimating", unit="run"):
+                found = estimate(configs[size], RUNS[name])
+                report[name][size] = {**asdict(found), "peak": found.peak, "worst": found.worst}
+            print(f"\n| GiB, {FRAMES} frames | {' | '.join(f'{size}x{size}' for size in configs)} |")
+            print("| --- |" + " ---: |" * len(configs))
+            for name, row in report.items():
+                print(f"| `{name}` | {' | '.join(format(found['peak'] / GIB, '.1f') for found in row.values())} |")
+    if arguments.json:
+        with atomic_path(arguments.json) as path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

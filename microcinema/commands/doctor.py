@@ -1,0 +1,358 @@
+"""The command doctor: whether `train` can run here with these settings, line by line, and what to do where it cannot."""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from tqdm.auto import tqdm
+
+from microcinema import __version__
+from microcinema.config.compose import compose
+from microcinema.pipelines.base_model import check_weights, is_embedded, locate, open_folder
+from microcinema.profiling.memory_estimate import (
+    Estimate,
+    empty_pipeline,
+    empty_predict_net,
+    sampling_memory,
+    training_memory,
+)
+from microcinema.training.settings import Settings
+from microcinema.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+GIB = 2**30
+CPU = torch.device("cpu")
+# What is measured may be this much more than the estimate (docs/memory.md).
+MARGIN = 1.15
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+DECODERS = {"pyav": "av", "decord": "decord"}
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+PLACES = ("metadata", "root")  # keys of data sets that name files and folders
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do unless it is ok."""
+
+    topic: str
+    found: str
+    status: str = OK
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:<8} {self.topic:<11} {self.found}" + (f"; {self.advice}" if self.advice else "")
+
+
+def run(config: "DictConfig") -> int:
+    """Prints what was found. Returns 1 if the run cannot work, as 2 is for a config that none could have; else 0.
+
+    Raises:
+        UserError: settings out of their bounds.
+    """
+    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    # As accelerate takes it where the config leaves it open.
+    precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    problems = 0
+    for finding in examine(config, replace(settings, mixed_precision=precision)):
+        print(finding, flush=True)
+        problems += finding.status == PROBLEM
+    print(f"{problems} problem{'s' * (problems != 1)}: this run cannot work here" if problems else "this run can start")
+    return 1 if problems else 0
+
+
+def examine(config: "DictConfig", settings: Settings) -> Iterator[Finding]:
+    """All findings, those that take longest last.
+
+    Args:
+        config: of the command `train`.
+        settings: from it, with its `mixed_precision` decided.
+    """
+    # Of this process, as accelerate hands them out.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
+    yield versions()
+    yield from devices(settings, small=is_embedded(config.base.pretrained_model_name_or_path))
+    yield from attention()
+    yield modules("decoders", DECODERS, config.data.get("decoder"), "data.decoder")
+    yield modules("trackers", TRACKERS, settings.report_to, "report_to")
+    if settings.use_8bit_adam:
+        yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
+    yield data(config.data, config.latents)
+    found, folder = base(**{key: config.base[key] for key in ("pretrained_model_name_or_path", "revision", "variant")})
+    yield found
+    if folder is not None:
+        yield from needs(config, settings, folder, device)
+
+
+def versions() -> Finding:
+    """Versions, and whether they are those that this package declares to work with."""
+    try:
+        declared = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(requires("microcinema") or ()), re.MULTILINE))
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        declared = {}
+    found = {name: version(name) for name in LIBRARIES}
+    old = [name for name in found if _numbers(found[name]) < _numbers(declared.get(name, "0"))]
+    libraries = ", ".join(f"{name} {number}" for name, number in found.items())
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "torch without CUDA"
+    text = f"microcinema {__version__}, Python {platform.python_version()}, {libraries}, {cuda}"
+    if old:
+        wanted = " ".join(f'"{name}>={declared[name]}"' for name in old)
+        return Finding("versions", text, PROBLEM, f"pip install {wanted}")
+    return Finding("versions", text)
+
+
+def devices(settings: Settings, small: bool) -> Iterator[Finding]:
+    """What computes, and whether it knows the precision of the run.
+
+    Args:
+        small: the base is an embedded one, with which a CPU copes.
+    """
+    if not torch.cuda.is_available():
+        bf16 = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "slow"
+        text = f"CPU alone: {os.cpu_count()} cores, {_gib(psutil.virtual_memory().total)}, bf16 {bf16}"
+        if settings.mixed_precision == "fp16":
+            yield Finding("device", text, PROBLEM, "fp16 needs a GPU; set mixed_precision=no")
+        elif not small:
+            yield Finding(
+                "device",
+                text,
+                WARNING,
+                "a model of this size is for a GPU; if there is one, install a torch built for it",
+            )
+        else:
+            yield Finding("device", text)
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        knows_bf16 = (about.major, about.minor) >= (8, 0)
+        text = f"{index}: {about.name}, {_gib(about.total_memory)}, bf16 {'yes' if knows_bf16 else 'no'}"
+        if settings.mixed_precision == "bf16" and not knows_bf16:
+            yield Finding("device", text, WARNING, "bf16 is emulated and slow; set mixed_precision=fp16")
+        else:
+            yield Finding("device", text)
+
+
+def attention() -> Iterator[Finding]:
+    """Which kernels of scaled-dot-product attention there are, and xformers."""
+    if torch.cuda.is_available():
+        kernels = {
+            "flash": torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled(),
+            "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+    else:
+        kernels = {"flash (of the CPU)": torch.backends.cuda.flash_sdp_enabled(), "math": True}
+    there = [name for name, usable in kernels.items() if usable]
+    found = f"scaled-dot-product kernels: {', '.join(there)}"
+    if there == ["math"]:
+        yield Finding(
+            "attention", found, WARNING, "it takes far more memory than is estimated here; install a current torch"
+        )
+    else:
+        yield Finding("attention", found)
+    number, reason = _version_of("xformers", imported=True)
+    without = f'{reason}; only memory.attention=xformers needs it: pip install "microcinema[xformers]"'
+    yield Finding("attention", f"xformers {number or without}")
+
+
+def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) -> Finding:
+    """Which of some interchangeable modules can be imported.
+
+    Args:
+        known: value of the key to distribution; the module has the same name.
+        used: the value that the config has; only that one is imported, to be sure.
+        key: of the config.
+    """
+    found = {name: _version_of(module, imported=name == used) for name, module in known.items()}
+    text = ", ".join(
+        f"{known[name]} {number or reason}{' (used)' * (name == used)}" for name, (number, reason) in found.items()
+    )
+    if used not in found or found[used][0]:
+        return Finding(topic, text)
+    others = [f"set {key}={name}" for name, (number, _) in found.items() if number]
+    return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
+
+
+def data(node: Any, latents: str | None) -> Finding:
+    """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
+    places = dict.fromkeys([*_places(node), *([] if latents is None else [latents])])
+    missing = [place for place in places if not Path(place).exists()]
+    if missing == [latents]:
+        return Finding(
+            "data", f"{latents} not there", PROBLEM, "make it with microcinema prepare latents and the same keys"
+        )
+    if missing:
+        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare"
+        return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
+    return Finding("data", ", ".join(places))
+
+
+def base(pretrained_model_name_or_path: str, revision: str | None, variant: str | None) -> tuple[Finding, str | None]:
+    """Whether the base can be opened, and the folder of its settings if they are there."""
+    name = pretrained_model_name_or_path
+    try:
+        source = locate(name)
+        of_hub = not Path(source).is_dir()
+        folder = (_cached(source, revision) if of_hub else None) or open_folder(name, (), revision)
+    except UserError as error:
+        return Finding("base", str(error), PROBLEM), None
+    where = "of the hub" if of_hub else "embedded" if is_embedded(name) else "a folder"
+    where += " (offline)" if of_hub and constants.HF_HUB_OFFLINE else ""
+    download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    try:
+        check_weights(folder, variant)
+    except UserError as error:
+        if not of_hub:
+            return Finding("base", str(error), PROBLEM), folder
+        if constants.HF_HUB_OFFLINE:
+            return Finding("base", str(error), PROBLEM, f"where the hub can be reached, run: {download}"), folder
+        advice = f"the run fetches them when it starts; before it: {download}"
+        return Finding("base", f"{name}, {where}, not all weights in the cache", WARNING, advice), folder
+    return Finding("base", f"{name}, {where}" + ", in the cache" * of_hub), folder
+
+
+def needs(config: "DictConfig", settings: Settings, folder: str, device: torch.device) -> Iterator[Finding]:
+    """Free disk and memory against what the run and sampling from its model need.
+
+    Args:
+        folder: of the base; its settings are enough.
+    """
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.merge(config, {"base": {"pretrained_model_name_or_path": folder, "revision": None}})  # type: ignore[assignment]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    sample = compose("sample")
+    arguments = {key: sample[key] for key in ("guidance_scale", "image_guidance_scale", "decode_chunk_size")}
+    with tqdm(total=3, desc="estimating memory", unit="part", delay=2, leave=False) as bar:  # shown from two seconds on
+        try:
+            pipeline = empty_pipeline(config)
+        except UserError as error:
+            yield Finding("model", str(error), PROBLEM)
+            return
+        trained = (pipeline.unet, pipeline.condition_encoder)
+        networks = sum(parameter.nbytes for network in trained for parameter in network.parameters())
+        bar.update()
+        sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
+        if free < MARGIN * sampling.peak:
+            half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
+            with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
+        bar.update()
+        training = training_memory(
+            pipeline, settings, config.latents is not None, device.type, empty_predict_net(config, pipeline)
+        )
+        bar.update()
+    yield disk(settings, networks, training)
+    yield memory("training", training, free, PROBLEM, ways_to_train_with_less(settings, training))
+    yield memory("sampling", sampling, free, WARNING, with_less)
+
+
+def disk(settings: Settings, networks: int, training: Estimate) -> Finding:
+    """Room for the checkpoints of a run and its pipeline.
+
+    Args:
+        networks: bytes of those that are trained, in part or whole.
+    """
+    folder = Path(settings.output_dir).absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    one = networks + training.optimizer + training.average
+    kept = settings.max_train_steps // settings.checkpointing_steps + 1
+    if settings.checkpoints_total_limit is not None:
+        kept = min(kept, settings.checkpoints_total_limit + 1)  # the oldest goes when the newest is there
+    total = kept * one + training.weights
+    found = f"{_gib(free)} free at '{settings.output_dir}', {kept} checkpoints of {_gib(one)} and the model take {_gib(total)}"
+    if free < one + training.weights:
+        return Finding("disk", found, PROBLEM, "set output_dir to a larger disk")
+    if free < total:
+        return Finding("disk", found, WARNING, "set output_dir to a larger disk, or checkpoints_total_limit=1")
+    return Finding("disk", found)
+
+
+def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str]) -> Finding:
+    """What is needed beside what is free.
+
+    Args:
+        short: the status if there is too little.
+        advice: what to set then.
+    """
+    held = {
+        "weights": needed.weights,
+        "gradients": needed.gradients,
+        "optimiser": needed.optimizer,
+        "average": needed.average,
+        "activations": needed.activations,
+    }
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in held.items() if size)
+    found = f"{_gib(needed.peak)} at most, when {needed.worst} ({parts}), {_gib(free)} free"
+    if free >= MARGIN * needed.peak:
+        return Finding(topic, found)
+    return Finding(topic, found, WARNING if free >= needed.peak else short, f"set {', '.join(advice)}")
+
+
+def ways_to_train_with_less(settings: Settings, training: Estimate) -> list[str]:
+    """Settings that lower the memory of a run and are not made use of, the mildest first."""
+    ways = {
+        "gradient_checkpointing=true": not settings.gradient_checkpointing,
+        "mixed_precision=bf16": settings.mixed_precision == "no" and torch.cuda.is_available(),
+        "train_batch_size=1 (and gradient_accumulation_steps for it)": settings.train_batch_size > 1,
+        "data to clips that are encoded already": training.worst == "encoding",
+        "validation_prompts=[]": training.worst == "validating",
+        "use_8bit_adam=true": not settings.use_8bit_adam,
+        "use_ema=false": settings.use_ema,
+        "train=temporal": settings.train == "all",
+        "a lower resolution or num_frames": True,
+    }
+    return [way for way, open_ in ways.items() if open_]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """2.13.0+cpu as (2, 13, 0), for comparison."""
+    return tuple(int(number) for number in re.findall(r"\d+", release.partition("+")[0]))
+
+
+def _version_of(module: str, imported: bool) -> tuple[str | None, str]:
+    """Its version and "", or None and why it cannot be had.
+
+    Args:
+        imported: import it, since what is installed may not fit the libraries of the machine.
+    """
+    try:
+        number = version(module)
+        if imported:
+            importlib.import_module(module)
+    except PackageNotFoundError:
+        return None, "not installed"
+    except Exception as error:  # an extension module may fail in any way
+        return None, f"cannot be imported ({str(error).partition(chr(10))[0]})"
+    return number, ""
+
+
+def _cached(repository: str, revision: str | None) -> str | None:
+    """Its folder in the hub's cache. The hub is not asked, which may take its time."""
+    try:
+        return snapshot_download(repository, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _places(node: Any) -> Iterator[str]:
+    for key, value in node.items():
+        if hasattr(value, "items"):
+            yield from _places(value)
+        elif key in PLACES and value is not None:
+            yield str(value)

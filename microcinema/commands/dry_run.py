@@ -1,0 +1,197 @@
+"""`train --dry-run`: a few steps of everything that a run does, in a folder that is removed, and from them what the run will take."""
+
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, empty_predict_net, training_memory
+from microcinema.training import trainer
+from microcinema.training.metrics import peak_memory
+from microcinema.training.settings import Settings
+from microcinema.utils.files import make_folder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+WARM_UP, MEASURED = 2, 5  # steps
+GIB = 2**30
+FOLDER = ".dry-run"
+
+
+@dataclass
+class Measured:
+    """What a dry run saw, as its main process saw it.
+
+    Attributes:
+        steps: figures of each optimiser step, as they are logged.
+        checkpoint_seconds, validation_seconds: of one; None where there was none.
+        checkpoint_bytes: of one on disk.
+        pipeline_bytes: of the saved pipeline.
+        memory: bytes at most: of tensors on a GPU, elsewhere by which this process grew.
+    """
+
+    steps: list[Mapping[str, float]] = field(default_factory=list)
+    checkpoint_seconds: float | None = None
+    validation_seconds: float | None = None
+    checkpoint_bytes: int = 0
+    pipeline_bytes: int = 0
+    memory: float = 0.0
+
+    def median(self, figure: str) -> float:
+        """Of the steps that count, without the warm-up."""
+        return statistics.median(step[figure] for step in self.steps[WARM_UP:])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the whole run.
+
+    Attributes:
+        steps, checkpoints, validations: seconds spent on each.
+        disk: bytes in output_dir at most.
+    """
+
+    steps: float
+    checkpoints: float
+    validations: float
+    disk: int
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        return self.steps + self.checkpoints + self.validations
+
+
+def run(config: "DictConfig") -> int:
+    """Trains a few steps, saves a checkpoint, makes a validation video in each process; prints what it took and what the run will take.
+
+    By every process of a distributed run, as `train` is. Nothing stays in output_dir.
+
+    Returns:
+        The exit status, as of `train`.
+
+    Raises:
+        UserError: as the run would.
+    """
+    from omegaconf import OmegaConf
+
+    settings = Settings(**{each.name: config[each.name] for each in fields(Settings)})
+    processes, main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    found = Measured()
+    with _scratch(Path(settings.output_dir), main) as folder:
+        steps = WARM_UP + MEASURED
+        changes: dict[str, Any] = {"output_dir": str(folder), "report_to": None, "resume_from_checkpoint": None}
+        changes |= {"max_train_steps": steps, "checkpointing_steps": steps, "validation_steps": steps}
+        changes["validation_prompts"] = list(settings.validation_prompts)[:processes]
+
+        def listen(figures: dict[str, float]) -> None:
+            if "loss" in figures:
+                found.steps.append(figures)
+            elif "checkpoint_seconds" in figures:
+                found.checkpoint_seconds = figures["checkpoint_seconds"]
+                found.checkpoint_bytes = _size(folder / f"checkpoint-{steps}")
+            else:
+                found.validation_seconds = figures["validation_seconds"]
+
+        before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        if status := trainer.run(OmegaConf.merge(config, changes), listen):  # type: ignore[arg-type]
+            return status  # asked to end
+        found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
+        if main:
+            found.pipeline_bytes = _size(folder) - found.checkpoint_bytes
+            for line in describe(settings, processes, found, predict(settings, processes, found), _estimate(config)):
+                print(line, flush=True)
+    return 0
+
+
+def predict(settings: Settings, processes: int, found: Measured) -> Prediction:
+    """What the run will take if it goes on as it was measured."""
+    steps = settings.max_train_steps
+    clips = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    saves, validations = (-(-steps // each) for each in (settings.checkpointing_steps, settings.validation_steps))
+    # While the newest is written, the oldest is still there.
+    kept = min(saves, (settings.checkpoints_total_limit or saves) + 1)
+    rounds = -(-len(settings.validation_prompts) // processes)
+    return Prediction(
+        steps=steps * clips / found.median("clips_per_second"),
+        checkpoints=saves * (found.checkpoint_seconds or 0.0),
+        validations=validations * rounds * (found.validation_seconds or 0.0),
+        disk=kept * found.checkpoint_bytes + found.pipeline_bytes,
+    )
+
+
+def describe(settings: Settings, processes: int, found: Measured, run: Prediction, estimate: Estimate) -> Iterator[str]:
+    """The lines that are printed."""
+    clips = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    rate = found.median("clips_per_second")
+    yield (
+        f"step        {clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED}), "
+        f"{found.median('data_wait'):.0%} of it waiting for data, "
+        f"{found.median('flop_utilisation'):.0%} of the device's operations"
+    )
+    broken = int(max(step["broken_clips"] for step in found.steps))
+    if broken:
+        yield f"data        {broken} clips could not be read; `microcinema prepare check` says which and why"
+    yield (
+        f"memory      {found.memory / GIB:.2f} GiB measured, {estimate.peak / GIB:.2f} GiB estimated "
+        f"(most of it when {estimate.worst})"
+    )
+    if found.checkpoint_seconds is not None:
+        yield f"checkpoint  {found.checkpoint_seconds:.3g} s, {found.checkpoint_bytes / GIB:.2f} GiB"
+    if found.validation_seconds is not None:
+        yield f"validation  {found.validation_seconds:.3g} s for one prompt of each process"
+    yield (
+        f"time        {_duration(run.seconds)} for {settings.max_train_steps} steps: {_duration(run.steps)} of training, "
+        f"{_duration(run.checkpoints)} of checkpoints, {_duration(run.validations)} of validation"
+    )
+    free = shutil.disk_usage(settings.output_dir).free
+    short = "" if free > run.disk else "; set output_dir to a larger disk, or a lower checkpoints_total_limit"
+    yield f"disk        {run.disk / GIB:.2f} GiB at most, {free / GIB:.2f} GiB free{short}"
+
+
+@contextmanager
+def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
+    """A folder within output_dir, so on the disk of the run, that is removed in the end, with output_dir if it was not there."""
+    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    folder = output_dir / FOLDER
+    if main:
+        shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    failed = True
+    try:
+        yield folder
+        failed = False
+    finally:
+        if main or failed:  # the launcher may end the main process when another one fails
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new:
+                with suppress(OSError):  # something else is in it
+                    parent.rmdir()
+
+
+def _estimate(config: "DictConfig") -> Estimate:
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    given = {each.name: config[each.name] for each in fields(Settings)} | {"mixed_precision": precision}
+    pipeline = empty_pipeline(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    latents = config.latents is not None
+    return training_memory(pipeline, Settings(**given), latents, device, empty_predict_net(config, pipeline))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 2 else f"{minutes:.1f} min" if minutes >= 2 else f"{seconds:.1f} s"

@@ -1,0 +1,177 @@
+"""The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from microcinema.commands.sample import quieten_libraries
+from microcinema.diffusion.schedule import make_scheduler
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.base_model import INDEX, freeze, is_embedded, load_index, load_scheduler_config, open_folder
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.saving import load_pipeline, write_pipeline
+from microcinema.training.build import build_pipeline
+from microcinema.training.checkpoint import load_averages
+from microcinema.training.loss import Denoiser
+from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
+from microcinema.training.trainer import CONFIG
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_folder
+from microcinema.utils.hashing import sha256_of
+from microcinema.utils.provenance import describe_code
+from microcinema.utils.templates import open_template
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CARD = "README.md"
+TEMPLATE = "model_card.md.jinja"
+
+
+def run(config: "DictConfig") -> None:
+    """Writes the pipeline that the config of `export` asks for.
+
+    Raises:
+        UserError: there is nothing to export, it does not fit together, or the folder holds something else.
+    """
+    if config.checkpoint is None:
+        raise UserError("give checkpoint=, the folder of a checkpoint or of a finished run")
+    source, folder = Path(config.checkpoint), Path(config.output_dir)
+    check_replaceable(folder)
+    quieten_libraries()
+    run_folder = source.parent if is_checkpoint(source) else source
+    trained_with = read_config(run_folder)
+    if is_checkpoint(source):
+        pipeline, progress = open_checkpoint(source, trained_with, config.use_ema), read_progress(source)
+    else:
+        pipeline, progress = open_run(source, trained_with, config.use_ema), None
+    dtype = getattr(torch, config.torch_dtype)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            freeze(part, dtype)
+    with atomic_folder(folder) as temporary:
+        write_pipeline(pipeline, temporary, config.with_base)
+        card = write_card(folder, temporary, pipeline, trained_with, progress, config.use_ema)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+    print(folder)
+
+
+def open_checkpoint(folder: Path, config: "DictConfig", use_ema: bool) -> ImageToVideoPipeline:
+    """The pipeline that a training checkpoint holds.
+
+    Args:
+        config: of its run.
+        use_ema: with the averages of the trained weights in place of the weights.
+
+    Raises:
+        UserError: it has no averages, its keys are not the networks' (they are named), or the base is not to be had.
+    """
+    unet = VideoUNet.from_pretrained(folder / "unet")
+    condition_encoder = ConditionEncoder.from_pretrained(folder / "condition_encoder")
+    if use_ema:
+        load_averages(folder, Denoiser(unet, condition_encoder))
+    name, revision = config.base.pretrained_model_name_or_path, config.base.revision
+    scheduler = make_scheduler(load_scheduler_config(open_folder(name, revision=revision)))
+    parts = {"unet": unet, "condition_encoder": condition_encoder}
+    return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, **parts)
+
+
+def open_run(folder: Path, config: "DictConfig", use_ema: bool) -> ImageToVideoPipeline:
+    """The pipeline that a finished run has saved.
+
+    Raises:
+        UserError: the run is not finished, or has saved the other kind of weights.
+    """
+    checkpoints = find_checkpoints(folder)
+    example = f"such as '{checkpoints[-1]}'" if checkpoints else "if it has left one"
+    if not (folder / INDEX).is_file():
+        raise UserError(f"'{folder}' is neither a checkpoint nor a finished run; export a checkpoint, {example}")
+    if use_ema and not config.use_ema:
+        raise UserError(f"'{folder}' was trained without moving averages; set use_ema=false")
+    if config.use_ema and not use_ema:
+        raise UserError(f"'{folder}' holds the averaged weights; for the others, export a checkpoint, {example}")
+    return load_pipeline(folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuses an output folder that holds anything beside a pipeline and its card.
+
+    Raises:
+        UserError: names what would be lost.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir '{folder}' is a file; choose another")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = {INDEX, CARD}
+    if INDEX in there:
+        ours |= {name for name, value in load_index(str(folder)).items() if isinstance(value, list | tuple)}
+    if others := sorted(there - ours):
+        raise UserError(
+            f"output_dir '{folder}' is there and holds {others[0]}, which is no part of a pipeline; choose another"
+        )
+
+
+def write_card(
+    folder: Path,
+    files: Path,
+    pipeline: ImageToVideoPipeline,
+    config: "DictConfig",
+    progress: Progress | None,
+    averaged: bool,
+) -> str:
+    """The model card of a pipeline.
+
+    Args:
+        folder: where the pipeline will be, for the examples.
+        files: where its files are.
+        config: of the run that trained it.
+        progress: of the run when it was saved; None: it was finished.
+        averaged: whether its weights are averages.
+    """
+    from omegaconf import OmegaConf
+
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    base = settings["base"]["pretrained_model_name_or_path"]
+    weights = sorted(files.rglob("*.safetensors"))
+    return open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+        name=folder.name,
+        folder=str(folder),
+        base=base,
+        base_of_hub=not Path(base).is_dir() and not is_embedded(base),
+        embedded=is_embedded(base),
+        pipeline=pipeline.config,
+        parameters={
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in pipeline.components.items()
+            if isinstance(part, torch.nn.Module)
+        },
+        hashes={file.relative_to(files).as_posix(): sha256_of(file) for file in weights},
+        dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+        config=settings,
+        config_yaml=yaml.safe_dump(settings, sort_keys=False).strip(),
+        step=progress.step if progress else settings["max_train_steps"],
+        clips=progress.clips if progress else None,
+        averaged=averaged,
+        versions=describe_code(),
+    )
+
+
+def read_config(folder: Path) -> "DictConfig":
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = folder / CONFIG
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"'{path}' is not there; give a checkpoint in the folder of its run, whose config says how the model was built"
+        ) from None
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"'{path}' cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(config, DictConfig) or "base" not in config:
+        raise UserError(f"'{path}' is no config of a training run")
+    return config

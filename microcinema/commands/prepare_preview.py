@@ -1,0 +1,32 @@
+"""The command `prepare preview`: a picture of the first clips of a training run, as the model will see them."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from microcinema.config.compose import instantiate
+from microcinema.data.indexed import NumberedClips
+from microcinema.data.video_writer import write_contact_sheet
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(config: "DictConfig") -> None:
+    """Draws clips 0 to `num_clips - 1` in the order of training, with what the model is told of each under it.
+
+    Raises:
+        UserError: the data set cannot be read, or a clip of it.
+    """
+    clips = NumberedClips(instantiate(config.data), config.seed)
+    pictures, captions = [], []
+    for number in range(config.num_clips):
+        item = clips[number]
+        video = ((item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        frames, height, width = video.shape[:3]
+        told = dict.fromkeys(item[name] for name in ("caption", "description", "motion"))  # once each
+        facts = f"{frames} x {height} x {width}, {item['fps']:g} fps" if frames > 1 else f"picture, {height} x {width}"
+        captions.append(f"{number}  {item['id']}  ({facts}): {' | '.join(told)}")
+        pictures.append(video)
+    write_contact_sheet(config.output, pictures, captions, columns=config.columns, below=True)
+    print(config.output)

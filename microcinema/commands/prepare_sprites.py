@@ -1,0 +1,32 @@
+"""The command `prepare`: Moving Sprites on disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from microcinema.sprites.dataset import TRUTH_FILE, write_dataset
+from microcinema.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(config: "DictConfig") -> None:
+    """Renders the data set that the config of `prepare` describes, and prints where it is.
+
+    Raises:
+        UserError: the folder holds something else, which the new data set would replace.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not (folder / TRUTH_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")
+    write_dataset(
+        folder,
+        config.num_clips,
+        config.seed,
+        config.split,
+        config.num_frames,
+        config.size,
+        config.fps,
+        rotation_weight=config.rotation_weight,
+    )
+    print(f"{config.num_clips} clips in {folder}")

@@ -1,0 +1,164 @@
+"""Zero-shot protocols on UCF-101 and MSR-VTT: which texts are asked for, which real clips they are measured against, and how."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from microcinema.config.schema import Count, CountOrZero, Positive
+from microcinema.data.clip_reader import RESIZE
+from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
+from microcinema.evaluation.ucf101 import Ucf101, class_prompt
+from microcinema.evaluation.videos import Caption, Video, folder_videos
+from microcinema.utils.errors import UserError
+
+_DRAW_PROMPTS, _DRAW_REAL = 0, 1  # streams of the seed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One clip to make. `source`: the id of the class, caption or video in the data set; `prompt` is empty where nothing is asked for."""
+
+    index: int
+    prompt: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.index:05d}"
+
+    @property
+    def numbers(self) -> tuple[int]:
+        """What this clip's random numbers depend on, beside the seed."""
+        return (self.index,)
+
+
+@dataclass(frozen=True)
+class ZeroShotProtocol:
+    """What is asked for and what it is measured against; every choice that changes the number is here.
+
+    Args:
+        name: of the preset.
+        dataset: `ucf101`, `msrvtt`, or `folder`: the real clips are any folder of videos, and nothing is asked for.
+        prompts: of UCF-101's classes, `raw`, `split` or `descriptive`; of MSR-VTT, `caption`; of a folder, `none`.
+        sample_split: the videos whose classes or captions are asked for.
+        selection: `all`, each of these videos once; `draw`, `num_samples` of them (again and again only if there are fewer);
+            `per_class`, `num_samples` of each class; `every_caption`, each caption of each video.
+        num_samples: number of clips, or of clips a class; None: as many as there are.
+        real_split: the real clips; None: none, and no measure that compares sets.
+        num_real: how many, drawn by the seed if there are more; None: all.
+        num_frames: frames of a clip, generated or real.
+        fps: frames a second of a real clip, picked by time; None: neighbouring frames as they are. The model is asked for the same.
+        clip: which part of a real video.
+        height, width: of the frames that detectors see; clips are scaled to cover it (antialiased) and cropped in the centre.
+        ddof: 1: covariances divided by n - 1; 0: by n.
+        seed: of every draw here. That of the model is another.
+
+    Raises:
+        UserError: choices that exclude each other.
+    """
+
+    name: str
+    dataset: Literal["ucf101", "msrvtt", "folder"]
+    prompts: Literal["raw", "split", "descriptive", "caption", "none"]
+    sample_split: Literal["all", "train", "test"]
+    selection: Literal["all", "draw", "per_class", "every_caption"]
+    num_samples: Count | None
+    real_split: Literal["all", "train", "test"] | None
+    num_real: Count | None
+    num_frames: Count
+    fps: Positive | None
+    clip: Literal["first", "center", "random"]
+    height: Count
+    width: Count
+    ddof: Literal[0, 1]
+    seed: CountOrZero
+    version: int = field(default=1, init=False)
+    resize: str = field(default=RESIZE, init=False)
+
+    def __post_init__(self) -> None:
+        known = {"ucf101": ("raw", "split", "descriptive"), "msrvtt": ("caption",), "folder": ("none",)}[self.dataset]
+        if self.prompts not in known:
+            raise UserError(f"prompts={self.prompts} are not of {self.dataset}; choose one of {', '.join(known)}")
+        if self.selection == "per_class" and self.dataset != "ucf101":
+            raise UserError(f"selection=per_class needs classes, which {self.dataset} has not; use all or draw")
+        if self.selection == "every_caption" and self.dataset != "msrvtt":
+            raise UserError(f"selection=every_caption needs captions, which {self.dataset} has not; use all or draw")
+        if self.selection in ("draw", "per_class") and self.num_samples is None:
+            raise UserError(f"selection={self.selection} needs num_samples; give a number")
+
+    def open(self, root: str | os.PathLike[str]) -> "Ucf101 | MsrVtt | _Folder":
+        """The data set on disk.
+
+        Raises:
+            UserError: it is not there, or has another layout.
+        """
+        return {"ucf101": Ucf101, "msrvtt": MsrVtt, "folder": _Folder}[self.dataset](root)
+
+    def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Prompt]:
+        """All clips to make."""
+        videos = dataset.videos(self.sample_split)
+        if self.selection == "draw":
+            assert self.num_samples is not None
+            generator = np.random.default_rng([self.seed, _DRAW_PROMPTS])
+            picks = generator.choice(len(videos), self.num_samples, replace=len(videos) < self.num_samples)
+            videos = [videos[pick] for pick in picks]
+        elif self.selection == "per_class":
+            assert self.num_samples is not None
+            firsts = {video.label: video for video in reversed(videos)}
+            videos = [firsts[label] for label in sorted(firsts) for _ in range(self.num_samples)]
+        texts = [caption for video in videos for caption in self._texts(video)]
+        return [Prompt(index, text.text, text.id) for index, text in enumerate(texts)]
+
+    def _texts(self, video: Video) -> Sequence[Caption]:
+        if self.dataset == "folder":
+            return [Caption(video.name, "")]
+        if self.dataset == "ucf101":
+            assert self.prompts in ("raw", "split", "descriptive")
+            return [Caption(video.label, class_prompt(video.label, self.prompts))]
+        return video.captions if self.selection == "every_caption" else [chosen_caption(video)]
+
+    def real(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Video]:
+        """The real videos that are asked for, whether they are there or not."""
+        videos = [] if self.real_split is None else dataset.videos(self.real_split)
+        if self.num_real is None or len(videos) <= self.num_real:
+            return videos
+        picks = np.random.default_rng([self.seed, _DRAW_REAL]).choice(len(videos), self.num_real, replace=False)
+        return [videos[pick] for pick in sorted(picks)]
+
+    def position(self, index: int) -> float:
+        """Where in a real video its clip lies: 0 at the beginning, 1 as late as possible. Of `random`, by the video's own number."""
+        if self.clip == "random":
+            return float(np.random.default_rng([self.seed, _DRAW_REAL, index]).random())
+        return {"first": 0.0, "center": 0.5}[self.clip]
+
+    def expected(self) -> dict[str, int | None]:
+        """How many clips the protocol asks for, where it says."""
+        fixed = self.selection in ("all", "every_caption")
+        return {"samples": self.num_samples if fixed else None, "real": self.num_real}
+
+    def identifier(
+        self, samples: Sequence[Prompt], real: Sequence[Video], detectors: Mapping[str, Mapping[str, Any]]
+    ) -> str:
+        """Equal for two measurements if and only if they asked for the same: name, version, and a hash of all settings, prompts, ids of
+        the real videos, and detectors with their weights."""
+        content = [asdict(self), [asdict(sample) for sample in samples], [video.name for video in real], detectors]
+        return f"{self.name}-{self.version}-{digest(content)[:12]}"
+
+
+def digest(content: Any) -> str:
+    """sha256 of anything that is JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Folder:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._videos = folder_videos(root)
+
+    def videos(self, split: str) -> list[Video]:
+        return self._videos

@@ -1,0 +1,81 @@
+"""TextImageAdapter: image-encoder tokens become a few tokens that the spatial cross-attention reads beside the text."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microcinema.models.temporal import Attended, attend, count_heads
+from microcinema.utils.errors import UserError
+
+MODES = ("decoupled", "concat")
+
+
+class ResamplerBlock(nn.Module):
+    """Tokens look at a context and at themselves, then pass a feed-forward (the perceiver resampler of arXiv 2204.14198).
+
+    Args:
+        width: of tokens and context.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = count_heads(width)
+        self.norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, width, bias=False)
+        self.to_key_value = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, 4 * width)
+        self.feed_forward_out = nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """Maps tokens `b m d` to the same shape; `context` is `b n d`."""
+        x = self.norm(tokens)
+        key, value = self.to_key_value(torch.cat([self.context_norm(context), x], dim=1)).chunk(2, dim=-1)
+        tokens = tokens + self.to_out(attend(self.to_query(x), Attended(key, value), self.heads))
+        return tokens + self.feed_forward_out(functional.gelu(self.feed_forward_in(self.feed_forward_norm(tokens))))
+
+
+class TextImageAdapter(nn.Module):
+    """Factorized-Dreamer's adapter (arXiv 2408.10119, our reading): text and patch tokens are resampled to a few image tokens.
+
+    `decoupled`: every spatial cross-attention gets keys and values of its own for them (arXiv 2308.06721), whose result a
+    zero-initialised gate adds to the text's. `concat`: they stand behind the text tokens and share their keys and values;
+    the pretrained network then sees them from the first step on.
+
+    Args:
+        image_width: of the image encoder's tokens.
+        text_width: of the text tokens and of the result.
+        widths: of the spatial cross-attentions, in the order of the layers; empty for `concat`.
+        num_tokens: image tokens.
+        depth: resampler blocks.
+    """
+
+    def __init__(
+        self, image_width: int, text_width: int, widths: Sequence[int] = (), num_tokens: int = 16, depth: int = 2
+    ):
+        super().__init__()
+        if num_tokens < 1 or depth < 1:
+            raise UserError(f"the adapter has num_tokens={num_tokens} and depth={depth}; both must be at least 1")
+        self.queries = nn.Parameter(torch.randn(num_tokens, text_width) / text_width**0.5)
+        self.image_in = nn.Linear(image_width, text_width)
+        self.text_in = nn.Linear(text_width, text_width)
+        self.blocks = nn.ModuleList(ResamplerBlock(text_width) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(text_width)
+        self.to_key_value = nn.ModuleList(nn.Linear(text_width, 2 * width, bias=False) for width in widths)
+
+    def tokens(self, text: Tensor, image: Tensor) -> Tensor:
+        """Image tokens `b m d` of text tokens `b n d` and patch tokens `b p e`."""
+        context = torch.cat([self.image_in(image), self.text_in(text)], dim=1)
+        tokens = self.queries.expand(len(image), -1, -1)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return self.norm_out(tokens)
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Attended, ...]:
+        """Keys and values of the image tokens for every spatial cross-attention (`decoupled`)."""
+        tokens = self.tokens(text, image)
+        return tuple(Attended(*to(tokens).chunk(2, dim=-1)) for to in self.to_key_value)

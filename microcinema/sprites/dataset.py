@@ -1,0 +1,85 @@
+"""Moving Sprites on disk: a video-text data set like any other, with a file of its truth beside it."""
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from microcinema.data.video_writer import write_video
+from microcinema.sprites.scene import Sprite, combined_caption, describe, describe_motion, render, sample_attributes
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_folder
+
+TRUTH_FILE = "truth.jsonl"
+CSV_FILE = "clips.csv"
+_CLIPS_PER_FOLDER = 1000
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    num_clips: int,
+    seed: int = 0,
+    split: str = "train",
+    num_frames: int = 16,
+    size: int = 64,
+    fps: float = 8.0,
+    crf: int = 14,
+    rotation_weight: int = 1,
+    progress: bool = True,
+) -> Path:
+    """Renders clips 0 to `num_clips - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
+
+    The truth file has one line a clip: its sprite, from which `render` gives masks and flow exactly, with the frames, size and fps that it was rendered with.
+
+    Raises:
+        UserError: nothing to render, or the folder cannot be written.
+    """
+    if num_clips < 1:
+        raise UserError(f"num_clips={num_clips}: render at least one clip")
+    with atomic_folder(folder) as place_to_write:
+        with (
+            open(place_to_write / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
+            open(place_to_write / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
+        ):
+            table = csv.writer(table_file)
+            table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
+            for index in tqdm(range(num_clips), desc="render Moving Sprites", unit="clip", disable=not progress):
+                sprite = sample_attributes(seed, index, split, rotation_weight)
+                first = index - index % _CLIPS_PER_FOLDER
+                page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"
+                video_id = f"{index:06d}"
+                video = place_to_write / "videos" / page / f"{video_id}.mp4"
+                video.parent.mkdir(parents=True, exist_ok=True)
+                write_video(video, render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
+                duration = f"PT00H00M{round(num_frames / fps):02d}S"
+                table.writerow(
+                    [video_id, "", duration, page, combined_caption(sprite), describe(sprite), describe_motion(sprite)]
+                )
+                truth = {
+                    "videoid": video_id,
+                    "num_frames": num_frames,
+                    "size": size,
+                    "fps": fps,
+                    "sprite": dataclasses.asdict(sprite),
+                }
+                truth_file.write(json.dumps(truth) + "\n")
+    return Path(folder)
+
+
+def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Sprite, int, int, float]]:
+    """Yields (videoid, sprite, num_frames, size, fps) for every clip of a folder that `write_dataset` made.
+
+    Raises:
+        UserError: the folder has no truth file.
+    """
+    path = Path(folder) / TRUTH_FILE
+    if not path.is_file():
+        raise UserError(f"'{path}' not found; render the data set with `microcinema prepare`")
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield row["videoid"], Sprite(**row["sprite"]), row["num_frames"], row["size"], row["fps"]

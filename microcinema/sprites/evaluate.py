@@ -1,0 +1,197 @@
+"""The command `evaluate`: generates the clips of a protocol, judges them and real ones alike, writes numbers and a report."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
+
+from microcinema.config.compose import instantiate
+from microcinema.evaluation.detectors import SpriteJudge
+from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, claim, generate, load_sample
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.sprites import metrics, scene
+from microcinema.sprites.judge import Verdict, judge_clips
+from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
+from microcinema.sprites.report import write_report
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.provenance import describe_code, hash_networks
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+SAMPLES_FOLDER = "samples"
+ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
+
+
+def run(config: "DictConfig") -> None:
+    """Does what the config of `evaluate` asks for and prints the numbers and where the report is. Processes share the clips.
+
+    Raises:
+        UserError: bad input; clips that were already made stay and are used by the next run.
+    """
+    from microcinema.commands.sample import quieten_libraries
+    from microcinema.evaluation.zero_shot import run_zero_shot
+
+    # One process may wait for the clips of another for as long as that takes.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    try:
+        protocol = instantiate(config.evaluation.protocol)
+        quieten_libraries()
+        if isinstance(protocol, SpritesProtocol):
+            run_sprites(config, protocol, state)
+        else:
+            run_zero_shot(config, protocol, state)
+    finally:
+        state.destroy_process_group()
+
+
+def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialState) -> None:
+    """The Moving Sprites protocol: all processes make clips, the first one judges them.
+
+    Raises:
+        UserError: as in `run`.
+    """
+    settings, main = config.evaluation, state.is_main_process
+    if config.generated is not None:
+        raise UserError("generated=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
+    folder = make_folder(config.output_dir)
+    judge = SpriteJudge.load(settings.classifier)
+    video = load_pipeline(config.pipeline)
+    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
+    pipeline.to(state.device)
+    judge.classifier.to(state.device)
+    for part, name in ((video, "videos"), (pipeline.keyframe, "key frames")):
+        part.set_progress_bar_config(desc=name, unit="step", leave=False, disable=not main)
+    steps = {
+        key: settings[key]
+        for key in ("num_inference_steps", "guidance_scale", "keyframe_guidance_scale", "image_guidance_scale")
+    }
+    maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
+    identity = {
+        "pipeline": str(config.pipeline),
+        "seed": config.seed,
+        **steps,
+        "weights_sha256": hash_networks(pipeline.networks),
+    }
+    if state.num_processes > 1:
+        share = Share(state.process_index, state.num_processes)
+        generate(protocol.tasks(), maker, folder / SAMPLES_FOLDER, identity, config.batch_size, main, share)
+        state.wait_for_everyone()
+        if not main:
+            return
+    results = evaluate(protocol, maker, judge, folder, identity, config.batch_size)
+    print(text_table(results))
+    print(folder / REPORT_FILE)
+
+
+def evaluate(
+    protocol: SpritesProtocol,
+    make: Maker,
+    judge: SpriteJudge,
+    folder: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs every judge on real clips, makes what is missing of the protocol's clips, runs the judges on these, and writes
+    `results.json` and `report.html` into the folder.
+
+    Args:
+        make: makes clips: a pipeline, or anything else that is to be measured.
+        identity: what the clips depend on beside their tasks, for the record; see `generate`.
+
+    Returns:
+        the content of `results.json`.
+    """
+    folder = make_folder(folder)
+    tasks = protocol.tasks()
+    samples = folder / SAMPLES_FOLDER
+    claim(samples, identity)  # before the first minute is spent
+    real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
+    other = anew_features(tasks, protocol, judge, progress)
+    generate(tasks, make, samples, identity, batch_size, progress)
+    model = judge_clips(tasks, lambda task: load_sample(samples, task), protocol, judge, "judge model", progress)
+    results = {
+        "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
+        "model": dict(identity),
+        "versions": describe_code(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "confidence": metrics.CONFIDENCE,
+        "parts": {
+            part: summarise(
+                *([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in (model, real, other))
+            )
+            for part in PARTS
+            if protocol.count(part)
+        },
+        "clips": [verdict.as_json() for verdict in model],
+        "real_clips": [verdict.as_json() for verdict in real],
+    }
+    with atomic_path(folder / RESULTS_FILE) as path:
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(folder / REPORT_FILE, results, [load_sample(samples, task) for task in tasks])
+    return results
+
+
+def real_sample(sprite: scene.Sprite, protocol: SpritesProtocol) -> Sample:
+    """The real clip, as if a perfect model had made it."""
+    frames = protocol.render(sprite).frames
+    return Sample(frames, frames[0])
+
+
+def anew_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool) -> np.ndarray:
+    """Features (n, d) of other real clips with the same attributes, placed anew: no model can be expected to come closer."""
+    features = []
+    for task in tqdm(tasks, desc="features of other real clips", unit="clip", disable=not progress):
+        attributes = [getattr(task.sprite, name) for name in ATTRIBUTES]
+        sprite = scene.place(np.random.default_rng([*task.numbers, 1]), *attributes)
+        features.append(judge(protocol.render(sprite).frames[None])[1])
+    return np.concatenate(features)
+
+
+def summarise(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Numbers of one part: of the model's clips and of real ones, and the Fréchet distances of both, and of the features `other`
+    of another real set, to the real ones."""
+    features = [verdict.features for verdict in real]
+    return {
+        "n": len(model),
+        "model": metrics.measure_all(model),
+        "real": metrics.measure_all(real),
+        "frechet": {
+            "model": metrics.distance([verdict.features for verdict in model], features),
+            "real": metrics.distance(other, features),
+        },
+        "breakdown": metrics.breakdown(model),
+        "confusion": {"model": metrics.confusion(model), "real": metrics.confusion(real)},
+    }
+
+
+def text_table(results: Mapping[str, Any]) -> str:
+    """The main numbers for a terminal: a line for each measure, a column for each part, real clips in brackets."""
+    parts = results["parts"]
+    lines = [f"{'':22}" + "".join(f"{part:>22}" for part in parts)]
+
+    def cell(measure: metrics.Measure, part: Mapping[str, Any]) -> str:
+        values = [part[side].get(measure.key) for side in ("model", "real")]
+        forms = zip(("{}", "({})"), values, strict=True)
+        return " ".join(form.format(measure.format(value["value"])) for form, value in forms if value)
+
+    for measure in metrics.MEASURES:
+        lines.append(f"{measure.label:22}" + "".join(f"{cell(measure, part):>22}" for part in parts.values()))
+    distances = [[part["frechet"][side] for side in ("model", "real")] for part in parts.values()]
+    row = "".join(f"{'-' if a is None else f'{a:.2f} ({b:.2f})':>22}" for a, b in distances)
+    lines.append(f"{'Frechet distance':22}" + row)
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""What a trained PredictNet knows of motion: its end-point error on clips of Moving Sprites that it has not seen."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from microcinema.data.keyframe_index import reference_index
+from microcinema.data.optical_flow import exact, to_latent_grid
+from microcinema.diffusion.losses import add_noise
+from microcinema.diffusion.rng import generator
+from microcinema.models.predict_net import PredictNet
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.sprites import scene
+from microcinema.training.batch_encoder import BatchEncoder
+from microcinema.training.loss import Denoiser
+
+
+@torch.no_grad()
+def flow_error(
+    pipeline: ImageToVideoPipeline, predict_net: PredictNet, shown: Sequence[scene.Sprite], t: int
+) -> dict[str, float]:
+    """Mean end-point errors over all places of the latent grid, in places per frame, at diffusion step t.
+
+    Args:
+        pipeline: with the weights that PredictNet was trained beside.
+        shown: sprites of which clips are rendered at the pipeline's length, size and rate.
+        t: of the training schedule; a low one, since noise hides the motion.
+
+    Returns:
+        `predict_net`, and `zero`, the error of predicting that nothing moves.
+    """
+    config, times = pipeline.config, pipeline.network_times
+    frames, size, fps = config["num_frames"], config["height"], config["fps"]
+    denoiser = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).eval()
+    encode = BatchEncoder(pipeline, pipeline.unet.device)
+    step = torch.tensor([t], device=pipeline.unet.device)
+    errors: dict[str, list[float]] = {"predict_net": [], "zero": []}
+    for number, sprite in enumerate(tqdm(shown, desc="flow error", unit="clip")):
+        rendered = scene.render(sprite, frames, size, fps)
+        item = {
+            "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
+            "caption": scene.combined_caption(sprite),
+            "description": scene.describe(sprite),
+            "motion": scene.describe_motion(sprite),
+            "fps": fps,
+            "number": number,
+        }
+        batch = encode(default_collate([item]))
+        z_ref = batch.latents[:, reference_index(pipeline.reference_frame, frames)]
+        eps = torch.randn(batch.latents.shape, generator=generator(0, number)).to(batch.latents.device)
+        z_t = add_noise(pipeline.training_scheduler, batch.latents, pipeline.noise_prior.noise(eps, z_ref), step)
+        read = dict(batch.image) | ({} if batch.motion_tokens is None else {"motion_tokens": batch.motion_tokens})
+        told = step if times is None else times.to(step.device)[step]
+        keep = torch.ones(1, dtype=torch.bool, device=step.device)
+        _, flow = denoiser(z_t, told, batch.text, z_ref, batch.fps, keep, **read)
+        assert flow is not None
+        truth = to_latent_grid(exact(rendered.flow), pipeline.vae_scale_factor).vectors
+        errors["predict_net"].append((flow[0].cpu() - truth).norm(dim=1).mean().item())
+        errors["zero"].append(truth.norm(dim=1).mean().item())
+    return {name: sum(values) / len(values) for name, values in errors.items()}

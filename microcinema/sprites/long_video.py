@@ -1,0 +1,141 @@
+"""How far long videos of Moving Sprites drift from their key frame: clips that continue one another, beside windows over one latent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from microcinema.diffusion.rng import generator
+from microcinema.evaluation.detectors import SpriteJudge
+from microcinema.evaluation.video_metrics import psnr
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.sprites import scene
+from microcinema.sprites.tracking import segment
+from microcinema.utils.errors import UserError
+
+MOTIONS = ("still", "clockwise", "counterclockwise", "bouncing")
+"""Those that stay in view however long they go on."""
+
+_LOOKS = ("shape", "colour", "background")
+_LABELS = {"object": "object as asked for", "background_psnr": "background, dB"}
+_WORLD_SEED = 231118830  # never a training seed
+_MARGIN = 5.0  # scene units round an object that are not counted as background: its shadow falls there
+Maker = Callable[[scene.Sprite, np.ndarray], np.ndarray]
+"""Makes a video of a sprite, uint8 (f, h, w, 3), from its key frame, uint8 (h, w, 3)."""
+
+
+def lasting_sprites(count: int) -> list[scene.Sprite]:
+    """The first `count` sprites of the world of this measurement whose motion stays in view."""
+    found: list[scene.Sprite] = []
+    index = 0
+    while len(found) < count:
+        sprite = scene.sample_attributes(_WORLD_SEED, index)
+        index += 1
+        if sprite.motion in MOTIONS:
+            found.append(sprite)
+    return found
+
+
+def makers(
+    pipeline: ImageToVideoPipeline,
+    num_clips: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    window_overlap: int | None = None,
+    seed: int = 0,
+) -> dict[str, Maker]:
+    """`real`, as a perfect model would make them; `continuation` of so many clips; `windows`, at once and of the same length."""
+    clip, fps = pipeline.config["num_frames"], pipeline.config["fps"]
+    frames = num_clips * (clip - 1) + 1
+
+    def made(**length: Any) -> Maker:
+        def make(sprite: scene.Sprite, keyframe: np.ndarray) -> np.ndarray:
+            output = pipeline(
+                scene.combined_caption(sprite),
+                keyframe,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[generator(seed)],
+                output_type="np",
+                **length,
+            )
+            return np.rint(output.frames[0] * 255).astype(np.uint8)
+
+        return make
+
+    return {
+        "real": lambda sprite, keyframe: scene.render(sprite, frames, len(keyframe), fps).frames,
+        "continuation": made(num_clips=num_clips),
+        "windows": made(num_frames=frames, window_overlap=window_overlap),
+    }
+
+
+def measure(
+    makers: Mapping[str, Maker], shown: Sequence[scene.Sprite], judge: SpriteJudge, size: int, progress: bool = True
+) -> dict[str, list[dict[str, float]]]:
+    """What becomes of the objects and of the backgrounds, clip by clip.
+
+    Args:
+        makers: kinds of videos; the clips of a video share the frame between them, and have as many as the judge reads.
+        shown: what videos are made of.
+        size: of their key frames, pixels.
+
+    Returns:
+        for each kind and each clip of its videos: `object`, the share of clips in which the judge sees the shape, the colour and the
+        background that were asked for, and `background_psnr`, the mean over frames of how near they are to the key frame, in dB.
+
+    Raises:
+        UserError: nothing to show.
+    """
+    if not shown:
+        raise UserError("there is no prompt to measure drift with; ask for at least one")
+    length = judge.classifier.config["num_frames"]
+    values: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in makers}
+    with tqdm(total=len(shown) * len(makers), desc="drift", unit="video", disable=not progress) as bar:
+        for sprite in shown:
+            keyframe = scene.render(sprite, 1, size).frames[0]
+            for kind, make in makers.items():
+                video = make(sprite, keyframe)
+                starts = range(0, len(video) - 1, length - 1)
+                clips = np.stack([video[start : start + length] for start in starts])
+                names, _ = judge(clips)
+                values[kind].append(
+                    [
+                        {
+                            "object": float(all(name[key] == getattr(sprite, key) for key in _LOOKS)),
+                            "background_psnr": background_psnr(clip, keyframe),
+                        }
+                        for name, clip in zip(names, clips, strict=True)
+                    ]
+                )
+                bar.update()
+    return {
+        kind: [
+            {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for rows in zip(*videos, strict=True)
+        ]
+        for kind, videos in values.items()
+    }
+
+
+def background_psnr(frames: np.ndarray, keyframe: np.ndarray) -> float:
+    """Mean PSNR (dB) of frames (f, h, w, 3) to a key frame (h, w, 3), both uint8, where neither shows the object."""
+    masks = segment(np.concatenate([keyframe[None], frames])) > 0
+    margin = round(_MARGIN * len(keyframe) / scene.WORLD)
+    near = ndimage.binary_dilation(masks, np.ones((1, 2 * margin + 1, 2 * margin + 1), bool))
+    values = []
+    for frame, mask in zip(frames, near[1:], strict=True):
+        background = ~(near[0] | mask)
+        values.append(psnr(frame[background], keyframe[background]))
+    return float(np.mean(values))
+
+
+def text_table(drift: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The figures for a terminal: a line for each kind and measure, a column for each clip."""
+    clips = max(len(rows) for rows in drift.values())
+    lines = [f"{'clip':<34}" + "".join(f"{clip + 1:>8}" for clip in range(clips))]
+    for kind, rows in drift.items():
+        for key, form in (("object", "{:>8.0%}"), ("background_psnr", "{:>8.1f}")):
+            lines.append(f"{f'{kind}, {_LABELS[key]}':<34}" + "".join(form.format(row[key]) for row in rows))
+    return "\n".join(lines)

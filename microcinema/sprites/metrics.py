@@ -1,0 +1,140 @@
+"""From verdicts on single clips to numbers with intervals."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.sprites import scene
+from microcinema.sprites.judge import Verdict
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the report. `kind`: `share` (of clips) or `mean`; `better`: `higher`, `lower` or empty where neither is."""
+
+    key: str
+    label: str
+    meaning: str
+    kind: str
+    unit: str = ""
+    better: str = ""
+
+    def of(self, verdict: Verdict) -> float | None:
+        """Its value for a clip, or None where it has none."""
+        value = verdict.measures.get(self.key, verdict.right.get(self.key))
+        return None if value is None or np.isnan(value) else float(value)
+
+    def format(self, value: float) -> str:
+        """With unit and the digits that mean something."""
+        if self.kind == "share":
+            return f"{100 * value:.1f} %"
+        return f"{value:.{1 if self.unit == 'dB' else 3}f} {self.unit}".rstrip()
+
+
+MEASURES = (
+    Measure("object", "Object", "shape, colour and background all as asked (classifier)", "share", "%", "higher"),
+    Measure("motion", "Motion", "kind and direction as asked (tracking)", "share", "%", "higher"),
+    Measure("speed", "Speed", "as asked, among clips whose motion is right (tracking)", "share", "%", "higher"),
+    Measure("shape", "Shape", "as asked (classifier)", "share", "%", "higher"),
+    Measure("colour", "Colour", "as asked (classifier)", "share", "%", "higher"),
+    Measure("background", "Background", "as asked (classifier)", "share", "%", "higher"),
+    Measure("size", "Size", "as asked (classifier)", "share", "%", "higher"),
+    Measure("psnr", "First frame, PSNR", "first frame against the key frame", "mean", "dB", "higher"),
+    Measure("ssim", "First frame, SSIM", "first frame against the key frame", "mean", "", "higher"),
+    Measure("epe", "Flow error", "end-point error on the object, against the true flow", "mean", "px", "lower"),
+    Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "mean", "px"),
+    Measure(
+        "consistency", "Consistency", "PSNR of each frame against the next one carried back", "mean", "dB", "higher"
+    ),
+    Measure("motion_magnitude", "Motion magnitude", "mean optical flow of all pixels, per frame", "mean", "px"),
+    Measure("static", "Static clips", "clips in which nothing leaves its place", "share", "%"),
+)
+
+
+def share(values: Sequence[float]) -> dict[str, float | int]:
+    """Share of ones with its Wilson interval: value, low, high, n."""
+    hits, count = int(sum(values)), len(values)
+    interval = binomtest(hits, count).proportion_ci(CONFIDENCE, method="wilson")
+    return {"value": hits / count, "low": float(interval.low), "high": float(interval.high), "n": count}
+
+
+def mean(values: Sequence[float]) -> dict[str, float | int]:
+    """Mean with its bootstrapped interval (percentiles, 2,000 resamples, fixed seed): value, low, high, n."""
+    data = np.asarray(values, np.float64)
+    low = high = float(data.mean())
+    if len(data) > 1 and np.ptp(data) > 0:
+        found = bootstrap(
+            (data,),
+            np.mean,
+            n_resamples=2000,
+            batch=max(1, 10**7 // len(data)),  # resamples in memory at once; changes nothing
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            random_state=0,
+        )
+        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return {"value": float(data.mean()), "low": low, "high": high, "n": len(data)}
+
+
+def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]]:
+    """Every measure that at least one of the clips has."""
+    result = {}
+    for measure in MEASURES:
+        values = [value for value in map(measure.of, verdicts) if value is not None]
+        if values:
+            result[measure.key] = share(values) if measure.kind == "share" else mean(values)
+    return result
+
+
+def breakdown(verdicts: Sequence[Verdict]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Object, motion and speed accuracy for every value of every attribute that was asked for."""
+
+    def attribute(key: str) -> Callable[[Verdict], str]:
+        return lambda verdict: getattr(verdict.task.sprite, key)
+
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, names in _VALUES.items():
+        of = attribute(key)
+        groups = {name: [verdict for verdict in verdicts if of(verdict) == name] for name in names}
+        result[key] = {
+            name: {
+                what: share([verdict.right[what] for verdict in group if what in verdict.right])
+                for what in ("object", "motion", "speed")
+                if any(what in verdict.right for verdict in group)
+            }
+            for name, group in groups.items()
+            if group
+        }
+    return result
+
+
+_VALUES: dict[str, Sequence[str]] = {
+    "motion": scene.MOTIONS,
+    "speed": scene.SPEEDS,
+    "shape": tuple(scene.SHAPES),
+    "colour": tuple(scene.COLOURS),
+    "background": scene.BACKGROUNDS,
+    "size": tuple(scene.SIZES),
+}
+
+
+def confusion(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """How many clips of each motion (rows) were judged to show which (columns; the last is no object that could be followed)."""
+    columns = [*scene.MOTIONS, ""]
+    counts = Counter((verdict.task.sprite.motion, verdict.judged["motion"]) for verdict in verdicts)
+    rows = [[counts[asked, judged] for judged in columns] for asked in scene.MOTIONS]
+    return {"asked": list(scene.MOTIONS), "judged": columns, "counts": rows}
+
+
+def distance(features: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float | None:
+    """Fréchet distance between two sets of features (d,); None with fewer than two clips in one."""
+    if min(len(features), len(others)) < 2:
+        return None
+    return frechet_distance(Moments.of(np.stack(features)), Moments.of(np.stack(others)))

@@ -1,0 +1,100 @@
+"""What is generated for a measurement: prompts that are fixed once and for all, and what the right answer to each is."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from microcinema.sprites import scene
+from microcinema.utils.errors import UserError
+
+PARTS = {
+    "seen": "text to video, combinations seen in training",
+    "heldout": "text to video, combinations held out of training",
+    "image": "image to video, from real key frames",
+}
+
+_WORLD_SEEDS = {"seen": 231118829, "heldout": 231118829, "image": 240810119}  # never a training seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One clip to make. `sprite` is the right answer; in the part `image` its first frame is given."""
+
+    part: str
+    index: int
+    sprite: scene.Sprite
+
+    @property
+    def name(self) -> str:
+        """Unique in the protocol, and a file name."""
+        return f"{self.part}-{self.index:05d}"
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """What this clip's random numbers depend on, beside the seed: its own place in the protocol and nothing else."""
+        return list(PARTS).index(self.part), self.index
+
+    @property
+    def prompt(self) -> str:
+        """What a user would type."""
+        return scene.combined_caption(self.sprite)
+
+    @property
+    def captions(self) -> tuple[str, str]:
+        """What is to be seen and how it moves, apart, for models that read two captions."""
+        return scene.describe(self.sprite), scene.describe_motion(self.sprite)
+
+
+@dataclass(frozen=True)
+class SpritesProtocol:
+    """The Moving Sprites protocol, version 1.
+
+    Prompt number i of a part is the same whatever the counts are, so a short run is the beginning of a long one.
+
+    Raises:
+        UserError: nothing to generate, or a number out of range.
+    """
+
+    num_prompts: int = 200
+    num_heldout_prompts: int = 60
+    num_image_prompts: int = 60
+    num_frames: int = 16
+    size: int = 64
+    fps: float = 8.0
+    version: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        counts = {part: self.count(part) for part in PARTS}
+        if min(counts.values()) < 0 or not any(counts.values()):
+            raise UserError(
+                f"numbers of prompts are {tuple(counts.values())}; ask for at least one, and none below zero"
+            )
+        if self.num_frames < 2 or self.size < 1 or not self.fps > 0:
+            raise UserError(f"num_frames={self.num_frames}, size={self.size}, fps={self.fps}; use 2 frames or more")
+
+    def count(self, part: str) -> int:
+        """Number of prompts in a part."""
+        return {"seen": self.num_prompts, "heldout": self.num_heldout_prompts, "image": self.num_image_prompts}[part]
+
+    def tasks(self) -> list[Task]:
+        """All clips to make, part by part."""
+        return [
+            Task(part, i, scene.sample_attributes(_WORLD_SEEDS[part], i, "heldout" if part == "heldout" else "train"))
+            for part in PARTS
+            for i in range(self.count(part))
+        ]
+
+    def render(self, sprite: scene.Sprite) -> scene.Rendered:
+        """The real clip of a sprite at the protocol's length, size and rate."""
+        return scene.render(sprite, self.num_frames, self.size, self.fps)
+
+    @property
+    def identifier(self) -> str:
+        """Equal for two measurements if and only if they asked for the same clips: name, version and a hash of all tasks."""
+        return f"sprites-{self.version}-{_digest(self.tasks(), asdict(self))}"
+
+
+def _digest(tasks: Sequence[Task], settings: dict[str, object]) -> str:
+    content = [settings, [(task.name, task.prompt, asdict(task.sprite)) for task in tasks]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,84 @@
+"""One HTML page with everything in it: playing videos, key frames, verdicts, numbers, figures. Nothing is loaded from elsewhere."""
+
+import base64
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from microcinema.data.video_writer import write_video
+from microcinema.evaluation.generate import Sample
+from microcinema.sprites.metrics import MEASURES
+from microcinema.sprites.protocol import PARTS
+from microcinema.utils.files import atomic_path
+from microcinema.utils.templates import open_template
+
+TEMPLATE = "report.html.jinja"
+TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
+
+_SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
+_CRF = 20
+
+
+def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        results: the content of `results.json`.
+        samples: the clips, in the order of `results["clips"]`.
+    """
+    measures = {measure.key: measure for measure in MEASURES}
+    fps = results["protocol"]["fps"]
+    clips = [
+        {
+            **clip,
+            "badges": _badges(clip),
+            "video": _video(sample.frames, fps),
+            "keyframe": embedded_picture(sample.keyframe),
+        }
+        for clip, sample in zip(results["clips"], samples, strict=True)
+    ]
+    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+        results=results, clips=clips, measures=measures, titles=TITLES, meanings=PARTS
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _badges(clip: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was asked for, whether it is there, and what is there instead."""
+    asked, judged, right = clip["asked"], clip["judged"], clip["right"]
+    badges = [
+        {"text": asked[key], "right": right[key], "instead": judged[key]}
+        for key in ("colour", "shape", "background", "motion")
+    ]
+    badges[-1]["instead"] = judged["motion"] or "lost"
+    if "speed" in right:
+        badges.append({"text": asked["speed"], "right": right["speed"], "instead": judged["speed"]})
+    return badges
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    return cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_LANCZOS4)
+
+
+def _video(frames: np.ndarray, fps: float) -> str:
+    return embedded_video(np.stack([_enlarged(frame) for frame in frames]), fps)
+
+
+def embedded_video(frames: np.ndarray, fps: float) -> str:
+    """Base64 of an H.264 mp4 of uint8 (f, h, w, 3)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        write_video(file, frames, fps, crf=_CRF)
+        return base64.b64encode(file.read_bytes()).decode()
+
+
+def embedded_picture(image: np.ndarray) -> str:
+    """Base64 of a PNG of uint8 (h, w, 3)."""
+    _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return base64.b64encode(data.tobytes()).decode()

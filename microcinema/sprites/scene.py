@@ -1,0 +1,251 @@
+"""Moving Sprites: a small rendered world of captioned clips with ground truth.
+
+One object (shape, colour, size) does one named motion at one named speed before one textured background. The scene is 64 units wide and high,
+whatever the resolution; x points right, y down, angles are clockwise as seen. Everything about a clip follows from (seed, index), and the truth (attributes, masks, optical flow) is exact.
+
+Objects are saturated and backgrounds muted (see `COLOURS` and `_BACKGROUND_TONES` of the backgrounds), so that an object can be tracked without a network.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from microcinema.sprites.backgrounds import BACKGROUNDS, WORLD, background, grid
+from microcinema.sprites.shapes import SHAPES
+from microcinema.utils.errors import UserError
+
+COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB in [0, 1]
+    "red": (0.91, 0.15, 0.17),
+    "orange": (0.98, 0.53, 0.07),
+    "yellow": (0.98, 0.87, 0.13),
+    "green": (0.12, 0.70, 0.24),
+    "blue": (0.14, 0.36, 0.93),
+    "purple": (0.60, 0.20, 0.82),
+}
+SIZES: dict[str, float] = {"small": 9.5, "large": 14.0}  # radius at the start, in scene units
+SPEEDS = ("slowly", "quickly")
+TRANSLATIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ROTATIONS: dict[str, int] = {"clockwise": 1, "counterclockwise": -1}
+SCALINGS: dict[str, int] = {"growing": 1, "shrinking": -1}
+MOTIONS = ("still", *TRANSLATIONS, *ROTATIONS, *SCALINGS, "bouncing")
+
+# Motion is defined in seconds, so that it does not depend on the frame rate. Each value is (slowly, quickly).
+TRANSLATION_SPEED = (5.0, 13.0)  # scene units per second
+ROTATION_SPEED = (np.deg2rad(45.0), np.deg2rad(120.0))  # radians per second
+SCALING_SPEED = (float(np.log(1.15)), float(np.log(1.32)))  # change of log radius per second
+BOUNCE_PERIOD = (1.6, 0.8)  # seconds from ground to ground
+BOUNCE_HEIGHT = 12.0  # scene units
+_NOMINAL_DURATION = 15 / 8  # seconds; the start leaves room for a motion of this length
+
+# One shape and one colour each: seen in training apart, never together.
+HELD_OUT = frozenset(
+    {
+        ("circle", "blue"),
+        ("square", "purple"),
+        ("triangle", "red"),
+        ("star", "orange"),
+        ("heart", "yellow"),
+        ("moon", "green"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """All attributes of one clip. Positions are in scene units, `variation` seeds the background's texture."""
+
+    shape: str
+    colour: str
+    size: str
+    background: str
+    motion: str
+    speed: str  # empty for a still object
+    x: float
+    y: float
+    radius: float
+    angle: float  # radians, at the start
+    pace: float  # factor on the named speed
+    variation: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A clip and its truth: `frames` uint8 (f, h, w, 3); `masks` float32 (f, h, w), the object's coverage of each pixel in [0, 1];
+    `flow` float32 (f-1, h, w, 2), the forward optical flow (dx, dy) in pixels, zero outside the object."""
+
+    frames: np.ndarray
+    masks: np.ndarray
+    flow: np.ndarray
+
+
+# --- motion ----------------------------------------------------------------------------------------------------------------------
+
+
+def _speed_of(sprite: Sprite, values: tuple[float, float]) -> float:
+    return values[SPEEDS.index(sprite.speed)]
+
+
+def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
+    """The object's pose (x, y, radius, angle) at each of `times` (seconds), shape (len(times), 4)."""
+    x, y, radius, angle = (np.full(len(times), value) for value in (sprite.x, sprite.y, sprite.radius, sprite.angle))
+    seconds = np.asarray(times, np.float64) * sprite.pace
+    if sprite.motion in TRANSLATIONS:
+        dx, dy = TRANSLATIONS[sprite.motion]
+        distance = _speed_of(sprite, TRANSLATION_SPEED) * seconds
+        x, y = x + dx * distance, y + dy * distance
+    elif sprite.motion in ROTATIONS:
+        angle = angle + ROTATIONS[sprite.motion] * _speed_of(sprite, ROTATION_SPEED) * seconds
+    elif sprite.motion in SCALINGS:
+        radius = radius * np.exp(SCALINGS[sprite.motion] * _speed_of(sprite, SCALING_SPEED) * seconds)
+    elif sprite.motion == "bouncing":
+        y = y - BOUNCE_HEIGHT * np.abs(np.sin(np.pi * seconds / _speed_of(sprite, BOUNCE_PERIOD)))
+    return np.stack([x, y, radius, angle], axis=1)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample_attributes(seed: int, index: int, split: str = "train", rotation_weight: int = 1) -> Sprite:
+    """Draws clip number `index` of the world with this `seed`.
+
+    Args:
+        split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
+        rotation_weight: how many times as often each rotation is drawn as each other motion. Turning is what a video model learns last.
+
+    Raises:
+        UserError: unknown split, or a weight below 1.
+    """
+    if split not in ("train", "heldout"):
+        raise UserError(f"unknown split '{split}' of Moving Sprites; choose train or heldout")
+    if rotation_weight < 1:
+        raise UserError(f"rotation_weight={rotation_weight} of Moving Sprites: it is at least 1")
+    rng = np.random.default_rng([seed, index, split == "heldout"])
+
+    def choice(names: object) -> str:
+        return str(rng.choice(list(names)))  # type: ignore[call-overload]
+
+    pairs = [(s, c) for s in SHAPES for c in COLOURS if ((s, c) in HELD_OUT) == (split == "heldout")]
+    shape, colour = pairs[rng.integers(len(pairs))]
+    # A turning circle looks like a still one.
+    weights = {m: rotation_weight * (shape != "circle") if m in ROTATIONS else 1 for m in MOTIONS}
+    motion = choice(m for m in MOTIONS for _ in range(weights[m]))
+    return place(
+        rng, shape, colour, choice(SIZES), choice(BACKGROUNDS), motion, "" if motion == "still" else choice(SPEEDS)
+    )
+
+
+def place(
+    rng: np.random.Generator, shape: str, colour: str, size: str, background: str, motion: str, speed: str
+) -> Sprite:
+    """A sprite with the named attributes at a random place from which its motion has room: whole at the start, its centre well inside at the end."""
+    radius = SIZES[size] * rng.uniform(0.94, 1.06)
+    pace = rng.uniform(0.9, 1.1)
+    low, high = np.full(2, radius + 1.5), np.full(2, WORLD - radius - 1.5)
+    sprite = Sprite(
+        shape,
+        colour,
+        size,
+        background,
+        motion,
+        speed,
+        0.0,
+        0.0,
+        radius,
+        rng.uniform(-0.12, 0.12),
+        pace,
+        int(rng.integers(2**31)),
+    )
+    x, y, last_radius, _ = poses(sprite, np.array([_NOMINAL_DURATION]))[0]
+    if motion in TRANSLATIONS:
+        travel, margin = np.array([x, y]), 8.0
+        low, high = np.maximum(low, margin - travel), np.minimum(high, WORLD - margin - travel)
+    elif motion == "bouncing":
+        low[1] += BOUNCE_HEIGHT
+    else:
+        room = max(0.9 * last_radius, radius + 1.5)
+        low, high = np.full(2, room), np.full(2, WORLD - room)
+    start = rng.uniform(low, high)
+    return dataclasses.replace(sprite, x=float(start[0]), y=float(start[1]))
+
+
+# --- captions ------------------------------------------------------------------------------------------------------------------------
+
+
+def describe(sprite: Sprite) -> str:
+    """The descriptive caption, for the key frame: `a large red star on sand`."""
+    return f"a {sprite.size} {sprite.colour} {sprite.shape} on {sprite.background}"
+
+
+def describe_motion(sprite: Sprite) -> str:
+    """The concise motion caption: `moving quickly to the left`."""
+    if sprite.motion == "still":
+        return "staying still"
+    if sprite.motion in TRANSLATIONS:
+        where = f"to the {sprite.motion}" if sprite.motion in ("left", "right") else sprite.motion
+        return f"moving {sprite.speed} {where}"
+    if sprite.motion in ROTATIONS:
+        return f"rotating {sprite.speed} {sprite.motion}"
+    return f"{sprite.motion} {sprite.speed}"
+
+
+def combined_caption(sprite: Sprite) -> str:
+    """Both in one sentence, as a video data set would have it: `a large red star moving quickly to the left on sand`."""
+    return f"a {sprite.size} {sprite.colour} {sprite.shape} {describe_motion(sprite)} on {sprite.background}"
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------------------------
+
+
+def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scene coordinates (h, w) to object coordinates (f, h, w), in units of the radius, for `pose` (f, 4)."""
+    cx, cy, radius, angle = (pose[:, i, None, None].astype(np.float32) for i in range(4))
+    dx, dy = (x - cx) / radius, (y - cy) / radius
+    return np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+
+
+def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
+    """Draws the clip and its truth.
+
+    Args:
+        num_frames: frames, at least 1.
+        size: width and height in pixels.
+        fps: frames per second; motion is defined in seconds.
+
+    Raises:
+        UserError: a number of frames, a size or a frame rate that is not positive.
+    """
+    if num_frames < 1 or size < 1 or not fps > 0:
+        raise UserError(f"num_frames={num_frames}, size={size}, fps={fps}: all three must be positive")
+    x, y = grid(size)
+    pixel = np.float32(WORLD / size)
+    pose = poses(sprite, np.arange(num_frames) / fps)
+    radius = pose[:, 2, None, None].astype(np.float32)
+    signed_distance = SHAPES[sprite.shape]
+    ox, oy = _to_object(x, y, pose)
+    distance = signed_distance(ox, oy) * radius  # scene units
+    masks = np.clip(0.5 - distance / pixel, 0, 1)
+
+    # The shadow falls to the lower right, whatever the object's angle.
+    shadow_distance = signed_distance(*_to_object(x - 1.3, y - 1.9, pose)) * radius
+    shadow = 0.42 * np.clip(0.5 - shadow_distance / 3.6, 0, 1)
+    frames = background(sprite.background, sprite.variation, size)[None] * (1 - shadow[..., None])
+
+    # Light from the upper left, a darker rim, a brighter body.
+    lit = np.clip(0.5 - 0.35 * ((x - pose[:, 0, None, None]) + (y - pose[:, 1, None, None])) / radius, 0, 1)[..., None]
+    rim = np.clip(1 + (distance + 0.4) / 1.6, 0, 1)[..., None]
+    colour = np.asarray(COLOURS[sprite.colour], np.float32)
+    body = (colour * (0.80 + 0.20 * lit) + 0.16 * lit**2 * (1 - colour)) * (1 - 0.40 * rim)
+    frames = frames + masks[..., None] * (body - frames)
+    pixels = (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Rendered(pixels, masks.astype(np.float32), _flow(pose, masks, x, y, pixel))
+
+
+def _flow(pose: np.ndarray, masks: np.ndarray, x: np.ndarray, y: np.ndarray, pixel: np.floating) -> np.ndarray:
+    """Forward flow (f-1, h, w, 2): where the object's material at each pixel is one frame later."""
+    ox, oy = _to_object(x, y, pose[:-1])
+    cx, cy, radius, angle = (pose[1:, i, None, None] for i in range(4))
+    later_x = cx + radius * (np.cos(angle) * ox - np.sin(angle) * oy)
+    later_y = cy + radius * (np.sin(angle) * ox + np.cos(angle) * oy)
+    flow = np.stack([later_x - x, later_y - y], axis=-1) / pixel
+    return np.where(masks[:-1, ..., None] > 0.5, flow, 0).astype(np.float32)

@@ -1,0 +1,84 @@
+"""What decides the contents of encoded clips, so that training refuses those that were made by something else."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from microcinema.data.latents import EncodedClips, differences
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.utils.errors import UserError
+
+KEPT = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
+"""What can be kept beside the latents."""
+
+
+def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_teacher: str | None) -> dict[str, Any]:
+    """What a run reads of clips, by part (`vae`, `clips` and some of `KEPT`), with what decides each.
+
+    Args:
+        pipeline: of the run, with its encoders.
+        dataset: of clips, with a `fingerprint()` of its own.
+        flow_teacher: of PredictNet; None: there is none.
+    """
+    reference = 0 if pipeline.reference_frame == "first" else pipeline.reference_frame
+    vae = pipeline.vae
+    parts: dict[str, Any] = {
+        "vae": {"sha256": _sha256(vae, vae.config.scaling_factor, vae.config.get("shift_factor"))},
+        "clips": dataset.fingerprint(),
+        "text": {
+            "sha256": _sha256(pipeline.text_encoder, *_about(pipeline.tokenizer)),
+            "of": "description" if pipeline.reads_motion else "caption",
+        },
+    }
+    if pipeline.reads_motion:
+        parts["motion_tokens"] = {
+            "sha256": _sha256(pipeline.motion_encoder, *_about(pipeline.motion_tokenizer)),
+            "num_motion_tokens": pipeline.config["num_motion_tokens"],
+        }
+    if pipeline.image_encoder is not None:
+        colours = pipeline.config["image_mean"], pipeline.config["image_std"]
+        parts["image_tokens"] = {"sha256": _sha256(pipeline.image_encoder, *colours), "reference_frame": reference}
+    if pipeline.reads_pixels:
+        parts["keyframe"] = {"reference_frame": reference}
+    if flow_teacher is not None:
+        parts["flow"] = {"teacher": flow_teacher}
+    return json.loads(json.dumps(parts))  # as it is read again
+
+
+def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_teacher: str | None) -> None:
+    """Compares encoded clips with what a run reads. What is not kept, and can be made of what is, is no difference.
+
+    Raises:
+        UserError: names what differs, or what is missing.
+    """
+    wanted, held = fingerprint(pipeline, clips.source, flow_teacher), clips.parts
+    differ = differences(held, wanted)
+    if differ:
+        raise UserError(
+            f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "
+            "make others with `microcinema prepare latents` and the keys of this run, or set latents=null"
+        )
+    lacking = {"flow"} & (set(wanted) - set(held))
+    if "keyframe" in wanted and "keyframe" not in held and (pipeline.shows_pixels or "image_tokens" not in held):
+        lacking.add("keyframe")
+    if lacking:
+        what = " and ".join(sorted(lacking))
+        raise UserError(
+            f"latents '{clips.folder}' come without {what}, which this model learns from; make others with keep=[{', '.join(KEPT)}]"
+        )
+
+
+def _sha256(network: nn.Module, *settings: Any) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        # In float32, so that the dtype that the weights happen to be loaded in does not count as another network.
+        digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def _about(tokenizer: Any) -> tuple[Any, ...]:
+    return sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, str(tokenizer.special_tokens_map)

@@ -1,0 +1,93 @@
+"""Writing files that a killed process leaves either old or new, never half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from microcinema.utils.errors import UserError
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Creates the folder (and its parents) and checks that files can be written into it.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to folder '{folder}' ({error.strerror}); choose another one") from None
+    return folder
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, with the same suffix; renames it over `path` on success, deletes it on failure."""
+    final = Path(path)
+    make_folder(final.parent)
+    temporary = final.with_name(f".{final.stem}.{os.getpid()}.partial{final.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+
+    An existing folder is renamed away before the new one takes its name and deleted after, so at every moment one whole folder is there.
+    """
+    final = Path(path)
+    make_folder(final.parent)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Removes from a folder what killed processes left half-done there; nothing may be writing to it.
+
+    A folder that was renamed away for a new one which never took its place is given its name back.
+    """
+    for path in Path(folder).glob(".*.old"):
+        final = path.with_name(path.name.removeprefix(".").rsplit(".", 2)[0])
+        if path.is_dir() and not final.exists():
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob(".*.partial*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""The command `prepare check` on real files: each fault is found, and no sound clip is rejected; and training that reads the manifest."""
+
+import csv
+import importlib.util
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image, ImageDraw
+
+from fixtures import tiny_broken
+from microcinema.commands import cli
+from microcinema.data import quality, video_reader, video_writer
+from microcinema.data.clips import ClipDataset
+from microcinema.data.manifest import SCHEMA, Manifest
+from microcinema.utils.errors import UserError
+
+SOUND = 26
+
+
+def scene(seed: int, count: int = 16, height: int = 96, width: int = 160) -> np.ndarray:
+    """A smooth picture of its own that moves to the side."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 12, 3), np.uint8)
+    wide = cv2.resize(coarse, (2 * width, height), interpolation=cv2.INTER_CUBIC)
+    return np.stack([wide[:, 3 * k : 3 * k + width] for k in range(count)])
+
+
+def stamped(frames: np.ndarray) -> np.ndarray:
+    """With a half-transparent watermark in the middle."""
+    mark = Image.new("L", (frames.shape[2], frames.shape[1]), 0)
+    ImageDraw.Draw(mark).text((30, 40), "shutterstuck", fill=255, font_size=18)
+    alpha = np.array(mark)[None, ..., None] / 255 * 0.5
+    return (frames * (1 - alpha) + 255 * alpha).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A data set as the web gives it: 26 clips with a watermark and two without, and one of each fault."""
+    folder = tmp_path_factory.mktemp("web")
+    clips = {f"sound{k:02d}": stamped(scene(k)) for k in range(SOUND)}
+    clips |= {f"plain{k}": scene(100 + k) for k in range(2)}
+    clips["static"] = np.repeat(stamped(scene(50))[:1], 16, axis=0)
+    clips["cut"] = np.concatenate([scene(51, 9), scene(52, 7)])
+    clips["short"] = stamped(scene(53, 5))
+    clips["copy"] = np.stack([cv2.resize(frame, (120, 72)) for frame in clips["sound03"]])
+    for name, frames in clips.items():
+        video_writer.write_video(folder / f"{name}.mp4", frames, 8, crf=30 if name == "copy" else 18)
+    for kind, (make, reason) in tiny_broken.KINDS.items():
+        if reason and kind != "one_frame":
+            make(folder / f"{kind}.mp4", 0)
+            clips[kind] = np.zeros(0)
+    with open(folder / "clips.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("videoid", "name"), *((name, f"a <b>clip</b> & {name}") for name in clips)])
+    return folder
+
+
+BROKEN = {"empty", "truncated_header", "truncated_middle", "wrong_extension", "audio_only", "zero_duration"}
+REJECTED = {"static": "static", "cut": "cut", "short": "short", "copy": "duplicate"} | dict.fromkeys(BROKEN, "broken")
+
+
+def arguments(world: Path, output: Path, *more: str) -> list[str]:
+    data = [f"data.metadata={world / 'clips.csv'}", f"data.root={world}"]
+    return ["prepare", "check", *data, f"output_dir={output}", "num_workers=1", *more]
+
+
+def read(output: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in pyarrow.parquet.read_table(output / "manifest.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def checked(world, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("check")
+    assert cli.main(arguments(world, output)) == 0
+    return output
+
+
+def test_each_fault_is_found_and_no_sound_clip_is_rejected(checked):
+    table = pyarrow.parquet.read_table(checked / "manifest.parquet")
+    assert table.schema.equals(SCHEMA)
+    rows = read(checked)
+    assert {name: row["rejected_for"] for name, row in rows.items() if not row["accepted"]} == REJECTED
+    assert {name for name, row in rows.items() if not row["decodable"]} == BROKEN
+    assert rows["copy"]["duplicate_of"] == "sound03"
+    assert rows["cut"]["cut"] == pytest.approx(9 / 8) and rows["sound00"]["cut"] is None
+    assert "is empty" in rows["empty"]["reason"] and rows["sound00"]["reason"] is None
+    one = rows["sound05"]
+    assert (one["num_frames"], one["fps"], one["width"], one["height"], one["duration"]) == (16, 8.0, 160, 96, 2.0)
+    assert (rows["static"]["static"], one["static"], rows["empty"]["static"]) == (True, False, None)
+
+
+def test_the_watermark_is_learned_from_the_clips(checked):
+    rows = read(checked)
+    marked = [row["watermark"] for name, row in rows.items() if name.startswith("sound")]
+    plain = [rows[name]["watermark"] for name in ("plain0", "plain1", "cut")]
+    assert min(marked) > 0.7 > 0.3 > max(plain)
+
+
+def test_the_page_shows_it(checked):
+    page = (checked / "report.html").read_text(encoding="utf-8")
+    assert "http" not in page.replace("http-equiv", "")  # nothing comes from elsewhere
+    assert page.count("<svg") == 7 and page.count("data:image/jpeg") >= 8
+    assert "<h2>Accepted</h2>" in page
+    assert "a &lt;b&gt;clip&lt;/b&gt; &amp; sound00" in page
+    assert "empty.mp4&#39; is empty" in page and "<td>copy</td><td>sound03</td>" in page
+
+
+def test_training_leaves_out_what_the_manifest_rejects(world, checked):
+    data = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet")
+    assert len(data) == SOUND + 2
+    assert data.left_out == {"rejected by the manifest": len(REJECTED)}
+    assert {data[k]["id"] for k in range(len(data))} == {row["id"] for row in data.rows}
+    tag = {"action": "tag", "box": [0.1, 0.3, 0.9, 0.7]}
+    told = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet", watermark=tag)
+    captions = {told.id(k): told[k]["caption"] for k in range(len(told))}
+    assert {name for name, caption in captions.items() if not caption.endswith(", watermark")} == {"plain0", "plain1"}
+    shapes = [(16, 64, 64), (8, 48, 80)]
+    shaped = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet", buckets=shapes)
+    assert shaped[0]["video"].shape == (8, 3, 48, 80)
+
+
+def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "check"
+    shutil.copytree(checked, output)
+    (output / "manifest.parquet").unlink()
+    # A part that is there is not looked at again; only the verdicts are made anew.
+    monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("looked at again"))
+    assert cli.main(arguments(world, output, "static_below=0", "reject=[short, watermark]")) == 0
+    rows = read(output)
+    assert rows["static"]["rejected_for"] == "watermark" and rows["cut"]["accepted"]
+    assert rows["sound00"]["rejected_for"] == "watermark" and rows["short"]["rejected_for"] == "short, watermark"
+    assert "rejected for watermark: 2" in capsys.readouterr().out
+
+
+def test_a_sample_is_spread_over_the_list(world, tmp_path):
+    assert cli.main(arguments(world, tmp_path, "num_clips=5")) == 0
+    rows = read(tmp_path)
+    assert next(iter(rows)) == "sound00" and list(rows)[-1] == "zero_duration" and len(rows) == 5
+    assert rows["sound00"]["watermark"] is None  # too few to learn from
+    data = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=tmp_path / "manifest.parquet")
+    assert len(data) == SOUND + 2 + len(REJECTED) - sum(not row["accepted"] for row in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra [ray] is not installed")
+def test_a_ray_cluster_finds_the_same(world, checked, tmp_path):
+    assert cli.main(arguments(world, tmp_path, "ray_address=local")) == 0
+    assert read(tmp_path) == read(checked)
+
+
+def test_bad_input(world, tmp_path, capsys):
+    assert cli.main(arguments(world, tmp_path, "ray_address=127.0.0.1:1")) == 2
+    assert "ray_address='127.0.0.1:1' cannot be used" in capsys.readouterr().err
+    assert cli.main(arguments(world, tmp_path, "reject=[ugly]")) == 2
+    assert "reject" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none.parquet' cannot be read"):
+        Manifest(tmp_path / "none.parquet")
+    other = pyarrow.table({"id": ["a"]})
+    pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
+    with pytest.raises(UserError, match="other.parquet' is no manifest, it lacks accepted|cannot be read"):
+        Manifest(tmp_path / "other.parquet")
+    with pytest.raises(UserError, match="buckets need the sizes of the clips; set manifest"):
+        ClipDataset(world / "clips.csv", world, 8, 8.0, 32, buckets=[(8, 32, 32)])
+
+
+# Measures
+
+
+def test_cuts_are_told_from_motion_and_flashes():
+    assert quality.find_cut(np.array([2.0, 3, 40, 2, 3])) == 3
+    assert quality.find_cut(np.array([40.0, 2, 2])) == 1
+    assert quality.find_cut(np.array([30.0, 35, 40, 38, 30])) is None  # all of it is fast
+    assert quality.find_cut(np.array([2.0, 40, 40, 2])) is None  # a flash: there and back
+    assert quality.find_cut(np.array([1.0, 10, 1])) is None
+    assert quality.find_cut(np.array([40.0])) is None
+    assert quality.find_cut(np.array([2.0, 30, 2, 2, 60, 3])) == 5
+
+
+def test_the_first_of_several_copies_is_named():
+    rng = np.random.default_rng(0)
+    found = rng.integers(1, 2**63, (50, 3), dtype=np.uint64)
+    found[40] = found[7]
+    found[45] = found[7]
+    found[45, 2] ^= np.uint64(0b111)  # three bits of a re-encoded copy
+    found[30, 0] = found[8, 0]  # the same first frame alone is another clip
+    found[[10, 11], :] = 0  # blank frames are not the same clip
+    first = quality.duplicates(found)
+    assert {k: int(v) for k, v in enumerate(first) if v >= 0} == {40: 7, 45: 7}
+
+
+def test_hashes_stand_another_size_and_codec(tmp_path):
+    frames = scene(3)
+    video_writer.write_video(tmp_path / "a.mp4", np.stack([cv2.resize(f, (320, 192)) for f in frames]), 8, crf=32)
+    again = video_reader.survey(tmp_path / "a.mp4", quality.SIZE, 8.0, 100)[2]
+    one, other = quality.hashes(frames), quality.hashes(again)
+    assert sum(bin(a ^ b).count("1") for a, b in zip(one, other, strict=True)) <= 6
+    assert sum(bin(a ^ b).count("1") for a, b in zip(one, quality.hashes(scene(4)), strict=True)) > 40
+
+
+def test_survey_sees_the_right_frames(tmp_path):
+    frames = scene(5, count=40)
+    video_writer.write_video(tmp_path / "a.mp4", frames, 24, lossless=True)
+    info, times, small = video_reader.survey(tmp_path / "a.mp4", frames.shape[1:3], 8.0, 100)
+    assert info == video_reader.probe(tmp_path / "a.mp4")
+    np.testing.assert_allclose(times, np.arange(14) / 8, atol=1e-3)
+    np.testing.assert_array_equal(small, frames[::3])
+    assert len(video_reader.survey(tmp_path / "a.mp4", (24, 40), 8.0, 3)[2]) == 3
+    tiny_broken.rotated(tmp_path / "r.mp4", 0)
+    info, _, small = video_reader.survey(tmp_path / "r.mp4", (96, 64), 8.0, 100)
+    assert (info.height, info.width) == (96, 64)
+    np.testing.assert_array_equal(small, video_reader.read_clip(tmp_path / "r.mp4", 16))
+
+
+def test_preview(world, tmp_path, capsys):
+    data = [f"data.metadata={world / 'clips.csv'}", f"data.root={world}", "data.clip=first"]
+    keep = [f"output={tmp_path / 'preview.png'}", "num_clips=2", "num_frames=4", "columns=4", "resolution=[48, 80]"]
+    listing = (world / "clips.csv").read_text().splitlines()[:5]
+    (tmp_path / "some.csv").write_text("\n".join(listing) + "\n")
+    data[0] = f"data.metadata={tmp_path / 'some.csv'}"
+    assert cli.main(["prepare", "preview", *data, *keep]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "preview.png")
+    with Image.open(tmp_path / "preview.png") as picture:
+        width, height = picture.size
+        assert width >= 4 * 80 and height > 2 * (48 + 18)
+        page = np.array(picture)
+    assert (page[8:56, 8:88].std(axis=(0, 1)) > 10).all()  # the frames first,
+    assert page[58:76].min() < 60 and (page[58:76, -8:] == 255).all()  # the words below them

@@ -1,0 +1,98 @@
+"""Videos and pictures trained together, over real files."""
+
+import csv
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from microcinema.data import video_reader, video_writer
+from microcinema.data.clips import ClipDataset
+from microcinema.data.flow_clips import FlowClips
+from microcinema.data.indexed import NumberedClips, RankNumbers
+from microcinema.data.joint import JointDataset
+from microcinema.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Nine wide videos and three pictures, each with a list."""
+    folder = tmp_path_factory.mktemp("joint")
+    rng = np.random.default_rng(0)
+    lists: dict[str, list[tuple[str, str]]] = {"videos": [], "pictures": []}
+    for k in range(9):
+        frames = np.repeat(rng.integers(0, 256, (1, 48, 80, 3), dtype=np.uint8), 8, axis=0)
+        video_writer.write_video(folder / f"{k}.mp4", frames, 8)
+        lists["videos"].append((f"{k}.mp4", f"video {k}"))
+    for k in range(3):
+        Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+        lists["pictures"].append((f"{k}.png", f"picture {k}"))
+    for name, rows in lists.items():
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "text"), *rows])
+    return folder
+
+
+COLUMN = {"file": "file_name", "caption": "text"}
+
+
+def clips(world: Path, name: str, num_frames: int, **more) -> ClipDataset:
+    return ClipDataset(world / f"{name}.csv", world, num_frames, 8.0, 32, columns=COLUMN, **more)
+
+
+def test_pictures_are_clips_of_one_frame(world):
+    item = clips(world, "pictures", 1)[0]
+    assert item["video"].shape == (1, 3, 32, 32) and item["fps"] == 8.0
+    with pytest.raises(UserError, match="0.png' is a picture, not a clip of 4 frames; set num_frames=1"):
+        clips(world, "pictures", 4)[0]
+    with pytest.raises(UserError, match="no frame rate of its own; set fps"):
+        ClipDataset(world / "pictures.csv", world, 1, None, 32, columns=COLUMN)[0]
+    (world / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="broken.png' cannot be decoded"):
+        video_reader.read_image(world / "broken.png")
+    assert clips(world, "videos", 1)[0]["video"].shape == (1, 3, 32, 32)  # one frame of a video
+
+
+def joint(world: Path, **more) -> JointDataset:
+    parts = {"videos": clips(world, "videos", 4), "pictures": clips(world, "pictures", 1)}
+    return JointDataset(parts, **{"weights": {"videos": 1, "pictures": 2.0}, "group": 4, **more})
+
+
+def test_videos_and_pictures_train_together(world):
+    data = NumberedClips(joint(world), seed=0)
+    assert data.group == 4 and len(data.dataset) == 12
+    met: dict[str, int] = {}
+    whole = []
+    for batch in DataLoader(data, batch_sampler=RankNumbers(0, 120, 2, group=4), num_workers=1):
+        assert batch["video"].shape in ((2, 4, 3, 32, 32), (2, 1, 3, 32, 32))
+        whole += batch["id"]
+        for name in batch["caption"]:
+            met[name] = met.get(name, 0) + 1
+    assert {met[f"video {k}"] for k in range(9)} == {8} and {met[f"picture {k}"] for k in range(3)} == {16}
+    # Two processes with batches of one meet the same clips.
+    ranks = [iter(DataLoader(data, batch_sampler=RankNumbers(0, 120, 1, rank, 2, group=4))) for rank in range(2)]
+    assert [next(ranks[k % 2])["id"][0] for k in range(40)] == whole[:40]
+    assert data.dataset.id(10) == "pictures/1.png"
+
+
+def test_batches_that_would_hold_two_shapes_are_refused(world):
+    with pytest.raises(UserError, match="train_batch_size=3 does not divide the 4 clips in a row"):
+        RankNumbers(0, 12, 3, group=4)
+    with pytest.raises(UserError, match="or the 2 clips trained so far"):
+        RankNumbers(2, 10, 4, group=4)
+
+
+@pytest.mark.parametrize("weights", [{}, {"videos": 1}, {"videos": 1, "pictures": 0}, {"videos": 1, "photos": 1}])
+def test_weights_that_do_not_fit(world, weights):
+    with pytest.raises(UserError, match="for the parts videos, pictures; give each a positive number"):
+        joint(world, weights=weights)
+
+
+def test_flow_comes_with_clips_of_every_shape(world):
+    """The wrapper that adds flow hides neither shapes nor names."""
+    flow = pickle.loads(pickle.dumps(FlowClips(joint(world), "dis", 8)))
+    assert NumberedClips(flow, seed=0).group == 4
+    assert flow.id(10) == "pictures/1.png" and not hasattr(flow, "check_processes")

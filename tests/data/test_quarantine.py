@@ -1,0 +1,316 @@
+"""Broken clips: named, replaced by what the seed decides, counted; decoders that hang or crash are ended."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fixtures import tiny, tiny_broken, tiny_training
+from fixtures.tiny_training import logged, one_thread, pipeline, train, weights  # noqa: F401
+from microcinema.data import decoder_process, video_reader
+from microcinema.data.clips import ClipDataset
+from microcinema.data.decoder_process import IsolatedReader
+from microcinema.data.indexed import NumberedClips
+from microcinema.data.ordering import Shuffled
+from microcinema.data.quarantine import SUBSTITUTES, ErrorRate, Quarantine, read_quarantine
+from microcinema.utils.errors import UserError
+
+BROKEN = {kind: reason for kind, (_, reason) in tiny_broken.KINDS.items() if reason}
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory) -> Path:
+    """40 sound videos and one of each of the ten kinds: a fifth is not as it should be."""
+    return tiny_broken.dataset(tmp_path_factory.mktemp("broken"), num_sound=40)
+
+
+def clips(listing: Path, **arguments) -> ClipDataset:
+    return ClipDataset(listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE, **{"timeout": 60, **arguments})
+
+
+def kind(name: str) -> str:
+    return name.partition("-")[0]
+
+
+# Training
+
+
+def test_a_data_set_with_a_fifth_of_broken_files_trains_to_the_end(tmp_path, listing):
+    """Each broken file is named with its reason, each sound one is used: two workers, more than one pass."""
+
+    class Watched(ClipDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            (tmp_path / "used" / item["id"]).touch()
+            return item
+
+    (tmp_path / "used").mkdir()
+    data = Watched(listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE, timeout=60)
+    settings = {"max_train_steps": 13, "train_batch_size": 4, "dataloader_num_workers": 2, "clip_retries": 0}
+    run = train(pipeline(tmp_path), data, tmp_path / "run", max_error_rate=0.5, **settings)
+    assert len(logged(run)) == 13
+
+    records = read_quarantine(run / "quarantine")
+    assert {kind(record["id"]) for record in records} == set(BROKEN)
+    for record in records:
+        assert BROKEN[kind(record["id"])] in record["reason"] and record["id"] in record["reason"]
+        assert data.id(record["index"]) == record["id"]
+    used = {path.name for path in (tmp_path / "used").iterdir()}
+    assert used == {row["id"] for row in data.rows if kind(row["id"]) not in BROKEN}
+    assert logged(run, "broken_clips")[13] >= len(records) >= len(BROKEN)
+
+
+def test_too_many_broken_clips_stop_the_run(tmp_path, listing):
+    settings = {"max_train_steps": 50, "train_batch_size": 10, "clip_retries": 0}
+    with pytest.raises(UserError, match=r"\d+ of the last 1\d\d clips read are broken, more than max_error_rate=0.05"):
+        train(pipeline(tmp_path), clips(listing), tmp_path / "run", **settings)
+
+
+def test_a_resumed_run_meets_the_same_substitutes(tmp_path, listing):
+    """Bit for bit, though a clip that was broken before the interruption can be read after it."""
+    data = clips(listing)
+    first = next(n for n in range(20) if data.id(Shuffled(len(data), [0]).locate(n)[1]).startswith("sound"))
+    flaky = Shuffled(len(data), [0]).locate(first)[1]
+
+    class Flaky(ClipDataset):
+        fails = True
+
+        def __getitem__(self, index):
+            if self.fails and index == flaky:
+                raise UserError("the file server is busy")
+            return super().__getitem__(index)
+
+    settings = {"checkpointing_steps": 2, "clip_retries": 0, "max_error_rate": 0.9, "train_batch_size": 5}
+    settings |= {"checkpoints_total_limit": None}
+    arguments = (listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE)
+    train(pipeline(tmp_path), Flaky(*arguments), tmp_path / "run", max_train_steps=6, **settings)
+    whole, losses = weights(tmp_path / "run" / "checkpoint-6"), logged(tmp_path / "run")
+    assert first in {record["number"] for record in read_quarantine(tmp_path / "run" / "quarantine")}
+    before = (tmp_path / "run" / "quarantine" / "rank-00000.jsonl").read_bytes()
+
+    for name in ("checkpoint-4", "checkpoint-6"):
+        for path in sorted((tmp_path / "run" / name).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        (tmp_path / "run" / name).rmdir()
+    mended = Flaky(*arguments)
+    mended.fails = False
+    train(
+        pipeline(tmp_path, seed=3),
+        mended,
+        tmp_path / "run",
+        max_train_steps=6,
+        resume_from_checkpoint="latest",
+        **settings,
+    )
+    again = weights(tmp_path / "run" / "checkpoint-6")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert logged(tmp_path / "run") == losses
+    assert (tmp_path / "run" / "quarantine" / "rank-00000.jsonl").read_bytes() == before
+    # What an earlier run wrote down is nothing to a new one.
+    os.renames(tmp_path / "run" / "quarantine", tmp_path / "new" / "quarantine")
+    train(
+        pipeline(tmp_path), mended, tmp_path / "new", max_train_steps=1, **{**settings, "train_batch_size": first + 1}
+    )
+    assert not any(record["number"] == first for record in read_quarantine(tmp_path / "new" / "quarantine"))
+
+
+# The quarantine
+
+
+class Items:
+    """Items whose numbers are in `broken` cannot be read."""
+
+    def __init__(self, broken: set[int], length: int = 10) -> None:
+        self.broken, self.length, self.tries = broken, length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def id(self, index: int) -> str:
+        return f"item {index}"
+
+    def __getitem__(self, index: int) -> dict:
+        self.tries += 1
+        if index in self.broken:
+            raise UserError(f"item {index} is broken")
+        return {"index": index}
+
+
+def test_what_takes_the_place_is_decided_by_seed_and_number(tmp_path):
+    one = NumberedClips(Items({1, 2, 3}), 0, Quarantine(tmp_path / "a", retries=0))
+    items = [one[number] for number in range(40)]
+    other = NumberedClips(Items({1, 2, 3}), 0, Quarantine(tmp_path / "b", retries=0))
+    assert [other[number] for number in reversed(range(40))] == items[::-1]
+    records = read_quarantine(tmp_path / "a")
+    assert sum(item["broken"] for item in items) >= len(records) > 12  # the same substitute may be drawn twice
+    assert {record["index"] for record in records} == {1, 2, 3}
+    plain = NumberedClips(Items(set()), 0, Quarantine(tmp_path / "c"))
+    for item, sound in zip(items, (plain[number] for number in range(40)), strict=True):
+        assert (item == sound) if item["broken"] == 0 else (sound["index"] in {1, 2, 3} != {item["index"]})
+    assert not (tmp_path / "c").exists()
+
+
+def test_tries_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("microcinema.data.quarantine._PAUSE", 0)
+    items = Items({0}, length=1)
+    with pytest.raises(
+        UserError, match=f"clip 0 and {SUBSTITUTES} that should have stood in for it are broken .last: item 0"
+    ):
+        NumberedClips(items, 0, Quarantine(tmp_path, retries=2))[0]
+    assert items.tries == 3  # its substitutes are itself
+    assert [record["tries"] for record in read_quarantine(tmp_path)] == [3]
+
+    class Once(Items):
+        def __getitem__(self, index):
+            self.broken = set() if self.tries else {0}
+            return super().__getitem__(index)
+
+    assert NumberedClips(Once({0}, 1), 0, Quarantine(tmp_path / "b", retries=1))[0]["broken"] == 0
+    assert not (tmp_path / "b").exists()
+
+
+def append(folder: Path, rank: int, first: int = 0) -> None:
+    quarantine = Quarantine(folder, retries=0, rank=rank)
+    for number in range(first, first + 200):
+        quarantine.read(Items({0}, 2), number, 0, lambda attempt: 1)
+
+
+def test_writers_do_not_get_into_each_others_way(tmp_path):
+    """Two workers of each of two processes at once."""
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=append, args=(tmp_path, k % 2, 200 * k)) for k in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_quarantine(tmp_path)) == 800
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_line_cut_off_by_a_kill_is_taken_off_and_another_is_named(tmp_path):
+    append(tmp_path, 0)
+    path = tmp_path / "rank-00000.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"number": 17, "ind')
+    Quarantine(tmp_path)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + b"nonsense\n")
+    with pytest.raises(UserError, match=r"line 201 of '.*rank-00000.jsonl' is no record"):
+        Quarantine(tmp_path)
+
+
+def test_the_error_rate_forgets():
+    def batches(counts):
+        return iter([{"broken": torch.tensor([count])} for count in counts])
+
+    rate = ErrorRate(0.2, window=100, first=50)
+    assert len(list(rate.watch(batches([1] + [0] * 5)))) == 6  # too few to judge
+    assert len(list(rate.watch(batches([0] * 200 + [1] * 20 + [0] * 100 + [1] * 20)))) == 340
+    assert rate.total == 41
+    with pytest.raises(UserError, match="21 of the last 100 clips read are broken, more than max_error_rate=0.2"):
+        list(rate.watch(batches([1] * 20)))
+
+
+# The decoder's own process
+
+
+def test_the_same_frames_from_another_process(listing):
+    reader = IsolatedReader(60)
+    path = listing.parent / "rotated-0.mp4"
+    np.testing.assert_array_equal(reader("read_clip", path, 4, 8.0), video_reader.read_clip(path, 4, 8.0))
+    child = reader._child.pid
+    with pytest.raises(UserError, match="is empty"):
+        reader("read_clip", listing.parent / "empty-0.mp4", 4)
+    assert reader("probe", path) == video_reader.probe(path)
+    assert reader._child.pid == child  # an error is no reason for another process
+
+
+def test_a_decoder_that_hangs_is_ended_and_the_next_clip_is_read(listing):
+    reader, sound = IsolatedReader(1.0), listing.parent / "sound0.mp4"
+    reader("probe", sound)  # the time to start is not counted
+    child = psutil.Process(reader._child.pid)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"took more than 1 s to decode, and its decoder was ended"):
+        reader("probe", tiny_broken.Hanging())
+    assert 1 <= time.monotonic() - began < 10
+    assert not child.is_running()
+    assert reader("read_clip", sound, 4).shape[0] == 4
+
+
+def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
+    class Hanging(ClipDataset):
+        def __getitem__(self, index):
+            if index == 3:
+                self.reader.isolated("probe", tiny_broken.Hanging())
+            return super().__getitem__(index)
+
+    data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
+    order = Shuffled(len(data), [0])
+    number = next(number for number in range(len(data)) if order.locate(number)[1] == 3)
+    numbered = NumberedClips(data, 0, Quarantine(tmp_path, retries=0))
+    items = list(DataLoader(numbered, batch_size=None, num_workers=1, sampler=[number, 0 if number else 1]))
+    assert (items[0]["number"], items[0]["broken"]) == (number, 1)
+    (record,) = [record for record in read_quarantine(tmp_path) if record["index"] == 3]
+    assert (record["id"], record["number"]) == ("sound3", number) and "took more than 2 s" in record["reason"]
+
+
+def test_a_decoder_that_crashes_is_told(listing):
+    reader = IsolatedReader(60)
+    reader("probe", listing.parent / "sound0.mp4")
+    os.kill(reader._child.pid, signal.SIGSEGV)
+    reader._child.wait()
+    assert reader("probe", listing.parent / "sound0.mp4").num_frames == 16  # found dead, replaced
+    reader._child.poll = lambda: None  # dies while it is asked
+    os.kill(reader._child.pid, signal.SIGSEGV)
+    with pytest.raises(UserError, match="sound0.mp4' ended its decoder .signal SIGSEGV."):
+        reader("probe", listing.parent / "sound0.mp4")
+
+
+def test_workers_have_their_own_and_leave_none_behind(listing):
+    data = clips(listing)
+    data.reader.isolated("probe", listing.parent / "sound0.mp4")
+    mine = data.reader.isolated._child.pid
+    batches = list(DataLoader(data, batch_size=2, num_workers=2, sampler=range(8)))
+    assert [len(batch["id"]) for batch in batches] == [2] * 4
+    torch.testing.assert_close(batches[0]["video"][0], data[0]["video"])
+    time.sleep(0.5)
+    serving = [
+        child.pid for child in psutil.Process().children(recursive=True) if "serve()" in " ".join(child.cmdline())
+    ]
+    assert serving.count(mine) == 1
+
+
+def test_a_child_without_a_parent_ends_itself():
+    """Also in the midst of a call that hangs: by the kernel's alarm."""
+    code = (
+        "import os, sys; from fixtures import tiny_broken; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.IsolatedReader(1.0);"
+        "child = reader._running(); print(child.pid, flush=True);"
+        "decoder_process._send(child.stdin.fileno(), (1.0, 'probe', (tiny_broken.Hanging(),), {})); os._exit(0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    child = psutil.Process(int(started.stdout))
+    child.wait(timeout=20)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0])
+def test_a_time_out_that_is_none(timeout):
+    with pytest.raises(UserError, match=f"timeout={timeout}"):
+        decoder_process.IsolatedReader(timeout)
+
+
+def test_json_lines(tmp_path):
+    append(tmp_path, 3)
+    record = json.loads((tmp_path / "rank-00003.jsonl").read_text().splitlines()[0])
+    assert record.keys() == {"number", "index", "id", "reason", "tries", "time"}

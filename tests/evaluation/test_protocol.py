@@ -1,0 +1,126 @@
+"""Protocols: which texts, which real clips, and an identifier that changes with each of them."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fixtures import tiny_datasets
+from microcinema.config.compose import compose, instantiate
+from microcinema.evaluation.protocol import ZeroShotProtocol
+from microcinema.evaluation.ucf101 import LISTS, VIDEOS, descriptive_prompts
+from microcinema.utils.errors import UserError
+
+
+def preset(option: str, **changes) -> ZeroShotProtocol:
+    protocol = instantiate(compose("evaluate", [f"evaluation={option}"]).evaluation.protocol)
+    return dataclasses.replace(protocol, **changes)
+
+
+@pytest.fixture(scope="module")
+def ucf101(tmp_path_factory) -> Path:
+    """The lists of 13,320 clips in 101 classes, no two as large; no videos."""
+    root = tmp_path_factory.mktemp("ucf101")
+    (root / VIDEOS).mkdir()
+    (root / LISTS).mkdir()
+    classes = list(descriptive_prompts())
+    sizes = [81 + number for number in range(101)]
+    sizes[-1] += 13320 - sum(sizes)
+    clips = [f"{name}/v_{name}_g{i:03d}.avi" for name, size in zip(classes, sizes, strict=True) for i in range(size)]
+    test = set(clips[::4]) | set(clips[-453:])
+    lists = {"classInd": [f"{n} {name}" for n, name in enumerate(classes, 1)]}
+    lists["testlist01"] = sorted(test)[:3783]
+    lists["trainlist01"] = [f"{clip} 1" for clip in clips if clip not in set(lists["testlist01"])]
+    for name, lines in lists.items():
+        (root / LISTS / f"{name}.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    "option, samples, real, identifier",
+    [
+        ("ucf101", 13320, 13320, "svd-1-"),
+        ("ucf101_videopoet", 10000, 9537, "videopoet-1-"),
+        ("ucf101_lavie", 10100, 13320, "lavie-1-"),
+        ("ucf101_styleganv2048", 2048, 2048, "styleganv2048-1-"),
+    ],
+)
+def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, real, identifier):
+    protocol = preset(option)
+    data = protocol.open(ucf101)
+    asked, videos = protocol.samples(data), protocol.real(data)
+    assert (len(asked), len(videos)) == (samples, real)
+    assert len({video.name for video in videos}) == real
+    assert [sample.index for sample in asked] == list(range(samples))
+    assert protocol.num_frames == 16
+    assert protocol.identifier(asked, videos, {}).startswith(identifier)
+    counts = Counter(sample.source for sample in asked)
+    if option == "ucf101":  # the data's own histogram
+        assert counts == Counter(video.label for video in videos)
+        assert (protocol.fps, protocol.height, protocol.width) == (25, 240, 320)
+    if option == "ucf101_lavie":
+        assert set(counts.values()) == {100} and "Apply Eye Makeup" in {sample.prompt for sample in asked}
+    if option == "ucf101_videopoet":
+        assert {sample.prompt for sample in asked} <= set(descriptive_prompts().values())
+        assert not {video.name for video in videos} & {video.name for video in data.videos("test")}
+
+
+def test_msrvtt_asks_for_one_caption_or_all(tmp_path):
+    data_root = tiny_datasets.msrvtt(tmp_path)
+    one, every = preset("msrvtt"), preset("msrvtt_all")
+    assert (one.num_samples, one.num_real, every.num_samples) == (2990, 2990, 59800)
+    data = one.open(data_root)
+    assert [sample.source for sample in one.samples(data)] == [
+        caption.id
+        for video in data.videos("test")
+        for caption in video.captions
+        if caption.text in {sample.prompt for sample in one.samples(data)}
+    ]
+    assert len(one.samples(data)) == 4 and len(one.real(data)) == 4
+    assert [sample.prompt for sample in every.samples(data)] == [
+        text.strip() for captions in tiny_datasets.CAPTIONS.values() for text in captions
+    ]
+    assert every.real(data) == []
+
+
+def test_draws_follow_the_seed_alone(ucf101):
+    protocol = preset("ucf101_styleganv2048", num_samples=20, num_real=30)
+    data = protocol.open(ucf101)
+    assert protocol.samples(data) == protocol.samples(data) and protocol.real(data) == protocol.real(data)
+    other = dataclasses.replace(protocol, seed=1)
+    assert other.samples(data) != protocol.samples(data) and other.real(data) != protocol.real(data)
+    places = [protocol.position(index) for index in range(200)]
+    assert places == [protocol.position(index) for index in range(200)]
+    assert min(places) < 0.1 and max(places) > 0.9
+    assert preset("ucf101").position(3) == 0.5
+
+
+def test_the_identifier_changes_with_everything_that_changes_the_number(ucf101):
+    protocol = preset("ucf101_styleganv2048", num_samples=5, num_real=5)
+    data = protocol.open(ucf101)
+    samples, real = protocol.samples(data), protocol.real(data)
+    detectors = {"VideoFeatures": {"sha256": "a", "preparation": "squash"}}
+    seen = {protocol.identifier(samples, real, detectors)}
+    assert protocol.identifier(list(samples), list(real), json.loads(json.dumps(detectors))) in seen
+    for change in ({"fps": 8.0}, {"height": 128}, {"ddof": 1}, {"clip": "first"}, {"seed": 1}, {"num_frames": 8}):
+        seen.add(dataclasses.replace(protocol, **change).identifier(samples, real, detectors))
+    seen.add(protocol.identifier(samples[1:], real, detectors))
+    seen.add(protocol.identifier(samples, real[1:], detectors))
+    seen.add(protocol.identifier(samples, real, {"VideoFeatures": {"sha256": "b", "preparation": "squash"}}))
+    assert len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    "option, changes, words",
+    [
+        ("ucf101", {"prompts": "caption"}, "prompts=caption are not of ucf101"),
+        ("msrvtt", {"selection": "per_class"}, "classes"),
+        ("ucf101", {"selection": "every_caption"}, "captions"),
+        ("ucf101", {"selection": "draw", "num_samples": None}, "num_samples"),
+    ],
+)
+def test_choices_that_exclude_each_other(option, changes, words):
+    with pytest.raises(UserError, match=words):
+        preset(option, **changes)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+from microcinema.models.temporal import TemporalConv, TemporalTransformer, sinusoids, zero_init
+
+torch.set_num_threads(1)
+
+
+def randomise(module):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def make(kind, channels=16):
+    if kind == "conv":
+        return TemporalConv(channels, groups=4)
+    return TemporalTransformer(channels, channels // 2, groups=4, max_frames=8)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_is_exactly_the_identity_at_initialisation(kind, frames):
+    h = torch.randn(3 * frames, 16, 4, 6)
+    assert torch.equal(make(kind)(h, frames), h)
+
+
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_clips_and_pixels_are_independent_and_frames_are_not(kind):
+    layer = randomise(make(kind)).double()
+    h = torch.randn(2 * 5, 16, 4, 4, dtype=torch.float64)
+    changed = rearrange(h.clone(), "(b f) c h w -> b f c h w", b=2)
+    # A change that the norm over a frame's pixels does not pass on to other pixels: two pixels swapped.
+    changed[0, 2, :, [0, 1], 0] = changed[0, 2, :, [1, 0], 0]
+    moved = layer(rearrange(changed, "b f c h w -> (b f) c h w"), 5) - layer(h, 5)
+    moved = rearrange(moved, "(b f) c h w -> b f c h w", b=2).abs().amax(dim=2) > 1e-9
+    assert not moved[1].any()
+    assert not moved[0, :, 2:].any()
+    assert not moved[0, :, :, 1:].any()
+    reached = moved[0, :, 0, 0]
+    assert reached.tolist() == ([False, True, True, True, False] if kind == "conv" else [True] * 5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_temporal_conv_is_a_convolution_over_frames(frames):
+    layer = randomise(TemporalConv(8, groups=2)).double()
+    h = torch.randn(2 * frames, 8, 3, 3, dtype=torch.float64)
+    x = rearrange(functional.silu(layer.norm(h)), "(b f) c h w -> b c f h w", b=2)
+    to_next, to_self, to_previous = layer.taps.weight.chunk(3)
+    weight = torch.stack([to_next, to_self, to_previous], dim=2).squeeze(-1)[..., None, None]
+    expected = functional.conv3d(x, weight.reshape(8, 8, 3, 1, 1), padding=(1, 0, 0))
+    torch.testing.assert_close(layer(h, frames), h + rearrange(expected, "b c f h w -> (b f) c h w"))
+
+
+def test_temporal_transformer_knows_the_order_of_the_frames():
+    layer = randomise(TemporalTransformer(16, 8, groups=4, max_frames=8)).double()
+    h = torch.randn(4, 16, 2, 2, dtype=torch.float64)
+    assert (layer(h.flip(0), 4).flip(0) - layer(h, 4)).abs().max() > 1e-3
+    nn.init.zeros_(layer.positions)
+    torch.testing.assert_close(layer(h.flip(0), 4).flip(0), layer(h, 4))
+
+
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_memory_layout_does_not_matter(kind):
+    layer = randomise(make(kind)).double()
+    h = torch.randn(6, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(h.contiguous(memory_format=torch.channels_last), 3), layer(h, 3))
+
+
+@pytest.mark.parametrize("width", [4, 40, 80, 160, 320])
+def test_heads_divide_the_width(width):
+    layer = TemporalTransformer(width, width, groups=4, max_frames=2)
+    assert width % layer.heads == 0
+    assert layer.heads == 1 or width // layer.heads >= 32
+
+
+def test_sinusoids():
+    table = sinusoids(10, 7)
+    assert table.shape == (10, 7)
+    assert torch.equal(table[0], torch.tensor([0.0] * 4 + [1.0] * 3))
+    torch.testing.assert_close(table[:, 0], torch.arange(10.0).sin())
+
+
+def test_zero_init():
+    layer = zero_init(nn.Conv2d(2, 3, 1))
+    assert not any(parameter.any() for parameter in layer.parameters())

@@ -1,0 +1,366 @@
+"""Pipelines on tiny random models in the layouts of Stable Diffusion 1.5 and 2.1."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fixtures import tiny, tiny_sampling
+from fixtures.tiny_sampling import PROMPTS, sample
+from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.rng import generator
+from microcinema.pipelines.base_model import load_base, locate
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.saving import load_pipeline, save_pipeline
+from microcinema.utils.errors import UserError
+
+
+@pytest.fixture(scope="module", params=tiny.FLAVOURS)
+def any_base(request, tmp_path_factory):
+    return tiny.base_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.base_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(base):
+    return tiny.video_pipeline(base)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return tiny_sampling.image()
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# ---------------------------------------------------------------- the base
+
+
+def test_base_says_prediction_type_and_schedule(any_base):
+    found = load_base(any_base)
+    file = json.loads((any_base / "scheduler" / "scheduler_config.json").read_text())
+    assert found.scheduler.config.prediction_type == file["prediction_type"]
+    assert found.scheduler.config.beta_start == file["beta_start"]
+    assert found.scheduler.config.clip_sample is False
+    frozen = [*found.vae.parameters(), *found.text_encoder.parameters()]
+    assert not any(parameter.requires_grad for parameter in frozen)
+
+
+def test_half_precision_files_are_computed_in_float32(base, tmp_path):
+    tiny.base_pipeline(tmp_path).to(torch.float16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors").values()} == {
+        torch.float16
+    }
+    found = load_base(tmp_path)
+    for network in (found.unet, found.vae, found.text_encoder):
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    close = zip(found.unet.parameters(), load_base(base).unet.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in close)
+
+
+def test_text_is_read_as_stable_diffusion_reads_it(any_base):
+    stable_diffusion = tiny.base_pipeline(any_base, "sd15" if "sd15" in str(any_base) else "sd21")
+    wanted, empty = stable_diffusion.encode_prompt(PROMPTS, "cpu", 1, True)
+    pipeline = tiny.video_pipeline(any_base)
+    assert torch.equal(pipeline.encode_text(PROMPTS), wanted)
+    assert torch.equal(pipeline.encode_text([""]), empty[:1])
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_weight(path):
+    weights = load_file(path)
+    del weights["conv_in.bias"]
+    save_file({**weights, "surplus": torch.zeros(1)}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda b: shutil.rmtree(b / "vae"), "vae"),
+        (lambda b: (b / "model_index.json").unlink(), "model_index.json"),
+        (lambda b: (b / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "unet"),
+        (lambda b: (b / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn"), "unet"),
+        (lambda b: drop_weight(b / "unet" / "diffusion_pytorch_model.safetensors"), "conv_in.bias.*surplus"),
+        (lambda b: drop_weight_of_text(b / "text_encoder" / "model.safetensors"), "final_layer_norm"),
+        (
+            lambda b: edit_json(b / "model_index.json", unet=["diffusers", "FluxTransformer2DModel"]),
+            "FluxTransformer2DModel",
+        ),
+        (lambda b: edit_json(b / "model_index.json", text_encoder=[None, None]), "text_encoder"),
+        (lambda b: shutil.rmtree(b / "scheduler"), "scheduler"),
+        (lambda b: edit_json(b / "scheduler" / "scheduler_config.json", prediction_type="guess"), "guess"),
+    ],
+)
+def test_broken_bases_are_named_in_one_line(base, tmp_path, damage, words):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    damage(broken)
+    with pytest.raises(UserError, match=words) as error:
+        load_base(broken)
+    assert "\n" not in str(error.value)
+
+
+def drop_weight_of_text(path):
+    weights = load_file(path)
+    name = next(name for name in weights if "final_layer_norm.weight" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, path, metadata={"format": "pt"})
+
+
+def test_components_of_two_models_do_not_mix(base, tmp_path):
+    tiny.base_folder(tmp_path / "other", cross_attention_dim=24)
+    with pytest.raises(UserError, match="is 32 wide"):
+        load_base(tmp_path / "other")
+
+
+def test_locate():
+    assert locate("owner/name") == "owner/name"
+    with pytest.raises(UserError, match="nowhere"):
+        locate("nowhere")
+    with pytest.raises(UserError, match="/no/such"):
+        locate("/no/such")
+
+
+# ---------------------------------------------------------------- image to video
+
+
+@pytest.mark.parametrize("fusion", ["add", "spade", None])
+def test_shapes_and_output_types(any_base, image, fusion):
+    pipeline = tiny.video_pipeline(any_base, fusion=fusion)
+    frames = sample(pipeline, PROMPTS, image, seeds=(0, 1))
+    assert frames.shape == (2, 4, tiny.SIZE, tiny.SIZE, 3)
+    assert 0 <= frames.min() < frames.max() <= 1
+    as_pt = sample(pipeline, PROMPTS, image, seeds=(0, 1), output_type="pt")
+    assert np.allclose(as_pt.permute(0, 1, 3, 4, 2).numpy(), frames, atol=1e-6)
+    as_pil = sample(pipeline, PROMPTS, image, seeds=(0, 1), output_type="pil")
+    assert np.abs(np.array(as_pil[1][3]) / 255 - frames[1, 3]).max() < 0.01
+    other = sample(pipeline, PROMPTS[0], image, height=24, width=40, num_frames=1, decode_chunk_size=1)
+    assert other.shape == (1, 1, 24, 40, 3)
+
+
+def test_a_video_depends_on_its_own_generator_and_not_on_its_batch(pipeline, image):
+    other = image.transpose(Image.Transpose.ROTATE_180)
+    together = sample(pipeline, PROMPTS, [image, other], seeds=(0, 1), output_type="latent")
+    alone = sample(pipeline, PROMPTS[1], other, seeds=(1,), output_type="latent")
+    assert torch.allclose(together[1:], alone, atol=1e-4)
+    assert torch.equal(alone, sample(pipeline, PROMPTS[1], other, seeds=(1,), output_type="latent"))
+    several = sample(pipeline, PROMPTS[1], other, seeds=(1, 2), num_videos_per_prompt=2, output_type="latent")
+    assert torch.allclose(several[:1], alone, atol=1e-4)
+    assert not torch.allclose(several[1:], alone, atol=1e-2)
+
+
+def test_every_condition_matters(pipeline, image):
+    reference = sample(pipeline, PROMPTS[0], image, output_type="latent")
+    for change in (
+        {"prompt": PROMPTS[1]},
+        {"image": image.transpose(Image.Transpose.ROTATE_90)},
+        {"fps": 24},
+        {"negative_prompt": "grass"},
+        {"guidance_scale": 2.0},
+        {"image_guidance_scale": 2.0},
+        {"seeds": (1,)},
+    ):
+        given = {"prompt": PROMPTS[0], "image": image, **change}
+        assert (sample(pipeline, **given, output_type="latent") - reference).abs().max() > 1e-4, change
+
+
+def test_appearance_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, image):
+    pipeline = tiny.video_pipeline(base)
+    appearance, text = count_calls(pipeline.condition_encoder.appearance_net), count_calls(pipeline.text_encoder)
+    batches = []
+    pipeline.unet.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
+    for steps, scales, evaluations in [
+        (20, (7.5, 1.5), 3),
+        (2, (3.0, 3.0), 2),
+        (2, (1.0, 1.0), 1),
+        (2, (7.5, 1.0), 2),
+    ]:
+        for calls in (appearance, text, batches):
+            calls.clear()
+        scales = dict(zip(("guidance_scale", "image_guidance_scale"), scales, strict=True))
+        sample(pipeline, PROMPTS[0], image, num_inference_steps=steps, output_type="latent", **scales)
+        assert len(appearance) == 1
+        assert len(text) == 2  # the prompt and the empty prompt
+        assert batches == [evaluations] * steps
+
+
+def test_conditions_are_those_that_guidance_names(pipeline, image):
+    guidance = Guidance(text=7.5, image=1.5)
+    z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
+    text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
+    with torch.no_grad():
+        conditions = pipeline.prepare_conditions(guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0)
+        alone = pipeline.condition_encoder(text, z_ref, torch.full((2,), 8.0))
+    assert torch.equal(conditions.text, torch.cat([empty, empty, empty, empty, text]))
+    for feature, wanted in zip(conditions.appearance, alone.appearance, strict=True):
+        assert not feature[:2].any()
+        assert feature[2:4].any()
+        assert torch.allclose(feature[4:], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "appearance", "mixed", "progressive"])
+def test_sampling_starts_where_the_prior_says(base, image, kind):
+    pipeline = tiny.video_pipeline(base, noise_prior=kind, noise_prior_strength=0.5, noise_prior_gamma=0.25)
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    sample(pipeline, PROMPTS[0], image, guidance_scale=1.0, output_type="latent")
+    eps = torch.randn(1, 4, tiny.LATENT_CHANNELS, 8, 8, generator=generator(7, 0))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    z_ref = pipeline.encode_image(pixels)
+    assert torch.allclose(seen[0], pipeline.noise_prior.initial(eps, z_ref), atol=1e-5)
+    assert pipeline.noise_prior.kind == kind
+
+
+def test_chunked_decoding_changes_nothing(pipeline, image):
+    whole, chunked = (sample(pipeline, PROMPTS[0], image, decode_chunk_size=size) for size in (None, 3))
+    assert np.abs(whole - chunked).max() < 1e-5
+
+
+def test_callback_sees_every_step_and_may_change_latents(pipeline, image):
+    steps = []
+
+    def callback(pipe, step, t, values):
+        assert pipe is pipeline
+        assert list(values) == ["latents"]
+        steps.append((step, int(t)))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 2 else None
+
+    z = sample(pipeline, PROMPTS[0], image, output_type="latent", callback_on_step_end=callback)
+    assert steps == list(enumerate(pipeline.scheduler.timesteps.tolist()))
+    assert not z.any()
+
+
+def test_negative_prompts_are_one_for_all_or_one_each(pipeline, image):
+    def negative(prompts, texts, seeds):
+        return sample(pipeline, prompts, image, seeds, negative_prompt=texts, output_type="latent")
+
+    each = negative(PROMPTS, ["grass", "sand"], (0, 1))
+    assert torch.allclose(each[:1], negative(PROMPTS[0], "grass", (0,)), atol=1e-4)
+    assert torch.allclose(each[1:], negative(PROMPTS[1], "sand", (1,)), atol=1e-4)
+    assert torch.allclose(each[1:], negative(PROMPTS, "sand", (0, 1))[1:], atol=1e-4)
+    assert not torch.allclose(each[1:], negative(PROMPTS[1], None, (1,)), atol=1e-3)
+    assert torch.equal(negative(PROMPTS[1], None, (1,)), negative(PROMPTS[1], "", (1,)))
+
+
+def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, image):
+    one = sample(pipeline, PROMPTS, image, generator=generator(7, 0), output_type="latent")
+    first = sample(pipeline, PROMPTS[0], image, seeds=(0,), output_type="latent")
+    assert torch.allclose(one[:1], first, atol=1e-4)
+    assert not torch.allclose(one[1:], one[:1], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": [PROMPTS[0], "  "]}, "prompt is empty"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"height": 30}, "height 30.*multiple of 8.*32"),
+        ({"width": 0}, "width 0"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"fps": 0}, "fps is 0"),
+        ({"image": np.zeros((8, 8, 3))}, "float64"),
+        ({"image": []}, "0 images for 1"),
+        ({"image": "red.png"}, "a key frame is str; give a PIL image"),
+        ({"image": [None]}, "a key frame is NoneType"),
+        ({"negative_prompt": ()}, "0 negative prompts for 1"),
+        ({"motion_prompt": "up"}, "no motion encoder"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1"),
+        ({"callback_on_step_end_tensor_inputs": ["text"]}, "no tensor 'text'.*latents, prediction"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),
+        ({"seeds": (1, 2)}, "2 generators for 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
+        ({"output_type": "gif"}, "gif"),
+    ],
+)
+def test_bad_calls_are_named(pipeline, image, bad, words):
+    with pytest.raises(UserError, match=words):
+        sample(pipeline, **{"prompt": PROMPTS[0], "image": image, **bad})
+
+
+def test_bad_settings_are_named(base):
+    for bad in ({"noise_prior": "pink"}, {"reference_frame": 4}, {"reference_frame": "last"}):
+        with pytest.raises(UserError):
+            tiny.video_pipeline(base, **bad)
+
+
+# ---------------------------------------------------------------- saved pipelines
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_reloaded_pipeline_gives_the_same_bits(any_base, image, tmp_path, with_base):
+    settings = {"noise_prior": "mixed", "noise_prior_strength": 0.5, "reference_frame": "center", "fps": 6.0}
+    pipeline = tiny.video_pipeline(any_base, **settings)
+    folder = tmp_path / "saved"
+    save_pipeline(pipeline, folder, with_base)
+    shared = {"vae", "text_encoder", "tokenizer"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"unet", "condition_encoder", "scheduler"} | (
+        shared if with_base else set()
+    )
+    again = load_pipeline(folder)
+    again.set_progress_bar_config(disable=True)
+    assert (again.noise_prior, again.reference_frame) == (pipeline.noise_prior, "center")
+    assert again.config["training_schedule"] == pipeline.config["training_schedule"]
+    assert np.array_equal(sample(pipeline, PROMPTS[0], image), sample(again, PROMPTS[0], image))
+
+
+def test_diffusers_own_from_pretrained_opens_a_saved_pipeline(base, image, tmp_path):
+    pipeline = tiny.video_pipeline(base, noise_prior_strength=0.1)
+    pipeline.save_pretrained(tmp_path)
+    again = ImageToVideoPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.noise_prior.strength == 0.1
+    assert np.array_equal(sample(pipeline, PROMPTS[0], image), sample(again, PROMPTS[0], image))
+
+
+def test_a_pipeline_opens_with_another_scheduler(base, tmp_path):
+    save_pipeline(tiny.video_pipeline(base), tmp_path / "saved")
+    assert type(load_pipeline(tmp_path / "saved", "EulerDiscreteScheduler").scheduler) is EulerDiscreteScheduler
+    with pytest.raises(UserError, match="NoScheduler"):
+        load_pipeline(tmp_path / "saved", "NoScheduler")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: shutil.rmtree(p / "unet"), "unet"),
+        (lambda p: drop_weight(p / "unet" / "diffusion_pytorch_model.safetensors"), "conv_in.bias.*surplus"),
+        (
+            lambda p: (p / "condition_encoder" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
+            "condition_encoder",
+        ),
+        (lambda p: edit_json(p / "unet" / "config.json", block_out_channels=[32, 48]), "unet"),
+        (lambda p: edit_json(p / "scheduler" / "scheduler_config.json", beta_end=0.02), "alpha_bar"),
+        (lambda p: edit_json(p / "model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"),
+        (lambda p: (shutil.rmtree(p / "vae"), edit_json(p / "model_index.json", base=None)), "vae"),
+        (lambda p: (shutil.rmtree(p / "vae"), edit_json(p / "model_index.json", base="/gone")), "/gone"),
+    ],
+)
+def test_broken_pipelines_are_named_in_one_line(base, tmp_path, damage, words):
+    folder = tmp_path / "saved"
+    save_pipeline(tiny.video_pipeline(base), folder)
+    damage(folder)
+    with pytest.raises(UserError, match=words) as error:
+        load_pipeline(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_without_a_base_must_be_saved_whole(base, tmp_path):
+    with pytest.raises(UserError, match="base"):
+        save_pipeline(tiny.video_pipeline(base, base=None), tmp_path / "saved", with_base=False)
+    assert not (tmp_path / "saved").exists()

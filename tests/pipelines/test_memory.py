@@ -1,0 +1,377 @@
+"""Memory settings: the same frames within a stated tolerance, and less memory where that is what a setting is for."""
+
+import sys
+import types
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import CpuOffload
+from diffusers.models.attention_processor import Attention
+from torch.nn import functional
+
+from fixtures import tiny, tiny_sampling
+from fixtures.tiny_sampling import PROMPTS, sample
+from microcinema.models.unet2d import ClipCrossAttention
+from microcinema.pipelines import memory
+from microcinema.pipelines.memory import MemorySettings
+from microcinema.profiling.memory_tracker import LiveMemory
+from microcinema.utils.errors import UserError
+
+torch.set_num_threads(1)
+NO_GPU = not torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.base_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def pipeline(base):
+    return tiny.video_pipeline(base)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return tiny_sampling.image()
+
+
+def frames(pipeline, image, **arguments):
+    """Of two videos, which guidance makes four: every part has a batch to cut up."""
+    return sample(pipeline, PROMPTS, image, seeds=(0, 1), **arguments)
+
+
+def networks(pipeline):
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+# ---------------------------------------------------------------- the same frames
+# Frames are in [0, 1]; those of the tiny random models have a standard deviation of 0.14.
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "largest", "mean"),
+    [
+        ({}, {}, 0.0, 0.0),
+        ({"vae_slicing": True}, {}, 1e-4, 1e-5),
+        ({"vae_tiling": True}, {}, 0.0, 0.0),  # no frame here is larger than those that the VAE was trained with
+        ({}, {"decode_chunk_size": 1}, 1e-4, 1e-5),
+        ({}, {"decode_chunk_size": 3}, 1e-4, 1e-5),
+        ({"torch_dtype": "bfloat16"}, {}, 0.15, 0.015),
+        ({"torch_dtype": "float16"}, {}, 0.03, 0.004),
+    ],
+)
+def test_frames_are_the_same(pipeline, image, settings, arguments, largest, mean):
+    wanted = frames(pipeline, image)
+    memory.apply(pipeline, MemorySettings(**settings), "cpu")
+    assert {network.dtype for network in networks(pipeline).values()} == {MemorySettings(**settings).dtype}
+    error = np.abs(frames(pipeline, image, **arguments) - wanted)
+    assert error.max() <= largest
+    assert error.mean() <= mean
+
+
+def test_attention_is_plain_attention(pipeline, image, monkeypatch):
+    wanted = frames(pipeline, image)
+    calls = []
+
+    def plain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+        calls.append(tuple(query.shape))
+        weights = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            weights = (
+                weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
+            )
+        return weights.softmax(dim=-1) @ value
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", plain)
+    assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
+    assert calls
+
+
+# ---------------------------------------------------------------- offloading
+
+
+@pytest.mark.parametrize("fusion", ["add", None])
+def test_model_offload_leaves_the_device_to_the_network_that_runs(base, image, monkeypatch, fusion):
+    """Without an accelerator nothing is moved, but every hook is run that would move it: they say which networks would be there."""
+    pipeline = tiny.video_pipeline(base, fusion=fusion)
+    wanted = frames(pipeline, image)
+    names = {id(part): name for name, part in networks(pipeline).items()}
+    there, seen = set(), []
+    before_forward, leave = CpuOffload.pre_forward, CpuOffload.init_hook
+
+    def arrive(hook, module, *args, **kwargs):
+        if hook.prev_module_hook is not None:
+            there.discard(names[id(hook.prev_module_hook.model)])
+        there.add(names[id(module)])
+        seen.append((names[id(module)], set(there)))
+        return before_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", arrive)
+    monkeypatch.setattr(
+        CpuOffload, "init_hook", lambda hook, module: (there.discard(names[id(module)]), leave(hook, module))[1]
+    )
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
+    encoder = [] if fusion is None else ["condition_encoder"]  # without networks it has nothing that could be moved
+    assert [name for name, _ in seen] == [
+        "text_encoder",
+        "text_encoder",
+        "vae",
+        *encoder,
+        "unet",
+        "unet",
+        "unet",
+        "vae",
+    ]
+    # Only the text encoder, which is small, stays until the key frame is encoded too.
+    assert [present for name, present in seen if present != {name}] == [{"text_encoder", "vae"}]
+    assert not there
+
+
+def test_sequential_offload_brings_one_layer_at_a_time(pipeline, image):
+    wanted = frames(pipeline, image)
+    whole = sum(p.numel() for part in networks(pipeline).values() for p in part.parameters())
+    # As diffusers' enable_sequential_cpu_offload does, which names the device cpu:0 here; accelerate cannot go there and back.
+    for part in networks(pipeline).values():
+        accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert {part.device for part in networks(pipeline).values()} == {torch.device("meta")}
+    present = []
+
+    def look(*_):
+        parameters = (p for part in networks(pipeline).values() for p in part.parameters())
+        present.append(sum(p.numel() for p in parameters if p.device.type != "meta"))
+
+    # A layer with weights of its own, seen from within.
+    layer = next(iter(pipeline.unet.temporal_transformers.values()))
+    layer.norm.register_forward_pre_hook(look)
+    assert np.array_equal(frames(pipeline, image), wanted)
+    assert set(present) == {layer.positions.numel()}
+    assert present[0] < whole / 10
+
+
+# ---------------------------------------------------------------- less memory
+
+
+def decode(pipeline, side, **arguments):
+    """Bytes alive at most while 6 frames are decoded, beyond the result's own."""
+    z = torch.zeros(1, 6, tiny.LATENT_CHANNELS, side, side)
+    with LiveMemory() as live:
+        pixels = pipeline.decode_latents(z, **arguments)
+        return live.peak - pixels.nbytes
+
+
+@torch.no_grad()
+def test_the_vae_in_parts_takes_less_memory(base):
+    pipeline = tiny.video_pipeline(base)
+    whole = decode(pipeline, 16)
+    assert decode(pipeline, 16, chunk_size=3) < 0.65 * whole
+    assert decode(pipeline, 16, chunk_size=1) < 0.35 * whole
+    memory.apply(pipeline, MemorySettings(vae_slicing=True), "cpu")
+    sliced = decode(pipeline, 16)
+    assert sliced < 0.35 * whole
+    memory.apply(pipeline, MemorySettings(vae_tiling=True), "cpu")
+    assert decode(pipeline, 16) < 0.6 * sliced
+
+
+@torch.no_grad()
+def test_half_precision_takes_half_the_memory(base):
+    pipeline = tiny.video_pipeline(base)
+    size = {name: sum(p.nbytes for p in part.parameters()) for name, part in networks(pipeline).items()}
+    whole = decode(pipeline, 16)
+    memory.apply(pipeline, MemorySettings(torch_dtype="bfloat16"), "cpu")
+    assert {name: 2 * sum(p.nbytes for p in part.parameters()) for name, part in networks(pipeline).items()} == size
+    assert decode(pipeline, 16) < 0.6 * whole
+
+
+@torch.no_grad()
+def test_tiles_of_a_trained_vae_give_nearly_the_same_frames():
+    # The worst case: tiles of 64 pixels, where Stable Diffusion's have 512. What looks at a whole frame sees a quarter of it.
+    from microcinema.pipelines.base_model import ASSETS, LENT, load_components
+    from microcinema.sprites import scene
+
+    vae = load_components(str(ASSETS / "sprites-base"), {"vae": LENT["vae"]})["vae"]
+    scene = scene.render(scene.sample_attributes(0, 0, "train"), 1, 2 * vae.config["sample_size"], 8.0).frames
+    z = vae.encode(torch.from_numpy(scene).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    whole = vae.decode(z).sample
+    vae.enable_tiling()
+    error = (vae.decode(z).sample - whole).abs() / 2
+    assert 0 < error.mean() < 0.08
+
+
+# ---------------------------------------------------------------- xformers
+
+
+@pytest.fixture
+def fake_xformers(monkeypatch):
+    """A stand-in that computes what xformers computes, on (b, n, h, d), and counts its calls."""
+    calls = []
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, **kwargs):
+        calls.append(tuple(query.shape))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias).transpose(1, 2)
+
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention
+    package = types.ModuleType("xformers")
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    return calls
+
+
+def clip_attentions(pipeline):
+    parts = (pipeline.unet, pipeline.condition_encoder)
+    return [m for part in parts for m in part.modules() if isinstance(m, Attention) and m.is_cross_attention]
+
+
+def test_attention_to_a_clips_text_can_be_xformers(pipeline, image, fake_xformers, monkeypatch):
+    wanted = frames(pipeline, image)
+    # diffusers' own part asks for a CUDA device.
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", lambda *_: None)
+    pipeline.enable_xformers_memory_efficient_attention()
+    assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
+    assert {shape[0] for shape in fake_xformers} == {
+        4
+    }  # two videos, with text and without: texts are not repeated for frames
+    monkeypatch.undo()
+    pipeline.disable_xformers_memory_efficient_attention()
+    assert all(not module.processor.xformers for module in clip_attentions(pipeline))
+    assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
+
+
+def test_a_denoiser_keeps_its_attention_through_a_copy_and_through_a_file(pipeline, tmp_path):
+    import copy
+
+    assert all(isinstance(module.processor, ClipCrossAttention) for module in clip_attentions(pipeline))
+    other = copy.deepcopy(pipeline.unet)
+    other.disable_xformers_memory_efficient_attention()
+    pipeline.unet.save_pretrained(tmp_path)
+    again = type(pipeline.unet).from_pretrained(tmp_path)
+    for net in (other, again):
+        found = [m for m in net.modules() if isinstance(m, Attention) and m.is_cross_attention]
+        assert found and all(isinstance(module.processor, ClipCrossAttention) for module in found)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def test_the_denoiser_alone_is_compiled(pipeline, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    memory.apply(pipeline, MemorySettings(compile=True), "cpu")
+    assert compiled == [pipeline.unet]
+
+
+@pytest.mark.slow
+def test_the_denoiser_is_one_graph_and_gives_the_same_frames(pipeline, image):
+    import torch._dynamo
+
+    wanted = frames(pipeline, image)
+    pipeline.unet.compile(backend="eager", fullgraph=True)
+    assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'.*float32, float16, bfloat16"),
+        ({"offload": "disk"}, "offload is 'disk'.*none, model, sequential"),
+        ({"attention": "flash"}, "attention is 'flash'.*sdpa, xformers"),
+        ({"compile": True, "offload": "sequential"}, "exclude each other"),
+    ],
+)
+def test_bad_settings_are_named(bad, words):
+    with pytest.raises(UserError, match=words):
+        MemorySettings(**bad)
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_without_an_accelerator_is_refused(base, offload):
+    with pytest.raises(UserError, match=f"offload={offload} .*there is none; use offload=none"):
+        memory.apply(tiny.video_pipeline(base), MemorySettings(offload=offload), "cpu")
+
+
+def test_xformers_that_is_not_there_is_refused(base, monkeypatch):
+    pipeline, settings = tiny.video_pipeline(base), MemorySettings(attention="xformers")
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed; pip install"):
+        memory.apply(pipeline, settings, "cuda")
+    monkeypatch.setattr(memory, "find_spec", lambda name: "there")
+    with pytest.raises(UserError, match="CUDA devices alone, not on cpu"):
+        memory.apply(pipeline, settings, "cpu")
+
+
+def test_what_a_pipeline_does_not_have_is_refused_or_left_aside(base, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    stage1 = DiffusionPipeline.from_pretrained(base)
+    memory.apply(stage1, MemorySettings(vae_slicing=True, vae_tiling=True), "cpu")
+    assert stage1.vae.use_slicing and stage1.vae.use_tiling
+    stage1.register_modules(unet=None)
+    with pytest.raises(UserError, match="StableDiffusionPipeline has neither a unet nor a transformer"):
+        memory.apply(stage1, MemorySettings(compile=True), "cpu")
+    stage1.register_modules(vae=stage1.text_encoder)
+    with pytest.raises(UserError, match="vae_tiling=true, but the CLIPTextModel"):
+        memory.apply(stage1, MemorySettings(vae_tiling=True), "cpu")
+    stage1.register_modules(vae=None)
+    memory.apply(stage1, MemorySettings(vae_tiling=True), "cpu")
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """Wide enough for weights to be what fills the memory."""
+    return tiny.base_folder(tmp_path_factory.mktemp("wide"), block_out_channels=(256, 512))
+
+
+def on_gpu(base, image, **settings):
+    """Frames of a pipeline that was set up so, and the bytes of GPU memory that it took at most."""
+    pipeline = tiny.video_pipeline(base)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    memory.apply(pipeline, MemorySettings(**settings), "cuda")
+    return frames(pipeline, image), torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")
+def test_offloading_gives_the_same_frames_in_less_memory_of_the_gpu(wide_base, image):
+    wanted, whole = on_gpu(wide_base, image)
+    found, by_network = on_gpu(wide_base, image, offload="model")
+    assert np.abs(found - wanted).max() < 1e-3
+    assert by_network < 0.8 * whole
+    found, by_layer = on_gpu(wide_base, image, offload="sequential")
+    assert np.abs(found - wanted).max() < 1e-3
+    assert by_layer < 0.8 * by_network
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")
+def test_xformers_gives_the_same_frames(wide_base, image):
+    pytest.importorskip("xformers")
+    wanted, _ = on_gpu(wide_base, image, torch_dtype="float16")
+    found, _ = on_gpu(wide_base, image, torch_dtype="float16", attention="xformers")
+    assert np.abs(found - wanted).mean() < 0.004
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "model"])
+def test_compilation_gives_the_same_frames(wide_base, image, offload):
+    wanted, _ = on_gpu(wide_base, image, torch_dtype="bfloat16")
+    found, _ = on_gpu(wide_base, image, torch_dtype="bfloat16", compile=True, offload=offload)
+    assert np.abs(found - wanted).mean() < 0.015

@@ -1,0 +1,95 @@
+"""Saved video pipelines that take their base from the hub's cache, that are shared by the hub, or that are embedded."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import constants
+from PIL import Image
+
+from fixtures import tiny
+from microcinema.diffusion.rng import generator
+from microcinema.pipelines import ImageToVideoPipeline, load_keyframe_pipeline, load_pipeline, save_pipeline
+from microcinema.pipelines.base_model import ASSETS
+from microcinema.utils.errors import UserError
+
+BASE, VIDEO = "owner/base", "owner/video"
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the hub, without a connection to it: `main` of the base is another model than its branch `v2`."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for seed, revision in enumerate(("main", "v2")):
+        tiny.into_hub_cache(tiny.base_folder(tmp_path / revision, seed=seed), tmp_path / "hub", BASE, revision)
+    return tmp_path / "hub"
+
+
+def frames(pipeline, size=tiny.SIZE):
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "output_type": "np", "generator": [generator(7, 0)]}
+    return pipeline("a red star", IMAGE, height=size, width=size, **settings).frames
+
+
+def test_a_light_folder_takes_the_revision_of_its_base_that_it_was_trained_on(cache, tmp_path):
+    pipeline = tiny.video_pipeline(tmp_path / "v2", base=BASE, base_revision="v2")
+    save_pipeline(pipeline, tmp_path / "light", with_base=False)
+    assert pipeline.components["vae"] is pipeline.vae  # saving has left the pipeline as it was
+    wanted = frames(pipeline)
+    for open_it in (load_pipeline, ImageToVideoPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+        assert np.array_equal(frames(open_it(tmp_path / "light")), wanted)
+    other = tiny.video_pipeline(tmp_path / "v2", base=BASE)
+    save_pipeline(other, tmp_path / "other", with_base=False)
+    assert not np.array_equal(frames(load_pipeline(tmp_path / "other")), wanted)
+    drawing = load_keyframe_pipeline(tmp_path / "light").source.unet.state_dict()
+    second = tiny.unet(seed=1).state_dict()
+    assert all(torch.equal(drawing[name], second[name]) for name in second)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_saved_pipeline_names_no_path_that_it_was_opened_from(cache, tmp_path, with_base):
+    save_pipeline(tiny.video_pipeline(tmp_path / "main", base=BASE), tmp_path / "first")
+    opened = load_pipeline(tmp_path / "first")
+    wanted = frames(opened)
+    save_pipeline(opened, tmp_path / "second", with_base)
+    files = [*(tmp_path / "second").rglob("*.json")]
+    assert any(file.parent.name == "condition_encoder" for file in files)
+    assert all(str(tmp_path) not in file.read_text() for file in files)
+    assert np.array_equal(frames(load_pipeline(tmp_path / "second")), wanted)
+
+
+def test_borrowed_parts_have_the_type_of_the_others(cache, tmp_path):
+    save_pipeline(tiny.video_pipeline(tmp_path / "main", base=BASE), tmp_path / "light", with_base=False)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "light", torch_dtype=torch.bfloat16)
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_a_shared_pipeline_opens_from_the_hub(cache, tmp_path):
+    pipeline = tiny.video_pipeline(tmp_path / "main", base=BASE)
+    for with_base in (True, False):
+        name = f"{VIDEO}-{with_base}"
+        save_pipeline(pipeline, tmp_path / name, with_base)
+        tiny.into_hub_cache(tmp_path / name, cache, name)
+        assert np.array_equal(frames(load_pipeline(name)), frames(pipeline))
+    with pytest.raises(
+        UserError, match="'owner/none' is no folder, nor whole in the hub's cache.*hf download owner/none"
+    ):
+        load_pipeline("owner/none")
+
+
+def test_a_base_whose_parts_do_not_fit_is_refused(cache, tmp_path, monkeypatch):
+    pipeline = tiny.video_pipeline(tmp_path / "main", base=str(tmp_path / "wide"))
+    save_pipeline(pipeline, tmp_path / "light", with_base=False)
+    monkeypatch.setattr(tiny, "WIDTH", 2 * tiny.WIDTH)
+    tiny.base_folder(tmp_path / "wide")
+    with pytest.raises(UserError, match="the text encoder is 64 wide, its UNet reads 32"):
+        load_pipeline(tmp_path / "light")
+
+
+def test_the_embedded_video_model_opens_by_diffusers_own_means():
+    folder = ASSETS / "sprites-microcinema"
+    opened, wanted = DiffusionPipeline.from_pretrained(folder), load_pipeline("sprites-microcinema")
+    assert np.array_equal(frames(opened.to(torch.float32), 64), frames(wanted, 64))

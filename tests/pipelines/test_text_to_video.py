@@ -1,0 +1,77 @@
+"""Both stages together, on tiny random models."""
+
+import numpy as np
+import pytest
+
+from fixtures import tiny
+from microcinema.diffusion.rng import generator
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.saving import load_keyframe_pipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.utils.errors import UserError
+
+PROMPTS = ["a red star moving to the left on sand", "a large blue moon"]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    video = tiny.video_pipeline(tmp_path_factory.mktemp("base"))
+    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
+    pipeline.keyframe.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(both, prompt, seeds, **arguments):
+    steps = {"num_inference_steps": 2}
+    arguments = {"output_type": "np", "keyframe_arguments": steps, **steps, **arguments}
+    return both(prompt, generator=[generator(0, seed) for seed in seeds], **arguments)
+
+
+def test_text_to_video_draws_from_the_base_and_keeps_the_key_frames(both):
+    output = sample(both, PROMPTS, range(4), num_videos_per_prompt=2)
+    assert output.frames.shape == (4, 4, tiny.SIZE, tiny.SIZE, 3)
+    assert [keyframe.provenance["prompt"] for keyframe in output.keyframes] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert len({keyframe.provenance["sha256_of_pixels"] for keyframe in output.keyframes}) == 4
+    alone = sample(both, PROMPTS[1], [3])
+    assert np.array_equal(alone.keyframes[0].image, output.keyframes[3].image)
+    assert np.abs(alone.frames[0] - output.frames[3]).max() < 1e-3
+
+
+def test_texts_of_a_prompt_are_those_of_all_its_videos(both):
+    texts = {"negative_prompt": ["grass", "wood"]}
+    together = sample(both, PROMPTS, range(4), num_videos_per_prompt=2, **texts).frames
+    for number in range(4):
+        own = {key: values[number // 2] for key, values in texts.items()}
+        alone = sample(both, PROMPTS[number // 2], [number], **own).frames[0]
+        assert np.abs(alone - together[number]).max() < 1e-3
+    assert np.abs(sample(both, PROMPTS[0], [0]).frames[0] - together[0]).max() > 1e-3
+
+
+def test_clips_go_on_from_the_key_frame(both):
+    output = sample(both, PROMPTS[0], [0], num_clips=2, num_frames=6, window_overlap=1)
+    assert output.frames.shape[1] == 11
+    one = sample(both, PROMPTS[0], [0], num_frames=6, window_overlap=1)
+    assert np.abs(output.frames[0, :6] - one.frames[0]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"num_frames": 0}, "num_frames"),
+        ({"num_clips": 0}, "num_clips"),
+        ({"window_overlap": 4}, "window_overlap"),
+        ({"width": 30}, "width 30"),
+        ({"fps": 0}, "fps"),
+    ],
+)
+def test_bad_calls_are_found_before_anything_is_drawn(both, monkeypatch, bad, words):
+    monkeypatch.setattr(KeyframePipeline, "__call__", lambda *_, **__: pytest.fail("it was drawn"))
+    with pytest.raises(UserError, match=words):
+        both(PROMPTS, **bad)
+
+
+def test_networks_of_both_stages_have_names_of_their_own(both):
+    names = {"vae", "text_encoder", "unet", "condition_encoder"}
+    drawing = {"keyframe.vae", "keyframe.text_encoder", "keyframe.unet", "keyframe.safety_checker"}
+    assert set(both.networks) == names | drawing
+    assert both.networks["unet"] is both.video.unet and both.networks["keyframe.unet"] is both.keyframe.source.unet

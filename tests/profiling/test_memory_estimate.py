@@ -1,0 +1,207 @@
+"""The estimate of memory is what real tensors take, in the very code that it stands for."""
+
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from fixtures import tiny
+from fixtures.tiny_training import accelerator, one_thread  # noqa: F401
+from microcinema.config.compose import compose
+from microcinema.pipelines.base_model import load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.profiling import memory_estimate
+from microcinema.profiling.memory_tracker import LiveMemory
+from microcinema.training import build, trainer
+from microcinema.training.settings import Settings
+
+FRAMES = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.base_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def composed(base):
+    def with_overrides(*overrides: str):
+        fixed = [f"resolution={tiny.SIZE}", f"num_frames={FRAMES}", f"base.pretrained_model_name_or_path={base}"]
+        return compose("train", [*fixed, *overrides])
+
+    return with_overrides
+
+
+def settings_of(composed, **changes: Any) -> Settings:
+    return Settings(**{**{field.name: composed[field.name] for field in fields(Settings)}, **changes})
+
+
+def real_pipeline(composed) -> ImageToVideoPipeline:
+    """As the command `train` makes it."""
+    base = load_base(**composed.base)
+    networks = build.build_networks(composed, base)
+    pipeline = build.build_pipeline(
+        composed, base.scheduler, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, **networks
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class Clips:
+    """Black clips, as pixels or as latents."""
+
+    def __init__(self, latents: bool, side: int, length: int = 4):
+        self.name = "latents" if latents else "video"
+        self.shape = (FRAMES, tiny.LATENT_CHANNELS if latents else 3, side, side)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {self.name: torch.zeros(self.shape), "caption": "a red star", "fps": 8.0}
+
+
+@pytest.mark.parametrize(
+    "model, arguments",
+    [
+        ("microcinema", {"guidance_scale": 4.0}),
+        ("plain", {"guidance_scale": 1.0, "decode_chunk_size": 1}),
+        ("microcinema", {"guidance_scale": 4.0, "image_guidance_scale": 2.0, "num_frames": 7}),
+    ],
+)
+def test_sampling_takes_what_was_estimated(composed, model, arguments):
+    train = composed(f"model={model}")
+    estimate = memory_estimate.sampling_memory(memory_estimate.empty_pipeline(train), **arguments)
+    assert estimate == memory_estimate.sampling_memory(real_pipeline(train).to("cpu"), **arguments)
+    assert estimate.peak == max(estimate.phases.values()) == estimate.phases[estimate.worst]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_type_is_half_the_weights(composed, dtype):
+    full, half = (
+        memory_estimate.sampling_memory(memory_estimate.empty_pipeline(composed(), kind))
+        for kind in (torch.float32, dtype)
+    )
+    assert half.weights == pytest.approx(full.weights / 2, rel=0.01)
+    assert half.phases["denoising"] < 0.6 * full.phases["denoising"]
+
+
+def test_guidance_and_decoding_at_once_cost_memory(composed):
+    def estimate(**arguments):
+        return memory_estimate.sampling_memory(memory_estimate.empty_pipeline(composed()), **arguments)
+
+    alone, guided = estimate(guidance_scale=1.0), estimate(guidance_scale=4.0)
+    working = [estimate.phases["denoising"] - estimate.weights for estimate in (alone, guided)]
+    assert 1.6 < working[1] / working[0] < 2.1
+    assert estimate(decode_chunk_size=1).phases["decoding"] < alone.phases["decoding"]
+
+
+RUNS = {
+    "temporal": {},
+    "temporal, and a 2D block": {"unfreeze": ["up_blocks.1"]},
+    "everything, with checkpoints": {"train": "all", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "bf16, no average": {"mixed_precision": "bf16", "use_ema": False},
+    "pixels, validation": {"validation_prompts": ["a red star"]},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_takes_what_was_estimated(composed, tmp_path, name):
+    train, latents = composed(), "pixels" not in name
+    changes = {"output_dir": str(tmp_path), "max_train_steps": 2, "train_batch_size": 2, "dataloader_num_workers": 0}
+    settings = settings_of(train, **changes, report_to=None, **RUNS[name])
+    estimate = memory_estimate.training_memory(memory_estimate.empty_pipeline(train), settings, latents)
+    pipeline = real_pipeline(train)
+
+    def validate(accelerator, pipeline, step):
+        with accelerator.autocast():
+            pipeline("a red star", Image.new("RGB", (64, 64)), num_inference_steps=1, output_type="pt")
+
+    clips = Clips(latents, tiny.SIZE // tiny.VAE_FACTOR if latents else tiny.SIZE)
+    with LiveMemory() as live:
+        live.watch(memory_estimate.tensors(pipeline))
+        trainer.train(
+            accelerator(settings), pipeline, clips, settings, validate if settings.validation_prompts else None
+        )
+    assert live.peak == pytest.approx(estimate.peak, rel=0.02)
+
+
+def test_what_is_held_is_told_apart(composed):
+    def estimate(**changes: Any) -> memory_estimate.Estimate:
+        settings = settings_of(composed("model=plain"), mixed_precision="no", train_batch_size=1, **changes)
+        return memory_estimate.training_memory(
+            memory_estimate.empty_pipeline(composed("model=plain")), settings, latents=True
+        )
+
+    temporal, everything = (
+        estimate(),
+        estimate(train="all", gradient_checkpointing=True, use_8bit_adam=True, use_ema=False),
+    )
+    assert temporal.weights == everything.weights
+    assert temporal.gradients < everything.gradients < everything.weights
+    assert temporal.optimizer == pytest.approx(2 * temporal.gradients, rel=0.01)
+    assert temporal.average == temporal.gradients
+    assert everything.optimizer == everything.gradients / 2  # two bytes for four
+    assert everything.average == 0
+    assert everything.activations < temporal.activations / 2
+    assert set(temporal.phases) == {"encoding", "training", "updating"}
+    held = temporal.weights + temporal.optimizer + temporal.average
+    assert held < temporal.phases["updating"]
+    assert held + temporal.activations <= temporal.phases["training"]
+
+
+@pytest.mark.parametrize(
+    "precision, wanted", [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_mixed_precision_follows_the_rules_of_the_device(precision, wanted):
+    x, weight = torch.ones(1, 4, 2, 2), torch.ones(4, 4, 1, 1)
+
+    def types(rules) -> list[torch.dtype]:
+        with rules, memory_estimate.autocast(precision):
+            h = functional.conv2d(x, weight)
+            normed = functional.layer_norm(functional.group_norm(h, 2), (2,))
+            return [h.dtype, normed.dtype, functional.interpolate(h, scale_factor=2.0).dtype]
+
+    assert types(memory_estimate.like_cuda()) == [wanted, torch.float32, wanted]
+    assert types(nullcontext())[:2] == [wanted, wanted]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_rules_of_cuda_are_those_of_cuda(precision):
+    x, weight = torch.ones(1, 4, 2, 2), torch.ones(4, 4, 1, 1)
+
+    def types(where: str) -> list[torch.dtype]:
+        h = functional.conv2d(x.to(where), weight.to(where))
+        normed = functional.layer_norm(functional.group_norm(h, 2), (2,))
+        enlarged = functional.interpolate(h, scale_factor=2.0)
+        attended = functional.scaled_dot_product_attention(normed, normed, normed)
+        return [y.dtype for y in (h, normed, enlarged, attended, functional.silu(normed), torch.cat([h, normed]))]
+
+    with torch.autocast("cuda", memory_estimate.DTYPES[precision]):
+        wanted = types("cuda")
+    with memory_estimate.like_cuda(), memory_estimate.autocast(precision):
+        assert types("cpu") == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_takes_what_was_estimated(composed, tmp_path):
+    train = composed("resolution=64")
+    changes = {"output_dir": str(tmp_path), "max_train_steps": 2, "train_batch_size": 8, "dataloader_num_workers": 0}
+    settings = settings_of(train, **changes, report_to=None, mixed_precision="bf16", train="all")
+    estimate = memory_estimate.training_memory(
+        memory_estimate.empty_pipeline(train), settings, latents=True, device="cuda"
+    )
+    pipeline = real_pipeline(train)
+    clips = Clips(latents=True, side=64 // tiny.VAE_FACTOR, length=16)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train(accelerator(settings), pipeline, clips, settings)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(estimate.peak, rel=0.15)

@@ -1,0 +1,82 @@
+"""The recipe of the embedded models, with next to no data and steps: every stage writes what the next one reads, and is skipped once done."""
+
+import runpy
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from microcinema.evaluation.detectors import SpriteJudge
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "recipes" / "train_assets.py"
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_a_stable_diffusion_and_a_judge(tmp_path):
+    counts = ["train_clips=16", "clip_steps=2", "vae_steps=2", "unet_steps=2", "classifier_steps=2"]
+    places = [f"work={tmp_path / 'work'}", f"assets={tmp_path / 'assets'}"]
+    command = [sys.executable, str(SCRIPT), *places, *counts, "stages=[clip,vae,unet,classifier]"]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    base = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "sprites-base", torch_dtype=torch.float32)
+    base.set_progress_bar_config(disable=True)
+    assert base.vae.config.scaling_factor != 0.18215  # diffusers' default; the VAE's own must have been stored
+    image = base("a large red star on sand", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert len(base.tokenizer("a large red star rotating slowly counterclockwise on sand").input_ids) == 9 + 2
+    names, features = SpriteJudge.load(tmp_path / "assets" / "sprites-classifier")(
+        (image * 255).astype("uint8")[None, None].repeat(16, 1)
+    )
+    assert set(names[0]) >= {"shape", "colour", "background"} and features.shape == (1, 128)
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
+
+
+def test_the_card_tells_what_was_measured_of_both_video_models():
+    script = runpy.run_path(str(SCRIPT))
+
+    def result(object_share: float) -> dict:
+        measure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+        model = defaultdict(lambda: measure, object={**measure, "value": object_share})
+        part = {"n": 10, "model": model, "real": defaultdict(lambda: measure), "frechet": {"model": 7.0, "real": 3.0}}
+        told = {"seed": 0, "num_inference_steps": 25, "guidance_scale": 2.0}
+        clips = [
+            {"asked": {"motion": motion}, "right": {"motion": right}}
+            for motion, right in (("clockwise", True), ("clockwise", False), ("counterclockwise", True), ("left", True))
+        ]
+        return {"parts": {"seen": part}, "protocol": {"identifier": "sprites-1"}, "model": told, "clips": clips}
+
+    names = script["VIDEO_MODELS"]
+    trained = {
+        "max_train_steps": 77,
+        "learning_rate": 0.002,
+        "timestep_logit_normal": [0.5, 3.0],
+        "unfreeze": ["a", "b"],
+    }
+    card = script["render_card"](
+        script["Recipe"](),
+        {"sprites-base/unet": 1234567},
+        {
+            "results": dict(zip(names, map(result, (0.915, 0.825)), strict=True)),
+            "following": {"model": {"motion": {"value": 0.875, "low": 0.8, "high": 0.9, "n": 99}}, "keyframes": 9},
+            "flow": {
+                "clips": 40,
+                "t=20": {"predict_net": 0.01, "zero": 0.04},
+                "t=300": {"predict_net": 0.03, "zero": 0.04},
+            },
+            "videos": dict.fromkeys(names, SimpleNamespace(**trained)),
+        },
+    )
+    assert "| `sprites-base/unet` | 1,234,567 |" in card and "{" not in card
+    assert "rotations in 2 (`sprites-microcinema`) and 2 (`sprites-factorized-dreamer`) of\nthe 3 clips below" in card
+    assert card.index("91.5%") < card.index("82.5%") < card.index("87.5% (80.0 to 90.0) of 99 videos of 9 key frames")
+    assert "0.0100 of 0.0400 (0.25) at t=20, 0.0300 of 0.0400 (0.75) at t=300." in card
+    assert "(`experiment=sprites_factorized_dreamer`) | 77 | 8 clips |" in card
+    assert "but for the last ones (`a`, `b`), which it trained further" in card
+    assert "a learning rate of 0.002" in card and "`timestep_logit_normal` [0.5, 3.0]" in card

@@ -1,0 +1,432 @@
+import importlib.util
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+import yaml
+from PIL import Image
+
+from fixtures import tiny, tiny_training
+from fixtures.tiny_training import LatentClips, PoisonedClips, logged, one_thread, pipeline, train, weights  # noqa: F401
+from microcinema.commands import cli
+from microcinema.data.clips import ClipDataset
+from microcinema.data.latents import encode
+from microcinema.diffusion.rng import generator
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.saving import load_pipeline
+from microcinema.sprites.dataset import write_dataset
+from microcinema.training import trainer
+from microcinema.training.batch_encoder import BatchEncoder, TextCache
+from microcinema.training.loss import Denoiser, Objective, training_loss
+from microcinema.training.settings import Settings
+from microcinema.training.validation import Validation
+from microcinema.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Six clips of Moving Sprites, 16 frames each: real mp4 files."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_dataset(folder, num_clips=6, seed=0)
+    return folder
+
+
+def clip_dataset(folder: Path, **settings) -> ClipDataset:
+    return ClipDataset(folder / "clips.csv", folder, tiny_training.FRAMES, 8.0, tiny.SIZE, clip="random", **settings)
+
+
+class BreakOff(Exception):
+    pass
+
+
+class Fuse:
+    """Lets a data set deliver this many clips and then breaks the run off."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self, index: int) -> None:
+        if self.left == 0:
+            raise BreakOff
+        self.left -= 1
+
+
+# What a run learns
+
+
+def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
+    model, dataset = pipeline(tmp_path), LatentClips(2)
+    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, 0.0, seed=99)
+    encode = BatchEncoder(model, torch.device("cpu"))
+
+    @torch.no_grad()
+    def loss() -> float:
+        items = torch.utils.data.default_collate([{**dataset[k % 2], "number": k} for k in range(16)])
+        batch = encode(items)
+        draws = objective.draw(batch.numbers, batch.latents.shape[1:])
+        denoiser = Denoiser(model.unet, model.condition_encoder)
+        return training_loss(denoiser, batch, draws, encode.dropped(), objective).total.mean().item()
+
+    before = loss()
+    train(
+        model,
+        dataset,
+        tmp_path / "run",
+        max_train_steps=16,
+        lr_warmup_steps=0,
+        learning_rate=3e-3,
+        use_ema=False,
+        report_to=None,
+    )
+    assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize(("which", "unfreeze"), [("temporal", []), ("temporal", ["up_blocks.1"]), ("all", [])])
+def test_only_what_is_to_be_trained_changes(tmp_path, which, unfreeze):
+    model = pipeline(tmp_path)
+    before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
+    added = {id(parameter) for parameter in model.unet.added_parameters()}
+    settings = {"train": which, "unfreeze": unfreeze, "max_train_steps": 2, "report_to": None}
+    train(model, LatentClips(), tmp_path / "run", **settings)
+    state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
+    trained = [p for net in (model.unet, model.condition_encoder) for p in net.parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in state["param_groups"]) == len(trained)
+    for name, parameter in model.unet.named_parameters():
+        frozen = which == "temporal" and id(parameter) not in added and not name.startswith(tuple(unfreeze))
+        assert parameter.requires_grad is not frozen
+        if frozen:
+            assert parameter.grad is None and torch.equal(parameter, before[name]), name
+    changed = [name for name, parameter in model.unet.named_parameters() if not torch.equal(parameter, before[name])]
+    assert changed
+    if which == "all" or unfreeze:
+        assert any(id(parameter) not in added for name, parameter in model.unet.named_parameters() if name in changed)
+
+
+def test_averages_follow_their_recurrence_and_are_what_is_saved(tmp_path):
+    model = pipeline(tmp_path)
+    start = {f"unet.{name}": p.clone() for name, p in model.unet.named_parameters()}
+    run = train(
+        model, LatentClips(), tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=None, ema_decay=0.5
+    )
+    name = next(
+        name
+        for name in json.loads((run / "checkpoint-1/training_state.json").read_text())["trained"]
+        if "temporal" in name
+    )
+    average = start[name]
+    for step in range(1, 5):
+        decay = 0.0 if step == 1 else min(0.5, step / (9 + step))  # (1 + n) / (10 + n), n = step - 1
+        found = weights(run / f"checkpoint-{step}")
+        now = found[f"unet/diffusion_pytorch_model.safetensors:{name.removeprefix('unet.')}"]
+        average = decay * average + (1 - decay) * now
+        torch.testing.assert_close(found[f"ema.safetensors:{name}"], average)
+    saved = load_pipeline(run)
+    torch.testing.assert_close(dict(saved.unet.named_parameters())[name.removeprefix("unet.")], average)
+    # The model in memory goes on from its own weights.
+    assert torch.equal(dict(model.unet.named_parameters())[name.removeprefix("unet.")], now)
+
+
+def test_learning_rate_warms_up_over_optimiser_steps(tmp_path):
+    settings = {"max_train_steps": 4, "lr_warmup_steps": 3, "learning_rate": 3e-3, "gradient_accumulation_steps": 2}
+    run = train(pipeline(tmp_path), LatentClips(), tmp_path / "run", train_batch_size=1, **settings)
+    rates = logged(run, "lr")
+    assert [rates[step] for step in range(1, 5)] == pytest.approx([0, 1e-3, 2e-3, 3e-3])
+
+
+def test_what_is_logged(tmp_path):
+    run = train(pipeline(tmp_path), LatentClips(), tmp_path / "run", max_train_steps=2, train_batch_size=8)
+    loss = logged(run)[2]
+    quarters = [logged(run, f"loss/t{k}").get(2) for k in range(1, 5)]
+    assert min(q for q in quarters if q is not None) <= loss <= max(q for q in quarters if q is not None)
+    assert logged(run, "grad_norm")[1] > 0
+    assert logged(run, "clips_per_second")[2] > 0
+    assert 0 <= logged(run, "data_wait")[2] <= 1
+    assert 0 < logged(run, "flop_utilisation")[2] < 1
+    assert 0.05 < logged(run, "peak_memory_gib")[1] <= logged(run, "peak_memory_gib")[2] < 100
+
+
+def test_wandb_works_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    sent, log = [], wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, data, *rest, **more: sent.append(data) or log(run, data, *rest, **more)
+    )
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "keyframe.png")
+    settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 1, "report_to": "wandb"})
+    accelerator, keyframes = tiny_training.accelerator(settings), KeyframePipeline(tmp_path / "keyframe.png")
+    validation = Validation(accelerator, keyframes, ["a star"], tiny.SIZE, tiny.SIZE, tmp_path / "run")
+    trainer.train(accelerator, pipeline(tmp_path), LatentClips(), settings, validation)
+    assert list(tmp_path.rglob("*.wandb"))
+    (media,) = tmp_path.rglob("files/media/videos/validation/*.gif")
+    assert media.read_bytes() == (tmp_path / "run/validation/step-1/0.gif").read_bytes()
+    figures = {"loss", "grad_norm", "lr", "clips_per_second", "data_wait", "broken_clips"}
+    figures |= {"flop_utilisation", "peak_memory_gib", "checkpoint_seconds", "validation_seconds", "validation/0"}
+    figures |= {f"validation/{name}" for name in ("reference_psnr", "reference_ssim", "motion_magnitude")}
+    assert figures <= {name for values in sent for name in values}
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}])
+def test_memory_savers_train_alike(tmp_path, changes):
+    plain = train(pipeline(tmp_path), LatentClips(), tmp_path / "plain", max_train_steps=2)
+    saving = train(pipeline(tmp_path), LatentClips(), tmp_path / "saving", max_train_steps=2, **changes)
+    tolerance = 2e-2 if "mixed_precision" in changes else 1e-6
+    for step, loss in logged(plain).items():
+        assert logged(saving)[step] == pytest.approx(loss, abs=tolerance)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(saving / "checkpoint-2").values())
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, clips):
+    """Bit for bit: weights, averages, optimiser and losses; real files, random parts of them, a worker, over the end of an epoch."""
+    settings = {"checkpointing_steps": 2, "dataloader_num_workers": 1, "checkpoints_total_limit": None}
+    train(pipeline(tmp_path), clip_dataset(clips), tmp_path / "whole", **settings)
+
+    broken = clip_dataset(clips)
+    fuse = Fuse(6)
+    read = broken.__class__.__getitem__
+
+    class Breaking(ClipDataset):
+        def __getitem__(self, index):
+            fuse(index)
+            return read(self, index)
+
+    broken.__class__ = Breaking
+    with pytest.raises(BreakOff):
+        train(pipeline(tmp_path), broken, tmp_path / "parts", **{**settings, "dataloader_num_workers": 0})
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-2"]
+    torch.manual_seed(12345)  # nothing may hang on the state that the resuming process happens to start in
+    train(
+        pipeline(tmp_path, seed=7),
+        clip_dataset(clips),
+        tmp_path / "parts",
+        resume_from_checkpoint="latest",
+        **settings,
+    )
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    one, other = (weights(tmp_path / run) for run in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    one, other = (
+        torch.load(tmp_path / run / "checkpoint-4/optimizer.bin", weights_only=True)["state"]
+        for run in ("whole", "parts")
+    )
+    assert all(torch.equal(one[k][name], other[k][name]) for k in one for name in one[k])
+
+
+@pytest.mark.slow
+def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path, monkeypatch):
+    """Global batches of four, also over two real processes, of which each is interrupted and resumed."""
+    plain = train(pipeline(tmp_path), LatentClips(), tmp_path / "1x4", train_batch_size=4)
+    parts = train(
+        pipeline(tmp_path), LatentClips(), tmp_path / "2x2", train_batch_size=2, gradient_accumulation_steps=2
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Else accelerate gives each process all cores, and OpenMP's threads spin while they wait for one another.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(_two_processes, (port, tmp_path), nprocs=2)
+    wanted = logged(plain)
+    assert len(wanted) == 4
+    for run in (parts, tmp_path / "two", tmp_path / "two-parts"):
+        assert logged(run) == pytest.approx(wanted, abs=1e-5), run
+    one, other = weights(tmp_path / "two"), weights(tmp_path / "two-parts")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    # The prompts of validation were shared out, and validating changed nothing of the training.
+    videos = {path.name for path in (tmp_path / "two/validation/step-4").glob("*.mp4")}
+    assert videos == {"0.mp4", "1.mp4", "2.mp4"}
+    # Every process left its part of the checkpoint.
+    names = {path.name for path in (tmp_path / "two-parts/checkpoint-4").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin", "unet", "condition_encoder"} <= names
+    assert len(list((tmp_path / "poisoned/not_finite").iterdir())) == 1
+
+
+def _two_processes(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        ACCELERATE_USE_CPU="true",
+    )
+    own = folder / f"process-{rank}"
+    own.mkdir()
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(own / "keyframe.png")
+    prompts = ["a red star", "a blue circle", "a green moon"]
+
+    def run(name: str, seed: int = 0, validates: bool = False, clips: type = LatentClips, **changes: Any) -> None:
+        settings = Settings(str(folder / name), **{**tiny_training.SMALL, "checkpointing_steps": 2, **changes})
+        accelerator = tiny_training.accelerator(settings)
+        assert accelerator.num_processes == 2
+        validate = None
+        if validates:
+            validate = Validation(
+                accelerator, KeyframePipeline(own / "keyframe.png"), prompts, tiny.SIZE, tiny.SIZE, folder / name
+            )
+        trainer.train(accelerator, pipeline(own, seed), clips(), settings, validate)
+
+    run("two", validates=True)
+    run("two-parts", max_train_steps=2)
+    run("two-parts", seed=5, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="the loss is nan"):  # both, or the other would wait for ever
+        run("poisoned", clips=PoisonedClips)
+
+
+def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
+    model = pipeline(tmp_path)
+    vae = model.vae
+    video = torch.rand(3, 2, 3, tiny.SIZE, tiny.SIZE, generator=generator(1)) * 2 - 1
+    items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "number": torch.arange(3)}
+    batch = BatchEncoder(model, torch.device("cpu"))(items)
+    for clip, latents in zip(video, batch.latents, strict=True):
+        assert torch.equal(latents, encode(vae, clip[None])[0])  # whatever the batch
+    mean = vae.encode(video[0]).latent_dist.mean * vae.config.scaling_factor
+    torch.testing.assert_close(batch.latents[0], mean)
+
+
+def test_captions_are_encoded_once_while_they_are_kept():
+    asked = []
+
+    def encode(captions):
+        asked.extend(captions)
+        return torch.full((1, 2, 3), float(len(captions[0])))
+
+    embed = TextCache(encode, capacity=2)
+    assert embed(["a", "bb", "a"])[:, 0, 0].tolist() == [1, 2, 1]
+    assert asked == ["a", "bb"]
+    embed(["ccc"])  # "bb" is the one used least recently
+    embed(["a"])
+    assert asked == ["a", "bb", "ccc"]
+    embed(["bb"])
+    assert asked == ["a", "bb", "ccc", "bb"]
+
+
+# The command
+
+
+def test_the_command_trains_validates_and_saves(tmp_path, clips):
+    tiny.base_folder(tmp_path / "base")
+    run = tmp_path / "run"
+    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    code = cli.main(
+        [
+            "train",
+            f"base.pretrained_model_name_or_path={tmp_path / 'base'}",
+            f"data.root={clips}",
+            f"output_dir={run}",
+            f"resolution={tiny.SIZE}",
+            "num_frames=4",
+            "max_train_steps=2",
+            "train_batch_size=2",
+            "model=plain",
+            "model.reference_frame=center",
+            "train=all",  # or the base's prediction type could not be changed
+            "diffusion.scheduler.prediction_type=v_prediction",
+            "validation_prompts=[a red star, a blue circle]",
+        ]
+    )
+    assert code == 0
+    saved = load_pipeline(run)
+    assert saved.unet.config["keyframe_channels"] == tiny.LATENT_CHANNELS
+    assert saved.training_scheduler.config["prediction_type"] == "v_prediction"
+    assert (saved.reference_frame, saved.config["num_frames"], saved.config["height"]) == ("center", 4, tiny.SIZE)
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_train_steps"] == 2
+    assert json.loads((run / "environment.json").read_text())[0]["num_processes"] == 1
+    assert {path.name for path in (run / "validation/step-2").iterdir()} == {
+        "0.mp4",
+        "0.gif",
+        "1.mp4",
+        "1.gif",
+        "contact_sheet.png",
+    }
+    assert not list(run.glob(".*"))
+
+
+def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, capsys, monkeypatch):
+    tiny.base_folder(tmp_path / "base")
+    run = tmp_path / "run"
+    small = [f"resolution={tiny.SIZE}", "num_frames=4", "max_train_steps=2", "train_batch_size=1", "model=plain"]
+    where = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={clips}", f"output_dir={run}"]
+    command = ["train", *where, *small, "dataloader_num_workers=0", "resume_from_checkpoint=latest", "report_to=null"]
+
+    def call(*overrides: str) -> int:
+        tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+        return cli.main([*command, *overrides])
+
+    optimise = trainer._optimise
+
+    def signalled(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimise(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(trainer, "_optimise", signalled)
+        assert call() == 75
+    assert "saved step 1 of 2; go on with resume_from_checkpoint=latest" in capsys.readouterr().out
+    assert (run / "checkpoint-1").is_dir() and not (run / "model_index.json").exists()
+    before = (run / "config.yaml").read_bytes()
+    assert call("seed=1") == 2
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before  # a run that is refused leaves no trace
+    assert call() == 0
+    assert (run / "model_index.json").exists()
+
+
+def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
+    tiny.base_folder(tmp_path / "base")
+    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    arguments = [
+        "train",
+        f"base.pretrained_model_name_or_path={tmp_path / 'base'}",
+        f"data.root={clips}",
+        f"output_dir={tmp_path / 'run'}",
+        f"resolution={tiny.SIZE}",
+        "num_frames=17",
+        "dataloader_num_workers=1",
+    ]
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and ".mp4" in message and "17" in message
+    assert not (tmp_path / "run/model_index.json").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_train_steps": 0},
+        {"train_batch_size": 0},
+        {"gradient_accumulation_steps": -1},
+        {"seed": -1},
+        {"text_dropout": 1.5},
+        {"learning_rate": 0.0},
+        {"checkpoints_total_limit": 0},
+        {"timestep_logit_normal": (0.0, 0.0)},
+        {"report_to": "paper"},
+        {"mixed_precision": "fp8"},
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes):
+    (name,) = changes
+    with pytest.raises(UserError, match=name):
+        Settings(**{"output_dir": "x", "max_train_steps": 1, **changes})
+
+
+def test_8bit_adam_needs_its_library():
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(UserError, match="bitsandbytes"):
+        trainer.make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
