@@ -344,16 +344,16 @@ def flow(arguments: argparse.Namespace) -> None:
     from microcinema.sprites.flow_error import flow_error
     from microcinema.sprites.scene import sample_attributes
     from microcinema.training.checkpoint import load_averages
-    from microcinema.training.loss import Denoiser
+    from microcinema.training.loss import TrainableModel
 
     config = read_config(arguments.checkpoint.parent)
     folder = arguments.checkpoint / "predict_net"
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is not there; give a checkpoint of a run with model.flow_teacher")
+        raise UserError(f"'{folder}' is not there; give a checkpoint of a run with model.flow_model")
     pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
     predict_net = PredictNet.from_pretrained(folder)
     if config.use_ema:  # what is exported; PredictNet has averages as well
-        load_averages(arguments.checkpoint, Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net))
+        load_averages(arguments.checkpoint, TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net))
     shown = [sample_attributes(FLOW_WORLD, index, "heldout") for index in range(arguments.clips)]
     report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
     for t in arguments.steps:

@@ -17,7 +17,7 @@ import psutil
 from torch.utils.data import DataLoader
 
 from microcinema.data.clips import ClipDataset
-from microcinema.data.indexed import NumberedClips, RankNumbers
+from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.quarantine import Quarantine
 from microcinema.data.video_writer import write_video
 
@@ -58,8 +58,8 @@ def measure(
     """Reads so many clips in batches of 4; memory after `warm` of them and the most after that, in bytes."""
     listing = write_clips(folder, *size)
     data = ClipDataset(listing, folder, 16, 8.0, 64, decoder=decoder, timeout=timeout)
-    numbered = NumberedClips(data, 0, Quarantine(folder / "quarantine"))
-    loader = DataLoader(numbered, batch_sampler=RankNumbers(0, clips, 4), num_workers=num_workers)
+    numbered = IndexedDataset(data, 0, Quarantine(folder / "quarantine"))
+    loader = DataLoader(numbered, batch_sampler=DistributedBatchSampler(0, clips, 4), num_workers=num_workers)
     before, most, began, every = 0, 0, time.perf_counter(), max(1, (clips - warm) // 20 // 4)
     for number, _ in enumerate(loader, start=1):
         if 4 * number == warm:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from microcinema import __version__
 from microcinema.config.compose import compose
-from microcinema.pipelines.base_model import check_weights, is_embedded, locate, open_folder
+from microcinema.pipelines.base_model import check_weights, is_embedded, locate, resolve_snapshot
 from microcinema.profiling.memory_estimate import (
     Estimate,
     empty_pipeline,
@@ -205,7 +205,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     try:
         source = locate(name)
         of_hub = not Path(source).is_dir()
-        folder = (_cached(source, revision) if of_hub else None) or open_folder(name, (), revision)
+        folder = (_cached(source, revision) if of_hub else None) or resolve_snapshot(name, (), revision)
     except UserError as error:
         return Finding("base", str(error), PROBLEM), None
     where = "of the hub" if of_hub else "embedded" if is_embedded(name) else "a folder"

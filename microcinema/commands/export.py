@@ -10,12 +10,19 @@ from microcinema.commands.sample import quieten_libraries
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base_model import INDEX, freeze, is_embedded, load_index, load_scheduler_config, open_folder
+from microcinema.pipelines.base_model import (
+    INDEX,
+    freeze,
+    is_embedded,
+    load_index,
+    load_scheduler_config,
+    resolve_snapshot,
+)
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saving import load_pipeline, write_pipeline
 from microcinema.training.build import build_pipeline
 from microcinema.training.checkpoint import load_averages
-from microcinema.training.loss import Denoiser
+from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
 from microcinema.training.trainer import CONFIG
 from microcinema.utils.errors import UserError
@@ -72,9 +79,9 @@ def open_checkpoint(folder: Path, config: "DictConfig", use_ema: bool) -> ImageT
     unet = VideoUNet.from_pretrained(folder / "unet")
     condition_encoder = ConditionEncoder.from_pretrained(folder / "condition_encoder")
     if use_ema:
-        load_averages(folder, Denoiser(unet, condition_encoder))
+        load_averages(folder, TrainableModel(unet, condition_encoder))
     name, revision = config.base.pretrained_model_name_or_path, config.base.revision
-    scheduler = make_scheduler(load_scheduler_config(open_folder(name, revision=revision)))
+    scheduler = make_scheduler(load_scheduler_config(resolve_snapshot(name, revision=revision)))
     parts = {"unet": unet, "condition_encoder": condition_encoder}
     return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, **parts)
 

@@ -85,7 +85,7 @@ def run(config: "DictConfig") -> None:
 
 
 def _thresholds(config: "DictConfig") -> dict[str, Any]:
-    keys = ("num_frames", "fps", "timeout", "static_below", "watermark_above")
+    keys = ("num_frames", "fps", "timeout", "min_motion", "max_watermark_score")
     return {**{key: config[key] for key in keys}, "reject": list(config.reject)}
 
 
@@ -174,7 +174,7 @@ def _edges_of_chunk(task: tuple[Any, Any, float]) -> list[np.ndarray]:
     reader, edges = IsolatedReader(timeout), []
     for index in indices:
         try:
-            edges.append(quality.lasting_edges(quality.look(reader, dataset.source(index)).frames))
+            edges.append(quality.persistent_edges(quality.look(reader, dataset.source(index)).frames))
         except UserError:
             continue  # the check itself says so
     reader.close()
@@ -214,9 +214,9 @@ def _wrongs(columns: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str,
     return {
         "broken": columns["decodable"] != 1,
         "short": columns["num_frames"] < wanted if by_count else columns["duration"] <= (wanted - 1) / fps,
-        "static": columns["motion"] < config["static_below"],
+        "static": columns["motion"] < config["min_motion"],
         "cut": ~np.isnan(columns["cut"]),
-        "watermark": columns["watermark"] > config["watermark_above"],
+        "watermark": columns["watermark"] > config["max_watermark_score"],
     }
 
 

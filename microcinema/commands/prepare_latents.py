@@ -46,7 +46,7 @@ def run(config: "DictConfig") -> None:
         _pipeline(OmegaConf.merge(config, {"fps": config.fps or 8.0})),  # type: ignore[arg-type]
         dataset,
         Path(config.latents),
-        config.model.flow_teacher,
+        config.model.flow_model,
         keep=config.keep,
         layout=Layout(len(dataset), config.passes, config.clips_per_shard),
         num_workers=config.dataloader_num_workers,
@@ -61,7 +61,7 @@ def encode_clips(
     pipeline: ImageToVideoPipeline,
     dataset: Any,
     folder: Path,
-    flow_teacher: str | None,
+    flow_model: str | None,
     keep: Sequence[str] | None,
     layout: Layout,
     num_workers: int = 0,
@@ -75,7 +75,7 @@ def encode_clips(
         pipeline: of which the frozen encoders are used.
         dataset: of clips; those that cannot be read go to quarantine, and are missing.
         folder: to write.
-        flow_teacher: of PredictNet; None: there is none.
+        flow_model: of PredictNet; None: there is none.
         keep: beside latents, some of what the model reads; None: all that it reads.
         layout: of the folder.
         num_workers: processes that decode, for each process.
@@ -94,8 +94,8 @@ def encode_clips(
     for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
         if encoder is not None:
             encoder.requires_grad_(False).eval().to(accelerator.device)
-    parts = fingerprint(pipeline, dataset, flow_teacher)
-    keep = _kept(keep, parts, pipeline.shows_pixels)
+    parts = fingerprint(pipeline, dataset, flow_model)
+    keep = _kept(keep, parts, pipeline.uses_keyframe_pixels)
     encode = BatchEncoder(pipeline, accelerator.device)
 
     def kept(items: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -109,7 +109,7 @@ def encode_clips(
     accelerator.wait_for_everyone()
 
     if "flow" in keep:
-        dataset = FlowClips(dataset, str(flow_teacher), pipeline.vae_scale_factor)
+        dataset = FlowClips(dataset, str(flow_model), pipeline.vae_scale_factor)
     rank = accelerator.process_index
     shards = latent_writer.missing(folder, layout, rank, accelerator.num_processes)
     errors = ErrorRate(max_error_rate)
@@ -140,7 +140,7 @@ def _pipeline(config: "DictConfig") -> ImageToVideoPipeline:
     )
 
 
-def _kept(keep: Sequence[str] | None, parts: Mapping[str, Any], shows_pixels: bool) -> list[str]:
+def _kept(keep: Sequence[str] | None, parts: Mapping[str, Any], uses_keyframe_pixels: bool) -> list[str]:
     """What to keep beside the latents; by default all that the model reads, pixels of the key frame only if its tokens are not enough.
 
     Raises:
@@ -151,7 +151,7 @@ def _kept(keep: Sequence[str] | None, parts: Mapping[str, Any], shows_pixels: bo
     if unknown:
         raise UserError(f"keep={unknown[0]}, which this model does not read; it reads {', '.join(known)}")
     if keep is None:
-        return [name for name in known if name != "keyframe" or shows_pixels]
+        return [name for name in known if name != "keyframe" or uses_keyframe_pixels]
     return [name for name in known if name in keep]
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from microcinema.config.compose import instantiate
-from microcinema.data.indexed import NumberedClips
+from microcinema.data.indexed import IndexedDataset
 from microcinema.data.video_writer import write_contact_sheet
 
 if TYPE_CHECKING:
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def run(config: "DictConfig") -> None:
-    """Draws clips 0 to `num_clips - 1` in the order of training, with what the model is told of each under it.
+    """TrainingNoise clips 0 to `num_clips - 1` in the order of training, with what the model is told of each under it.
 
     Raises:
         UserError: the data set cannot be read, or a clip of it.
     """
-    clips = NumberedClips(instantiate(config.data), config.seed)
+    clips = IndexedDataset(instantiate(config.data), config.seed)
     pictures, captions = [], []
     for number in range(config.num_clips):
         item = clips[number]

@@ -35,7 +35,7 @@ RECORD, KEYFRAME_RECORD = ".json", "_keyframe.json"
 _DRAWING = 1  # follows a video's own numbers in the generator of its key frame
 _SHARED = ("num_inference_steps", "guidance_scale", "negative_prompt")  # by both stages, unless stage 1 has its own
 _PASSED_ON = (*_SHARED, "image_guidance_scale", "decode_chunk_size")
-_DESCRIBED = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "reference_frame", "training_schedule")
+_DESCRIBED = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "keyframe_position", "training_schedule")
 _ORIGIN = ("source", "revision", "variant")  # where a model or an image was found; what it is, its hash says
 
 

@@ -245,7 +245,7 @@ def _override(tree: dict[str, Any], key: str, text: str, kinds: Mapping[str, Any
         node[name] = (None if optional and text == "null" else text) if _is_text(kind) else _yaml(key, text)
     elif isinstance(old, str) and "${" not in old:
         # Below the top level no type is declared: that of the value in the file stands for it, and a text may give way to
-        # null or a number (`reference_frame=3`). What the argument really takes is checked in `instantiate`.
+        # null or a number (`keyframe_position=3`). What the argument really takes is checked in `instantiate`.
         node[name] = None if text == "null" else int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
     else:
         value = _yaml(key, text)

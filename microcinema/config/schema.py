@@ -23,9 +23,9 @@ class Train:
     model: Group
     output_dir: str
     seed: int
-    init_from: str | None
+    init_weights_from: str | None
     train: Literal["temporal", "all"]
-    unfreeze: list[str]
+    trainable_unet_layers: list[str]
     resolution: Count | tuple[Count, Count]
     num_frames: Count
     fps: Positive | None
@@ -134,8 +134,8 @@ class Check:
     ray_address: str | None
     timeout: Positive
     reject: list[Literal["short", "static", "cut", "duplicate", "watermark"]]
-    static_below: NotNegative
-    watermark_above: float
+    min_motion: NotNegative
+    max_watermark_score: float
     resolution: Count | tuple[Count, Count]
     num_frames: Count
     fps: Positive | None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microcinema.data.ordering import Shuffled, Stream
+from microcinema.data.ordering import ShuffledOrder, Stream
 from microcinema.utils.errors import UserError
 
 _TICK = 1e-6  # seconds, as in data/video_reader.py
@@ -35,7 +35,7 @@ class Buckets:
         """An order for each bucket that has clips, and how many it has."""
         members = [np.flatnonzero(self.choice == number) for number in range(len(self.shapes))]
         return [
-            (Shuffled(len(items), [seed, number], items), len(items))
+            (ShuffledOrder(len(items), [seed, number], items), len(items))
             for number, items in enumerate(members)
             if len(items)
         ]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from microcinema.data.ordering import Joint, Shuffled, Stream
+from microcinema.data.ordering import Joint, ShuffledOrder, Stream
 from microcinema.data.quarantine import Quarantine
 from microcinema.utils.errors import UserError
 
@@ -27,7 +27,7 @@ class Clips(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-class NumberedClips(Dataset):
+class IndexedDataset(Dataset):
     """A data set indexed by the number of a clip in the global order; items gain `number`, and `broken`: how many clips it stands in for.
 
     The epoch is told to the data set right before the item is read, in whichever worker process reads it: a call to `set_epoch` in the
@@ -46,7 +46,7 @@ class NumberedClips(Dataset):
         self.dataset = dataset
         self.quarantine = quarantine
         streams = dataset.streams(seed) if hasattr(dataset, "streams") else []
-        self.order: Stream = Shuffled(len(dataset), [seed])
+        self.order: Stream = ShuffledOrder(len(dataset), [seed])
         self.group = 1  # numbers in a row whose items have one shape; 1: all have
         if len(streams) == 1:
             self.order = streams[0][0]
@@ -79,7 +79,7 @@ class NumberedClips(Dataset):
         return digest.hexdigest()
 
 
-class RankNumbers(Sampler[list[int]]):
+class DistributedBatchSampler(Sampler[list[int]]):
     """The clip numbers of one process, a micro-batch at a time: numbers `start` up to `stop`, dealt out `batch_size` to each process in turn.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from microcinema.data.ordering import Shuffled, Stream
+from microcinema.data.ordering import ShuffledOrder, Stream
 from microcinema.utils.errors import UserError
 
 
@@ -66,7 +66,7 @@ class JointDataset(Dataset[dict[str, Any]]):
         streams: list[tuple[Stream, int]] = []
         for number, (name, part) in enumerate(self.parts.items()):
             inner = part.streams(seed + number) if hasattr(part, "streams") else []
-            for stream, share in inner or [(Shuffled(len(part), [seed, number]), len(part))]:
+            for stream, share in inner or [(ShuffledOrder(len(part), [seed, number]), len(part))]:
                 weighted = max(1, round(share * self.weights[name]))
                 streams.append((_Shifted(stream, self.starts[name]), weighted))
         return streams

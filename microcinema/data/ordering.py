@@ -30,7 +30,7 @@ class Stream(Protocol):
         ...
 
 
-class Shuffled:
+class ShuffledOrder:
     """Every item once in each pass, each pass in another order.
 
     Args:
@@ -58,7 +58,7 @@ class Shuffled:
         return position if self.items is None else int(self.items[position])
 
 
-class ShardByShard:
+class ShardOrder:
     """Every sample of every shard once in each pass, few shards at a time: an order that can be read from disk or network at full speed.
 
     In each pass the shards are laid end to end in a new order, samples shuffled within each; that row is cut into `lanes` equal parts, which are

@@ -82,7 +82,7 @@ def hashes(frames: np.ndarray) -> list[int]:
     return found
 
 
-def lasting_edges(frames: np.ndarray) -> np.ndarray:
+def persistent_edges(frames: np.ndarray) -> np.ndarray:
     """The gradient that stays in a clip: its median over at most 16 frames, float32 (2, h, w)."""
     chosen = frames[np.linspace(0, len(frames) - 1, min(16, len(frames))).astype(int)]
     gray = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in chosen]).astype(np.float32)
@@ -136,7 +136,7 @@ def measure(
         if len(difference)
         else None,
         "cut": None if cut is None else float(seen.times[cut]),
-        "watermark": None if template is None else watermark_score(lasting_edges(seen.frames), template),
+        "watermark": None if template is None else watermark_score(persistent_edges(seen.frames), template),
         "hashes": hashes(seen.frames),
     }, seen
 

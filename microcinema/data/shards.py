@@ -1,7 +1,7 @@
 """WebDataset shards, local or by URL, as a data set of clips: tar files in which the members of a sample follow each other and share a name.
 
 A clip is decoded where it lies in its tar file; nothing is unpacked. Shards that are named by a URL are fetched by the webdataset library when they are
-first needed, into a cache that forgets the oldest. The order is `ShardByShard` (data/numbering.py): a few shards at a time, each worker
+first needed, into a cache that forgets the oldest. The order is `ShardOrder` (data/numbering.py): a few shards at a time, each worker
 of each process its own, and any number found without reading what comes before it.
 """
 
@@ -26,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 from microcinema.data import video_reader
 from microcinema.data.clip_reader import IMAGES, ClipReader
 from microcinema.data.manifest import Manifest
-from microcinema.data.ordering import ShardByShard, Stream
+from microcinema.data.ordering import ShardOrder, Stream
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 
@@ -113,7 +113,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def streams(self, seed: int) -> list[tuple[Stream, int]]:
         """The one order, a few shards at a time."""
-        return [(ShardByShard(self.counts, self.lanes, [seed]), len(self))]
+        return [(ShardOrder(self.counts, self.lanes, [seed]), len(self))]
 
     def __len__(self) -> int:
         return int(self.counts.sum())

@@ -70,7 +70,7 @@ def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
     return 1 - shifted / torch.cat([torch.ones(1, dtype=torch.float64), shifted[:-1]])
 
 
-def times_of_equal_noise(schedule: SchedulerMixin, known: SchedulerMixin) -> torch.Tensor:
+def match_snr_timesteps(schedule: SchedulerMixin, known: SchedulerMixin) -> torch.Tensor:
     """For every step of `schedule` the time at which `known` has the same signal-to-noise ratio, (t,), float32.
 
     A network knows noise levels by the times of the schedule that it was trained with. Told these times, a pretrained network goes on at
@@ -86,7 +86,7 @@ def times_of_equal_noise(schedule: SchedulerMixin, known: SchedulerMixin) -> tor
 
 
 def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
-    """Refuses a target that frozen layers were not trained for. Noise levels may change, see `times_of_equal_noise`.
+    """Refuses a target that frozen layers were not trained for. Noise levels may change, see `match_snr_timesteps`.
 
     Args:
         base: the schedule that the frozen layers were trained with.

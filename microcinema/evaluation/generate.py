@@ -245,7 +245,7 @@ class PipelineMaker:
         """Every model is told the same, in one caption or in two, and gets the same key frames."""
         video = self.pipeline.video
         prompts, motions = [task.prompt for task in tasks], None
-        if video.reads_motion:
+        if video.uses_motion_caption:
             prompts, motions = (list(texts) for texts in zip(*(task.captions for task in tasks), strict=True))
         output = video(prompts, list(keyframes), motions, generator=generators, output_type="np", **self._arguments)
         return {t: Sample(_to_bytes(f), k) for t, f, k in zip(tasks, output.frames, keyframes, strict=True)}

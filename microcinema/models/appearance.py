@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microcinema.models.temporal import zero_init
-from microcinema.models.unet2d import UNet2DParts, spatial_transformer, unet2d_arguments
+from microcinema.models.unet2d import UNet2DBackbone, spatial_transformer, unet2d_arguments
 from microcinema.utils.errors import UserError
 
 FUSIONS = ("add", "spade")
 INJECTS = ("encoder", "decoder", "both")
 
 
-def injected_layers(net: UNet2DParts, inject: str) -> list[int]:
+def injected_layers(net: UNet2DBackbone, inject: str) -> list[int]:
     """Numbers of the layers that take a feature: `encoder` is the down and mid layers, `decoder` the up layers."""
-    down, mid, up = (sum(len(net.layers_of(block)) for block in blocks) for blocks in net.blocks())
+    down, mid, up = (sum(len(net.block_layers(block)) for block in blocks) for blocks in net.blocks())
     encoder = range(down + mid)
     decoder = range(down + mid, down + mid + up)
     return [*(encoder if inject != "decoder" else ()), *(decoder if inject != "encoder" else ())]
@@ -55,7 +55,7 @@ def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
     return rearrange(fused, "b f c h w -> (b f) c h w")
 
 
-class AppearanceNet(UNet2DParts):
+class AppearanceNet(UNet2DBackbone):
     """A trainable copy of the 2D UNet that reads a clean key frame and its text: one feature per injected layer.
 
     It sees no noise and its diffusion time is always 0, so it runs once per clip. The zero-initialised projections are

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from microcinema.models.appearance import AppearanceNet, check_choice
 from microcinema.models.image_adapter import MODES, TextImageAdapter
 from microcinema.models.pixel_attention import PixelPyramid
-from microcinema.models.temporal import Attended
-from microcinema.models.unet2d import layer_shapes, load_checked, unreadable
+from microcinema.models.temporal import KeyValue
+from microcinema.models.unet2d import layer_specs, load_checked, unreadable
 from microcinema.utils.errors import UserError
 
 
@@ -35,9 +35,9 @@ class Conditions:
     appearance: tuple[Tensor, ...] | None = None
     keyframe: Tensor | None = None
     fps: Tensor | None = None
-    image: tuple[Attended, ...] | None = None
-    pixels: tuple[Attended, ...] | None = None
-    motion: tuple[Attended, ...] | None = None
+    image: tuple[KeyValue, ...] | None = None
+    pixels: tuple[KeyValue, ...] | None = None
+    motion: tuple[KeyValue, ...] | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditions":
         """All tensors moved, and all numbers cast, as by `Tensor.to`; masks stay masks."""
@@ -156,7 +156,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         Raises:
             UserError: an unknown fusion, inject or adapter, an unsupported UNet, or a part without the encoder that feeds it.
         """
-        shapes = layer_shapes(unet)
+        shapes = layer_specs(unet)
         attending = [shape for shape in shapes if shape.attends]
         settings: dict[str, Any] = {"keyframe_concat": keyframe_concat}
         if adapter is not None:
@@ -214,7 +214,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         text: Tensor,
         z_ref: Tensor,
         fps: Tensor | None = None,
-        keep_image: Tensor | None = None,
+        image_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
         pixels: Tensor | None = None,
         motion_tokens: Tensor | None = None,
@@ -225,7 +225,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             text: text tokens, `b n d`.
             z_ref: clean latents of the key frames, `b c h w`.
             fps: frames per second, `(b,)`, or None.
-            keep_image: bool `(b,)`; where it is False the clip gets zero features and a zero key frame. None keeps all.
+            image_mask: bool `(b,)`; where it is False the clip gets zero features and a zero key frame. None keeps all.
             image_tokens: the image encoder's patch tokens of the key frames, `b p e`.
             pixels: the key frames, `b 3 H W` in [-1, 1].
             motion_tokens: the motion encoder's tokens, `b k e`; padding is zero.
@@ -246,7 +246,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         if self.image_adapter is not None:
             if image_tokens is None:
                 raise UserError("the adapter reads image tokens and got none; give those of the key frame")
-            if self.image_adapter.to_key_value:
+            if self.image_adapter.to_kv:
                 made["image"] = self.image_adapter(text, image_tokens)
             else:
                 image_text = self.image_adapter.tokens(text, image_tokens)
@@ -254,10 +254,10 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             if pixels is None:
                 raise UserError("pixel-aware attention reads the key frame's pixels and got none; give them")
             made["pixels"] = self.pixel_pyramid(pixels)
-        if keep_image is not None:
+        if image_mask is not None:
             # where, not a product: a dropped image leaves nothing, not even a NaN, and no gradient.
             def keep(x: Tensor) -> Tensor:
-                return torch.where(keep_image.reshape(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
+                return torch.where(image_mask.reshape(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
 
             made = {name: _map(value, keep) for name, value in made.items()}
             image_text = _map(image_text, keep)
@@ -266,5 +266,5 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
                 raise UserError("motion attention reads motion tokens and got none; give those of the motion caption")
             mask = motion_tokens.any(-1)
             halves = [to(motion_tokens).chunk(2, dim=-1) for to in self.motion_to_key_value]
-            made["motion"] = tuple(Attended(key, value, mask) for key, value in halves)
+            made["motion"] = tuple(KeyValue(key, value, mask) for key, value in halves)
         return Conditions(text=text if image_text is None else torch.cat([text, image_text], 1), fps=fps, **made)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microcinema.models.temporal import Attended, attend, count_heads
+from microcinema.models.temporal import KeyValue, attend, count_heads
 from microcinema.utils.errors import UserError
 
 MODES = ("decoupled", "concat")
@@ -25,7 +25,7 @@ class ResamplerBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.context_norm = nn.LayerNorm(width)
         self.to_query = nn.Linear(width, width, bias=False)
-        self.to_key_value = nn.Linear(width, 2 * width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward_in = nn.Linear(width, 4 * width)
@@ -34,8 +34,8 @@ class ResamplerBlock(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         """Maps tokens `b m d` to the same shape; `context` is `b n d`."""
         x = self.norm(tokens)
-        key, value = self.to_key_value(torch.cat([self.context_norm(context), x], dim=1)).chunk(2, dim=-1)
-        tokens = tokens + self.to_out(attend(self.to_query(x), Attended(key, value), self.heads))
+        key, value = self.to_kv(torch.cat([self.context_norm(context), x], dim=1)).chunk(2, dim=-1)
+        tokens = tokens + self.to_out(attend(self.to_query(x), KeyValue(key, value), self.heads))
         return tokens + self.feed_forward_out(functional.gelu(self.feed_forward_in(self.feed_forward_norm(tokens))))
 
 
@@ -65,7 +65,7 @@ class TextImageAdapter(nn.Module):
         self.text_in = nn.Linear(text_width, text_width)
         self.blocks = nn.ModuleList(ResamplerBlock(text_width) for _ in range(depth))
         self.norm_out = nn.LayerNorm(text_width)
-        self.to_key_value = nn.ModuleList(nn.Linear(text_width, 2 * width, bias=False) for width in widths)
+        self.to_kv = nn.ModuleList(nn.Linear(text_width, 2 * width, bias=False) for width in widths)
 
     def tokens(self, text: Tensor, image: Tensor) -> Tensor:
         """Image tokens `b m d` of text tokens `b n d` and patch tokens `b p e`."""
@@ -75,7 +75,7 @@ class TextImageAdapter(nn.Module):
             tokens = block(tokens, context)
         return self.norm_out(tokens)
 
-    def forward(self, text: Tensor, image: Tensor) -> tuple[Attended, ...]:
+    def forward(self, text: Tensor, image: Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of the image tokens for every spatial cross-attention (`decoupled`)."""
         tokens = self.tokens(text, image)
-        return tuple(Attended(*to(tokens).chunk(2, dim=-1)) for to in self.to_key_value)
+        return tuple(KeyValue(*to(tokens).chunk(2, dim=-1)) for to in self.to_kv)

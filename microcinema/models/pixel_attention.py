@@ -7,7 +7,7 @@ from itertools import pairwise
 from einops import rearrange
 from torch import Tensor, nn
 
-from microcinema.models.temporal import Attended
+from microcinema.models.temporal import KeyValue
 from microcinema.utils.errors import UserError
 
 
@@ -42,7 +42,7 @@ class PixelPyramid(nn.Module):
             for a, b in pairwise(widths)
         )
         self.scales = [scale for scale, _ in layers]
-        self.to_key_value = nn.ModuleList(
+        self.to_kv = nn.ModuleList(
             nn.Conv2d(self._width(width, scale), 2 * channels, 1, bias=False) for scale, channels in layers
         )
 
@@ -50,7 +50,7 @@ class PixelPyramid(nn.Module):
     def _width(width: int, scale: float) -> int:
         return width // 2 if scale < 1 else width * min(4, round(scale))
 
-    def forward(self, pixels: Tensor) -> tuple[Attended, ...]:
+    def forward(self, pixels: Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of every layer that looks.
 
         Args:
@@ -62,7 +62,7 @@ class PixelPyramid(nn.Module):
             h, scale = stage(h), 2 * scale
             at[scale] = h
         found = []
-        for scale, to in zip(self.scales, self.to_key_value, strict=True):
+        for scale, to in zip(self.scales, self.to_kv, strict=True):
             key, value = rearrange(to(at[scale]), "b (kv c) h w -> kv b (h w) c", kv=2)
-            found.append(Attended(key, value))
+            found.append(KeyValue(key, value))
         return tuple(found)

@@ -31,7 +31,7 @@ def count_heads(width: int) -> int:
     return max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0)
 
 
-class Attended(NamedTuple):
+class KeyValue(NamedTuple):
     """Keys and values of one attention layer, which depend on neither noise nor time.
 
     Attributes:
@@ -44,7 +44,7 @@ class Attended(NamedTuple):
     mask: Tensor | None = None
 
 
-def attend(query: Tensor, to: Attended, heads: int) -> Tensor:
+def attend(query: Tensor, to: KeyValue, heads: int) -> Tensor:
     """Attention of `query` `b n c` to keys and values of the same b clips; returns `b n c`."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, to.key, to.value))
     mask = None if to.mask is None else rearrange(to.mask, "b m -> b 1 1 m")
@@ -112,7 +112,7 @@ class TemporalTransformer(nn.Module):
         self.feed_forward_out = nn.Linear(2 * width, width)
         self.proj_out = zero_init(nn.Conv2d(width, channels, 1))
 
-    def forward(self, h: Tensor, frames: int, motion: Attended | None = None) -> Tensor:
+    def forward(self, h: Tensor, frames: int, motion: KeyValue | None = None) -> Tensor:
         """Maps `(b f) c h w` to the same shape; `frames` is f, `motion` the motion caption's keys and values."""
         height, width = h.shape[-2:]
         x = rearrange(self.proj_in(self.norm(h)), "(b f) c h w -> (b h w) f c", f=frames)
@@ -151,7 +151,7 @@ class PixelAwareCrossAttention(nn.Module):
         # No bias: the values of a dropped key frame are zero and must add nothing.
         self.to_out = zero_init(nn.Conv2d(channels, channels, 1, bias=False))
 
-    def forward(self, h: Tensor, pixels: Attended) -> Tensor:
+    def forward(self, h: Tensor, pixels: KeyValue) -> Tensor:
         """Maps `(b f) c h w` to the same shape."""
         frames, height = len(h) // len(pixels.key), h.shape[-2]
         query = rearrange(self.to_query(self.norm(h)), "(b f) c h w -> b (f h w) c", f=frames)

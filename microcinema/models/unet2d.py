@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor
 
-from microcinema.models.temporal import Attended, attend
+from microcinema.models.temporal import KeyValue, attend
 from microcinema.utils.errors import UserError
 
 # What of a UNet2DConditionModel's config may vary: all that Stable Diffusion 1.x and 2.x vary.
@@ -74,7 +74,7 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in UNET2D_ARGUMENTS if key in config}
 
 
-class LayerShape(NamedTuple):
+class LayerSpec(NamedTuple):
     """Where a layer stands.
 
     Attributes:
@@ -88,14 +88,14 @@ class LayerShape(NamedTuple):
     scale: int
 
 
-def layer_shapes(net: Any) -> list[LayerShape]:
+def layer_specs(net: Any) -> list[LayerSpec]:
     """Shapes of all layers, in the order of their numbers, of a UNet2DConditionModel or of a network of its parts."""
-    shapes: list[LayerShape] = []
+    shapes: list[LayerSpec] = []
     scale = 1
 
     def add(block: Any) -> None:
-        for resnet, transformer in UNet2DParts.layers_of(block):
-            shapes.append(LayerShape(resnet.out_channels, transformer is not None, scale))
+        for resnet, transformer in UNet2DBackbone.block_layers(block):
+            shapes.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
 
     for block in net.down_blocks:
         add(block)
@@ -107,7 +107,7 @@ def layer_shapes(net: Any) -> list[LayerShape]:
     return shapes
 
 
-class TextAndImage(NamedTuple):
+class TextImageContext(NamedTuple):
     """What a spatial cross-attention reads if an adapter is on.
 
     Attributes:
@@ -117,14 +117,14 @@ class TextAndImage(NamedTuple):
     """
 
     text: Tensor
-    image: Attended
+    image: KeyValue
     gate: Tensor
 
 
 class ClipCrossAttention:
     """Attention processor for frames that share one text: keys and values are computed once per clip, not per frame.
 
-    `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d` or TextAndImage; the queries of a clip's frames are
+    `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d` or TextImageContext; the queries of a clip's frames are
     one long sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
     With an image the same queries also attend to its keys, and the gated result is added (arXiv 2308.06721, equation 5).
     Returns `(b f) n d`.
@@ -140,22 +140,22 @@ class ClipCrossAttention:
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | TextAndImage,
+        encoder_hidden_states: Tensor | TextImageContext,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         given = encoder_hidden_states
-        text = given.text if isinstance(given, TextAndImage) else given
+        text = given.text if isinstance(given, TextImageContext) else given
         frames = len(hidden_states) // len(text)
         query = rearrange(attn.to_q(hidden_states), "(b f) n c -> b (f n) c", f=frames)
-        out = self._attend(query, Attended(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
-        if isinstance(given, TextAndImage):
+        out = self._attend(query, KeyValue(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
+        if isinstance(given, TextImageContext):
             out = out + given.gate * self._attend(query, given.image, attn.heads)
         out = rearrange(out, "b (f n) c -> (b f) n c", f=frames)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         return out
 
-    def _attend(self, query: Tensor, to: Attended, heads: int) -> Tensor:
+    def _attend(self, query: Tensor, to: KeyValue, heads: int) -> Tensor:
         if not self.xformers:
             return attend(query, to, heads)
         from xformers.ops import memory_efficient_attention
@@ -176,7 +176,7 @@ class ClipAttention(Attention):
         self.set_processor(ClipCrossAttention(use_memory_efficient_attention_xformers))
 
 
-def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextAndImage) -> Tensor:
+def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextImageContext) -> Tensor:
     """Runs one of the base's spatial transformers.
 
     This is its own forward without the forced return to the contiguous layout (a copy per call) and without its inner
@@ -201,7 +201,7 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | Te
     return h + x
 
 
-class UNet2DParts(ModelMixin, ConfigMixin):
+class UNet2DBackbone(ModelMixin, ConfigMixin):
     """Base of the networks that are built from a 2D UNet's parts under their own names.
 
     A *layer* is a ResNet block and the spatial transformer behind it, if there is one. Layers are numbered from the
@@ -236,13 +236,13 @@ class UNet2DParts(ModelMixin, ConfigMixin):
         return list(self.down_blocks), [self.mid_block], list(getattr(self, "up_blocks", ()))
 
     @staticmethod
-    def layers_of(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
+    def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
         """The block's layers, in the order in which they run."""
         return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
 
     def layers(self) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
         """All layers in the order of their numbers."""
-        return [layer for blocks in self.blocks() for block in blocks for layer in self.layers_of(block)]
+        return [layer for blocks in self.blocks() for block in blocks for layer in self.block_layers(block)]
 
     def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
         """Time embedding `b d`, on the device, of a diffusion time that is a number or a tensor `(b,)`."""
@@ -268,7 +268,7 @@ class UNet2DParts(ModelMixin, ConfigMixin):
         number = 0
         skips = [h]
         for block in down:
-            for resnet, transformer in self.layers_of(block):
+            for resnet, transformer in self.block_layers(block):
                 h = step(number, resnet, transformer, h)
                 yield h
                 skips.append(h)
@@ -277,12 +277,12 @@ class UNet2DParts(ModelMixin, ConfigMixin):
                 h = downsampler(h)
                 skips.append(h)
         for block in mid:
-            for resnet, transformer in self.layers_of(block):
+            for resnet, transformer in self.block_layers(block):
                 h = step(number, resnet, transformer, h)
                 yield h
                 number += 1
         for block in up:
-            for resnet, transformer in self.layers_of(block):
+            for resnet, transformer in self.block_layers(block):
                 h = step(number, resnet, transformer, h, skips.pop())
                 yield h
                 number += 1

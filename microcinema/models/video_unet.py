@@ -16,17 +16,17 @@ from microcinema.models.appearance import FUSIONS, INJECTS, check_choice, fuse, 
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.temporal import PixelAwareCrossAttention, TemporalConv, TemporalTransformer, zero_init
 from microcinema.models.unet2d import (
-    TextAndImage,
-    UNet2DParts,
-    layer_shapes,
+    TextImageContext,
+    UNet2DBackbone,
+    layer_specs,
     spatial_transformer,
     unet2d_arguments,
 )
 from microcinema.utils.errors import UserError
 
 
-class VideoUNet(UNet2DParts):
-    """Denoiser of clips, `z_t, t, conditions -> prediction`, which at initialisation equals its 2D UNet on every frame.
+class VideoUNet(UNet2DBackbone):
+    """TrainableModel of clips, `z_t, t, conditions -> prediction`, which at initialisation equals its 2D UNet on every frame.
 
     Every layer runs: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
     pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). What brings in the key frame
@@ -99,7 +99,7 @@ class VideoUNet(UNet2DParts):
             check_choice("inject", inject, INJECTS)
         self._build(dict(self.config))
         self.injected = [] if inject is None else injected_layers(self, inject)
-        shapes = layer_shapes(self)
+        shapes = layer_specs(self)
         widths = [shape.width for shape in shapes]
         self.temporal_convs = nn.ModuleList(TemporalConv(width, norm_num_groups) for width in widths)
         self.temporal_transformers = nn.ModuleDict(
@@ -219,7 +219,7 @@ class VideoUNet(UNet2DParts):
             h = self.temporal_convs[number](resnet(h, emb), frames)
             if transformer is not None:
                 context = (
-                    TextAndImage(conditions.text, image[name], self.image_gates[name])
+                    TextImageContext(conditions.text, image[name], self.image_gates[name])
                     if name in image
                     else conditions.text
                 )
@@ -280,14 +280,17 @@ class VideoUNet(UNet2DParts):
 
 
 def set_trainable(
-    unet: VideoUNet, condition_encoder: ConditionEncoder, train: str = "temporal", unfreeze: Sequence[str] = ()
+    unet: VideoUNet,
+    condition_encoder: ConditionEncoder,
+    train: str = "temporal",
+    trainable_unet_layers: Sequence[str] = (),
 ) -> list[nn.Parameter]:
     """Freezes what is not to be trained and returns what is, for the optimiser.
 
-    `temporal` freezes the 2D part of the VideoUNet, but for the layers `unfreeze`; `all` freezes nothing. The condition encoder is trained in both.
+    `temporal` freezes the 2D part of the VideoUNet, but for the layers `trainable_unet_layers`; `all` freezes nothing. The condition encoder is trained in both.
 
     Args:
-        unfreeze: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
+        trainable_unet_layers: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
 
     Raises:
         UserError: `train` is neither, or the 2D part has nothing of such a name.
@@ -296,12 +299,12 @@ def set_trainable(
     unet.requires_grad_(train == "all")
     added = {id(parameter) for parameter in unet.added_parameters()}
     frozen = {name: parameter for name, parameter in unet.named_parameters() if id(parameter) not in added}
-    for layer in unfreeze:
+    for layer in trainable_unet_layers:
         chosen = [parameter for name, parameter in frozen.items() if f"{name}.".startswith(f"{layer}.")]
         if not chosen:
             known = sorted({name.partition(".")[0] for name in frozen})
             raise UserError(
-                f"unfreeze names '{layer}', and no 2D layer has that name; it may begin with {', '.join(known)}"
+                f"trainable_unet_layers names '{layer}', and no 2D layer has that name; it may begin with {', '.join(known)}"
             )
         for parameter in chosen:
             parameter.requires_grad_(True)

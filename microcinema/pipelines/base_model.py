@@ -19,7 +19,7 @@ from microcinema.utils.errors import UserError
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
 # What a video model takes from its base as it is.
-LENT: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+BASE_COMPONENTS: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 # Older files name position_ids, which is a constant and no longer a weight.
 _CONSTANTS = ("position_ids",)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -62,7 +62,7 @@ def load_base(
         UserError: there is no such model, a component is missing, of another kind, damaged, or does not fit another one.
     """
     name = os.fspath(pretrained_model_name_or_path)
-    folder = open_folder(name, (), revision, variant)
+    folder = resolve_snapshot(name, (), revision, variant)
     _check_kind(name, folder)  # from its settings, before gigabytes are fetched and read
     scheduler = make_scheduler(load_scheduler_config(folder))
     said = scheduler.config["prediction_type"]
@@ -73,10 +73,10 @@ def load_base(
         )
     unet = {"unet": UNet2DConditionModel}
     if weights:
-        folder = open_folder(name, [*LENT, *unet], revision, variant)
-    components = load_components(folder, LENT | unet, variant, torch_dtype, weights)
+        folder = resolve_snapshot(name, [*BASE_COMPONENTS, *unet], revision, variant)
+    components = load_components(folder, BASE_COMPONENTS | unet, variant, torch_dtype, weights)
     base = Base(scheduler=scheduler, **components)
-    check_fit(name, base.vae, base.text_encoder, base.unet)
+    check_compatible(name, base.vae, base.text_encoder, base.unet)
     return base
 
 
@@ -90,12 +90,12 @@ def borrow(
     """
     if base is None:
         raise UserError(
-            f"a video pipeline has neither its own {', '.join(LENT)} nor a base to take them from; name a base"
+            f"a video pipeline has neither its own {', '.join(BASE_COMPONENTS)} nor a base to take them from; name a base"
         )
-    return load_components(open_folder(base, LENT, revision, variant), LENT, variant, dtype)
+    return load_components(resolve_snapshot(base, BASE_COMPONENTS, revision, variant), BASE_COMPONENTS, variant, dtype)
 
 
-def check_fit(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: Any) -> None:
+def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: Any) -> None:
     """Refuses parts that cannot work together.
 
     Raises:
@@ -117,7 +117,7 @@ def check_weights(folder: str, variant: str | None = None) -> None:
     Raises:
         UserError: a network has none, or they are pickles or of another variant.
     """
-    for name, kind in {**LENT, "unet": UNet2DConditionModel}.items():
+    for name, kind in {**BASE_COMPONENTS, "unet": UNet2DConditionModel}.items():
         if not issubclass(kind, CLIPTokenizer):
             _check_weight_files(Path(folder, name), kind, variant)
 
@@ -173,7 +173,7 @@ def is_embedded(name: str | os.PathLike[str]) -> bool:
     return not Path(name).is_dir() and (ASSETS / name).is_dir() and Path(name).name == os.fspath(name)
 
 
-def open_folder(
+def resolve_snapshot(
     name: str | os.PathLike[str],
     components: Iterable[str] = (),
     revision: str | None = None,
@@ -198,7 +198,7 @@ def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    folder = open_folder(source, revision=revision)
+    folder = resolve_snapshot(source, revision=revision)
     try:
         return dict(DiffusionPipeline.load_config(folder))
     except (OSError, ValueError) as error:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.utils.errors import UserError
 
 
-def check_continues(num_clips: int, num_frames: int, reference_frame: str | int) -> None:
+def check_continues(num_clips: int, num_frames: int, keyframe_position: str | int) -> None:
     """Refuses what cannot be continued.
 
     Raises:
@@ -20,10 +20,10 @@ def check_continues(num_clips: int, num_frames: int, reference_frame: str | int)
         return
     if num_frames < 2:
         raise UserError(f"num_frames is {num_frames}; a clip that the next one continues needs at least 2")
-    if reference_index(reference_frame, num_frames) != 0:
+    if keyframe_index(keyframe_position, num_frames) != 0:
         raise UserError(
-            f"num_clips is {num_clips}, but this model's key frame is not the first frame of a clip (reference_frame="
-            f"{reference_frame}), so no clip can begin where another ends; use num_clips=1, or a model with reference_frame=first"
+            f"num_clips is {num_clips}, but this model's key frame is not the first frame of a clip (keyframe_position="
+            f"{keyframe_position}), so no clip can begin where another ends; use num_clips=1, or a model with keyframe_position=first"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.pipelines.base_model import load_component, load_index, open_folder
+from microcinema.pipelines.base_model import load_component, load_index, resolve_snapshot
 from microcinema.utils.errors import UserError
 
 IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER = "image_encoder", "motion_encoder", "motion_tokenizer"
@@ -38,7 +38,7 @@ def load_image_encoder(
     """
     if name is None:
         components = [IMAGE_ENCODER] if weights else []
-        folder = Path(open_folder(base, components, revision, variant))
+        folder = Path(resolve_snapshot(base, components, revision, variant))
         if (load_index(str(folder)).get(IMAGE_ENCODER) or [None])[0] is None:
             raise UserError(
                 f"the base '{base}' has no image encoder, which model.adapter reads; name one, such as "
@@ -46,7 +46,7 @@ def load_image_encoder(
             )
         network, settings = folder / IMAGE_ENCODER, folder / "feature_extractor" / _PROCESSOR
     else:
-        network = Path(open_folder(name, ["."] if weights else []))
+        network = Path(resolve_snapshot(name, ["."] if weights else []))
         variant, settings = None, network / _PROCESSOR
     try:
         said = json.loads(settings.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: 
     Raises:
         UserError: there is no such model, or it is no T5.
     """
-    folder = Path(open_folder(name, ["."] if weights else []))
+    folder = Path(resolve_snapshot(name, ["."] if weights else []))
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:

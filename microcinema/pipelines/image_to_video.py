@@ -15,20 +15,20 @@ from einops import rearrange, repeat
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
     check_sampler,
     make_scheduler,
+    match_snr_timesteps,
     set_timesteps,
     step_arguments,
-    times_of_equal_noise,
 )
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import continuation
-from microcinema.pipelines.base_model import LENT, borrow, check_fit, encode_text
+from microcinema.pipelines.base_model import BASE_COMPONENTS, borrow, check_compatible, encode_text
 from microcinema.pipelines.encoders import (
     IMAGE_ENCODER,
     MOTION_ENCODER,
@@ -38,7 +38,7 @@ from microcinema.pipelines.encoders import (
     read_image,
     read_motion,
 )
-from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, one_each
+from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, broadcast_to_prompts
 from microcinema.pipelines.keyframe import make_keyframe
 from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
@@ -87,7 +87,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         image_encoder: reads the key frame for the adapter, if the condition encoder has one; None: opened from its source.
         motion_encoder, motion_tokenizer: read the motion caption, if the condition encoder listens; None: opened from their source.
         noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`.
-        reference_frame: which frame of a clip the key frame is in training: `first`, `center` or an index.
+        keyframe_position: which frame of a clip the key frame is in training: `first`, `center` or an index.
         num_frames, fps, height, width: what the model was trained with, and the defaults of a call. Size in pixels; None is
             the size that the base was trained with.
         base: name or path of the text-to-image model that this one was trained from: draws key frames by default, and lends
@@ -107,7 +107,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     """
 
     # Those that `DiffusionPipeline.from_pretrained` hands over as None if the folder has none.
-    _optional_components: ClassVar = [*LENT, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER]
+    _optional_components: ClassVar = [*BASE_COMPONENTS, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER]
     model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->condition_encoder->unet->vae"
     _callback_tensor_inputs = ("latents", "prediction")
 
@@ -125,7 +125,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         noise_prior: str = "appearance",
         noise_prior_strength: float = 0.03,
         noise_prior_gamma: float = 0.0,
-        reference_frame: str | int = "first",
+        keyframe_position: str | int = "first",
         num_frames: int = 16,
         fps: float = 8.0,
         height: int | None = None,
@@ -148,7 +148,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         lent = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         if any(part is None for part in lent.values()):
             lent = borrow(base, base_revision, base_variant, unet.dtype)
-        check_fit("the video pipeline", lent["vae"], lent["text_encoder"], unet)
+        check_compatible("the video pipeline", lent["vae"], lent["text_encoder"], unet)
         if condition_encoder.config["adapter"] is None:
             image_encoder = None
         elif image_encoder is None:
@@ -177,7 +177,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             noise_prior=noise_prior,
             noise_prior_strength=noise_prior_strength,
             noise_prior_gamma=noise_prior_gamma,
-            reference_frame=reference_frame,
+            keyframe_position=keyframe_position,
             num_frames=num_frames,
             fps=fps,
             height=height or native,
@@ -200,7 +200,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma)
-        reference_index(reference_frame, num_frames)
+        keyframe_index(keyframe_position, num_frames)
         check_sampler(self.training_scheduler, scheduler)
         self._said: set[str] = set()
 
@@ -210,9 +210,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return NoisePrior(*(self.config[f"noise_prior{part}"] for part in ("", "_strength", "_gamma")))
 
     @property
-    def reference_frame(self) -> str | int:
+    def keyframe_position(self) -> str | int:
         """Which frame of a clip the key frame is."""
-        return self.config["reference_frame"]
+        return self.config["keyframe_position"]
 
     @property
     def training_scheduler(self) -> DDPMScheduler:
@@ -220,18 +220,18 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return make_scheduler(self.config["training_schedule"])
 
     @property
-    def network_times(self) -> torch.Tensor | None:
+    def remapped_timesteps(self) -> torch.Tensor | None:
         """What the networks are told for every step of the training schedule, (t,); None: the step."""
         if self.config["network_schedule"] is None:
             return None
-        return times_of_equal_noise(self.training_scheduler, make_scheduler(self.config["network_schedule"]))
+        return match_snr_timesteps(self.training_scheduler, make_scheduler(self.config["network_schedule"]))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
         return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
 
     @property
-    def reads_motion(self) -> bool:
+    def uses_motion_caption(self) -> bool:
         """Whether a motion caption is read apart: by the motion encoder; the prompt is then read by the spatial layers alone."""
         return self.motion_encoder is not None
 
@@ -258,17 +258,17 @@ class ImageToVideoPipeline(DiffusionPipeline):
             if image_tokens is None:
                 image_tokens = read_image(self.image_encoder, image, *colours)
             made["image_tokens"] = image_tokens
-        if self.shows_pixels:
+        if self.uses_keyframe_pixels:
             made["pixels"] = image
         return made
 
     @property
-    def shows_pixels(self) -> bool:
+    def uses_keyframe_pixels(self) -> bool:
         """Whether pixel-aware attention looks at the key frame itself."""
         return self.condition_encoder.config["pixels"] is not None
 
     @property
-    def reads_pixels(self) -> bool:
+    def uses_image_conditioning(self) -> bool:
         """Whether the condition encoder reads more of a key frame than its latents."""
         return any(self.condition_encoder.config[part] is not None for part in ("adapter", "pixels"))
 
@@ -318,7 +318,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if num_frames < 1:
             raise UserError(f"num_frames is {num_frames}; use a number >= 1")
         Windows(num_frames, self.config["num_frames"], window_overlap)
-        continuation.check_continues(num_clips, num_frames, self.reference_frame)
+        continuation.check_continues(num_clips, num_frames, self.keyframe_position)
         fps = self.config["fps"] if fps is None else fps
         if not 0 < fps < float("inf"):
             raise UserError(f"fps is {fps}; use a number > 0")
@@ -352,7 +352,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         Args:
             prompt: what is to be seen and how it moves; one, or one for every video.
             image: PIL images or uint8 arrays (h, w, 3): one for all prompts, or one each; resized and cropped to the video's size.
-            motion_prompt: how it moves, for a model that `reads_motion` apart; one for all prompts, or one each. None: the prompt.
+            motion_prompt: how it moves, for a model that `uses_motion_caption` apart; one for all prompts, or one each. None: the prompt.
             height, width: pixels; a multiple of the model's stride. None: as the model was trained.
             num_frames, fps: None: as the model was trained. More frames than that are made in windows, see `Windows`.
             num_inference_steps: denoising steps.
@@ -378,11 +378,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         )
         count = len(prompts)
         self.check_motion_prompt(motion_prompt)
-        motions = prompts if motion_prompt is None else one_each("motion prompts", motion_prompt, count)
-        images = one_each("images", image, count)
+        motions = prompts if motion_prompt is None else broadcast_to_prompts("motion prompts", motion_prompt, count)
+        images = broadcast_to_prompts("images", image, count)
         # One is encoded once, whatever the number of prompts.
         one = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = one_each(
+        negatives = broadcast_to_prompts(
             "negative prompts", "" if negative_prompt is None else negative_prompt, 1 if one else count
         )
         if num_videos_per_prompt < 1 or num_inference_steps < 1:
@@ -419,7 +419,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             return repeat(x, "b ... -> (b n) ...", n=videos // len(x))
 
         captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
-        if self.reads_motion:
+        if self.uses_motion_caption:
             captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
         captions = {name: (for_each_video(said), for_each_video(empty)) for name, (said, empty) in captions.items()}
 
@@ -463,7 +463,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         set_timesteps(self.scheduler, num_inference_steps, device)
         eps = randn_tensor((b, windows.frames, c, h, w), generator=generator, device=device, dtype=torch.float32)
         z = self.noise_prior.initial(eps, z_ref) * self.scheduler.init_noise_sigma
-        arguments, times = step_arguments(self.scheduler, generator), self.network_times
+        arguments, times = step_arguments(self.scheduler, generator), self.remapped_timesteps
 
         def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             told = t if times is None else float(np.interp(float(t), range(len(times)), times))
@@ -501,9 +501,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
             for name, (said, dropped) in captions.items()
         }
         seen = {name: repeat(x, "b ... -> (k b) ...", k=len(cases)).to(dtype) for name, x in image.items()}
-        keep_image = torch.tensor([case.image for case in cases], device=z_ref.device).repeat_interleave(len(z_ref))
+        image_mask = torch.tensor([case.image for case in cases], device=z_ref.device).repeat_interleave(len(z_ref))
         rates = torch.full((len(cases) * len(z_ref),), fps, device=z_ref.device)
-        return self.condition_encoder(**read, **seen, fps=rates, keep_image=keep_image)
+        return self.condition_encoder(**read, **seen, fps=rates, image_mask=image_mask)
 
     def check_motion_prompt(self, motion_prompt: str | Sequence[str] | None) -> None:
         """Refuses a motion prompt that nothing would read.
@@ -511,7 +511,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         Raises:
             UserError: the model reads one caption alone.
         """
-        if motion_prompt is not None and not self.reads_motion:
+        if motion_prompt is not None and not self.uses_motion_caption:
             raise UserError(
                 "motion_prompt is given, and this model has no motion encoder; say the motion in the prompt"
             )

@@ -14,7 +14,7 @@ PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""
 
 
-def one_each(what: str, given: Any, count: int) -> list[Any]:
+def broadcast_to_prompts(what: str, given: Any, count: int) -> list[Any]:
     """What is given for each prompt.
 
     Args:

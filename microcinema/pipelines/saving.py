@@ -16,15 +16,15 @@ from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.unet2d import check_keys
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base_model import (
+    BASE_COMPONENTS,
     INDEX,
-    LENT,
     freeze,
     is_embedded,
     load_components,
     load_index,
     load_scheduler_config,
     locate,
-    open_folder,
+    resolve_snapshot,
 )
 from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -72,7 +72,7 @@ def _write(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> Non
         return
     if pipeline.config["base"] is None:
         raise UserError("the pipeline names no base to take its VAE and text encoder from; save it with them")
-    own = {name: pipeline.config[name] for name in (*LENT, *_READERS)}
+    own = {name: pipeline.config[name] for name in (*BASE_COMPONENTS, *_READERS)}
     # How diffusers writes down a part that is not there.
     pipeline.register_to_config(**dict.fromkeys(own, (None, None)))
     try:
@@ -108,7 +108,7 @@ def borrowed_weights(folder: str, index: Mapping[str, Any]) -> dict[str, torch.T
     Raises:
         UserError: the source is not there.
     """
-    source, light = index.get("unet_source"), not any(Path(folder, part).is_dir() for part in LENT)
+    source, light = index.get("unet_source"), not any(Path(folder, part).is_dir() for part in BASE_COMPONENTS)
     return _unet_weights(source) if light and source is not None and is_embedded(source) else {}
 
 
@@ -140,21 +140,21 @@ def load_pipeline(
     Raises:
         UserError: there is no such pipeline, a component is missing, or its keys are not the network's (they are named).
     """
-    folder = open_folder(name, [*_TRAINED, *LENT, *_READERS])
+    folder = resolve_snapshot(name, [*_TRAINED, *BASE_COMPONENTS, *_READERS])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(
             f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline that was saved by training"
         )
-    components = {*LENT, *_READERS, *_TRAINED, "scheduler"}
+    components = {*BASE_COMPONENTS, *_READERS, *_TRAINED, "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
     if borrowed := borrowed_weights(folder, index):
         trained = load_components(folder, {"condition_encoder": ConditionEncoder}, dtype=torch_dtype)
         trained["unet"] = _complete_unet(Path(folder, "unet"), borrowed, torch_dtype)
     else:
         trained = load_components(folder, _TRAINED, dtype=torch_dtype)
-    whole = all((Path(folder) / part).is_dir() for part in LENT)
-    lent = load_components(folder, LENT, dtype=torch_dtype) if whole else dict.fromkeys(LENT)
+    whole = all((Path(folder) / part).is_dir() for part in BASE_COMPONENTS)
+    lent = load_components(folder, BASE_COMPONENTS, dtype=torch_dtype) if whole else dict.fromkeys(BASE_COMPONENTS)
     there = {name: kind for name, kind in _READERS.items() if (index.get(name) or [None])[0] is not None}
     readers = load_components(folder, there, dtype=torch_dtype)
     config = load_scheduler_config(folder)

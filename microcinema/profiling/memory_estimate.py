@@ -22,7 +22,7 @@ from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.ema import averaged
-from microcinema.training.loss import Denoiser, training_loss
+from microcinema.training.loss import TrainableModel, training_loss
 from microcinema.training.settings import Settings
 from microcinema.training.trainer import make_objective, make_optimizer
 
@@ -93,7 +93,7 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
 
 def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> PredictNet | None:
     """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow teacher."""
-    if config.model.flow_teacher is None:
+    if config.model.flow_model is None:
         return None
     with FakeTensorMode():
         return PredictNet.reading(pipeline.unet)
@@ -148,11 +148,13 @@ def training_memory(
         device: type of the device whose rules of mixed precision hold: cpu or cuda.
         predict_net: as in `train`, without data as the pipeline is.
     """
-    denoiser = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).train()
+    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
-    parameters = set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.unfreeze)
+    parameters = set_trainable(
+        pipeline.unet, pipeline.condition_encoder, settings.train, settings.trainable_unet_layers
+    )
     if predict_net is not None:
         parameters += predict_net.parameters()
     gradients = sum(parameter.nbytes for parameter in parameters)
@@ -249,7 +251,11 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
     grid = height // factor, width // factor
     return {
         "latents" if latents else "video": clips,
-        **({"keyframe": clips.new_zeros(count, 3, height, width)} if latents and pipeline.reads_pixels else {}),
+        **(
+            {"keyframe": clips.new_zeros(count, 3, height, width)}
+            if latents and pipeline.uses_image_conditioning
+            else {}
+        ),
         **({"flow": clips.new_zeros(count, frames - 1, 2, *grid)} if flow else {}),
         **({"flow_valid": clips.new_zeros(count, frames - 1, *grid, dtype=torch.bool)} if flow else {}),
         **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from microcinema.data.indexed import Clips, NumberedClips
+from microcinema.data.indexed import Clips, IndexedDataset
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training import trainer
 
@@ -147,7 +147,7 @@ def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) 
     watch, train, read = Watch(clock), trainer.train, [0.0] * total
 
     def watched(accelerator: Accelerator, pipeline: ImageToVideoPipeline, dataset: Clips, *others: Any) -> Any:
-        numbered = NumberedClips(dataset, config.seed)
+        numbered = IndexedDataset(dataset, config.seed)
         for number in range(total):
             began = clock()
             numbered[number]

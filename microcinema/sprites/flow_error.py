@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.optical_flow import exact, to_latent_grid
 from microcinema.diffusion.losses import add_noise
 from microcinema.diffusion.rng import generator
@@ -14,7 +14,7 @@ from microcinema.models.predict_net import PredictNet
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.sprites import scene
 from microcinema.training.batch_encoder import BatchEncoder
-from microcinema.training.loss import Denoiser
+from microcinema.training.loss import TrainableModel
 
 
 @torch.no_grad()
@@ -31,9 +31,9 @@ def flow_error(
     Returns:
         `predict_net`, and `zero`, the error of predicting that nothing moves.
     """
-    config, times = pipeline.config, pipeline.network_times
+    config, times = pipeline.config, pipeline.remapped_timesteps
     frames, size, fps = config["num_frames"], config["height"], config["fps"]
-    denoiser = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).eval()
+    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).eval()
     encode = BatchEncoder(pipeline, pipeline.unet.device)
     step = torch.tensor([t], device=pipeline.unet.device)
     errors: dict[str, list[float]] = {"predict_net": [], "zero": []}
@@ -48,7 +48,7 @@ def flow_error(
             "number": number,
         }
         batch = encode(default_collate([item]))
-        z_ref = batch.latents[:, reference_index(pipeline.reference_frame, frames)]
+        z_ref = batch.latents[:, keyframe_index(pipeline.keyframe_position, frames)]
         eps = torch.randn(batch.latents.shape, generator=generator(0, number)).to(batch.latents.device)
         z_t = add_noise(pipeline.training_scheduler, batch.latents, pipeline.noise_prior.noise(eps, z_ref), step)
         read = dict(batch.image) | ({} if batch.motion_tokens is None else {"motion_tokens": batch.motion_tokens})

@@ -51,7 +51,7 @@ def pipeline_maker(
 
     def make(shown: Sequence[scene.Sprite], keyframe: np.ndarray) -> np.ndarray:
         motions = [scene.describe_motion(sprite) for sprite in shown]
-        apart = pipeline.reads_motion
+        apart = pipeline.uses_motion_caption
         captions = [(scene.describe if apart else scene.combined_caption)(sprite) for sprite in shown]
         output = pipeline(
             captions,

@@ -107,7 +107,7 @@ def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
 
 
 def sample_attributes(seed: int, index: int, split: str = "train", rotation_weight: int = 1) -> Sprite:
-    """Draws clip number `index` of the world with this `seed`.
+    """TrainingNoise clip number `index` of the world with this `seed`.
 
     Args:
         split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
@@ -205,7 +205,7 @@ def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarr
 
 
 def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
-    """Draws the clip and its truth.
+    """TrainingNoise the clip and its truth.
 
     Args:
         num_frames: frames, at least 1.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.latents import encode
 from microcinema.data.optical_flow import Flow
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -98,11 +98,11 @@ class BatchEncoder:
         """Of captions, (b, n, d), float32."""
         if "text" in items:
             return self._given(items["text"])
-        return self.embed(items["description" if self.pipeline.reads_motion else "caption"])
+        return self.embed(items["description" if self.pipeline.uses_motion_caption else "caption"])
 
     def motion_tokens(self, items: Mapping[str, Any]) -> torch.Tensor | None:
         """Of motion captions, (b, k, e), float32; None: the model does not read them."""
-        if not self.pipeline.reads_motion:
+        if not self.pipeline.uses_motion_caption:
             return None
         return self._given(items["motion_tokens"]) if "motion_tokens" in items else self.embed_motion(items["motion"])
 
@@ -114,7 +114,7 @@ class BatchEncoder:
         """
         if "video" in items:
             frames = items["video"]
-            return frames[:, reference_index(self.pipeline.reference_frame, frames.shape[1])].to(self.device)
+            return frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])].to(self.device)
         if "keyframe" not in items:
             raise UserError(
                 "the model reads the key frames' pixels, which these latents come without; encode them again"
@@ -132,9 +132,9 @@ class BatchEncoder:
 
     @torch.no_grad()
     def _read_keyframes(self, items: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        if not self.pipeline.reads_pixels:
+        if not self.pipeline.uses_image_conditioning:
             return {}
         tokens = self._given(items["image_tokens"]) if "image_tokens" in items else None
-        if tokens is not None and not self.pipeline.shows_pixels:
+        if tokens is not None and not self.pipeline.uses_keyframe_pixels:
             return {"image_tokens": tokens}
         return self.pipeline.encode_pixels(self.pixels(items), tokens)

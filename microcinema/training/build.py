@@ -80,7 +80,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
-        reference_frame=config.model.reference_frame,
+        keyframe_position=config.model.keyframe_position,
         num_frames=config.num_frames,
         fps=config.fps,
         height=height,
@@ -88,7 +88,9 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         base=config.base.pretrained_model_name_or_path,
         base_revision=config.base.revision,
         base_variant=config.base.variant,
-        unet_source=None if config.train == "all" else config.init_from or config.base.pretrained_model_name_or_path,
+        unet_source=None
+        if config.train == "all"
+        else config.init_weights_from or config.base.pretrained_model_name_or_path,
         image_encoder_source=config.model.image_encoder,
         motion_encoder_source=config.model.motion_encoder,
         num_motion_tokens=config.model.num_motion_tokens,

@@ -15,46 +15,46 @@ KEPT = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
 """What can be kept beside the latents."""
 
 
-def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_teacher: str | None) -> dict[str, Any]:
+def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_model: str | None) -> dict[str, Any]:
     """What a run reads of clips, by part (`vae`, `clips` and some of `KEPT`), with what decides each.
 
     Args:
         pipeline: of the run, with its encoders.
         dataset: of clips, with a `fingerprint()` of its own.
-        flow_teacher: of PredictNet; None: there is none.
+        flow_model: of PredictNet; None: there is none.
     """
-    reference = 0 if pipeline.reference_frame == "first" else pipeline.reference_frame
+    reference = 0 if pipeline.keyframe_position == "first" else pipeline.keyframe_position
     vae = pipeline.vae
     parts: dict[str, Any] = {
         "vae": {"sha256": _sha256(vae, vae.config.scaling_factor, vae.config.get("shift_factor"))},
         "clips": dataset.fingerprint(),
         "text": {
             "sha256": _sha256(pipeline.text_encoder, *_about(pipeline.tokenizer)),
-            "of": "description" if pipeline.reads_motion else "caption",
+            "of": "description" if pipeline.uses_motion_caption else "caption",
         },
     }
-    if pipeline.reads_motion:
+    if pipeline.uses_motion_caption:
         parts["motion_tokens"] = {
             "sha256": _sha256(pipeline.motion_encoder, *_about(pipeline.motion_tokenizer)),
             "num_motion_tokens": pipeline.config["num_motion_tokens"],
         }
     if pipeline.image_encoder is not None:
         colours = pipeline.config["image_mean"], pipeline.config["image_std"]
-        parts["image_tokens"] = {"sha256": _sha256(pipeline.image_encoder, *colours), "reference_frame": reference}
-    if pipeline.reads_pixels:
-        parts["keyframe"] = {"reference_frame": reference}
-    if flow_teacher is not None:
-        parts["flow"] = {"teacher": flow_teacher}
+        parts["image_tokens"] = {"sha256": _sha256(pipeline.image_encoder, *colours), "keyframe_position": reference}
+    if pipeline.uses_image_conditioning:
+        parts["keyframe"] = {"keyframe_position": reference}
+    if flow_model is not None:
+        parts["flow"] = {"teacher": flow_model}
     return json.loads(json.dumps(parts))  # as it is read again
 
 
-def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_teacher: str | None) -> None:
+def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str | None) -> None:
     """Compares encoded clips with what a run reads. What is not kept, and can be made of what is, is no difference.
 
     Raises:
         UserError: names what differs, or what is missing.
     """
-    wanted, held = fingerprint(pipeline, clips.source, flow_teacher), clips.parts
+    wanted, held = fingerprint(pipeline, clips.source, flow_model), clips.parts
     differ = differences(held, wanted)
     if differ:
         raise UserError(
@@ -62,7 +62,11 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_teacher: str
             "make others with `microcinema prepare latents` and the keys of this run, or set latents=null"
         )
     lacking = {"flow"} & (set(wanted) - set(held))
-    if "keyframe" in wanted and "keyframe" not in held and (pipeline.shows_pixels or "image_tokens" not in held):
+    if (
+        "keyframe" in wanted
+        and "keyframe" not in held
+        and (pipeline.uses_keyframe_pixels or "image_tokens" not in held)
+    ):
         lacking.add("keyframe")
     if lacking:
         what = " and ".join(sorted(lacking))

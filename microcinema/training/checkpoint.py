@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from microcinema.training.distributed import gather, gather_state, is_sharded, part_like, whole_copy, whole_shapes
+from microcinema.training.distributed import gather, gather_state, gathered_copy, is_sharded, shard_like, whole_shapes
 from microcinema.training.identity import Identity, compare
-from microcinema.training.processes import first_fault
+from microcinema.training.processes import first_error
 from microcinema.training.resume import STATE, Progress, find_checkpoints, read_state
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
@@ -86,7 +86,7 @@ class Checkpoints:
     """Saves and restores one run; made on every process after `accelerator.prepare`, which it hooks into.
 
     Args:
-        accelerator: has prepared one model, a `Denoiser`, with its optimiser and learning-rate schedule.
+        accelerator: has prepared one model, a `TrainableModel`, with its optimiser and learning-rate schedule.
         output_dir: folder of the run.
         trained: the trained parameters by name.
         ema: averages of them, in the same order, or None.
@@ -158,7 +158,7 @@ class Checkpoints:
             if self.ema is not None:
                 weights = _load_safetensors(folder / _EMA)
                 check_keys(f"'{folder / _EMA}'", self.trained, weights)
-                self.ema.shadow_params = [part_like(weights[name], like) for name, like in self.trained.items()]
+                self.ema.shadow_params = [shard_like(weights[name], like) for name, like in self.trained.items()]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
         except (EOFError, KeyError, ValueError, pickle.UnpicklingError, *_FAILURES) as error:
@@ -178,7 +178,7 @@ class Checkpoints:
             yield
         except (*_FAILURES, UserError) as error:
             fault = _first_line(error)
-        if (fault := first_fault(fault)) is not None:
+        if (fault := first_error(fault)) is not None:
             raise UserError(f"cannot write '{final}' ({fault}); make room, and resume from the one before")
 
     def _save_averages(self, folder: Path) -> None:
@@ -220,7 +220,7 @@ class Checkpoints:
         for name, component in self.accelerator.unwrap_model(models[0]).named_children():
             if is_sharded(component):
                 state = gather_state(component, keep=main)
-                component = whole_copy(component, state) if main else None
+                component = gathered_copy(component, state) if main else None
             if main:
                 component.save_pretrained(Path(folder) / name)
 

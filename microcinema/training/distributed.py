@@ -36,7 +36,7 @@ def whole_shapes(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a whole tensor, the same in all processes, what belongs where `like` is: on its device, parted as it is."""
     if isinstance(like, DTensor):
         # Every process has the whole: there is nothing to be sent.
@@ -61,7 +61,7 @@ def gather_state(
     return state
 
 
-def whole_copy(component: Any, state: Mapping[str, torch.Tensor]) -> Any:
+def gathered_copy(component: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """Another of a diffusers network, on the CPU, in evaluation, with this state."""
     copy = type(component).from_config(component.config)
     copy.load_state_dict(state)

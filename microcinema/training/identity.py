@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from microcinema.data.indexed import NumberedClips
+from microcinema.data.indexed import IndexedDataset
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
 from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
@@ -44,14 +44,14 @@ PIPELINE = (
     "fps",
     "noise_prior",
     "noise_prior_strength",
-    "reference_frame",
+    "keyframe_position",
 )
 
 
 def identify(
     settings: Settings,
     pipeline: ImageToVideoPipeline,
-    clips: NumberedClips,
+    clips: IndexedDataset,
     num_processes: int,
     mixed_precision: str,
 ) -> Identity:
@@ -88,7 +88,7 @@ def compare(what: str, then: Identity, now: Identity) -> list[str]:
         others = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
             f"{what} is of another run: {'; '.join(differing[:4])}{others}; go on with the same values, "
-            "or begin a new run from its weights with init_from"
+            "or begin a new run from its weights with init_weights_from"
         )
     return _differences(then["free"], now["free"])
 

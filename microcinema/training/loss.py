@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from einops import rearrange
 from torch import nn
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -42,23 +42,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrainingNoise:
     """Everything random about the clips of a batch.
 
     Attributes:
         noise: independent standard noise eps, (b, f, c, h, w).
         t: diffusion steps, (b,), integers.
-        keep_text, keep_image: False where that condition is dropped, (b,), bool.
+        text_mask, image_mask: False where that condition is dropped, (b,), bool.
     """
 
     noise: torch.Tensor
     t: torch.Tensor
-    keep_text: torch.Tensor
-    keep_image: torch.Tensor
+    text_mask: torch.Tensor
+    image_mask: torch.Tensor
 
-    def to(self, device: torch.device) -> "Draws":
+    def to(self, device: torch.device) -> "TrainingNoise":
         """The same draws on another device."""
-        return Draws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return TrainingNoise(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Objective:
     Attributes:
         scheduler: the training schedule.
         prior: how the noise of a clip is made.
-        reference_frame: which frame is the key frame: first, center or an index.
+        keyframe_position: which frame is the key frame: first, center or an index.
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
         motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
-        network_times: what the network is told for every step, (t,); None: the step.
+        remapped_timesteps: what the network is told for every step, (t,); None: the step.
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which diffusion steps are drawn (arXiv 2403.03206,
             section 3.1); None draws all steps alike.
         flow_weight: of PredictNet's flow loss; 0 leaves it out.
@@ -81,7 +81,7 @@ class Objective:
 
     scheduler: SchedulerMixin
     prior: NoisePrior
-    reference_frame: str | int
+    keyframe_position: str | int
     snr_gamma: float | None
     motion_weight: float
     timestep_logit_normal: Sequence[float] | None
@@ -89,9 +89,9 @@ class Objective:
     text_dropout: float
     image_dropout: float
     seed: int
-    network_times: torch.Tensor | None = None
+    remapped_timesteps: torch.Tensor | None = None
 
-    def draw(self, numbers: Sequence[int], shape: torch.Size) -> Draws:
+    def draw(self, numbers: Sequence[int], shape: torch.Size) -> TrainingNoise:
         """The random choices for the clips with these numbers in the global order, on the CPU.
 
         Each clip has its own generator, so its noise depends on neither batch size nor the number of processes. The small
@@ -107,7 +107,7 @@ class Objective:
             t.append(self._step(source))
             noise.append(torch.randn(shape, generator=source))
         keep = torch.stack(choices) >= torch.tensor([self.text_dropout, self.image_dropout])
-        return Draws(torch.stack(noise), torch.stack(t), keep[:, 0], keep[:, 1])
+        return TrainingNoise(torch.stack(noise), torch.stack(t), keep[:, 0], keep[:, 1])
 
     def _step(self, source: torch.Generator) -> torch.Tensor:
         steps = self.scheduler.config["num_train_timesteps"]
@@ -118,7 +118,7 @@ class Objective:
         return (steps * torch.sigmoid(mean + std * torch.randn((), generator=source))).long().clamp(max=steps - 1)
 
 
-class Denoiser(nn.Module):
+class TrainableModel(nn.Module):
     """All that trains as the one module that distributed wrappers want. It has no parameters of its own.
 
     Args:
@@ -140,7 +140,7 @@ class Denoiser(nn.Module):
         text: torch.Tensor,
         z_ref: torch.Tensor,
         fps: torch.Tensor,
-        keep_image: torch.Tensor,
+        image_mask: torch.Tensor,
         **read: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prediction at `z_t` (b, f, c, h, w) and `t` (b,), and PredictNet's flow (b, f-1, 2, h, w), or None.
@@ -148,10 +148,10 @@ class Denoiser(nn.Module):
         Args:
             text: (b, n, d).
             z_ref: (b, c, h, w).
-            fps, keep_image: (b,).
+            fps, image_mask: (b,).
             read: what else the condition encoder reads, by its arguments' names.
         """
-        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, keep_image, **read))
+        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, image_mask, **read))
         prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
         return prediction, None if self.predict_net is None else self.predict_net(features, z_t.shape[1])
 
@@ -180,25 +180,25 @@ class Dropped:
 def training_loss(
     denoiser: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     batch: Batch,
-    draws: Draws,
+    draws: TrainingNoise,
     dropped: Dropped,
     objective: Objective,
 ) -> Losses:
     """The weighted squared error of every clip, and where PredictNet speaks its flow loss.
 
     Args:
-        denoiser: called like `Denoiser.forward`.
+        denoiser: called like `TrainableModel.forward`.
         draws: on the batch's device.
     """
-    z_ref = batch.latents[:, reference_index(objective.reference_frame, batch.latents.shape[1])]
+    z_ref = batch.latents[:, keyframe_index(objective.keyframe_position, batch.latents.shape[1])]
     noise = objective.prior.noise(draws.noise, z_ref)
     z_t = add_noise(objective.scheduler, batch.latents, noise, draws.t)
-    keep_text, read = draws.keep_text[:, None, None], dict(batch.image)
-    text = torch.where(keep_text, batch.text, dropped.text)
+    text_mask, read = draws.text_mask[:, None, None], dict(batch.image)
+    text = torch.where(text_mask, batch.text, dropped.text)
     if batch.motion_tokens is not None and dropped.motion_tokens is not None:
-        read["motion_tokens"] = torch.where(keep_text, batch.motion_tokens, dropped.motion_tokens)
-    told = draws.t if objective.network_times is None else objective.network_times.to(z_t.device)[draws.t]
-    prediction, flow = denoiser(z_t, told, text, z_ref, batch.fps, draws.keep_image, **read)
+        read["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, dropped.motion_tokens)
+    told = draws.t if objective.remapped_timesteps is None else objective.remapped_timesteps.to(z_t.device)[draws.t]
+    prediction, flow = denoiser(z_t, told, text, z_ref, batch.fps, draws.image_mask, **read)
     wanted = target(objective.scheduler, batch.latents, noise, draws.t)
     error = squared_error(prediction, wanted, motion_weights(batch.latents, z_ref, objective.motion_weight))
     losses = error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)

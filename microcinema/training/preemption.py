@@ -48,7 +48,7 @@ class Preemption:
         self.asked = True
 
 
-def patient_worker(worker: int) -> None:
+def ignore_signals_in_worker(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: whether to end is the affair of the run, which ends its workers itself.
 
     A scheduler may signal every process of a job, and a worker that died would take the run with it before it has saved. But

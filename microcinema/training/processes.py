@@ -11,7 +11,7 @@ from microcinema.utils.errors import UserError
 T = TypeVar("T")
 
 
-def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """What the function returns in the main process, in every process; called in all of them, it runs in that one.
 
     Raises:
@@ -30,6 +30,6 @@ def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
-def first_fault(fault: str | None) -> str | None:
+def first_error(fault: str | None) -> str | None:
     """What went wrong in the first of all processes in which something did; called in all of them."""
     return next((each for each in gather_object([fault]) if each is not None), None)

@@ -21,7 +21,7 @@ class Settings:
     max_train_steps: int
     seed: int = 0
     train: str = "temporal"
-    unfreeze: Sequence[str] = ()
+    trainable_unet_layers: Sequence[str] = ()
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4

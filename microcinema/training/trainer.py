@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from microcinema.config.compose import instantiate, save
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.indexed import Clips, NumberedClips, RankNumbers
+from microcinema.data.indexed import Clips, DistributedBatchSampler, IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.diffusion.schedule import check_keeps_schedule
@@ -35,11 +35,11 @@ from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.distributed import has_zero3
 from microcinema.training.ema import evaluated
 from microcinema.training.identity import identify
-from microcinema.training.loss import Denoiser, Objective, training_loss
+from microcinema.training.loss import Objective, TrainableModel, training_loss
 from microcinema.training.metrics import Meter
 from microcinema.training.nan_guard import Guard
-from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, patient_worker
-from microcinema.training.processes import from_main
+from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, ignore_signals_in_worker
+from microcinema.training.processes import broadcast_from_main
 from microcinema.training.resume import Progress, choose_checkpoint
 from microcinema.training.settings import Settings
 from microcinema.training.validation import Validation
@@ -64,7 +64,7 @@ def train(
     validate: Validate | None = None,
     predict_net: PredictNet | None = None,
     listen: Callable[[dict[str, float]], None] | None = None,
-    on_start: Callable[[], None] | None = None,
+    before_first_step: Callable[[], None] | None = None,
 ) -> Path:
     """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
@@ -79,7 +79,7 @@ def train(
         validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
             averaged weights.
         listen: given all figures that are logged: those of each step, and the seconds of each checkpoint and validation.
-        on_start: called in the main process before the first step, when all that can be refused has been checked.
+        before_first_step: called in the main process before the first step, when all that can be refused has been checked.
 
     Returns:
         output_dir.
@@ -89,17 +89,17 @@ def train(
         Preempted: SIGTERM or SIGUSR1 asked the run to end, and it has saved.
     """
     output_dir = make_folder(settings.output_dir)
-    checkpoint = from_main(accelerator, lambda: _choose(output_dir, settings.resume_from_checkpoint))
+    checkpoint = broadcast_from_main(accelerator, lambda: _choose(output_dir, settings.resume_from_checkpoint))
     device = accelerator.device
 
     for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
         if encoder is not None:
             encoder.requires_grad_(False).eval().to(device)
-    denoiser: nn.Module = Denoiser(pipeline.unet, pipeline.condition_encoder, predict_net).train()
+    denoiser: nn.Module = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
-    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.unfreeze)
+    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.trainable_unet_layers)
     optimizer = make_optimizer([each for each in denoiser.parameters() if each.requires_grad], settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
@@ -118,12 +118,12 @@ def train(
         )
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
 
-    clips = NumberedClips(dataset, settings.seed)
+    clips = IndexedDataset(dataset, settings.seed)
     identity = identify(settings, pipeline, clips, accelerator.num_processes, accelerator.mixed_precision)
     checkpoints = Checkpoints(accelerator, output_dir, trained, ema, settings.checkpoints_total_limit, identity)
     progress = checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
-    if on_start is not None and accelerator.is_main_process:
-        on_start()
+    if before_first_step is not None and accelerator.is_main_process:
+        before_first_step()
     if settings.report_to:
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
@@ -227,7 +227,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     base = load_base(**config.base)
     if settings.train == "temporal":
         check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
-    dataset, teacher = instantiate(config.data), config.model.flow_teacher
+    dataset, teacher = instantiate(config.data), config.model.flow_model
     if accelerator.is_main_process:
         for reason, count in getattr(dataset, "left_out", {}).items():
             print(f"{count} clips left out: {reason}")
@@ -238,9 +238,9 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     if config.fps is None:  # the saved config has to know it
         config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
     parts = build_networks(config, base)
-    if config.init_from is not None:
-        new = warm_start({name: parts[name] for name in ("unet", "condition_encoder")}, config.init_from)
-        accelerator.print(describe(new, config.init_from))
+    if config.init_weights_from is not None:
+        new = warm_start({name: parts[name] for name in ("unet", "condition_encoder")}, config.init_weights_from)
+        accelerator.print(describe(new, config.init_weights_from))
     pipeline = build_pipeline(
         config,
         base.scheduler,
@@ -314,8 +314,8 @@ def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Object
     return Objective(
         scheduler=pipeline.training_scheduler,
         prior=pipeline.noise_prior,
-        network_times=pipeline.network_times,
-        reference_frame=pipeline.reference_frame,
+        remapped_timesteps=pipeline.remapped_timesteps,
+        keyframe_position=pipeline.keyframe_position,
         snr_gamma=settings.snr_gamma,
         motion_weight=settings.motion_weight,
         flow_weight=settings.flow_weight,
@@ -376,7 +376,7 @@ def _choose(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None
 
 
 def _micro_batches(
-    accelerator: Accelerator, clips: NumberedClips, settings: Settings, progress: Progress
+    accelerator: Accelerator, clips: IndexedDataset, settings: Settings, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """This process's share of the clips that are left, collated; those that cannot be read go to `output_dir/quarantine`."""
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
@@ -391,7 +391,7 @@ def _micro_batches(
     clips.quarantine = Quarantine(folder, settings.clip_retries, accelerator.process_index)
     loader = DataLoader(
         clips,
-        batch_sampler=RankNumbers(
+        batch_sampler=DistributedBatchSampler(
             progress.clips,
             stop,
             settings.train_batch_size,
@@ -400,7 +400,7 @@ def _micro_batches(
             clips.group,
         ),
         num_workers=settings.dataloader_num_workers,
-        worker_init_fn=patient_worker,
+        worker_init_fn=ignore_signals_in_worker,
         pin_memory=accelerator.device.type == "cuda",
         # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
         generator=torch.Generator().manual_seed(settings.seed),

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
 from microcinema.diffusion.rng import generator
 from microcinema.evaluation import video_metrics
@@ -18,7 +18,7 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 INFERENCE_STEPS = 25
-FIGURES = ("reference_psnr", "reference_ssim", "motion_magnitude")
+FIGURES = ("keyframe_psnr", "keyframe_ssim", "motion_magnitude")
 """Of each video: its reference frame against the key frame (dB, at most 60, and structural similarity), pixels of optical flow a frame."""
 
 
@@ -73,7 +73,7 @@ class Validation:
                     output_type="np",
                 )
             frames = np.rint(result.frames[0] * 255).astype(np.uint8)
-            reference = frames[reference_index(pipeline.reference_frame, len(frames))]
+            reference = frames[keyframe_index(pipeline.keyframe_position, len(frames))]
             fidelity = video_metrics.image_fidelity(reference, np.asarray(result.keyframes[0]))
             made.append((i, frames, (*fidelity, _motion(frames))))
         made = sorted(gather_object(made), key=lambda entry: entry[0])

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from microcinema.pipelines.base_model import INDEX, load_index, open_folder
+from microcinema.pipelines.base_model import INDEX, load_index, resolve_snapshot
 from microcinema.pipelines.saving import borrowed_weights
 from microcinema.utils.errors import UserError
 
@@ -27,7 +27,7 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
     Raises:
         UserError: there is no such model, or none of its weights is the network's.
     """
-    folder, new = open_folder(source, list(networks)), {}
+    folder, new = resolve_snapshot(source, list(networks)), {}
     for name, network in networks.items():
         found: dict[str, torch.Tensor] = {}
         if name == "unet" and Path(folder, INDEX).is_file():  # a checkpoint has none
@@ -36,12 +36,12 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
             try:
                 found |= load_file(file)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"init_from: '{file}' cannot be read ({error}); name another model") from None
+                raise UserError(f"init_weights_from: '{file}' cannot be read ({error}); name another model") from None
         own = network.state_dict()
         fitting = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}
         if name == "unet" and not fitting:
             raise UserError(
-                f"init_from: '{source}' has none of the video UNet's weights; name a model that this project trained"
+                f"init_weights_from: '{source}' has none of the video UNet's weights; name a model that this project trained"
             )
         network.load_state_dict(fitting, strict=False)
         new[name] = sorted(own.keys() - fitting.keys())

@@ -551,7 +551,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"experiment=sprites_{name}",
     ]
     # The same for both models, which read other captions: these are encoded as they train.
-    reads = ["model.pixel_scales=[1]", "model.flow_teacher=ground_truth", "keep=[keyframe, flow]"]
+    reads = ["model.pixel_scales=[1]", "model.flow_model=ground_truth", "keep=[keyframe, flow]"]
     if status := microcinema(["prepare", "latents", *overrides[:2], "experiment=sprites_microcinema", *reads]):
         sys.exit(status)
     overrides += [
@@ -560,14 +560,14 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         "resume_from_checkpoint=latest",
     ]
     if folder.name == VIDEO_MODELS[1]:
-        overrides += [f"init_from={folder.parent / VIDEO_MODELS[0]}"]
+        overrides += [f"init_weights_from={folder.parent / VIDEO_MODELS[0]}"]
         overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
     status = microcinema(["train", *overrides])
     if status:
         sys.exit(status)
     pipeline = load_pipeline(output, torch_dtype=torch.float16)
     pipeline.register_to_config(base=base.name)
-    if pipeline.reads_motion:
+    if pipeline.uses_motion_caption:
         pipeline.register_to_config(motion_encoder_source="sprites-t5", unet_source=VIDEO_MODELS[0])
     save_pipeline(pipeline, folder, with_base=False)
 

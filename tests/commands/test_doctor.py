@@ -215,7 +215,7 @@ def test_a_base_of_the_hub_and_whether_it_is_in_the_cache(folder, hub, tmp_path,
     found, _ = doctor.base("owner/name", None, "fp16")
     assert found.status == PROBLEM and "variant=fp16" in found.found and "hf download owner/name" in found.advice
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(doctor, "open_folder", None)  # what is in the cache is found without asking the hub
+    monkeypatch.setattr(doctor, "resolve_snapshot", None)  # what is in the cache is found without asking the hub
     found, _ = doctor.base("owner/name", None, "fp16")
     assert found.status == WARNING and "fetches them" in found.advice
 

@@ -23,7 +23,7 @@ from microcinema.commands import cli, export
 from microcinema.config.compose import compose
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines import ImageToVideoPipeline, load_pipeline
-from microcinema.pipelines.base_model import LENT
+from microcinema.pipelines.base_model import BASE_COMPONENTS
 from microcinema.sprites.dataset import write_dataset
 from microcinema.utils.errors import UserError
 
@@ -173,7 +173,7 @@ def test_however_it_is_opened_it_gives_the_frames_of_the_pipeline_that_was_saved
     wanted = frames(in_memory)
     whole = run_export(checkpoint, tmp_path / "whole")
     light = run_export(checkpoint, tmp_path / "light", "with_base=false")
-    assert {path.name for path in whole.iterdir()} - {path.name for path in light.iterdir()} == set(LENT)
+    assert {path.name for path in whole.iterdir()} - {path.name for path in light.iterdir()} == set(BASE_COMPONENTS)
     for folder in (whole, light):
         assert np.array_equal(frames(load_pipeline(folder)), wanted)
         assert np.array_equal(frames(ImageToVideoPipeline.from_pretrained(folder)), wanted)

@@ -127,7 +127,7 @@ def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, monkeypat
     (output / "manifest.parquet").unlink()
     # A part that is there is not looked at again; only the verdicts are made anew.
     monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("looked at again"))
-    assert cli.main(arguments(world, output, "static_below=0", "reject=[short, watermark]")) == 0
+    assert cli.main(arguments(world, output, "min_motion=0", "reject=[short, watermark]")) == 0
     rows = read(output)
     assert rows["static"]["rejected_for"] == "watermark" and rows["cut"]["accepted"]
     assert rows["sound00"]["rejected_for"] == "watermark" and rows["short"]["rejected_for"] == "short, watermark"

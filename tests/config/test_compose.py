@@ -150,7 +150,7 @@ def test_overrides_arrive_with_their_types():
             "report_to=null",
             "use_ema=false",
             'validation_prompts=["a red star, on sand", "a moon"]',
-            "model.reference_frame=3",
+            "model.keyframe_position=3",
             "diffusion.scheduler.prediction_type=v_prediction",
         ],
     )
@@ -162,7 +162,7 @@ def test_overrides_arrive_with_their_types():
     assert composed.report_to is None
     assert composed.use_ema is False
     assert list(composed.validation_prompts) == ["a red star, on sand", "a moon"]
-    assert composed.model.reference_frame == 3
+    assert composed.model.keyframe_position == 3
     assert composed.diffusion.scheduler.prediction_type == "v_prediction"
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from microcinema.data import video_reader, video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.indexed import NumberedClips, RankNumbers
+from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.joint import JointDataset
 from microcinema.utils.errors import UserError
 
@@ -62,27 +62,29 @@ def joint(world: Path, **more) -> JointDataset:
 
 
 def test_videos_and_pictures_train_together(world):
-    data = NumberedClips(joint(world), seed=0)
+    data = IndexedDataset(joint(world), seed=0)
     assert data.group == 4 and len(data.dataset) == 12
     met: dict[str, int] = {}
     whole = []
-    for batch in DataLoader(data, batch_sampler=RankNumbers(0, 120, 2, group=4), num_workers=1):
+    for batch in DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 2, group=4), num_workers=1):
         assert batch["video"].shape in ((2, 4, 3, 32, 32), (2, 1, 3, 32, 32))
         whole += batch["id"]
         for name in batch["caption"]:
             met[name] = met.get(name, 0) + 1
     assert {met[f"video {k}"] for k in range(9)} == {8} and {met[f"picture {k}"] for k in range(3)} == {16}
     # Two processes with batches of one meet the same clips.
-    ranks = [iter(DataLoader(data, batch_sampler=RankNumbers(0, 120, 1, rank, 2, group=4))) for rank in range(2)]
+    ranks = [
+        iter(DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 1, rank, 2, group=4))) for rank in range(2)
+    ]
     assert [next(ranks[k % 2])["id"][0] for k in range(40)] == whole[:40]
     assert data.dataset.id(10) == "pictures/1.png"
 
 
 def test_batches_that_would_hold_two_shapes_are_refused(world):
     with pytest.raises(UserError, match="train_batch_size=3 does not divide the 4 clips in a row"):
-        RankNumbers(0, 12, 3, group=4)
+        DistributedBatchSampler(0, 12, 3, group=4)
     with pytest.raises(UserError, match="or the 2 clips trained so far"):
-        RankNumbers(2, 10, 4, group=4)
+        DistributedBatchSampler(2, 10, 4, group=4)
 
 
 @pytest.mark.parametrize("weights", [{}, {"videos": 1}, {"videos": 1, "pictures": 0}, {"videos": 1, "photos": 1}])
@@ -94,5 +96,5 @@ def test_weights_that_do_not_fit(world, weights):
 def test_flow_comes_with_clips_of_every_shape(world):
     """The wrapper that adds flow hides neither shapes nor names."""
     flow = pickle.loads(pickle.dumps(FlowClips(joint(world), "dis", 8)))
-    assert NumberedClips(flow, seed=0).group == 4
+    assert IndexedDataset(flow, seed=0).group == 4
     assert flow.id(10) == "pictures/1.png" and not hasattr(flow, "check_processes")

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from microcinema.data.buckets import Buckets
-from microcinema.data.ordering import Joint, ShardByShard, Shuffled
+from microcinema.data.ordering import Joint, ShardOrder, ShuffledOrder
 from microcinema.utils.errors import UserError
 
 COUNTS = [7, 3, 0, 11, 5, 1]
 
 
 def joint(seed: int = 0) -> Joint:
-    streams = [Shuffled(30, [seed, 0], np.arange(30)), Shuffled(10, [seed, 1], np.arange(100, 110))]
-    return Joint([*streams, Shuffled(1, [seed, 2], np.array([200]))], [30, 10, 1], group=4, seed=seed)
+    streams = [ShuffledOrder(30, [seed, 0], np.arange(30)), ShuffledOrder(10, [seed, 1], np.arange(100, 110))]
+    return Joint([*streams, ShuffledOrder(1, [seed, 2], np.array([200]))], [30, 10, 1], group=4, seed=seed)
 
 
 STREAMS = {
-    "shuffled": lambda seed=0: Shuffled(20, [seed]),
-    "shards": lambda seed=0: ShardByShard(COUNTS, 4, [seed]),
+    "shuffled": lambda seed=0: ShuffledOrder(20, [seed]),
+    "shards": lambda seed=0: ShardOrder(COUNTS, 4, [seed]),
     "joint": joint,
 }
 
@@ -59,7 +59,7 @@ def test_a_joint_order_is_fair_and_of_one_stream_a_group():
 
 
 def test_a_share_decides_how_often_a_stream_is_met():
-    streams = [Shuffled(100, [0, 0]), Shuffled(10, [0, 1], np.arange(1000, 1010))]
+    streams = [ShuffledOrder(100, [0, 0]), ShuffledOrder(10, [0, 1], np.arange(1000, 1010))]
     stream = Joint(streams, [100, 25], group=5, seed=0)
     items = [stream.locate(number)[1] for number in range(1250)]
     assert sum(item >= 1000 for item in items) == 250
@@ -71,7 +71,7 @@ def test_a_share_decides_how_often_a_stream_is_met():
 def test_shards_are_read_a_few_at_a_time():
     """Two processes with two workers each, batches of 2, 8 lanes: whoever reads, reads few shards, and none of those that another one reads."""
     counts = [50] * 16
-    stream = ShardByShard(counts, 8, [0])
+    stream = ShardOrder(counts, 8, [0])
     shard_of = np.repeat(np.arange(16), 50)
     read: dict[tuple[int, int], list[int]] = {}
     for step in range(200):  # one pass
@@ -106,4 +106,4 @@ def test_shapes_that_are_none(shapes, said):
     with pytest.raises(UserError, match=said):
         Buckets(shapes, np.zeros(1), 1)
     with pytest.raises(UserError, match="shares .0"):
-        Joint([Shuffled(3, [0])], [0], 1, 0)
+        Joint([ShuffledOrder(3, [0])], [0], 1, 0)

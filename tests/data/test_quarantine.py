@@ -20,8 +20,8 @@ from fixtures.tiny_training import logged, one_thread, pipeline, train, weights 
 from microcinema.data import decoder_process, video_reader
 from microcinema.data.clips import ClipDataset
 from microcinema.data.decoder_process import IsolatedReader
-from microcinema.data.indexed import NumberedClips
-from microcinema.data.ordering import Shuffled
+from microcinema.data.indexed import IndexedDataset
+from microcinema.data.ordering import ShuffledOrder
 from microcinema.data.quarantine import SUBSTITUTES, ErrorRate, Quarantine, read_quarantine
 from microcinema.utils.errors import UserError
 
@@ -79,8 +79,8 @@ def test_too_many_broken_clips_stop_the_run(tmp_path, listing):
 def test_a_resumed_run_meets_the_same_substitutes(tmp_path, listing):
     """Bit for bit, though a clip that was broken before the interruption can be read after it."""
     data = clips(listing)
-    first = next(n for n in range(20) if data.id(Shuffled(len(data), [0]).locate(n)[1]).startswith("sound"))
-    flaky = Shuffled(len(data), [0]).locate(first)[1]
+    first = next(n for n in range(20) if data.id(ShuffledOrder(len(data), [0]).locate(n)[1]).startswith("sound"))
+    flaky = ShuffledOrder(len(data), [0]).locate(first)[1]
 
     class Flaky(ClipDataset):
         fails = True
@@ -147,14 +147,14 @@ class Items:
 
 
 def test_what_takes_the_place_is_decided_by_seed_and_number(tmp_path):
-    one = NumberedClips(Items({1, 2, 3}), 0, Quarantine(tmp_path / "a", retries=0))
+    one = IndexedDataset(Items({1, 2, 3}), 0, Quarantine(tmp_path / "a", retries=0))
     items = [one[number] for number in range(40)]
-    other = NumberedClips(Items({1, 2, 3}), 0, Quarantine(tmp_path / "b", retries=0))
+    other = IndexedDataset(Items({1, 2, 3}), 0, Quarantine(tmp_path / "b", retries=0))
     assert [other[number] for number in reversed(range(40))] == items[::-1]
     records = read_quarantine(tmp_path / "a")
     assert sum(item["broken"] for item in items) >= len(records) > 12  # the same substitute may be drawn twice
     assert {record["index"] for record in records} == {1, 2, 3}
-    plain = NumberedClips(Items(set()), 0, Quarantine(tmp_path / "c"))
+    plain = IndexedDataset(Items(set()), 0, Quarantine(tmp_path / "c"))
     for item, sound in zip(items, (plain[number] for number in range(40)), strict=True):
         assert (item == sound) if item["broken"] == 0 else (sound["index"] in {1, 2, 3} != {item["index"]})
     assert not (tmp_path / "c").exists()
@@ -166,7 +166,7 @@ def test_tries_are_bounded(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=f"clip 0 and {SUBSTITUTES} that should have stood in for it are broken .last: item 0"
     ):
-        NumberedClips(items, 0, Quarantine(tmp_path, retries=2))[0]
+        IndexedDataset(items, 0, Quarantine(tmp_path, retries=2))[0]
     assert items.tries == 3  # its substitutes are itself
     assert [record["tries"] for record in read_quarantine(tmp_path)] == [3]
 
@@ -175,7 +175,7 @@ def test_tries_are_bounded(tmp_path, monkeypatch):
             self.broken = set() if self.tries else {0}
             return super().__getitem__(index)
 
-    assert NumberedClips(Once({0}, 1), 0, Quarantine(tmp_path / "b", retries=1))[0]["broken"] == 0
+    assert IndexedDataset(Once({0}, 1), 0, Quarantine(tmp_path / "b", retries=1))[0]["broken"] == 0
     assert not (tmp_path / "b").exists()
 
 
@@ -255,9 +255,9 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
             return super().__getitem__(index)
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
-    order = Shuffled(len(data), [0])
+    order = ShuffledOrder(len(data), [0])
     number = next(number for number in range(len(data)) if order.locate(number)[1] == 3)
-    numbered = NumberedClips(data, 0, Quarantine(tmp_path, retries=0))
+    numbered = IndexedDataset(data, 0, Quarantine(tmp_path, retries=0))
     items = list(DataLoader(numbered, batch_size=None, num_workers=1, sampler=[number, 0 if number else 1]))
     assert (items[0]["number"], items[0]["broken"]) == (number, 1)
     (record,) = [record for record in read_quarantine(tmp_path) if record["index"] == 3]

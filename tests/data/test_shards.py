@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from fixtures import tiny, tiny_broken, tiny_training
 from fixtures.tiny_training import logged, one_thread, pipeline, train, weights  # noqa: F401
 from microcinema.data import video_reader
-from microcinema.data.indexed import NumberedClips, RankNumbers
+from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.manifest import SCHEMA
 from microcinema.data.shards import ShardDataset
 from microcinema.utils.errors import UserError
@@ -82,8 +82,8 @@ def read(data: ShardDataset, start: int, stop: int, processes: int, workers: int
     """What a run of so many processes reads: number to index and place of the clip."""
     found = {}
     for rank in range(processes):
-        numbers = RankNumbers(start, stop, 4 // processes, rank, processes)
-        loader = DataLoader(NumberedClips(data, 0), batch_sampler=numbers, num_workers=workers)
+        numbers = DistributedBatchSampler(start, stop, 4 // processes, rank, processes)
+        loader = DataLoader(IndexedDataset(data, 0), batch_sampler=numbers, num_workers=workers)
         for batch in loader:
             for k, number in enumerate(batch["number"].tolist()):
                 found[number] = (batch["id"][k], batch["caption"][k], batch["video"][k].sum().item())

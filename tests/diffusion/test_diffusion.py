@@ -13,7 +13,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from microcinema.data.keyframe_index import reference_index
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion import losses
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -24,9 +24,9 @@ from microcinema.diffusion.schedule import (
     check_schedules_agree,
     make_sampler,
     make_scheduler,
+    match_snr_timesteps,
     shifted_betas,
     snr,
-    times_of_equal_noise,
 )
 from microcinema.utils.errors import UserError
 
@@ -268,11 +268,11 @@ def test_bad_priors_are_named():
 
 
 def test_reference_frame():
-    assert [reference_index(r, 16) for r in ("first", "center", 15)] == [0, 8, 15]
-    assert reference_index("center", 1) == 0
+    assert [keyframe_index(r, 16) for r in ("first", "center", 15)] == [0, 8, 15]
+    assert keyframe_index("center", 1) == 0
     for bad in ("last", 16, -1, 1.5, True):
         with pytest.raises(UserError, match="reference frame"):
-            reference_index(bad, 16)
+            keyframe_index(bad, 16)
 
 
 # ---------------------------------------------------------------- objective
@@ -326,7 +326,7 @@ def test_half_precision_latents_meet_a_full_precision_schedule():
 # ---------------------------------------------------------------- guidance
 
 
-class Denoiser:
+class TrainableModel:
     """p(z, image, text), not linear in anything, which counts its calls and evaluations."""
 
     def __init__(self, guidance):
@@ -359,8 +359,8 @@ class Denoiser:
 def test_guidance_is_its_formula_with_no_wasted_evaluation(text, image, evaluations, clip):
     z = clip[0]
     guidance = Guidance(text, image)
-    denoiser = Denoiser(guidance)
-    p00, p10, p11 = Denoiser.at(z, 0, 0), Denoiser.at(z, 1, 0), Denoiser.at(z, 1, 1)
+    denoiser = TrainableModel(guidance)
+    p00, p10, p11 = TrainableModel.at(z, 0, 0), TrainableModel.at(z, 1, 0), TrainableModel.at(z, 1, 1)
     ours = guidance(denoiser, z, torch.tensor(5))
     assert torch.allclose(ours, p00 + image * (p10 - p00) + text * (p11 - p10), atol=1e-6)
     assert (denoiser.calls, denoiser.evaluations) == (1, evaluations)
@@ -404,9 +404,9 @@ def test_flow_loss_is_the_mean_distance_over_valid_places():
 
 def test_a_network_is_told_the_time_at_which_it_knows_the_noise():
     known = make_scheduler({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
-    assert torch.allclose(times_of_equal_noise(known, known), torch.arange(1000.0), atol=1e-3)
+    assert torch.allclose(match_snr_timesteps(known, known), torch.arange(1000.0), atol=1e-3)
     shifted = make_scheduler(known.config, {"snr_shift": 2.0})
-    told = times_of_equal_noise(shifted, known)
+    told = match_snr_timesteps(shifted, known)
     snr = known.alphas_cumprod.double() / (1 - known.alphas_cumprod.double())
     whole = told.round().long()
     inside = told < 999
@@ -415,5 +415,5 @@ def test_a_network_is_told_the_time_at_which_it_knows_the_noise():
     ratio = snr[whole][inside] / (snr / 4)[inside]
     assert (ratio[20:] - 1).abs().max() < 0.02
     silent = make_scheduler(known.config, {"rescale_betas_zero_snr": True})
-    assert times_of_equal_noise(silent, known)[-1] == 999
-    assert times_of_equal_noise(known, silent).isfinite().all()
+    assert match_snr_timesteps(silent, known)[-1] == 999
+    assert match_snr_timesteps(known, silent).isfinite().all()

@@ -42,7 +42,7 @@ def test_a_dropped_image_leaves_zeros_and_the_other_clip_as_it_was(unet):
     encoder = trained_encoder(unet, fusion="spade", keyframe_concat=True)
     text, z_ref, fps = inputs()
     kept = encoder(text, z_ref, fps)
-    dropped = encoder(text, z_ref, fps, keep_image=torch.tensor([False, True]))
+    dropped = encoder(text, z_ref, fps, image_mask=torch.tensor([False, True]))
     for whole, part in zip((*kept.appearance, kept.keyframe), (*dropped.appearance, dropped.keyframe), strict=True):
         assert whole[0].any()
         assert not part[0].any()

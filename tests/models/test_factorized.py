@@ -10,7 +10,7 @@ from microcinema.models import ConditionEncoder, Conditions, VideoUNet
 from microcinema.models.image_adapter import TextImageAdapter
 from microcinema.models.pixel_attention import PixelPyramid
 from microcinema.models.predict_net import PredictNet
-from microcinema.models.temporal import Attended, PixelAwareCrossAttention, TemporalTransformer, attend
+from microcinema.models.temporal import KeyValue, PixelAwareCrossAttention, TemporalTransformer, attend
 from microcinema.utils.errors import UserError
 from tests.models.test_video_unet import base, inputs, per_frame, randomise
 
@@ -82,7 +82,7 @@ def test_a_dropped_image_leaves_nothing_of_adapter_and_pixels():
     video, encoder = nets(base(), ("adapter", "pixels"))
     randomise(video, encoder)
     z_t, t, text, z_ref, fps = inputs(3)
-    dropped = encoder(text, z_ref, fps, keep_image=torch.tensor([False, True]), **given())
+    dropped = encoder(text, z_ref, fps, image_mask=torch.tensor([False, True]), **given())
     bare = Conditions(text, fps=fps)
     kept = encoder(text, z_ref, fps, **given())
     out = video(z_t, t, dropped)
@@ -167,14 +167,14 @@ def test_pixel_attention_finds_the_place_that_looks_alike():
     query = rearrange(layer.norm(h), "(b f) c h w -> b (f h w) c", b=2)
     # Keys that point where the frames' own features point, far out: each place finds itself and takes the value that stands there.
     value = torch.randn(2, 12, 8, dtype=torch.float64)
-    out = layer(h, Attended(1e4 * functional.normalize(query, dim=-1), value)) - h
+    out = layer(h, KeyValue(1e4 * functional.normalize(query, dim=-1), value)) - h
     torch.testing.assert_close(rearrange(out, "(b f) c h w -> b (f h w) c", b=2), value)
 
 
 def test_attention_is_softmax_of_scaled_products_over_what_is_not_masked():
     query, key, value = (torch.randn(2, n, 6, dtype=torch.float64) for n in (4, 5, 5))
     mask = torch.tensor([[True] * 5, [True, False, True, False, False]])
-    found = attend(query, Attended(key, value, mask), heads=2)
+    found = attend(query, KeyValue(key, value, mask), heads=2)
     for head in (slice(0, 3), slice(3, 6)):
         logits = query[..., head] @ key[..., head].mT / 3**0.5
         weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
@@ -185,7 +185,7 @@ def test_motion_attention_reads_every_pixel_alike():
     layer = TemporalTransformer(16, 16, groups=4, max_frames=8, motion_attention=True)
     torch.nn.init.normal_(layer.proj_out.weight)
     h = repeat(torch.randn(2, 16), "b c -> (b f) c h w", f=3, h=2, w=2)
-    motion = Attended(torch.randn(2, 4, 16), torch.randn(2, 4, 16))
+    motion = KeyValue(torch.randn(2, 4, 16), torch.randn(2, 4, 16))
     with torch.no_grad():
         out = layer(h, 3, motion)
         assert not torch.allclose(out, layer(h, 3), atol=1e-3)

@@ -109,10 +109,10 @@ def test_every_block_may_know_the_number_of_its_frame(known):
     assert torch.allclose(out[:, :1].expand_as(out), out, atol=1e-5) != known
 
 
-@pytest.mark.parametrize("unfreeze", [[], ["up_blocks.1", "conv_out.bias"]])
-def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(unfreeze):
+@pytest.mark.parametrize("trainable_unet_layers", [[], ["up_blocks.1", "conv_out.bias"]])
+def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(trainable_unet_layers):
     video, encoder = nets(base(), keyframe_concat=True)
-    trained = set_trainable(video, encoder, "temporal", unfreeze)
+    trained = set_trainable(video, encoder, "temporal", trainable_unet_layers)
     randomise(video, encoder)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     before = {k: v.clone() for k, v in video.state_dict().items()}
@@ -121,7 +121,7 @@ def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(un
     optimizer.step()
     entries = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in video.named_parameters():
-        trains = name.startswith((*VideoUNet.added, *unfreeze))
+        trains = name.startswith((*VideoUNet.added, *trainable_unet_layers))
         assert (id(parameter) in entries) == (parameter.grad is not None) == trains, name
         assert torch.equal(parameter, before[name]) != trains, name
     assert all(p.grad is not None and id(p) in entries for p in encoder.parameters())
@@ -130,8 +130,8 @@ def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(un
 def test_train_all_trains_everything():
     video, encoder = nets(base())
     set_trainable(video, encoder, "temporal")
-    for unfreeze in ([], ["up_blocks.1"]):
-        trained = set_trainable(video, encoder, "all", unfreeze)
+    for trainable_unet_layers in ([], ["up_blocks.1"]):
+        trained = set_trainable(video, encoder, "all", trainable_unet_layers)
         assert len(trained) == len([*video.parameters(), *encoder.parameters()])
     with pytest.raises(UserError, match="train='some'"):
         set_trainable(video, encoder, "some")
@@ -140,7 +140,9 @@ def test_train_all_trains_everything():
 @pytest.mark.parametrize("name", ["up_block", "up_blocks.7", "temporal_transformers", ""])
 def test_what_is_to_train_must_be_a_frozen_layer(name):
     video, encoder = nets(base())
-    with pytest.raises(UserError, match=f"unfreeze names '{name}', and no 2D layer has that name.*mid_block, "):
+    with pytest.raises(
+        UserError, match=f"trainable_unet_layers names '{name}', and no 2D layer has that name.*mid_block, "
+    ):
         set_trainable(video, encoder, "temporal", [name])
 
 
@@ -265,7 +267,7 @@ def test_every_condition_matters_once_trained():
     randomise(video, encoder)
     z_t, t, text, z_ref, fps = inputs(3)
     out = video(z_t, t, encoder(text, z_ref, fps))
-    no_image = encoder(text, z_ref, fps, keep_image=torch.zeros(2, dtype=torch.bool))
+    no_image = encoder(text, z_ref, fps, image_mask=torch.zeros(2, dtype=torch.bool))
     nothing = Conditions(text=text, fps=fps)
     torch.testing.assert_close(video(z_t, t, no_image), video(z_t, t, nothing))
     for other in (no_image, encoder(text, z_ref, fps + 8), encoder(text + 1, z_ref, fps), encoder(text, -z_ref, fps)):

@@ -234,7 +234,7 @@ def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, m
     parts = [
         f"model.image_encoder={folder / 'clip'}",
         f"model.motion_encoder={folder / 't5'}",
-        "model.flow_teacher=dis",
+        "model.flow_model=dis",
     ]
     small = ["max_train_steps=1", "train_batch_size=2", "dataloader_num_workers=0", "report_to=null"]
     command = ["train", "model=factorized_dreamer", *common, *data, *parts, *small]

@@ -294,7 +294,7 @@ def test_bad_calls_are_named(pipeline, image, bad, words):
 
 
 def test_bad_settings_are_named(base):
-    for bad in ({"noise_prior": "pink"}, {"reference_frame": 4}, {"reference_frame": "last"}):
+    for bad in ({"noise_prior": "pink"}, {"keyframe_position": 4}, {"keyframe_position": "last"}):
         with pytest.raises(UserError):
             tiny.video_pipeline(base, **bad)
 
@@ -304,7 +304,7 @@ def test_bad_settings_are_named(base):
 
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_reloaded_pipeline_gives_the_same_bits(any_base, image, tmp_path, with_base):
-    settings = {"noise_prior": "mixed", "noise_prior_strength": 0.5, "reference_frame": "center", "fps": 6.0}
+    settings = {"noise_prior": "mixed", "noise_prior_strength": 0.5, "keyframe_position": "center", "fps": 6.0}
     pipeline = tiny.video_pipeline(any_base, **settings)
     folder = tmp_path / "saved"
     save_pipeline(pipeline, folder, with_base)
@@ -314,7 +314,7 @@ def test_a_reloaded_pipeline_gives_the_same_bits(any_base, image, tmp_path, with
     )
     again = load_pipeline(folder)
     again.set_progress_bar_config(disable=True)
-    assert (again.noise_prior, again.reference_frame) == (pipeline.noise_prior, "center")
+    assert (again.noise_prior, again.keyframe_position) == (pipeline.noise_prior, "center")
     assert again.config["training_schedule"] == pipeline.config["training_schedule"]
     assert np.array_equal(sample(pipeline, PROMPTS[0], image), sample(again, PROMPTS[0], image))
 

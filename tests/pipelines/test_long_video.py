@@ -196,8 +196,8 @@ def test_bad_lengths_are_named(pipeline, image, bad, words):
 
 @pytest.mark.parametrize("reference", ["center", 1])
 def test_clips_are_continued_only_from_a_first_frame(base, image, reference):
-    pipeline = tiny.video_pipeline(base, reference_frame=reference)
-    with pytest.raises(UserError, match=f"reference_frame={reference}.*num_clips=1"):
+    pipeline = tiny.video_pipeline(base, keyframe_position=reference)
+    with pytest.raises(UserError, match=f"keyframe_position={reference}.*num_clips=1"):
         latents(pipeline, image, num_clips=2)
     assert latents(pipeline, image, num_clips=1).shape[1] == TRAINED
-    assert latents(tiny.video_pipeline(base, reference_frame=0), image, num_clips=2).shape[1] == 2 * TRAINED - 1
+    assert latents(tiny.video_pipeline(base, keyframe_position=0), image, num_clips=2).shape[1] == 2 * TRAINED - 1

@@ -191,10 +191,10 @@ def test_half_precision_takes_half_the_memory(base):
 @torch.no_grad()
 def test_tiles_of_a_trained_vae_give_nearly_the_same_frames():
     # The worst case: tiles of 64 pixels, where Stable Diffusion's have 512. What looks at a whole frame sees a quarter of it.
-    from microcinema.pipelines.base_model import ASSETS, LENT, load_components
+    from microcinema.pipelines.base_model import ASSETS, BASE_COMPONENTS, load_components
     from microcinema.sprites import scene
 
-    vae = load_components(str(ASSETS / "sprites-base"), {"vae": LENT["vae"]})["vae"]
+    vae = load_components(str(ASSETS / "sprites-base"), {"vae": BASE_COMPONENTS["vae"]})["vae"]
     scene = scene.render(scene.sample_attributes(0, 0, "train"), 1, 2 * vae.config["sample_size"], 8.0).frames
     z = vae.encode(torch.from_numpy(scene).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
     whole = vae.decode(z).sample

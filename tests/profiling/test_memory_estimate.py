@@ -104,7 +104,7 @@ def test_guidance_and_decoding_at_once_cost_memory(composed):
 
 RUNS = {
     "temporal": {},
-    "temporal, and a 2D block": {"unfreeze": ["up_blocks.1"]},
+    "temporal, and a 2D block": {"trainable_unet_layers": ["up_blocks.1"]},
     "everything, with checkpoints": {"train": "all", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     "bf16, no average": {"mixed_precision": "bf16", "use_ema": False},
     "pixels, validation": {"validation_prompts": ["a red star"]},

@@ -51,7 +51,7 @@ CHANGES = {
         "without_adapter": {"model.adapter": None, "model.condition_encoder.adapter": None},
         "without_pixel_attention": WITHOUT_PIXELS,
         "without_t5": {"model.motion_encoder": None},
-        "without_predict_net": {"model.flow_teacher": None},
+        "without_predict_net": {"model.flow_model": None},
         "without_schedule": SCHEDULE_OF_THE_BASE,
         "without_keyframe_concat": WITHOUT_CONCAT,
     },
@@ -107,10 +107,10 @@ def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict
     assert microcinema.diffusion.noise_prior.strength == 0.03 and microcinema.diffusion.noise_prior.kind == "appearance"
     assert microcinema.model.unet.frame_conditioning and microcinema.motion_weight > 0
     assert dreamer.model.adapter and dreamer.model.pixel_scales and dreamer.model.motion_encoder
-    assert dreamer.model.flow_teacher == "ground_truth"
+    assert dreamer.model.flow_model == "ground_truth"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
     for config in (microcinema, dreamer):
-        assert config.init_from is None and config.train == "all"
+        assert config.init_weights_from is None and config.train == "all"
         assert config.base.pretrained_model_name_or_path == "sprites-base"
 
 
@@ -242,7 +242,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_frames=4",
         "resolution=32",
     ]
-    reads = ["model=plain", "diffusion=none", "model.flow_teacher=ground_truth", "keep=[flow]"]
+    reads = ["model=plain", "diffusion=none", "model.flow_model=ground_truth", "keep=[flow]"]
     assert cli.main(["prepare", "latents", f"data.root={folder / 'data'}", *train, *reads]) == 0
     kinds = {
         "shape": scene.SHAPES,
@@ -262,7 +262,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "papers": {
             "paper": {
                 "train": ["model=plain", "diffusion=none", "train_batch_size=1", "dataloader_num_workers=0"],
-                "variants": {"full": ["model.flow_teacher=ground_truth"], "without": ["model.flow_teacher=null"]},
+                "variants": {"full": ["model.flow_model=ground_truth"], "without": ["model.flow_model=null"]},
             }
         },
     }
@@ -366,7 +366,7 @@ def test_a_failure_is_alone(ablate: ModuleType, world: Path, tmp_path: Path, cap
     def runner(command: str, overrides: list[str], log: Path) -> int:
         if command == "train":
             together.wait()
-        return 2 if command == "evaluate" or "model.flow_teacher=null" in overrides else 0
+        return 2 if command == "evaluate" or "model.flow_model=null" in overrides else 0
 
     out = tmp_path / "out"
     assert ablate.main(arguments(world, "--output-dir", str(out), "--workers", "2"), runner) == 1

@@ -57,7 +57,7 @@ def test_the_card_tells_what_was_measured_of_both_video_models():
         "max_train_steps": 77,
         "learning_rate": 0.002,
         "timestep_logit_normal": [0.5, 3.0],
-        "unfreeze": ["a", "b"],
+        "trainable_unet_layers": ["a", "b"],
     }
     card = script["render_card"](
         script["Recipe"](),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, one_thread, pipeline, train, weights  # noqa: F401
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.loss import Denoiser
+from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints
 from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
 def test_every_random_state_comes_back(tmp_path):
     model = pipeline(tmp_path)
     accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
-    denoiser = Denoiser(model.unet, model.condition_encoder)
+    denoiser = TrainableModel(model.unet, model.condition_encoder)
     optimizer = torch.optim.AdamW(denoiser.parameters())
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     checkpoints = Checkpoints(accelerator, tmp_path, dict(denoiser.named_parameters()), None)
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_was_never_right_is_refused_in_one_line(broken, spoil,
     ],
 )
 def test_settings_of_another_run_are_refused(broken, changes, told):
-    with pytest.raises(UserError, match="is of another run: .*init_from") as error:
+    with pytest.raises(UserError, match="is of another run: .*init_weights_from") as error:
         resume(broken, **changes)
     assert told in str(error.value) and "\n" not in str(error.value)
 

@@ -8,7 +8,7 @@ from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, motion_weights, target
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
-from microcinema.training.loss import Batch, Draws, Dropped, Objective, training_loss
+from microcinema.training.loss import Batch, Dropped, Objective, TrainingNoise, training_loss
 
 SHAPE = torch.Size((3, 4, 2, 2))
 
@@ -17,7 +17,7 @@ def objective(**changes) -> Objective:
     settings = {
         "scheduler": DDPMScheduler(clip_sample=False),
         "prior": NoisePrior("appearance", 0.5),
-        "reference_frame": "center",
+        "keyframe_position": "center",
         "snr_gamma": None,
         "motion_weight": 0.0,
         "timestep_logit_normal": None,
@@ -38,7 +38,7 @@ def batch(size: int = 2) -> Batch:
 def test_draws_of_a_clip_depend_on_its_number_alone():
     together = objective().draw([4, 5, 6], SHAPE)
     alone = objective().draw([5], SHAPE)
-    for name in ("noise", "t", "keep_text", "keep_image"):
+    for name in ("noise", "t", "text_mask", "image_mask"):
         assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
     assert not torch.equal(together.noise[0], together.noise[1])
     assert not torch.equal(objective(seed=4).draw([5], SHAPE).noise, alone.noise)
@@ -48,16 +48,16 @@ def test_draws_of_a_clip_depend_on_its_number_alone():
 
 def test_dropout_is_independent_and_as_frequent_as_asked():
     draws = objective().draw(range(4000), torch.Size((1, 1, 1, 1)))
-    no_text, no_image = ~draws.keep_text, ~draws.keep_image
+    no_text, no_image = ~draws.text_mask, ~draws.image_mask
     assert no_text.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert no_image.float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert (no_text & no_image).float().mean().item() == pytest.approx(0.125, abs=0.02)
     assert draws.t.float().mean().item() == pytest.approx(499.5, abs=20)
     assert draws.t.min() < 5 and draws.t.max() > 994
     kept = objective(text_dropout=0.0, image_dropout=0.0).draw(range(500), torch.Size((1, 1, 1, 1)))
-    assert kept.keep_text.all() and kept.keep_image.all()
+    assert kept.text_mask.all() and kept.image_mask.all()
     dropped = objective(text_dropout=1.0, image_dropout=1.0).draw(range(500), torch.Size((1, 1, 1, 1)))
-    assert not dropped.keep_text.any() and not dropped.keep_image.any()
+    assert not dropped.text_mask.any() and not dropped.image_mask.any()
 
 
 def test_diffusion_steps_follow_the_logit_normal_distribution():
@@ -76,7 +76,7 @@ def test_a_denoiser_that_knows_the_target_has_no_loss(kind):
     draws = task.draw(clips.numbers, SHAPE)
     eps_hat = draws.noise + 0.5 * clips.latents[:, 1:2]
 
-    def oracle(z_t, t, text, z_ref, fps, keep_image):
+    def oracle(z_t, t, text, z_ref, fps, image_mask):
         assert torch.equal(z_ref, clips.latents[:, 1])
         torch.testing.assert_close(z_t, add_noise(task.scheduler, clips.latents, eps_hat, t))
         return target(task.scheduler, clips.latents, eps_hat, t), None
@@ -121,16 +121,18 @@ def test_what_moves_weighs_more():
 def test_a_dropped_caption_is_the_empty_one_and_a_dropped_image_is_told():
     clips = batch()
     empty = torch.full((1, 5, 6), 9.0)
-    keep = Draws(torch.zeros(2, *SHAPE), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([False, True]))
+    keep = TrainingNoise(
+        torch.zeros(2, *SHAPE), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([False, True])
+    )
     seen = {}
 
-    def spy(z_t, t, text, z_ref, fps, keep_image):
-        seen.update(text=text, fps=fps, keep_image=keep_image)
+    def spy(z_t, t, text, z_ref, fps, image_mask):
+        seen.update(text=text, fps=fps, image_mask=image_mask)
         return z_t, None
 
     training_loss(spy, clips, keep, Dropped(empty), objective())
     assert torch.equal(seen["text"], torch.stack([clips.text[0], empty[0]]))
-    assert seen["keep_image"].tolist() == [False, True]
+    assert seen["image_mask"].tolist() == [False, True]
     assert seen["fps"].tolist() == [8.0, 8.0]
 
 
@@ -154,7 +156,9 @@ def test_the_flow_loss_joins_where_predict_net_speaks():
 
 def test_motion_captions_are_dropped_with_the_text():
     clips = replace(batch(), motion_tokens=torch.ones(2, 3, 4), image={"pixels": torch.zeros(2, 3, 8, 8)})
-    keep = Draws(torch.zeros(2, *SHAPE), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([True, True]))
+    keep = TrainingNoise(
+        torch.zeros(2, *SHAPE), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([True, True])
+    )
     seen = {}
 
     def spy(z_t, *conditions, **read):

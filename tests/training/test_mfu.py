@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import one_thread  # noqa: F401
-from microcinema.training.loss import Denoiser
+from microcinema.training.loss import TrainableModel
 from microcinema.training.mfu import ModelFlops, peak_flops
 
 
@@ -59,7 +59,7 @@ def test_the_networks_take_the_same_with_checkpointing(tmp_path):
         if thrifty:
             model.unet.enable_gradient_checkpointing()
             model.condition_encoder.enable_gradient_checkpointing()
-        denoiser = Denoiser(model.unet, model.condition_encoder).train()
+        denoiser = TrainableModel(model.unet, model.condition_encoder).train()
         z = torch.randn(1, tiny_training.FRAMES, tiny.LATENT_CHANNELS, 8, 8)
         text, one = torch.randn(1, 4, tiny.WIDTH), torch.ones(1)
         with ModelFlops() as flops:

@@ -23,7 +23,7 @@ from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
 from microcinema.training import trainer
 from microcinema.training.batch_encoder import BatchEncoder, TextCache
-from microcinema.training.loss import Denoiser, Objective, training_loss
+from microcinema.training.loss import Objective, TrainableModel, training_loss
 from microcinema.training.settings import Settings
 from microcinema.training.validation import Validation
 from microcinema.utils.errors import UserError
@@ -70,7 +70,7 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
         items = torch.utils.data.default_collate([{**dataset[k % 2], "number": k} for k in range(16)])
         batch = encode(items)
         draws = objective.draw(batch.numbers, batch.latents.shape[1:])
-        denoiser = Denoiser(model.unet, model.condition_encoder)
+        denoiser = TrainableModel(model.unet, model.condition_encoder)
         return training_loss(denoiser, batch, draws, encode.dropped(), objective).total.mean().item()
 
     before = loss()
@@ -87,24 +87,28 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     assert loss() < 0.9 * before
 
 
-@pytest.mark.parametrize(("which", "unfreeze"), [("temporal", []), ("temporal", ["up_blocks.1"]), ("all", [])])
-def test_only_what_is_to_be_trained_changes(tmp_path, which, unfreeze):
+@pytest.mark.parametrize(
+    ("which", "trainable_unet_layers"), [("temporal", []), ("temporal", ["up_blocks.1"]), ("all", [])]
+)
+def test_only_what_is_to_be_trained_changes(tmp_path, which, trainable_unet_layers):
     model = pipeline(tmp_path)
     before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
     added = {id(parameter) for parameter in model.unet.added_parameters()}
-    settings = {"train": which, "unfreeze": unfreeze, "max_train_steps": 2, "report_to": None}
+    settings = {"train": which, "trainable_unet_layers": trainable_unet_layers, "max_train_steps": 2, "report_to": None}
     train(model, LatentClips(), tmp_path / "run", **settings)
     state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
     trained = [p for net in (model.unet, model.condition_encoder) for p in net.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(trained)
     for name, parameter in model.unet.named_parameters():
-        frozen = which == "temporal" and id(parameter) not in added and not name.startswith(tuple(unfreeze))
+        frozen = (
+            which == "temporal" and id(parameter) not in added and not name.startswith(tuple(trainable_unet_layers))
+        )
         assert parameter.requires_grad is not frozen
         if frozen:
             assert parameter.grad is None and torch.equal(parameter, before[name]), name
     changed = [name for name, parameter in model.unet.named_parameters() if not torch.equal(parameter, before[name])]
     assert changed
-    if which == "all" or unfreeze:
+    if which == "all" or trainable_unet_layers:
         assert any(id(parameter) not in added for name, parameter in model.unet.named_parameters() if name in changed)
 
 
@@ -169,7 +173,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     assert media.read_bytes() == (tmp_path / "run/validation/step-1/0.gif").read_bytes()
     figures = {"loss", "grad_norm", "lr", "clips_per_second", "data_wait", "broken_clips"}
     figures |= {"flop_utilisation", "peak_memory_gib", "checkpoint_seconds", "validation_seconds", "validation/0"}
-    figures |= {f"validation/{name}" for name in ("reference_psnr", "reference_ssim", "motion_magnitude")}
+    figures |= {f"validation/{name}" for name in ("keyframe_psnr", "keyframe_ssim", "motion_magnitude")}
     assert figures <= {name for values in sent for name in values}
 
 
@@ -330,7 +334,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
             "max_train_steps=2",
             "train_batch_size=2",
             "model=plain",
-            "model.reference_frame=center",
+            "model.keyframe_position=center",
             "train=all",  # or the base's prediction type could not be changed
             "diffusion.scheduler.prediction_type=v_prediction",
             "validation_prompts=[a red star, a blue circle]",
@@ -340,7 +344,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
     saved = load_pipeline(run)
     assert saved.unet.config["keyframe_channels"] == tiny.LATENT_CHANNELS
     assert saved.training_scheduler.config["prediction_type"] == "v_prediction"
-    assert (saved.reference_frame, saved.config["num_frames"], saved.config["height"]) == ("center", 4, tiny.SIZE)
+    assert (saved.keyframe_position, saved.config["num_frames"], saved.config["height"]) == ("center", 4, tiny.SIZE)
     assert yaml.safe_load((run / "config.yaml").read_text())["max_train_steps"] == 2
     assert json.loads((run / "environment.json").read_text())[0]["num_processes"] == 1
     assert {path.name for path in (run / "validation/step-2").iterdir()} == {

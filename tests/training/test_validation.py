@@ -70,10 +70,10 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
     accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
     accelerator.init_trackers("microcinema")
     validation = Validation(accelerator, KeyframePipeline(tmp_path / "keyframe.png"), PROMPTS, 64, 64, tmp_path)
-    model = Known(set_progress_bar_config=lambda **_: None, reference_frame="first", config={"fps": 8.0})
+    model = Known(set_progress_bar_config=lambda **_: None, keyframe_position="first", config={"fps": 8.0})
     validation(accelerator, model, 3)
     accelerator.trackers[0].finish()
     found = {name: tiny_training.logged(tmp_path, f"validation/{name}")[3] for name in FIGURES}
-    assert found["reference_psnr"] == pytest.approx((20 * math.log10(255) + 60) / 2)
-    assert 0.99 < found["reference_ssim"] <= 1
+    assert found["keyframe_psnr"] == pytest.approx((20 * math.log10(255) + 60) / 2)
+    assert 0.99 < found["keyframe_ssim"] <= 1
     assert 0.7 < found["motion_magnitude"] < 1.1  # at the edge what comes in is from the other side
