@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Several schedulers clamp the predicted sample to [-1, 1] unless told otherwise: right for pixels, the ruin of latents.
@@ -177,9 +177,9 @@ def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
 
 
 def _cannot_sample(name: str, reason: Exception | str) -> UserError:
-    first_line = str(reason).strip().split("\n")[0]
+    line = reason if isinstance(reason, str) else first_line(reason)
     return UserError(
-        f"{name} does not sample this model ({first_line}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
+        f"{name} does not sample this model ({line}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
     )
 
 

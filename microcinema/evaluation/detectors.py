@@ -18,7 +18,7 @@ from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
 from microcinema.pipelines.base_model import ASSETS
 from microcinema.sprites.classifier import SpriteClassifier
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.provenance import hash_weights
 
 
@@ -48,8 +48,9 @@ class SpriteJudge:
         try:
             classifier = SpriteClassifier.from_pretrained(folder, torch_dtype=torch.float32)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load the classifier '{folder}' ({first_line}); train or fetch it again") from error
+            raise UserError(
+                f"cannot load the classifier '{folder}' ({first_line(error)}); train or fetch it again"
+            ) from error
         return cls(classifier, batch_size)
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from microcinema.models.temporal import KeyValue, attend
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 # What of a UNet2DConditionModel's config may vary: all that Stable Diffusion 1.x and 2.x vary.
 # The rest must stand at its default.
@@ -323,8 +323,9 @@ def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) 
 
 def unreadable(path: Any, error: Exception) -> UserError:
     """The error that tells of a folder from which no network can be loaded."""
-    reason = str(error).splitlines()[0]
-    return UserError(f"cannot load a network from '{path}' ({reason}); give a folder written by save_pretrained")
+    return UserError(
+        f"cannot load a network from '{path}' ({first_line(error)}); give a folder written by save_pretrained"
+    )
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str], source: str) -> None:

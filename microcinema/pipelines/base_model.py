@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.unet2d import check_keys, load_checked, unet2d_arguments
 from microcinema.pipelines.loading import fetch
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
@@ -133,7 +133,7 @@ def _check_kind(name: str, folder: str) -> None:
     try:
         config = dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the unet's config of '{name}' ({_first_line(error)})") from None
+        raise UserError(f"cannot read the unet's config of '{name}' ({first_line(error)})") from None
     try:
         unet2d_arguments(config)
     except UserError as error:
@@ -203,7 +203,7 @@ def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
         return dict(DiffusionPipeline.load_config(folder))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read '{folder}/{INDEX}' ({_first_line(error)}); give a saved diffusers pipeline"
+            f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a saved diffusers pipeline"
         ) from None
 
 
@@ -247,7 +247,7 @@ def load_scheduler_config(folder: str) -> dict[str, Any]:
     try:
         return dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the scheduler of '{folder}' ({_first_line(error)})") from None
+        raise UserError(f"cannot read the scheduler of '{folder}' ({first_line(error)})") from None
 
 
 def encode_text(
@@ -313,7 +313,7 @@ def load_component(
         raise
     except Exception as error:  # each library has its own for files that are missing, damaged or of another shape
         raise UserError(
-            f"cannot load the {name} of '{source}' ({_first_line(error)}); give a complete model of safetensors"
+            f"cannot load the {name} of '{source}' ({first_line(error)}); give a complete model of safetensors"
         ) from error
     return freeze(network, dtype)
 
@@ -346,7 +346,3 @@ def _check_weight_files(path: Path, kind: Any, variant: str | None) -> None:
     if weights and variant not in variants:
         there = " and ".join(sorted(f"variant={name or 'null'}" for name in variants))
         raise UserError(f"'{path}' has no weights of variant={variant or 'null'}; it has {there}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

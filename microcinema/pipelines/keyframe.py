@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from microcinema.data.clip_reader import cover, resize
 from microcinema.pipelines.base_model import load_index, locate, refuse_pickles
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Fit = Literal["crop", "stretch", "exact"]
@@ -120,7 +120,7 @@ class KeyframePipeline:
             raise
         except Exception as error:  # each library has its own for files that are missing or damaged
             raise UserError(
-                f"cannot open the text-to-image pipeline '{path}' ({_first_line(error)}); "
+                f"cannot open the text-to-image pipeline '{path}' ({first_line(error)}); "
                 "give a complete diffusers pipeline of safetensors"
             ) from error
         return cls(pipeline, fit, {"source": os.fspath(name), "revision": revision, "variant": variant})
@@ -245,7 +245,7 @@ class KeyframePipeline:
         except (ValueError, TypeError, RuntimeError) as error:  # what pipelines refuse a size or a value with
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
             raise UserError(
-                f"stage 1, {name}, does not draw '{prompt}' with {given} ({_first_line(error)}); change these"
+                f"stage 1, {name}, does not draw '{prompt}' with {given} ({first_line(error)}); change these"
             ) from error
         if images is None:
             raise UserError(f"stage 1, {name}, makes no images; give a text-to-image pipeline")
@@ -322,7 +322,3 @@ def _size(height: int, width: int) -> dict[str, int]:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 
 def fetch(
@@ -55,5 +55,4 @@ def _explain(what: str, command: str, error: Exception) -> str:
         return (
             f"{what} is no folder, nor whole in the hub's cache '{there}', and {why}; where it can be, run: {command}"
         )
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"cannot fetch {what} from the hub ({reason}); try again, or run: {command}"
+    return f"cannot fetch {what} from the hub ({first_line(error)}); try again, or run: {command}"

@@ -31,7 +31,7 @@ from microcinema.training.distributed import gather, gather_state, gathered_copy
 from microcinema.training.identity import Identity, compare
 from microcinema.training.processes import first_error
 from microcinema.training.resume import STATE, Progress, find_checkpoints, read_state
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_folder
 from microcinema.utils.hashing import write_checksums
 
@@ -163,7 +163,7 @@ class Checkpoints:
             return Progress(**state["progress"])
         except (EOFError, KeyError, ValueError, pickle.UnpicklingError, *_FAILURES) as error:
             raise UserError(
-                f"checkpoint '{folder}' cannot be read ({_first_line(error)}); resume from another one"
+                f"checkpoint '{folder}' cannot be read ({first_line(error)}); resume from another one"
             ) from error
 
     @contextmanager
@@ -177,7 +177,7 @@ class Checkpoints:
         try:
             yield
         except (*_FAILURES, UserError) as error:
-            fault = _first_line(error)
+            fault = first_line(error)
         if (fault := first_error(fault)) is not None:
             raise UserError(f"cannot write '{final}' ({fault}); make room, and resume from the one before")
 
@@ -254,7 +254,7 @@ def _shapes(folder: Path, component: nn.Module) -> dict[str, torch.Tensor]:
                 for key in opened.keys():  # noqa: SIM118
                     shapes[key] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"'{file}' cannot be read ({_first_line(error)}); resume from another checkpoint") from None
+            raise UserError(f"'{file}' cannot be read ({first_line(error)}); resume from another checkpoint") from None
     return shapes
 
 
@@ -262,8 +262,4 @@ def _load_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"'{file}' cannot be read ({_first_line(error)}); resume from another checkpoint") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{file}' cannot be read ({first_line(error)}); resume from another checkpoint") from None

@@ -10,3 +10,8 @@ class UserError(Exception):
     def __init__(self, message: str):
         # A DataLoader raises its worker's error again with the worker's whole traceback as the message.
         super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class if it has none: what fits into another message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

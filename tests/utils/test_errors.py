@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 
 class Bad(Dataset):
@@ -19,3 +19,8 @@ def test_an_error_of_a_loader_process_stays_one_line(workers):
     with pytest.raises(UserError) as caught:
         next(iter(DataLoader(Bad(), num_workers=workers)))
     assert str(caught.value) == "clip 'a.mp4' is empty; remove it from the list"
+
+
+def test_the_first_line_of_an_error_is_its_message_or_its_class():
+    assert first_line(ValueError("\nno such key\nTraceback ...")) == "no such key"
+    assert first_line(MemoryError()) == "MemoryError"
