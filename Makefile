@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 
 # One thread a test process: two processes on two cores are faster than one with two threads.
 test test-slow: export OMP_NUM_THREADS = 1
@@ -10,7 +11,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/recipes/demo.py
@@ -26,6 +27,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site. The API reference is read from the source, so nothing of the package has to be installed.
+docs: $(DOCS)
+	$(BIN)/python -m mkdocs build --strict
+
+$(DOCS): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]"
+	touch $@
 
 install: $(INSTALLED)
 
