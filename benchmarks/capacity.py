@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from microcinema.config.compose import compose
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import encode
 from microcinema.data.video_writer import write_video
+from microcinema.models.vae import encode_pixels
 from microcinema.profiling import memory_estimate
 from microcinema.training.mfu import ModelFlops
 from microcinema.training.settings import Settings
@@ -192,7 +192,7 @@ def count(composed: Any) -> dict[str, float]:
     pipeline = memory_estimate.empty_pipeline(composed)
     with FlopCounterMode(display=False) as of_vae:
         video = pipeline.unet.conv_in.weight.detach().new_zeros(1, FRAMES, 3, RESOLUTION, RESOLUTION)
-        latents = encode(pipeline.vae, video)
+        latents = encode_pixels(pipeline.vae, video)
     with FlopCounterMode(display=False) as of_text:
         text = pipeline.encode_text([memory_estimate.PROMPT])
     with ModelFlops() as flops:

@@ -17,9 +17,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import einops
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -30,39 +29,10 @@ from microcinema.data.ordering import Stream
 from microcinema.data.quarantine import read_quarantine
 from microcinema.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 INDEX, FINGERPRINT, EMPTY, QUARANTINE = "index.npy", "fingerprint.json", "empty.safetensors", "quarantine"
 PLACE = np.dtype([("json", "<u8"), ("json_size", "<u4"), ("tensors", "<u8"), ("tensors_size", "<u4")])
 """Offsets in a shard and sizes, in bytes, of the two members of a row; all zero: it has none."""
 _OPEN = 64  # shards that a process holds open
-
-
-@torch.no_grad()
-def encode(vae: "AutoencoderKL", video: torch.Tensor) -> torch.Tensor:
-    """Latents of clips or of key frames: the posterior's mean, scaled as the denoiser expects.
-
-    Args:
-        vae: any AutoencoderKL; it works in its own dtype on its own device.
-        video: (b, f, 3, H, W) or (b, 3, H, W) in [-1, 1].
-
-    Returns:
-        float32 (b, f, c, h, w) or (b, c, h, w), on the VAE's device.
-
-    Raises:
-        UserError: H or W do not divide by the VAE's downsampling.
-    """
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = video.shape[-2:]
-    if height % stride or width % stride:
-        raise UserError(
-            f"frames of {height}x{width} do not divide by the VAE's {stride}; choose a resolution of multiples of {stride}"
-        )
-    images, leading = einops.pack([video], "* c h w")
-    mean = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean.float()
-    latents = (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-    return einops.unpack(latents, leading, "* c h w")[0]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.unet2d import check_keys, load_checked, unet2d_arguments
+from microcinema.models.vae import vae_scale_factor
 from microcinema.pipelines.loading import fetch
 from microcinema.utils.errors import UserError, first_line
 
@@ -37,8 +38,8 @@ class Base:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per place of the latent grid."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        """Pixels per latent position, in each direction."""
+        return vae_scale_factor(self.vae)
 
 
 def load_base(

@@ -26,6 +26,7 @@ from microcinema.diffusion.schedule import (
     step_arguments,
 )
 from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import continuation
 from microcinema.pipelines.base_model import BASE_COMPONENTS, borrow, check_compatible, encode_text
@@ -171,7 +172,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             motion_encoder=motion_encoder,
             motion_tokenizer=motion_tokenizer,
         )
-        self.vae_scale_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        self.vae_scale_factor = vae_scale_factor(self.vae)
         native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
         self.register_to_config(
             noise_prior=noise_prior,
@@ -273,17 +274,12 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return any(self.condition_encoder.config[part] is not None for part in ("adapter", "pixels"))
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (b, c, h, w), the posterior's mean, of images (b, 3, H, W) in [-1, 1]."""
-        # Not the VAE's own device: with offloading it waits on another one until it is called.
-        posterior = self.vae.encode(image.to(self._execution_device, self.vae.dtype)).latent_dist
-        return posterior.mean * self.vae.config["scaling_factor"]
+        """Scaled latents (b, c, h, w), float32, of images (b, 3, H, W) in [-1, 1]."""
+        return encode_pixels(self.vae, image, self._execution_device)
 
     def decode_latents(self, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         """Pixels (b, f, 3, H, W) in [-1, 1] of scaled latents (b, f, c, h, w), `chunk_size` frames at a time."""
-        frames = rearrange(latents, "b f c h w -> (b f) c h w") / self.vae.config["scaling_factor"]
-        chunks = frames.to(self.vae.dtype).split(chunk_size or len(frames))
-        pixels = torch.cat([self.vae.decode(chunk).sample for chunk in chunks])
-        return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(latents))
+        return decode_latents(self.vae, latents, chunk_size)
 
     def check(
         self,
@@ -432,7 +428,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         clips = []
         for clip in range(num_clips):
             pixels = as_tensor(current)
-            z_ref = for_each_video(self.encode_image(pixels)).float()
+            z_ref = for_each_video(self.encode_image(pixels))
             seen = {"z_ref": z_ref, **{name: for_each_video(x) for name, x in self.encode_pixels(pixels).items()}}
             # With offloading the VAE would stay where the denoiser needs the memory.
             self.maybe_free_model_hooks()

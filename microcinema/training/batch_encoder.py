@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from microcinema.data.keyframe_index import keyframe_index
-from microcinema.data.latents import encode
 from microcinema.data.optical_flow import Flow
+from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.loss import Batch, Dropped
 from microcinema.utils.errors import UserError
@@ -92,7 +92,7 @@ class BatchEncoder:
             return self._given(items["latents"])
         # One clip at a time: bounded memory, and latents that do not depend on the batch.
         video = items["video"].to(self.device, non_blocking=True)
-        return torch.cat([encode(self.pipeline.vae, clip) for clip in video.split(1)])
+        return torch.cat([encode_pixels(self.pipeline.vae, clip) for clip in video.split(1)])
 
     def text(self, items: Mapping[str, Any]) -> torch.Tensor:
         """Of captions, (b, n, d), float32."""

@@ -39,7 +39,7 @@ from transformers import (
 
 from microcinema.commands.cli import main as microcinema
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import encode
+from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier, classifier_loss, encode_labels
@@ -422,7 +422,7 @@ def encode_clips(data: Path, base: Path) -> torch.Tensor:
     """Latents of all clips by the base's VAE, (n, f, c, h, w), float16."""
     vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
     clips = ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first")
-    return torch.cat([encode(vae, clips[k]["video"][None]).half().cpu() for k in range(len(clips))])
+    return torch.cat([encode_pixels(vae, clips[k]["video"][None]).half().cpu() for k in range(len(clips))])
 
 
 def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:

@@ -20,10 +20,11 @@ from fixtures.tiny_training import encode_clips, one_thread, pipeline  # noqa: F
 from microcinema.data import video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.joint import JointDataset
-from microcinema.data.latents import FINGERPRINT, INDEX, QUARANTINE, EncodedClips, encode
+from microcinema.data.latents import FINGERPRINT, INDEX, QUARANTINE, EncodedClips
 from microcinema.data.metadata import Rows, read_rows
 from microcinema.data.quarantine import read_quarantine
 from microcinema.data.shards import ShardDataset
+from microcinema.models.vae import encode_pixels
 from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.utils.errors import UserError
@@ -87,25 +88,6 @@ def check(folder: Path, model, world: Path, teacher: str | None = None, **argume
     )
 
 
-@pytest.mark.parametrize("shift", [None, 0.25])
-def test_encode_is_the_scaled_mean(shift):
-    other = tiny.vae()
-    other.register_to_config(shift_factor=shift, scaling_factor=0.5)
-    video = torch.rand(2, 3, 3, 32, 32) * 2 - 1
-    latents = encode(other, video)
-    assert latents.shape == (2, 3, tiny.LATENT_CHANNELS, 8, 8)
-    assert not latents.requires_grad
-    for b in range(2):
-        for f in range(3):
-            mean = other.encode(video[b, f][None]).latent_dist.mode()[0]
-            torch.testing.assert_close(latents[b, f], (mean - (shift or 0.0)) * 0.5, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encode(other, video[:, 0]), latents[:, 0], rtol=1e-4, atol=1e-5)
-    pixels = other.decode(latents[0] / 0.5 + (shift or 0.0)).sample  # what a pipeline does with them
-    torch.testing.assert_close(
-        pixels, other.decode(other.encode(video[0]).latent_dist.mode()).sample, rtol=1e-3, atol=1e-3
-    )
-
-
 def test_the_items_are_those_of_the_data_set(folder, root, model):
     source, kept = clips(root), EncodedClips(folder, clips(root))
     assert len(kept) == len(source) == 5
@@ -115,7 +97,7 @@ def test_the_items_are_those_of_the_data_set(folder, root, model):
         latents, text = item.pop("latents"), item.pop("text")
         assert item == expected
         assert latents.dtype == text.dtype == torch.float16
-        torch.testing.assert_close(latents.float(), encode(model.vae, video[None])[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(latents.float(), encode_pixels(model.vae, video[None])[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(text.float(), model.encode_text([item["caption"]])[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(kept.empty["text"].float(), model.encode_text([""]), rtol=1e-3, atol=1e-3)
     with pytest.raises(IndexError):
@@ -162,7 +144,7 @@ def test_random_clips_have_as_many_places_as_passes(root, model, tmp_path):
         kept.set_epoch(epoch)
         source.set_epoch(epoch % 2)
         torch.testing.assert_close(
-            kept[1]["latents"].float(), encode(model.vae, source[1]["video"][None])[0], rtol=1e-3, atol=1e-3
+            kept[1]["latents"].float(), encode_pixels(model.vae, source[1]["video"][None])[0], rtol=1e-3, atol=1e-3
         )
     second = [kept[k]["latents"] for k in range(5)]
     kept.set_epoch(0)
@@ -351,7 +333,7 @@ def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
 
 
 def test_sizes_that_do_not_divide(root, model, tmp_path):
-    with pytest.raises(UserError, match=r"30x32 do not divide by the VAE's 4"):
+    with pytest.raises(UserError, match=r"30x32, which the VAE.s factor 4 does not divide"):
         encode_clips(model, clips(root, resolution=(30, 32), multiple_of=2), tmp_path / "latents")
     assert not list((tmp_path / "latents").glob("[0-9]*.tar")) and not list((tmp_path / "latents").glob(".*"))
 

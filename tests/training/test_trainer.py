@@ -16,8 +16,8 @@ from fixtures import tiny, tiny_training
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, one_thread, pipeline, train, weights  # noqa: F401
 from microcinema.commands import cli
 from microcinema.data.clips import ClipDataset
-from microcinema.data.latents import encode
 from microcinema.diffusion.rng import generator
+from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
@@ -294,7 +294,7 @@ def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
     items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "number": torch.arange(3)}
     batch = BatchEncoder(model, torch.device("cpu"))(items)
     for clip, latents in zip(video, batch.latents, strict=True):
-        assert torch.equal(latents, encode(vae, clip[None])[0])  # whatever the batch
+        assert torch.equal(latents, encode_pixels(vae, clip[None])[0])  # whatever the batch
     mean = vae.encode(video[0]).latent_dist.mean * vae.config.scaling_factor
     torch.testing.assert_close(batch.latents[0], mean)
 

@@ -1,0 +1,72 @@
+"""From pixels to latents and back: the only place that applies a VAE's shift and scale.
+
+Shapes: b clips, f frames, c latent channels, H W pixels, h w latent grid (`H = s h`, s the scale factor).
+
+    z = (mean of the posterior - shift_factor) * scaling_factor          pixels in [-1, 1]
+    pixels = decoder(z / scaling_factor + shift_factor)
+
+The VAEs of Stable Diffusion 1 and 2 have no shift.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from einops import pack, unpack
+from torch import Tensor
+
+from microcinema.utils.errors import UserError
+
+
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent position, in each direction."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents of the VAE as the denoiser sees them: shifted, then scaled."""
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
+
+
+def unscale_latents(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """The inverse of `scale_latents`."""
+    return z / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
+    """Scaled latents of clips or images: the posterior's mean.
+
+    Args:
+        vae: works in its own dtype.
+        pixels: `b f 3 H W` or `b 3 H W` in [-1, 1].
+        device: to compute on; None: where the VAE is. With offloading that is elsewhere until it is called.
+
+    Returns:
+        float32 `b f c h w` or `b c h w`.
+
+    Raises:
+        UserError: H or W is not a multiple of the scale factor.
+    """
+    factor = vae_scale_factor(vae)
+    height, width = pixels.shape[-2:]
+    if height % factor or width % factor:
+        raise UserError(
+            f"frames are {height}x{width}, which the VAE's factor {factor} does not divide; use multiples of {factor}"
+        )
+    images, leading = pack([pixels], "* c h w")
+    mean = vae.encode(images.to(device or vae.device, vae.dtype)).latent_dist.mean
+    return unpack(scale_latents(vae, mean.float()), leading, "* c h w")[0]
+
+
+def decode_latents(vae: AutoencoderKL, z: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Pixels of scaled latents, in the VAE's dtype.
+
+    Args:
+        z: `b f c h w` or `b c h w`, on the device to compute on.
+        chunk_size: images decoded at once; None: all.
+
+    Returns:
+        `b f 3 H W` or `b 3 H W`, in about [-1, 1].
+    """
+    images, leading = pack([unscale_latents(vae, z)], "* c h w")
+    chunks = images.to(vae.dtype).split(chunk_size or len(images))
+    return unpack(torch.cat([vae.decode(chunk).sample for chunk in chunks]), leading, "* c h w")[0]
