@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from microcinema.sprites.portable_math import cos, exp, sin
+
 WORLD = 64.0  # width and height of the scene, in scene units
 
 _BACKGROUND_TONES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # (dark, light) sRGB
@@ -23,19 +25,19 @@ def _waves(
     for _ in range(count):
         direction, phase = rng.uniform(0, 2 * np.pi, 2)
         wavelength = rng.uniform(*lengths)
-        total += np.sin(2 * np.pi / wavelength * (np.cos(direction) * x + np.sin(direction) * y) + phase)
+        total += sin(2 * np.pi / wavelength * (cos(direction) * x + sin(direction) * y) + phase)
     return total * np.sqrt(2 / count)
 
 
 def _sand(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     bend = 2.0 * _waves(x, y, rng, (34, 60), 3)
-    ripple = np.sin(2 * np.pi / 11 * (y + 0.35 * x + bend) + rng.uniform(0, 2 * np.pi))
+    ripple = sin(2 * np.pi / 11 * (y + 0.35 * x + bend) + rng.uniform(0, 2 * np.pi))
     return 0.5 + 0.24 * ripple + 0.09 * _waves(x, y, rng, (18, 40))
 
 
 def _grass(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     lean = 2.2 * _waves(x, y, rng, (30, 60), 3)
-    blades = np.sin(2 * np.pi / 8.5 * (x + lean) + 0.5 * np.sin(2 * np.pi / 16 * y + rng.uniform(0, 2 * np.pi)))
+    blades = sin(2 * np.pi / 8.5 * (x + lean) + 0.5 * sin(2 * np.pi / 16 * y + rng.uniform(0, 2 * np.pi)))
     return 0.48 + 0.19 * blades + 0.12 * _waves(x, y, rng, (26, 54), 4)
 
 
@@ -53,10 +55,10 @@ def _brick(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 def _water(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sway = 2.5 * _waves(x, y, rng, (22, 44), 4)
-    crests = np.sin(2 * np.pi / 13 * (y + sway) + rng.uniform(0, 2 * np.pi))
+    crests = sin(2 * np.pi / 13 * (y + sway) + rng.uniform(0, 2 * np.pi))
     return (
         0.34
-        + 0.34 * np.exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
+        + 0.34 * exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
         + 0.08 * _waves(x, y, rng, (26, 60), 3)
     )
 
@@ -66,7 +68,7 @@ def _wood(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     index = np.floor(plank).astype(int) % 8
     tone = rng.uniform(0.42, 0.72, 8)[index]
     shift = rng.uniform(0, 60, 8)[index]
-    grain = np.sin(2 * np.pi / 5.3 * (y + 1.3 * np.sin(2 * np.pi / 38 * (x + shift)) + shift))
+    grain = sin(2 * np.pi / 5.3 * (y + 1.3 * sin(2 * np.pi / 38 * (x + shift)) + shift))
     gap = np.clip(1.25 - 16 * np.minimum(plank % 1, 1 - plank % 1), 0, 1)
     return (tone + 0.11 * grain + 0.05 * _waves(x, y, rng, (24, 50), 3)) * (1 - 0.85 * gap)
 
@@ -76,7 +78,7 @@ def _night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
     for _ in range(9):
         cx, cy = rng.uniform(0, WORLD, 2)
         spread = rng.uniform(0.9, 1.3)
-        sky = sky + rng.uniform(0.35, 0.8) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * spread**2))
+        sky = sky + rng.uniform(0.35, 0.8) * exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * spread**2))
     return sky
 
 

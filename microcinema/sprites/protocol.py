@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class SpritesProtocol:
-    """The Moving Sprites protocol, version 1.
+    """The Moving Sprites protocol, version 2: that of version 1, whose identifier depended on the processor.
 
     Prompt number i of a part is the same whatever the counts are, so a short run is the beginning of a long one.
 
@@ -62,7 +62,7 @@ class SpritesProtocol:
     num_frames: int = 16
     size: int = 64
     fps: float = 8.0
-    version: int = field(default=1, init=False)
+    version: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:
         counts = {part: self.count(part) for part in PARTS}
@@ -96,5 +96,10 @@ class SpritesProtocol:
 
 
 def _digest(tasks: Sequence[Task], settings: dict[str, object]) -> str:
-    content = [settings, [(task.name, task.prompt, asdict(task.sprite)) for task in tasks]]
+    """Of what is asked for; places are rounded, so that the last bits of a computation do not count."""
+    sprites = [
+        {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(task.sprite).items()}
+        for task in tasks
+    ]
+    content = [settings, [(task.name, task.prompt, sprite) for task, sprite in zip(tasks, sprites, strict=True)]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

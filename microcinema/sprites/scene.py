@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from microcinema.sprites.backgrounds import BACKGROUNDS, WORLD, background, grid
+from microcinema.sprites.portable_math import cos, exp, sin
 from microcinema.sprites.shapes import SHAPES
 from microcinema.utils.errors import UserError
 
@@ -33,7 +34,7 @@ MOTIONS = ("still", *TRANSLATIONS, *ROTATIONS, *SCALINGS, "bouncing")
 # Motion is defined in seconds, so that it does not depend on the frame rate. Each value is (slowly, quickly).
 TRANSLATION_SPEED = (5.0, 13.0)  # scene units per second
 ROTATION_SPEED = (np.deg2rad(45.0), np.deg2rad(120.0))  # radians per second
-SCALING_SPEED = (float(np.log(1.15)), float(np.log(1.32)))  # change of log radius per second
+SCALING_SPEED = (0.13976194237515863, 0.27763173659827955)  # change of log radius per second: log 1.15, log 1.32
 BOUNCE_PERIOD = (1.6, 0.8)  # seconds from ground to ground
 BOUNCE_HEIGHT = 12.0  # scene units
 _NOMINAL_DURATION = 15 / 8  # seconds; the start leaves room for a motion of this length
@@ -97,9 +98,9 @@ def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
     elif sprite.motion in ROTATIONS:
         angle = angle + ROTATIONS[sprite.motion] * _speed_of(sprite, ROTATION_SPEED) * seconds
     elif sprite.motion in SCALINGS:
-        radius = radius * np.exp(SCALINGS[sprite.motion] * _speed_of(sprite, SCALING_SPEED) * seconds)
+        radius = radius * exp(SCALINGS[sprite.motion] * _speed_of(sprite, SCALING_SPEED) * seconds)
     elif sprite.motion == "bouncing":
-        y = y - BOUNCE_HEIGHT * np.abs(np.sin(np.pi * seconds / _speed_of(sprite, BOUNCE_PERIOD)))
+        y = y - BOUNCE_HEIGHT * np.abs(sin(np.pi * seconds / _speed_of(sprite, BOUNCE_PERIOD)))
     return np.stack([x, y, radius, angle], axis=1)
 
 
@@ -107,7 +108,7 @@ def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
 
 
 def sample_attributes(seed: int, index: int, split: str = "train", rotation_weight: int = 1) -> Sprite:
-    """TrainingNoise clip number `index` of the world with this `seed`.
+    """The sprite of clip number `index` of the world with this `seed`.
 
     Args:
         split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
@@ -201,11 +202,11 @@ def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarr
     """Scene coordinates (h, w) to object coordinates (f, h, w), in units of the radius, for `pose` (f, 4)."""
     cx, cy, radius, angle = (pose[:, i, None, None].astype(np.float32) for i in range(4))
     dx, dy = (x - cx) / radius, (y - cy) / radius
-    return np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    return cos(angle) * dx + sin(angle) * dy, cos(angle) * dy - sin(angle) * dx
 
 
 def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
-    """TrainingNoise the clip and its truth.
+    """Renders the clip and its truth, the same pixels on every processor.
 
     Args:
         num_frames: frames, at least 1.
@@ -245,7 +246,7 @@ def _flow(pose: np.ndarray, masks: np.ndarray, x: np.ndarray, y: np.ndarray, pix
     """Forward flow (f-1, h, w, 2): where the object's material at each pixel is one frame later."""
     ox, oy = _to_object(x, y, pose[:-1])
     cx, cy, radius, angle = (pose[1:, i, None, None] for i in range(4))
-    later_x = cx + radius * (np.cos(angle) * ox - np.sin(angle) * oy)
-    later_y = cy + radius * (np.sin(angle) * ox + np.cos(angle) * oy)
+    later_x = cx + radius * (cos(angle) * ox - sin(angle) * oy)
+    later_y = cy + radius * (sin(angle) * ox + cos(angle) * oy)
     flow = np.stack([later_x - x, later_y - y], axis=-1) / pixel
     return np.where(masks[:-1, ..., None] > 0.5, flow, 0).astype(np.float32)

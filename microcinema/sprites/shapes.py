@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from microcinema.sprites.portable_math import cos, sin
+
 
 def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Exact signed distance to a simple polygon with the given `corners` (n, 2)."""
@@ -25,7 +27,7 @@ def _regular_corners(radii: tuple[float, ...], points: int) -> np.ndarray:
     count = points * len(radii)
     angle = 2 * np.pi * np.arange(count) / count - np.pi / 2
     radius = np.resize(np.asarray(radii), count)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
+    return np.stack([radius * cos(angle), radius * sin(angle)], axis=1).astype(np.float32)
 
 
 _TRIANGLE = _regular_corners((1.0,), 3) + np.asarray([0.0, 0.12], np.float32)
@@ -35,21 +37,26 @@ _STAR = _regular_corners((1.0, 0.46), 5)
 
 def _heart_corners() -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    x = 16 * np.sin(angle) ** 3
-    y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
+    sine = sin(angle)
+    x = 16 * (sine * sine * sine)
+    y = -(13 * cos(angle) - 5 * cos(2 * angle) - 2 * cos(3 * angle) - cos(4 * angle))
     return np.stack([x / 16.5, (y - 2.0) / 16.5], axis=1).astype(np.float32)
 
 
 _HEART = _heart_corners()
 
 
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(x.astype(np.float64) ** 2 + y.astype(np.float64) ** 2).astype(x.dtype)
+
+
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.86
+    return _distance(x, y) - 0.86
 
 
 def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x = x - 0.16  # puts the crescent's middle near the centre of rotation
-    return np.maximum(np.hypot(x, y) - 0.98, 0.80 - np.hypot(x - 0.52, y + 0.12))
+    return np.maximum(_distance(x, y) - 0.98, 0.80 - _distance(x - 0.52, y + 0.12))
 
 
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
