@@ -343,7 +343,7 @@ def flow(arguments: argparse.Namespace) -> None:
     from microcinema.models.predict_net import PredictNet
     from microcinema.sprites.flow_error import flow_error
     from microcinema.sprites.scene import sample_attributes
-    from microcinema.training.checkpoint import load_averages
+    from microcinema.training.checkpoint import load_ema
     from microcinema.training.loss import TrainableModel
 
     config = read_config(arguments.checkpoint.parent)
@@ -353,7 +353,7 @@ def flow(arguments: argparse.Namespace) -> None:
     pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
     predict_net = PredictNet.from_pretrained(folder)
     if config.use_ema:  # what is exported; PredictNet has averages as well
-        load_averages(arguments.checkpoint, TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net))
+        load_ema(arguments.checkpoint, TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net))
     shown = [sample_attributes(FLOW_WORLD, index, "heldout") for index in range(arguments.clips)]
     report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
     for t in arguments.steps:

@@ -21,7 +21,7 @@ from microcinema.pipelines.base_model import (
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saving import load_pipeline, write_pipeline
 from microcinema.training.build import build_pipeline
-from microcinema.training.checkpoint import load_averages
+from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
 from microcinema.training.trainer import CONFIG
@@ -79,7 +79,7 @@ def open_checkpoint(folder: Path, config: "DictConfig", use_ema: bool) -> ImageT
     unet = VideoUNet.from_pretrained(folder / "unet")
     condition_encoder = ConditionEncoder.from_pretrained(folder / "condition_encoder")
     if use_ema:
-        load_averages(folder, TrainableModel(unet, condition_encoder))
+        load_ema(folder, TrainableModel(unet, condition_encoder))
     name, revision = config.base.pretrained_model_name_or_path, config.base.revision
     scheduler = make_scheduler(load_scheduler_config(resolve_snapshot(name, revision=revision)))
     parts = {"unet": unet, "condition_encoder": condition_encoder}

@@ -1,26 +1,93 @@
-"""Networks whose parameters FSDP2 (torch's `fully_shard`) or ZeRO-3 (DeepSpeed) has parted over the processes, made whole."""
+"""Processes of one run: the accelerator, agreement between ranks, and parameters sharded by FSDP2 or ZeRO-3 (arXiv 1910.02054)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from microcinema.training.settings import Settings
+from microcinema.utils.errors import UserError, first_line
+
+T = TypeVar("T")
+
+
+def make_accelerator(config: Settings) -> Accelerator:
+    """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")),
+        # Accelerate would advance the schedule once per process; here a step is a step.
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed clips gradients itself, and would read the batch size from a prepared loader.
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.train_batch_size,
+            "gradient_clipping": config.max_grad_norm,
+        }
+    return accelerator
+
+
+def broadcast_from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Calls the function on the main process alone and returns its result on every rank. Collective.
+
+    Raises:
+        UserError: raised by the function; on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+@contextmanager
+def raise_on_all_ranks(message: str, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Raises on every rank if any rank failed, before the next collective. Collective.
+
+    Args:
+        message: of the error, with the place `{reason}`.
+        errors: exception types that count as failures.
+
+    Raises:
+        UserError: the body failed on some rank.
+    """
+    reason = None
+    try:
+        yield
+    except errors as error:
+        reason = first_line(error)
+    reason = next((text for text in gather_object([reason]) if text is not None), None)
+    if reason is not None:
+        raise UserError(message.replace("{reason}", reason))
+
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only its parts of the parameters."""
-    return any(isinstance(parameter, DTensor) or _of_zero3(parameter) for parameter in module.parameters())
+    """Whether this process holds only shards of the parameters."""
+    return any(isinstance(parameter, DTensor) or _is_zero3(parameter) for parameter in module.parameters())
 
 
 def has_zero3(module: nn.Module) -> bool:
-    """Whether it is ZeRO-3 that has parted them."""
-    return any(_of_zero3(parameter) for parameter in module.parameters())
+    """Whether ZeRO-3 shards the parameters."""
+    return any(_is_zero3(parameter) for parameter in module.parameters())
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whole, in every process; every process must call it. One that is not parted is returned as it is."""
-    if _of_zero3(tensor):
+def unshard(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor, on every rank. Collective if the tensor is sharded; otherwise the tensor itself."""
+    if _is_zero3(tensor):
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -28,50 +95,50 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_shapes(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A network's state as it is when whole, without its contents."""
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The shard of a full tensor, the same on all ranks, that belongs where `like` is: same device, same sharding."""
+    if isinstance(like, DTensor):
+        # Every rank has the full tensor: nothing has to be sent.
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.to(like.device)
+
+
+def unsharded_shapes(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's full state as meta tensors, without contents."""
     return {
         name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
         for name, tensor in _state(module).items()
     }
 
 
-def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Of a whole tensor, the same in all processes, what belongs where `like` is: on its device, parted as it is."""
-    if isinstance(like, DTensor):
-        # Every process has the whole: there is nothing to be sent.
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return tensor.to(like.device)
-
-
-def gather_state(
-    module: nn.Module, instead: Mapping[str, torch.Tensor] | None = None, keep: bool = True
+def unsharded_state(
+    module: nn.Module, replacements: Mapping[str, torch.Tensor] | None = None, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """A network's state with whole tensors, on the CPU; every process must call it.
+    """A network's state with full tensors, on the CPU. Collective.
 
     Args:
-        instead: tensors, parted or not, to take in the place of its own, by their names.
-        keep: whether this process wants it; one that does not takes part in the gathering, and gets nothing.
+        replacements: tensors, sharded or not, that replace the network's own of the same name.
+        keep: False on a rank that only takes part in gathering; it gets an empty dictionary.
     """
     state = {}
     for name, tensor in _state(module).items():
-        whole = gather((instead or {}).get(name, tensor))
+        full = unshard((replacements or {}).get(name, tensor))
         if keep:
-            state[name] = whole.detach().cpu()
+            state[name] = full.detach().cpu()
     return state
 
 
 def gathered_copy(component: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """Another of a diffusers network, on the CPU, in evaluation, with this state."""
+    """A copy of a diffusers network with this state, on the CPU, in evaluation mode."""
     copy = type(component).from_config(component.config)
     copy.load_state_dict(state)
     return copy.eval()
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Its state with the parameters themselves, whose attributes say how they are parted, in the place of their contents."""
+    """The state with the parameters themselves, whose attributes tell how they are sharded, instead of their data."""
     return {**module.state_dict(), **dict(module.named_parameters())}
 
 
-def _of_zero3(tensor: torch.Tensor) -> bool:
+def _is_zero3(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id")

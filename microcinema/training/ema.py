@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.distributed import gather_state, gathered_copy, is_sharded
+from microcinema.training.distributed import gathered_copy, is_sharded, unsharded_state
 
 
 @contextmanager
@@ -53,5 +53,5 @@ def evaluated(
     for name in ("unet", "condition_encoder"):
         own = {key.removeprefix(f"{name}."): value for key, value in averages.items() if key.startswith(f"{name}.")}
         component = getattr(pipeline, name)
-        setattr(twin, name, gathered_copy(component, gather_state(component, own)).to(accelerator.device))
+        setattr(twin, name, gathered_copy(component, unsharded_state(component, own)).to(accelerator.device))
     yield twin

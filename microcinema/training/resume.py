@@ -1,26 +1,39 @@
-"""Which checkpoints a run has, and the one that it goes on from."""
+"""Which checkpoint a run resumes from, and what the run and the checkpoint must have in common."""
 
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microcinema.utils.errors import UserError
+from microcinema.data.indexed import IndexedDataset
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
+from microcinema.training.settings import Settings
+from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.hashing import SUMS, find_fault
 
 STATE = "training_state.json"
 
+Identity = dict[str, dict[str, Any]]
+"""`fixed`: settings that must agree; `free`: settings that may differ, which makes it another run than an uninterrupted one."""
+
+# A checkpoint restores the optimizer's own settings: another value would silently change nothing.
+FIXED = ("seed", "learning_rate", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+BATCH = ("train_batch_size", "gradient_accumulation_steps", "lr_scheduler", "lr_warmup_steps", "max_grad_norm")
+LOSS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
+FREE = (*BATCH, *LOSS, "use_ema", "ema_decay")
+PIPELINE = ("num_frames", "height", "width", "fps", "noise_prior", "noise_prior_strength", "keyframe_position")
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        step: optimiser steps done.
-        clips: number of the next clip in the global order.
+        step: optimizer steps done.
+        clips: global index of the next clip.
     """
 
     step: int
@@ -28,11 +41,7 @@ class Progress:
 
 
 def find_checkpoints(output_dir: str | os.PathLike[str], up_to: float = float("inf")) -> list[Path]:
-    """The checkpoints of a run, oldest first.
-
-    Args:
-        up_to: the last step that counts.
-    """
+    """The checkpoints of a run, oldest first, up to a step."""
     steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -42,70 +51,129 @@ def find_checkpoints(output_dir: str | os.PathLike[str], up_to: float = float("i
 
 
 def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint is there, whole or not."""
+    """Whether the folder is a checkpoint, intact or not."""
     return any((Path(folder) / name).is_file() for name in (STATE, SUMS))
 
 
-def read_progress(folder: str | os.PathLike[str]) -> Progress:
-    """How far the run had come when it wrote a checkpoint.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return Progress(**read_state(Path(folder))["progress"])
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `training_state.json` of a checkpoint: `progress`, `trained`, `run` and `ema_step`.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return json.loads((folder / STATE).read_text())
+        return json.loads((Path(folder) / STATE).read_text())
     except (OSError, ValueError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise UserError(f"checkpoint '{folder}' cannot be read ({said}); use another one") from None
+        raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from None
+
+
+def read_progress(folder: str | os.PathLike[str]) -> Progress:
+    """The run's progress when it wrote a checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return Progress(**read_state(folder)["progress"])
 
 
 def choose_checkpoint(
     output_dir: str | os.PathLike[str],
     resume_from_checkpoint: str | None,
-    say: Callable[[str], None] = print,
+    warn: Callable[[str], None] = print,
 ) -> Path | None:
-    """The checkpoint to continue from, or None for a new run. Its files are held against their checksums.
+    """The checkpoint to resume from, or None for a new run. Its files are verified against their checksums.
 
-    `latest` in a folder without any is a new run, so that one command line serves a job that is started again and again. A
-    newest one that is broken is passed over.
+    With `latest`, an empty folder starts a new run, so that one command line serves a job that is requeued again and again;
+    damaged checkpoints are skipped.
 
     Args:
-        say: is told of broken checkpoints, each in a line.
+        warn: called with one line for each damaged checkpoint.
 
     Raises:
-        UserError: the named checkpoint is not there or broken, all are broken, or a new run would mix its checkpoints with
+        UserError: the named checkpoint is missing or damaged, all are damaged, or a new run would mix its checkpoints with
             those of an earlier one.
     """
-    found = find_checkpoints(output_dir)
+    checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
-        if found:
+        if checkpoints:
             raise UserError(
-                f"'{output_dir}' already holds {found[-1].name}; set resume_from_checkpoint=latest, or choose another output_dir"
+                f"'{output_dir}' already holds {checkpoints[-1].name}; "
+                "set resume_from_checkpoint=latest, or choose another output_dir"
             )
         return None
     if resume_from_checkpoint == "latest":
-        for folder in reversed(found):
+        for folder in reversed(checkpoints):
             if (fault := find_fault(folder)) is None:
                 return folder
-            say(f"{folder.name} is broken ({fault}); trying the one before")
-        if found:
+            warn(f"{folder.name} is damaged ({fault}); trying the one before")
+        if checkpoints:
             raise UserError(
-                f"none of the {len(found)} checkpoints in '{output_dir}' is whole; begin again in another output_dir"
+                f"all {len(checkpoints)} checkpoints in '{output_dir}' are damaged; start again in another output_dir"
             )
         return None
     path = Path(resume_from_checkpoint)
     if not is_checkpoint(path):
-        there = ", ".join(folder.name for folder in found) or "none"
-        raise UserError(f"'{path}' is not a checkpoint (no {STATE} in it); '{output_dir}' holds: {there}")
+        names = ", ".join(folder.name for folder in checkpoints) or "none"
+        raise UserError(f"'{path}' is not a checkpoint (no {STATE} in it); '{output_dir}' holds: {names}")
     if (fault := find_fault(path)) is not None:
-        raise UserError(f"checkpoint '{path}' is broken ({fault}); set resume_from_checkpoint=latest, or name another")
+        raise UserError(f"checkpoint '{path}' is damaged ({fault}); set resume_from_checkpoint=latest, or name another")
     return path
+
+
+def run_identity(
+    config: Settings,
+    pipeline: ImageToVideoPipeline,
+    clips: IndexedDataset,
+    num_processes: int,
+    mixed_precision: str,
+) -> Identity:
+    """The identity of a run, as read back from JSON.
+
+    Args:
+        clips: the data set in its order; a checkpoint keeps a digest of both.
+        mixed_precision: as resolved by accelerate where the config leaves it open.
+    """
+    fixed = {name: getattr(config, name) for name in FIXED}
+    fixed |= {name: pipeline.config[name] for name in PIPELINE}
+    fixed |= describe_schedule(pipeline.training_scheduler)
+    fixed["clips"] = clips.fingerprint()
+    free = {name: getattr(config, name) for name in FREE}
+    free |= {"mixed_precision": mixed_precision, "num_processes": num_processes}
+    if not config.lr_scheduler.startswith("constant"):  # other schedules depend on the length of the run
+        free["max_train_steps"] = config.max_train_steps
+    return json.loads(json.dumps({"fixed": fixed, "free": free}, default=list))
+
+
+def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str]:
+    """Compares the identity in a checkpoint with that of the run that resumes from it.
+
+    Returns:
+        The free settings that differ, each with both values.
+
+    Raises:
+        UserError: a fixed setting differs.
+    """
+    if differences := _differences(saved["fixed"], current["fixed"]):
+        more = f", and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise UserError(
+            f"checkpoint '{folder}' is of another run: {'; '.join(differences[:4])}{more}; resume with the same values, "
+            "or start a new run from its weights with init_weights_from"
+        )
+    return _differences(saved["free"], current["free"])
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if "clips" in names and "seed" in names:  # the seed decides the order of the clips
+        names.remove("clips")
+    return [
+        "the clips or their order differ"
+        if name == "clips"
+        else f"{name} was {_shorten(saved.get(name))} and is {_shorten(current.get(name))}"
+        for name in names
+    ]
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -32,15 +32,13 @@ from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_keyframes, build_networks, build_pipeline
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.distributed import has_zero3
+from microcinema.training.distributed import broadcast_from_main, has_zero3, make_accelerator
 from microcinema.training.ema import evaluated
-from microcinema.training.identity import identify
 from microcinema.training.loss import Objective, TrainableModel, training_loss
 from microcinema.training.metrics import Meter
 from microcinema.training.nan_guard import Guard
 from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, ignore_signals_in_worker
-from microcinema.training.processes import broadcast_from_main
-from microcinema.training.resume import Progress, choose_checkpoint
+from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.training.settings import Settings
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import describe, warm_start
@@ -119,8 +117,10 @@ def train(
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
 
     clips = IndexedDataset(dataset, settings.seed)
-    identity = identify(settings, pipeline, clips, accelerator.num_processes, accelerator.mixed_precision)
-    checkpoints = Checkpoints(accelerator, output_dir, trained, ema, settings.checkpoints_total_limit, identity)
+    identity = run_identity(settings, pipeline, clips, accelerator.num_processes, accelerator.mixed_precision)
+    checkpoints = Checkpoints(
+        accelerator, output_dir, denoiser, trained, ema, settings.checkpoints_total_limit, identity
+    )
     progress = checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
     if before_first_step is not None and accelerator.is_main_process:
         before_first_step()
@@ -287,26 +287,6 @@ def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
         else:
             os.replace(part, output_dir / part.name)
     shutil.rmtree(whole)
-
-
-def make_accelerator(settings: Settings) -> Accelerator:
-    """The processes, device, precision and tracker of a run. To be made before anything else of accelerate, whose first object decides."""
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
-        log_with=settings.report_to,
-        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
-        # accelerate would advance the schedule once for every process; here a step is a step.
-        step_scheduler_with_optimizer=False,
-    )
-    if (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-    ):  # clips the gradient itself, and would ask a loader for the size of a batch
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": settings.train_batch_size,
-            "gradient_clipping": settings.max_grad_norm,
-        }
-    return accelerator
 
 
 def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Objective:

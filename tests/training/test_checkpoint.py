@@ -128,11 +128,11 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage
     said: list[str] = []
     assert choose_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-90"
     (line,) = said
-    assert line.startswith(f"checkpoint-100 is broken ({fault}") and "\n" not in line
-    with pytest.raises(UserError, match=r"checkpoint-100' is broken \("):  # what was asked for by name is not replaced
+    assert line.startswith(f"checkpoint-100 is damaged ({fault}") and "\n" not in line
+    with pytest.raises(UserError, match=r"checkpoint-100' is damaged \("):  # what was asked for by name is not replaced
         choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-100"))
     spoil(tmp_path / "checkpoint-90")
-    with pytest.raises(UserError, match="none of the 2 checkpoints in .* is whole"):
+    with pytest.raises(UserError, match="all 2 checkpoints in .* are damaged"):
         choose_checkpoint(tmp_path, "latest", said.append)
 
 
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_replaces_the_broken_on
     flip(run / "checkpoint-2/unet/diffusion_pytorch_model.safetensors")
     (run / ".checkpoint-3.4711.partial/unet").mkdir(parents=True)  # of a process that was killed in a save
     train(pipeline(tmp_path), LatentClips(), run, max_train_steps=2, resume_from_checkpoint="latest", report_to=None)
-    assert "checkpoint-2 is broken (unet/diffusion_pytorch_model.safetensors is not" in capsys.readouterr().out
+    assert "checkpoint-2 is damaged (unet/diffusion_pytorch_model.safetensors is not" in capsys.readouterr().out
     one, other = weights(finished / "checkpoint-2"), weights(run / "checkpoint-2")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert find_fault(run / "checkpoint-2") is None
@@ -184,7 +184,7 @@ def test_every_random_state_comes_back(tmp_path):
     denoiser = TrainableModel(model.unet, model.condition_encoder)
     optimizer = torch.optim.AdamW(denoiser.parameters())
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-    checkpoints = Checkpoints(accelerator, tmp_path, dict(denoiser.named_parameters()), None)
+    checkpoints = Checkpoints(accelerator, tmp_path, denoiser, dict(denoiser.named_parameters()), None)
     folder = checkpoints.save(Progress(step=3, clips=12))
     wanted = (random.random(), np.random.rand(), torch.rand(3).tolist())  # noqa: NPY002
     assert checkpoints.load(folder) == Progress(step=3, clips=12)
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_was_never_right_is_refused_in_one_line(broken, spoil,
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"seed": 1}, "seed was 0 and is 1; go on"),
+        ({"seed": 1}, "seed was 0 and is 1; resume"),
         ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
         ({"adam_beta1": 0.5}, "adam_beta1 was 0.9 and is 0.5"),
     ],
@@ -241,7 +241,7 @@ def test_settings_of_another_run_are_refused(broken, changes, told):
 
 def test_other_clips_and_another_objective_are_refused(broken):
     settings = {"max_train_steps": STEPS, "resume_from_checkpoint": str(broken), "report_to": None}
-    with pytest.raises(UserError, match="of another run: the clips, or their order, are others; go on"):
+    with pytest.raises(UserError, match="of another run: the clips or their order differ; resume"):
         train(pipeline(broken), LatentClips(6), broken.parent, **settings)
     other = pipeline(broken, noise_prior="appearance", noise_prior_strength=0.5)
     with pytest.raises(UserError, match="noise_prior_strength was 0.03 and is 0.5"):

@@ -16,7 +16,7 @@ from fixtures.tiny_lives import Life
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.sprites.dataset import write_dataset
-from microcinema.training.checkpoint import load_averages
+from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
 from microcinema.training.preemption import EXIT_STATUS
 from microcinema.training.resume import find_checkpoints, read_progress
@@ -163,7 +163,7 @@ def test_fsdp_trains_saves_and_resumes(tmp_path, whole):
     # Networks and averages are whole in a checkpoint; of the optimiser every process has written its part.
     checkpoint = tmp_path / "parts/checkpoint-4"
     unet = VideoUNet.from_pretrained(checkpoint / "unet")
-    load_averages(checkpoint, TrainableModel(unet, ConditionEncoder.from_pretrained(checkpoint / "condition_encoder")))
+    load_ema(checkpoint, TrainableModel(unet, ConditionEncoder.from_pretrained(checkpoint / "condition_encoder")))
     saved = tiny_training.weights(tmp_path / "parts/unet")
     found = unet.state_dict()
     assert all(value.equal(found[key.partition(":")[2]]) for key, value in saved.items())
