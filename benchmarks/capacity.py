@@ -188,7 +188,9 @@ def count(composed: Any) -> dict[str, float]:
     Args:
         composed: config of `train`.
     """
-    settings = Settings("", 1, train_batch_size=1, mixed_precision="bf16", train=composed.train)
+    settings = Settings(
+        "", 1, train_batch_size=1, mixed_precision="bf16", trainable_parameters=composed.trainable_parameters
+    )
     pipeline = memory_estimate.empty_pipeline(composed)
     with FlopCounterMode(display=False) as of_vae:
         video = pipeline.unet.conv_in.weight.detach().new_zeros(1, FRAMES, 3, RESOLUTION, RESOLUTION)
@@ -238,7 +240,7 @@ def measure_decoding(seconds: float, clips: int, bits_per_second: float) -> dict
                 break
         write_video(path, video, 25, crf)
         (Path(folder) / "list.csv").write_text("videoid,name\n0,a wall\n")
-        data = ClipDataset(f"{folder}/list.csv", folder, FRAMES, FPS, RESOLUTION, clip="random", timeout=None)
+        data = ClipDataset(f"{folder}/list.csv", folder, FRAMES, FPS, RESOLUTION, clip_position="random", timeout=None)
         taken = []
         for epoch in range(clips + 1):
             data.set_epoch(epoch)

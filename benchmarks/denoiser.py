@@ -308,7 +308,7 @@ def drift(arguments: argparse.Namespace) -> None:
 
     pipeline, judge = load_pipeline(arguments.pipeline), SpriteJudge.load(arguments.classifier)
     pipeline.set_progress_bar_config(disable=True)
-    settings = {key: getattr(arguments, key) for key in ("num_clips", "num_inference_steps", "guidance_scale")}
+    settings = {key: getattr(arguments, key) for key in ("num_segments", "num_inference_steps", "guidance_scale")}
     settings |= {"window_overlap": arguments.window_overlap, "seed": arguments.seed}
     shown = measurement.lasting_sprites(arguments.prompts)
     kinds = measurement.makers(pipeline, **settings)

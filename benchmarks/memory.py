@@ -70,15 +70,15 @@ RUNS: dict[str, dict[str, Any]] = {
     f"sample {HALF}": {"dtype": torch.float16},
     f"sample {HALF} decode_chunk_size=1": {"dtype": torch.float16, "decode_chunk_size": 1},
     **{
-        f"train train={layers}{' gradient_checkpointing=true' * thrifty}": {
-            "train": layers,
+        f"train trainable_parameters={layers}{' gradient_checkpointing=true' * thrifty}": {
+            "trainable_parameters": layers,
             "gradient_checkpointing": thrifty,
         }
         for layers in ("temporal", "all")
         for thrifty in (False, True)
     },
-    "train train=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
-        "train": "temporal",
+    "train trainable_parameters=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
+        "trainable_parameters": "temporal",
         "gradient_checkpointing": True,
         "use_8bit_adam": True,
         "use_ema": False,

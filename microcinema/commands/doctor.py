@@ -90,7 +90,7 @@ def examine(config: "DictConfig", settings: Settings) -> Iterator[Finding]:
     yield modules("trackers", TRACKERS, settings.report_to, "report_to")
     if settings.use_8bit_adam:
         yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
-    yield data(config.data, config.latents)
+    yield data(config.data, config.cached_latents)
     found, folder = base(**{key: config.base[key] for key in ("pretrained_model_name_or_path", "revision", "variant")})
     yield found
     if folder is not None:
@@ -250,7 +250,7 @@ def needs(config: "DictConfig", settings: Settings, folder: str, device: torch.d
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
         training = training_memory(
-            pipeline, settings, config.latents is not None, device.type, empty_predict_net(config, pipeline)
+            pipeline, settings, config.cached_latents is not None, device.type, empty_predict_net(config, pipeline)
         )
         bar.update()
     yield disk(settings, networks, training)
@@ -310,7 +310,7 @@ def ways_to_train_with_less(settings: Settings, training: Estimate) -> list[str]
         "validation_prompts=[]": training.worst == "validating",
         "use_8bit_adam=true": not settings.use_8bit_adam,
         "use_ema=false": settings.use_ema,
-        "train=temporal": settings.train == "all",
+        "trainable_parameters=temporal": settings.trainable_parameters == "all",
         "a lower resolution or num_frames": True,
     }
     return [way for way, open_ in ways.items() if open_]

@@ -182,7 +182,7 @@ def _estimate(config: "DictConfig") -> Estimate:
     given = {each.name: config[each.name] for each in fields(Settings)} | {"mixed_precision": precision}
     pipeline = empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    latents = config.latents is not None
+    latents = config.cached_latents is not None
     return training_memory(pipeline, Settings(**given), latents, device, empty_predict_net(config, pipeline))
 
 

@@ -50,7 +50,7 @@ def run(config: "DictConfig") -> None:
     if not hasattr(dataset, "part"):
         raise UserError(f"data of kind {type(dataset).__name__} is made of others; check each of its parts by itself")
     folder = make_folder(config.output_dir)
-    count = len(dataset) if config.num_clips is None else min(config.num_clips, len(dataset))
+    count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))
     numbers = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     parts = _resumable(folder / PARTS, dataset, numbers, config.timeout)
     with _pool(config.num_workers, config.ray_address) as pool:

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 def run(config: "DictConfig") -> None:
-    """Encodes the clips of the run that the config describes into its `latents`, and prints what is there.
+    """Encodes the clips of the run that the config describes into its `cached_latents`, and prints what is there.
 
     Raises:
         UserError: no folder named, a config that describes nothing that can be made, and as of `encode_clips`.
     """
     from omegaconf import OmegaConf
 
-    if config.latents is None:
-        raise UserError("latents is null; set it to the folder to write, in training as well")
+    if config.cached_latents is None:
+        raise UserError("cached_latents is null; set it to the folder to write, in training as well")
     # A process that is done waits for the slowest one, which may take long.
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))]
@@ -45,9 +45,9 @@ def run(config: "DictConfig") -> None:
         accelerator,
         _pipeline(OmegaConf.merge(config, {"fps": config.fps or 8.0})),  # type: ignore[arg-type]
         dataset,
-        Path(config.latents),
+        Path(config.cached_latents),
         config.model.flow_model,
-        keep=config.keep,
+        cached_parts=config.cached_parts,
         layout=Layout(len(dataset), config.passes, config.clips_per_shard),
         num_workers=config.dataloader_num_workers,
         clip_retries=config.clip_retries,
@@ -62,7 +62,7 @@ def encode_clips(
     dataset: Any,
     folder: Path,
     flow_model: str | None,
-    keep: Sequence[str] | None,
+    cached_parts: Sequence[str] | None,
     layout: Layout,
     num_workers: int = 0,
     clip_retries: int = 1,
@@ -76,7 +76,7 @@ def encode_clips(
         dataset: of clips; those that cannot be read go to quarantine, and are missing.
         folder: to write.
         flow_model: of PredictNet; None: there is none.
-        keep: beside latents, some of what the model reads; None: all that it reads.
+        cached_parts: beside latents, some of what the model reads; None: all that it reads.
         layout: of the folder.
         num_workers: processes that decode, for each process.
         clip_retries: more tries of a clip that cannot be read.
@@ -95,20 +95,20 @@ def encode_clips(
         if encoder is not None:
             encoder.requires_grad_(False).eval().to(accelerator.device)
     parts = fingerprint(pipeline, dataset, flow_model)
-    keep = _kept(keep, parts, pipeline.uses_keyframe_pixels)
+    cached_parts = _kept(cached_parts, parts, pipeline.uses_keyframe_pixels)
     encode = BatchEncoder(pipeline, accelerator.device)
 
     def kept(items: dict[str, Any]) -> dict[str, torch.Tensor]:
         with accelerator.autocast():
-            return _encode(encode, items, keep)
+            return _encode(encode, items, cached_parts)
 
     if accelerator.is_main_process:
         with accelerator.autocast():
-            empty = {name: part for name, part in vars(encode.dropped()).items() if name in keep}
-        latent_writer.begin(folder, layout, {name: parts[name] for name in ("vae", "clips", *keep)}, empty)
+            empty = {name: part for name, part in vars(encode.dropped()).items() if name in cached_parts}
+        latent_writer.begin(folder, layout, {name: parts[name] for name in ("vae", "clips", *cached_parts)}, empty)
     accelerator.wait_for_everyone()
 
-    if "flow" in keep:
+    if "flow" in cached_parts:
         dataset = FlowClips(dataset, str(flow_model), pipeline.vae_scale_factor)
     rank = accelerator.process_index
     shards = latent_writer.missing(folder, layout, rank, accelerator.num_processes)
@@ -125,7 +125,7 @@ def encode_clips(
         size = sum(file.stat().st_size for file in folder.glob("[0-9]*.tar"))
         broken = f"; {layout.num_rows - count} that are broken are in quarantine" if count < layout.num_rows else ""
         print(f"{count} clips in {layout.num_shards} shards, {size / 2**20:.1f} MiB{broken}")
-        print(f"latents={folder} trains from them, with the keys that they were made with")
+        print(f"cached_latents={folder} trains from them, with the keys that they were made with")
 
 
 def _pipeline(config: "DictConfig") -> ImageToVideoPipeline:
@@ -140,26 +140,26 @@ def _pipeline(config: "DictConfig") -> ImageToVideoPipeline:
     )
 
 
-def _kept(keep: Sequence[str] | None, parts: Mapping[str, Any], uses_keyframe_pixels: bool) -> list[str]:
+def _kept(cached_parts: Sequence[str] | None, parts: Mapping[str, Any], uses_keyframe_pixels: bool) -> list[str]:
     """What to keep beside the latents; by default all that the model reads, pixels of the key frame only if its tokens are not enough.
 
     Raises:
         UserError: something that the model does not read.
     """
     known = [name for name in parts if name not in ("vae", "clips")]
-    unknown = [name for name in keep or () if name not in known]
+    unknown = [name for name in cached_parts or () if name not in known]
     if unknown:
-        raise UserError(f"keep={unknown[0]}, which this model does not read; it reads {', '.join(known)}")
-    if keep is None:
+        raise UserError(f"cached_parts={unknown[0]}, which this model does not read; it reads {', '.join(known)}")
+    if cached_parts is None:
         return [name for name in known if name != "keyframe" or uses_keyframe_pixels]
-    return [name for name in known if name in keep]
+    return [name for name in known if name in cached_parts]
 
 
 @torch.no_grad()
-def _encode(encode: BatchEncoder, items: dict[str, Any], keep: list[str]) -> dict[str, torch.Tensor]:
+def _encode(encode: BatchEncoder, items: dict[str, Any], cached_parts: list[str]) -> dict[str, torch.Tensor]:
     """What is kept of a batch."""
     made: dict[str, torch.Tensor] = {"latents": encode.latents(items)}
-    for name in keep:
+    for name in cached_parts:
         if name == "keyframe":
             made[name] = ((encode.pixels(items) + 1) * 127.5).round().to(torch.uint8)
         elif name == "flow":

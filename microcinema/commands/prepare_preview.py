@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def run(config: "DictConfig") -> None:
-    """TrainingNoise clips 0 to `num_clips - 1` in the order of training, with what the model is told of each under it.
+    """TrainingNoise clips 0 to `max_samples - 1` in the order of training, with what the model is told of each under it.
 
     Raises:
         UserError: the data set cannot be read, or a clip of it.
     """
     clips = IndexedDataset(instantiate(config.data), config.seed)
     pictures, captions = [], []
-    for number in range(config.num_clips):
+    for number in range(config.max_samples):
         item = clips[number]
         video = ((item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         frames, height, width = video.shape[:3]

@@ -21,7 +21,7 @@ def run(config: "DictConfig") -> None:
         raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")
     write_dataset(
         folder,
-        config.num_clips,
+        config.num_videos,
         config.seed,
         config.split,
         config.num_frames,
@@ -29,4 +29,4 @@ def run(config: "DictConfig") -> None:
         config.fps,
         rotation_weight=config.rotation_weight,
     )
-    print(f"{config.num_clips} clips in {folder}")
+    print(f"{config.num_videos} clips in {folder}")

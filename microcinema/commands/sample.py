@@ -18,7 +18,7 @@ from microcinema.data.video_writer import write_contact_sheet, write_gif, write_
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import Fit, KeyframePipeline, hash_pixels, open_image
+from microcinema.pipelines.keyframe import KeyframePipeline, ResizeMode, hash_pixels, open_image
 from microcinema.pipelines.long_video import Windows
 from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.prompts import Request, read_requests
@@ -51,7 +51,7 @@ class Stage1:
     width: Count | None
     num_inference_steps: Count | None
     guidance_scale: NotNegative | None
-    fit: Fit
+    resize_mode: ResizeMode
 
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
@@ -116,7 +116,7 @@ class Sampler:
         self.run_record = {"config": OmegaConf.to_container(config, resolve=True), "versions": describe_code()}
         # Opened here for its checks and hashes, before anything long starts, and again when stage 1 has left the memory.
         video = self._open_video()
-        asked = {key: config[key] for key in ("height", "width", "num_frames", "fps", "num_clips", "window_overlap")}
+        asked = {key: config[key] for key in ("height", "width", "num_frames", "fps", "num_segments", "window_overlap")}
         _, self.height, self.width, num_frames, fps = video.check("any", **asked)
         for motion_prompt in {request.motion_prompt for request in requests}:
             video.check_motion_prompt(motion_prompt)
@@ -126,8 +126,8 @@ class Sampler:
         self.video_record = {
             **self.arguments,
             "windows": [[place.start, place.stop] for place in windows.places],
-            "frames_of_all_clips": config.num_clips * (num_frames - 1) + 1,
-            "crf": config.crf,
+            "frames_of_all_clips": config.num_segments * (num_frames - 1) + 1,
+            "video_crf": config.video_crf,
             "memory": asdict(memory),
             **describe(video, config.num_inference_steps),
         }
@@ -140,7 +140,7 @@ class Sampler:
         """
         for request in requests:
             if request.image is not None:
-                source = KeyframePipeline(request.image, self.stage1.fit)
+                source = KeyframePipeline(request.image, self.stage1.resize_mode)
                 (keyframe,) = source([request.prompt], self.height, self.width)
                 record = {"id": request.id, **keyframe.provenance}
                 if not self._keyframe_stands(request, record):
@@ -198,7 +198,7 @@ class Sampler:
         source = load_keyframe_pipeline(
             self.config.pipeline, chosen.pretrained_model_name_or_path, chosen.revision, chosen.variant, memory.dtype
         )
-        source.fit = chosen.fit
+        source.resize_mode = chosen.resize_mode
         arguments = self._drawing_arguments(source)
         shared = {
             **source.describe(**arguments),
@@ -215,7 +215,7 @@ class Sampler:
                 "generator": list(numbers),
                 **shared,
                 "size": {"height": self.height, "width": self.width},
-                "fit": chosen.fit,
+                "resize_mode": chosen.resize_mode,
             }
             if not self._keyframe_stands(request, record):
                 (keyframe,) = source([request.prompt], self.height, self.width, [generator(*numbers)], **arguments)
@@ -257,7 +257,7 @@ class Sampler:
         self._path(request, RECORD).unlink(missing_ok=True)
         paths = {kind: self._path(request, ending) for kind, ending in FILES.items()}
         fps = self.arguments["fps"]
-        write_video(paths["video"], frames, fps, crf=self.config.crf)
+        write_video(paths["video"], frames, fps, crf=self.config.video_crf)
         write_gif(paths["gif"], frames, fps)
         write_contact_sheet(paths["contact_sheet"], frames, [request.prompt])
         files = {"files": {kind: path.name for kind, path in paths.items()}}

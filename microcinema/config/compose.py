@@ -36,9 +36,10 @@ COMMANDS = (
 # Commands whose keys are in a file of another name.
 KEYS_OF = {
     "doctor": "train",
-    "prepare check": "check",
-    "prepare preview": "preview",
-    "prepare latents": "latents",
+    "prepare": "prepare_sprites",
+    "prepare check": "prepare_check",
+    "prepare preview": "prepare_preview",
+    "prepare latents": "prepare_latents",
 }
 
 

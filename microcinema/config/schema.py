@@ -18,13 +18,13 @@ Group = dict[str, Any]
 class Train:
     base: Group
     data: Group
-    latents: str | None
+    cached_latents: str | None
     diffusion: Group
     model: Group
     output_dir: str
     seed: int
     init_weights_from: str | None
-    train: Literal["temporal", "all"]
+    trainable_parameters: Literal["temporal", "all"]
     trainable_unet_layers: list[str]
     resolution: Count | tuple[Count, Count]
     num_frames: Count
@@ -81,7 +81,7 @@ class Sample:
     keyframe: Group
     memory: Group
     num_frames: Count | None
-    num_clips: Count
+    num_segments: Count
     window_overlap: CountOrZero | None
     fps: Positive | None
     height: Count | None
@@ -93,14 +93,14 @@ class Sample:
     num_videos_per_prompt: Count
     decode_chunk_size: Count | None
     scheduler: str | None
-    crf: Annotated[int, Field(ge=0, le=51)]
+    video_crf: Annotated[int, Field(ge=0, le=51)]
 
 
 @dataclass
 class Evaluate:
     evaluation: Group
     pipeline: str
-    generated: str | None
+    generated_dir: str | None
     output_dir: str
     seed: CountOrZero
     batch_size: Count
@@ -109,7 +109,7 @@ class Evaluate:
 @dataclass
 class Prepare:
     output_dir: str
-    num_clips: Count
+    num_videos: Count
     split: Literal["train", "heldout"]
     rotation_weight: Count
     seed: CountOrZero
@@ -120,7 +120,7 @@ class Prepare:
 
 @dataclass
 class Latents(Train):
-    keep: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
+    cached_parts: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
     passes: Count
     clips_per_shard: Count
 
@@ -129,7 +129,7 @@ class Latents(Train):
 class Check:
     data: Group
     output_dir: str
-    num_clips: Count | None
+    max_samples: Count | None
     num_workers: Count | None
     ray_address: str | None
     timeout: Positive
@@ -146,7 +146,7 @@ class Check:
 class Preview:
     data: Group
     output: str
-    num_clips: Count
+    max_samples: Count
     columns: Count | None
     resolution: Count | tuple[Count, Count]
     num_frames: Count

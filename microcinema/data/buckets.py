@@ -16,16 +16,16 @@ class Buckets:
     Args:
         shapes: (num_frames, height, width) of each bucket.
         choice: the number of its bucket for each clip.
-        group: numbers in a row from one bucket.
+        bucket_run: numbers in a row from one bucket.
 
     Raises:
         UserError: shapes that are none.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], choice: np.ndarray, group: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], choice: np.ndarray, bucket_run: int) -> None:
         self.shapes = _checked(shapes)
         self.choice = choice.astype(np.int16)
-        self.group = group
+        self.bucket_run = bucket_run
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """(num_frames, height, width) of a clip."""

@@ -22,7 +22,7 @@ class ClipReader:
     """Reads clips of one transform.
 
     Args:
-        num_frames, fps, resolution, decoder, clip, seed, multiple_of: as in `ClipDataset`.
+        num_frames, fps, resolution, decoder, clip_position, seed, multiple_of: as in `ClipDataset`.
         watermark: arguments of `Watermark`; None: none.
         timeout: seconds for a clip, after which its decoder, in a process of its own, is killed; None: decode here, without end if need be.
 
@@ -36,7 +36,7 @@ class ClipReader:
         fps: float | None,
         resolution: int | tuple[int, int],
         decoder: str,
-        clip: str,
+        clip_position: str,
         seed: int,
         multiple_of: int,
         watermark: Mapping[str, Any] | None = None,
@@ -49,11 +49,13 @@ class ClipReader:
             raise UserError(f"num_frames={num_frames}, fps={fps}; give at least 1 frame, and a positive rate or null")
         if decoder not in video_reader.DECODERS:
             raise UserError(f"decoder='{decoder}' is not known; choose one of {', '.join(video_reader.DECODERS)}")
-        if clip not in ("random", *POSITIONS):
-            raise UserError(f"clip='{clip}' is not known; choose one of random, {', '.join(POSITIONS)}")
+        if clip_position not in ("random", *POSITIONS):
+            raise UserError(
+                f"clip_position='{clip_position}' is not known; choose one of random, {', '.join(POSITIONS)}"
+            )
         self.num_frames, self.fps, self.multiple_of = num_frames, fps, multiple_of
         self.size = self.checked_size(*sides)
-        self.decoder, self.clip, self.seed = decoder, clip, seed
+        self.decoder, self.clip_position, self.seed = decoder, clip_position, seed
         self.watermark = Watermark(**watermark) if watermark else None
         self.isolated = IsolatedReader(timeout) if timeout is not None else None
 
@@ -80,8 +82,8 @@ class ClipReader:
             "fps": self.fps,
             "height": height,
             "width": width,
-            "clip": self.clip,
-            "seed": self.seed if self.clip == "random" else None,
+            "clip_position": self.clip_position,
+            "seed": self.seed if self.clip_position == "random" else None,
             "resize": RESIZE,
             "watermark": [mark.action, *mark.box, mark.tag if mark.action == "tag" else ""] if mark else None,
         }
@@ -113,10 +115,10 @@ class ClipReader:
                 raise UserError(f"'{source}' is a picture, which has no frame rate of its own; set fps")
             frames, fps = self._call("read_image", source), self.fps
         else:
-            if self.clip == "random":
+            if self.clip_position == "random":
                 position = float(np.random.default_rng([self.seed, epoch, index]).random())
             else:
-                position = POSITIONS[self.clip]
+                position = POSITIONS[self.clip_position]
             frames = self._call("read_clip", source, num_frames, self.fps, position=position, decoder=self.decoder)
             fps = self.fps if self.fps is not None else self._call("probe", source).fps
         if self.watermark and marked:

@@ -37,7 +37,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         fps: frames per second of a clip, picked by time; None takes each file's own rate.
         resolution: size of the square, or (height, width).
         decoder: "pyav" or "decord".
-        clip: which part of the video: "random", "first" or "center".
+        clip_position: which part of the video: "random", "first" or "center".
         seed: of the random choice.
         multiple_of: what height and width must divide by: the VAE's downsampling, times the UNet's for training.
         columns: names of the list's columns, by `id`, `file`, `page_dir`, `caption`, `description`, `motion`; default: WebVid's.
@@ -48,7 +48,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         manifest: of `microcinema prepare check`: clips that it rejects are left out, clips that it does not know are kept.
         buckets: shapes (num_frames, height, width), of which each clip takes the one that suits it best, by what the manifest says of it; None: all
             clips have the one shape above.
-        group: numbers in a row that share a bucket: a multiple of the batch size.
+        bucket_run: numbers in a row that share a bucket: a multiple of the batch size.
 
     Raises:
         UserError: an unreadable list, a column that is missing, no file of the list under root, a value out of range; and from
@@ -63,7 +63,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         fps: float | None,
         resolution: int | tuple[int, int],
         decoder: str = "pyav",
-        clip: str = "random",
+        clip_position: str = "random",
         seed: int = 0,
         multiple_of: int = 8,
         columns: Mapping[str, str | None] | None = None,
@@ -72,25 +72,27 @@ class ClipDataset(Dataset[dict[str, Any]]):
         timeout: float | None = None,
         manifest: str | os.PathLike[str] | None = None,
         buckets: Sequence[tuple[int, int, int]] | None = None,
-        group: int = 64,
+        bucket_run: int = 64,
     ) -> None:
-        self.reader = ClipReader(num_frames, fps, resolution, decoder, clip, seed, multiple_of, watermark, timeout)
-        self.clip, self.seed = clip, seed
+        self.reader = ClipReader(
+            num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout
+        )
+        self.clip_position, self.seed = clip_position, seed
         self.root = None if root is None else Path(root)
         self._epoch = 0
         self.rows = read_rows(metadata, columns)
         self.left_out: dict[str, int] = {}
         self._marked: np.ndarray | None = None
         self.buckets: Buckets | None = None
-        self.group = group
+        self.bucket_run = bucket_run
         if buckets is not None and manifest is None:
             raise UserError("buckets need the sizes of the clips; set manifest, made with `microcinema prepare check`")
         if manifest is not None:
-            self._use(Manifest(manifest), watermark_score, buckets, group)
+            self._use(Manifest(manifest), watermark_score, buckets, bucket_run)
         self._check_root(metadata)
 
     def _use(
-        self, manifest: Manifest, watermark_score: float, shapes: Sequence[tuple[int, int, int]] | None, group: int
+        self, manifest: Manifest, watermark_score: float, shapes: Sequence[tuple[int, int, int]] | None, bucket_run: int
     ) -> None:
         """Leaves out what the manifest rejects, and sorts the rest into buckets."""
         place = manifest.find(self.rows.ids())
@@ -111,7 +113,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if not keep.all():
             self.rows = self.rows.take(np.flatnonzero(keep))
         if shapes is not None:
-            self.buckets = Buckets(shapes, choice[keep], group)
+            self.buckets = Buckets(shapes, choice[keep], bucket_run)
         score = np.where(known, manifest.column("watermark")[place], np.nan)[keep]
         self._marked = ~(score < watermark_score)
 

@@ -34,9 +34,9 @@ class FlowClips(Dataset[dict[str, Any]]):
         if teacher == "ground_truth":
             if not isinstance(dataset, ClipDataset) or dataset.root is None:
                 raise UserError("flow teacher 'ground_truth' needs the folder of Moving Sprites; use dis")
-            if dataset.clip != "first" or len(set(dataset.reader.size)) != 1:
+            if dataset.clip_position != "first" or len(set(dataset.reader.size)) != 1:
                 raise UserError(
-                    "flow teacher 'ground_truth' needs square clips from the beginning (clip=first); use dis"
+                    "flow teacher 'ground_truth' needs square clips from the beginning (clip_position=first); use dis"
                 )
             self._sprites = {name: sprite for name, sprite, *_ in read_truth(dataset.root)}
 

@@ -51,7 +51,7 @@ class IndexedDataset(Dataset):
         if len(streams) == 1:
             self.order = streams[0][0]
         elif streams:
-            self.group = dataset.group  # type: ignore[attr-defined]
+            self.group = dataset.bucket_run  # type: ignore[attr-defined]
             orders, shares = zip(*streams, strict=True)
             self.order = Joint(orders, shares, self.group, seed)
 
@@ -96,7 +96,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         if group > 1 and (group % batch_size or start % batch_size):
             raise UserError(
                 f"train_batch_size={batch_size} does not divide the {group} clips in a row that share a shape, "
-                f"or the {start} clips trained so far; choose another train_batch_size, or data.group"
+                f"or the {start} clips trained so far; choose another train_batch_size, or data.bucket_run"
             )
         self.round = batch_size * num_processes
         if (stop - start) % self.round:

@@ -17,19 +17,19 @@ class JointDataset(Dataset[dict[str, Any]]):
     Args:
         parts: data sets by name.
         weights: how many times each part is gone through in one pass over all of them, by the same names; it may be a fraction.
-        group: numbers in a row from one part: a multiple of the batch size.
+        bucket_run: numbers in a row from one part: a multiple of the batch size.
 
     Raises:
         UserError: no parts, other names in `weights`, a weight that is not positive.
     """
 
-    def __init__(self, parts: Mapping[str, Any], weights: Mapping[str, float], group: int = 64) -> None:
+    def __init__(self, parts: Mapping[str, Any], weights: Mapping[str, float], bucket_run: int = 64) -> None:
         if not parts or set(parts) != set(weights) or min(weights.values()) <= 0:
             given = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items()) or "none"
             raise UserError(
                 f"weights {given} for the parts {', '.join(parts) or 'none'}; give each a positive number of passes"
             )
-        self.parts, self.weights, self.group = dict(parts), dict(weights), group
+        self.parts, self.weights, self.bucket_run = dict(parts), dict(weights), bucket_run
         self.starts: dict[str, int] = {}
         length = 0
         for name, part in self.parts.items():

@@ -79,7 +79,7 @@ def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
         return Layout(**contents["layout"]), contents["parts"]
     except FileNotFoundError:
         raise UserError(
-            f"'{folder}' holds no latents ({FINGERPRINT} is missing); make them with `microcinema prepare latents`, or set latents=null"
+            f"'{folder}' holds no latents ({FINGERPRINT} is missing); make them with `microcinema prepare latents`, or set cached_latents=null"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
@@ -148,9 +148,9 @@ class EncodedClips(Dataset[dict[str, Any]]):
         return self.source.streams(seed) if hasattr(self.source, "streams") else []
 
     @property
-    def group(self) -> int:
+    def bucket_run(self) -> int:
         """Of the data set: numbers in a row whose items have one shape."""
-        return self.source.group
+        return self.source.bucket_run
 
     def id(self, index: int) -> str:
         """The name of a clip in messages and quarantine."""

@@ -44,7 +44,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     Args:
         shards: a path or URL with braces (`clips/{00000..00099}.tar`), a pattern of local files (`clips/*.tar`), or several of these.
-        num_frames, fps, resolution, decoder, clip, seed, multiple_of, watermark, timeout, manifest: as in `ClipDataset`.
+        num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout, manifest: as in `ClipDataset`.
         columns: keys in the `.json` member for `caption`, `description` and `motion`; default: these names.
         lanes: shards read side by side, by all processes together. Where it is a multiple of the global batch times the loader's workers, each
             worker reads shards that no other one reads.
@@ -64,7 +64,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         fps: float | None,
         resolution: int | tuple[int, int],
         decoder: str = "pyav",
-        clip: str = "random",
+        clip_position: str = "random",
         seed: int = 0,
         multiple_of: int = 8,
         columns: Mapping[str, str] | None = None,
@@ -76,8 +76,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
         cache_dir: str | os.PathLike[str] = "runs/shards",
         cache_size: float = 1e11,
     ) -> None:
-        self.reader = ClipReader(num_frames, fps, resolution, decoder, clip, seed, multiple_of, watermark, timeout)
-        self.clip, self.seed = clip, seed
+        self.reader = ClipReader(
+            num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout
+        )
+        self.clip_position, self.seed = clip_position, seed
         self.columns = {name: name for name in ("caption", "description", "motion")} | dict(columns or {})
         self._epoch = 0
         self.urls = expand(shards)

@@ -98,8 +98,8 @@ def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> 
     value, own = overrides.get("prediction_type"), base.config["prediction_type"]
     if value not in (None, own):
         raise UserError(
-            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {own} and train=temporal leaves its "
-            "layers as they are; set diffusion.scheduler.prediction_type=null, or train=all"
+            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {own} and trainable_parameters=temporal leaves its "
+            "layers as they are; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all"
         )
 
 

@@ -132,7 +132,7 @@ def claim(folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
     if differing:
         changes = ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
         raise UserError(
-            f"'{path.parent}' holds what was made otherwise ({changes}); choose another folder (output_dir, or evaluation.reference)"
+            f"'{path.parent}' holds what was made otherwise ({changes}); choose another folder (output_dir, or evaluation.real_features_dir)"
         )
 
 

@@ -54,7 +54,7 @@ class ZeroShotProtocol:
         num_real: how many, drawn by the seed if there are more; None: all.
         num_frames: frames of a clip, generated or real.
         fps: frames a second of a real clip, picked by time; None: neighbouring frames as they are. The model is asked for the same.
-        clip: which part of a real video.
+        clip_position: which part of a real video.
         height, width: of the frames that detectors see; clips are scaled to cover it (antialiased) and cropped in the centre.
         ddof: 1: covariances divided by n - 1; 0: by n.
         seed: of every draw here. That of the model is another.
@@ -73,7 +73,7 @@ class ZeroShotProtocol:
     num_real: Count | None
     num_frames: Count
     fps: Positive | None
-    clip: Literal["first", "center", "random"]
+    clip_position: Literal["first", "center", "random"]
     height: Count
     width: Count
     ddof: Literal[0, 1]
@@ -133,9 +133,9 @@ class ZeroShotProtocol:
 
     def position(self, index: int) -> float:
         """Where in a real video its clip lies: 0 at the beginning, 1 as late as possible. Of `random`, by the video's own number."""
-        if self.clip == "random":
+        if self.clip_position == "random":
             return float(np.random.default_rng([self.seed, _DRAW_REAL, index]).random())
-        return {"first": 0.0, "center": 0.5}[self.clip]
+        return {"first": 0.0, "center": 0.5}[self.clip_position]
 
     def expected(self) -> dict[str, int | None]:
         """How many clips the protocol asks for, where it says."""

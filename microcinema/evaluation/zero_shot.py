@@ -69,20 +69,20 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
     samples = [] if protocol.dataset == "folder" else protocol.samples(dataset)
     if protocol.dataset != "folder":
         _enough(len(samples), protocol.expected()["samples"], "samples to ask for", settings.allow_fewer, shortfalls)
-    elif config.generated is None:
-        raise UserError("the protocol asks for nothing; set generated=folder, the videos to measure")
+    elif config.generated_dir is None:
+        raise UserError("the protocol asks for nothing; set generated_dir=folder, the videos to measure")
     real = _present(protocol.real(dataset), protocol.expected()["real"], settings.allow_fewer, shortfalls)
     compares = bool(real) or protocol.dataset == "folder"
     measures, missing = load_measures(settings, state.device, config.batch_size, compares, protocol.dataset == "ucf101")
     make_folder(folder)
-    if config.generated is None:
+    if config.generated_dir is None:
         generated = _from_pipeline(config, protocol, samples, share, state)
     else:
-        generated = _from_folder(config.generated, protocol, samples, settings.allow_fewer, shortfalls)
+        generated = _from_folder(config.generated_dir, protocol, samples, settings.allow_fewer, shortfalls)
     records = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
     identifier = protocol.identifier(samples or generated.samples, real, records)
     common = {"preparation": _prepared(protocol), "detectors": records, "batch_size": config.batch_size}
-    reference = _reference(settings.reference, folder, common | _chosen_clips(protocol), real)
+    reference = _reference(settings.real_features_dir, folder, common | _chosen_clips(protocol), real)
     made = {**common, "generated": generated.identity, "prompts": digest([s.prompt for s in generated.samples])}
     features = folder / FEATURES_FOLDER / digest(made)[:16]
     size = (protocol.height, protocol.width)
@@ -321,7 +321,11 @@ def _prepared(protocol: ZeroShotProtocol) -> dict[str, Any]:
 
 def _chosen_clips(protocol: ZeroShotProtocol) -> dict[str, Any]:
     """Which part of a real video is read."""
-    return {"fps": protocol.fps, "clip": protocol.clip, "seed": protocol.seed if protocol.clip == "random" else None}
+    return {
+        "fps": protocol.fps,
+        "clip_position": protocol.clip_position,
+        "seed": protocol.seed if protocol.clip_position == "random" else None,
+    }
 
 
 def _reference(given: str | None, folder: Path, settings: Mapping[str, Any], real: Sequence[Video]) -> Path:

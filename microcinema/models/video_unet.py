@@ -282,7 +282,7 @@ class VideoUNet(UNet2DBackbone):
 def set_trainable(
     unet: VideoUNet,
     condition_encoder: ConditionEncoder,
-    train: str = "temporal",
+    trainable_parameters: str = "temporal",
     trainable_unet_layers: Sequence[str] = (),
 ) -> list[nn.Parameter]:
     """Freezes what is not to be trained and returns what is, for the optimiser.
@@ -293,10 +293,10 @@ def set_trainable(
         trainable_unet_layers: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
 
     Raises:
-        UserError: `train` is neither, or the 2D part has nothing of such a name.
+        UserError: `trainable_parameters` is neither, or the 2D part has nothing of such a name.
     """
-    check_choice("train", train, ("temporal", "all"))
-    unet.requires_grad_(train == "all")
+    check_choice("trainable_parameters", trainable_parameters, ("temporal", "all"))
+    unet.requires_grad_(trainable_parameters == "all")
     added = {id(parameter) for parameter in unet.added_parameters()}
     frozen = {name: parameter for name, parameter in unet.named_parameters() if id(parameter) not in added}
     for layer in trainable_unet_layers:

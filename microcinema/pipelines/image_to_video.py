@@ -288,7 +288,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         width: int | None,
         num_frames: int | None,
         fps: float | None,
-        num_clips: int = 1,
+        num_segments: int = 1,
         window_overlap: int | None = None,
     ) -> tuple[list[str], int, int, int, float]:
         """Prompts, height, width, frames and frames per second of a call, with the model's defaults for what is None.
@@ -314,7 +314,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if num_frames < 1:
             raise UserError(f"num_frames is {num_frames}; use a number >= 1")
         Windows(num_frames, self.config["num_frames"], window_overlap)
-        continuation.check_continues(num_clips, num_frames, self.keyframe_position)
+        continuation.check_continues(num_segments, num_frames, self.keyframe_position)
         fps = self.config["fps"] if fps is None else fps
         if not 0 < fps < float("inf"):
             raise UserError(f"fps is {fps}; use a number > 0")
@@ -340,7 +340,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        num_clips: int = 1,
+        num_segments: int = 1,
         window_overlap: int | None = None,
     ) -> ImageToVideoOutput:
         """Animates key frames.
@@ -362,15 +362,15 @@ class ImageToVideoPipeline(DiffusionPipeline):
                 replace those of the loop. The steps of every clip are counted from 0.
             callback_on_step_end_tensor_inputs: which tensors it gets, (b, f, c, h, w): `latents` after the step, `prediction`, the
                 guided one of the step.
-            num_clips: clips of `num_frames` made one after the other, each from the last frame of the one before. That frame is in
-                the result once: `num_clips * (num_frames - 1) + 1` frames.
+            num_segments: clips of `num_frames` made one after the other, each from the last frame of the one before. That frame is in
+                the result once: `num_segments * (num_frames - 1) + 1` frames.
             window_overlap: frames that windows share where there are several; None: half a window.
 
         Raises:
             UserError: bad input; see `check`.
         """
         prompts, height, width, num_frames, fps = self.check(
-            prompt, height, width, num_frames, fps, num_clips, window_overlap
+            prompt, height, width, num_frames, fps, num_segments, window_overlap
         )
         count = len(prompts)
         self.check_motion_prompt(motion_prompt)
@@ -404,8 +404,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
         windows = Windows(num_frames, self.config["num_frames"], window_overlap)
         if len(windows.places) > 1:
             self._say_once(str(windows))
-        if num_clips > 1:
-            self._say_once(continuation.describe(num_clips, num_frames))
+        if num_segments > 1:
+            self._say_once(continuation.describe(num_segments, num_frames))
 
         current = [make_keyframe(as_pil(img), height, width, {}).image for img in images]
         keyframes = [img for img in current for _ in range(num_videos_per_prompt)]
@@ -426,7 +426,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             return (callback_on_step_end(self, step, t, shown) or {}).get("latents", tensors["latents"])
 
         clips = []
-        for clip in range(num_clips):
+        for clip in range(num_segments):
             pixels = as_tensor(current)
             z_ref = for_each_video(self.encode_image(pixels))
             seen = {"z_ref": z_ref, **{name: for_each_video(x) for name, x in self.encode_pixels(pixels).items()}}
@@ -435,7 +435,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             conditions = self.prepare_conditions(guidance, captions, seen, fps)
             z = self._denoise(z_ref, conditions, guidance, windows, num_inference_steps, generator, step_end)
             clips.append(z if output_type == "latent" else self.decode_latents(z, decode_chunk_size).float())
-            if clip < num_clips - 1:
+            if clip < num_segments - 1:
                 last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
                 current = self.video_processor.postprocess(last[:, 0].float(), "pil")
         frames = continuation.join(clips)

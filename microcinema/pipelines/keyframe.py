@@ -22,7 +22,7 @@ from microcinema.pipelines.base_model import load_index, locate, refuse_pickles
 from microcinema.utils.errors import UserError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-Fit = Literal["crop", "stretch", "exact"]
+ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image comes to the video's size: scaled to cover it and cropped at the centre, as training clips are; scaled in each
 direction by itself; or not at all, so that an image of another size is an error."""
 
@@ -48,23 +48,23 @@ class KeyframePipeline:
     Args:
         source: a text-to-image pipeline (it is frozen, and called for every prompt), an image file (the same for every prompt), or a
             folder of images (one for every prompt, in the order of their names).
-        fit: how its images come to the video's size, see `Fit`.
+        resize_mode: how its images come to the video's size, see `ResizeMode`.
         origin: where a pipeline was opened from, for the record.
 
     Raises:
-        UserError: a path that holds neither, or an unknown `fit`.
+        UserError: a path that holds neither, or an unknown `resize_mode`.
     """
 
     def __init__(
         self,
         source: DiffusionPipeline | str | os.PathLike[str],
-        fit: Fit = "crop",
+        resize_mode: ResizeMode = "crop",
         origin: Mapping[str, str | None] | None = None,
     ):
-        if fit not in get_args(Fit):
-            raise UserError(f"fit '{fit}' is unknown; use one of {', '.join(get_args(Fit))}")
+        if resize_mode not in get_args(ResizeMode):
+            raise UserError(f"resize_mode '{resize_mode}' is unknown; use one of {', '.join(get_args(ResizeMode))}")
         self.source: Any = source if isinstance(source, DiffusionPipeline) else Path(source)
-        self.fit: Fit = fit
+        self.resize_mode: ResizeMode = resize_mode
         self.origin = dict(origin or {})
         self.files: list[Path] = []
         if isinstance(self.source, Path):
@@ -86,7 +86,7 @@ class KeyframePipeline:
         revision: str | None = None,
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.float32,
-        fit: Fit = "crop",
+        resize_mode: ResizeMode = "crop",
     ) -> "KeyframePipeline":
         """Opens a saved text-to-image pipeline of any class that diffusers knows.
 
@@ -123,7 +123,7 @@ class KeyframePipeline:
                 f"cannot open the text-to-image pipeline '{path}' ({first_line(error)}); "
                 "give a complete diffusers pipeline of safetensors"
             ) from error
-        return cls(pipeline, fit, {"source": os.fspath(name), "revision": revision, "variant": variant})
+        return cls(pipeline, resize_mode, {"source": os.fspath(name), "revision": revision, "variant": variant})
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -168,7 +168,7 @@ class KeyframePipeline:
 
         Args:
             prompt: what shall be seen.
-            height, width: of the video, pixels; an image of another size is brought to it as `fit` says.
+            height, width: of the video, pixels; an image of another size is brought to it as `resize_mode` says.
             generator: one for every prompt.
             draw_height, draw_width: the size at which a pipeline draws, pixels; both None: its own.
             the rest: passed to the pipeline; None leaves its own default.
@@ -183,7 +183,10 @@ class KeyframePipeline:
                 raise UserError(
                     f"folder '{self.source}' holds {len(files)} images for {len(prompt)} prompts; give one each"
                 )
-            return [make_keyframe(open_image(file), height, width, {"source": str(file)}, self.fit) for file in files]
+            return [
+                make_keyframe(open_image(file), height, width, {"source": str(file)}, self.resize_mode)
+                for file in files
+            ]
         source = self.describe(num_inference_steps, guidance_scale, negative_prompt, draw_height, draw_width)
         # One at a time: a batch takes another path through the matrix products, and then the same prompt gives other bits.
         return [
@@ -192,7 +195,7 @@ class KeyframePipeline:
                 height,
                 width,
                 {**source, "prompt": text},
-                self.fit,
+                self.resize_mode,
             )
             for number, text in enumerate(prompt)
         ]
@@ -253,30 +256,30 @@ class KeyframePipeline:
 
 
 def make_keyframe(
-    image: Image.Image, height: int, width: int, source: Mapping[str, Any], fit: Fit = "crop"
+    image: Image.Image, height: int, width: int, source: Mapping[str, Any], resize_mode: ResizeMode = "crop"
 ) -> Keyframe:
     """Brings an image to the video's size and records what was done.
 
     Raises:
-        UserError: a size below one pixel, or an image of another size where `fit` is `exact`.
+        UserError: a size below one pixel, or an image of another size where `resize_mode` is `exact`.
     """
     if min(height, width) < 1:
         raise UserError(f"key frame of {height}x{width} pixels asked for; give a height and a width of at least 1")
     pixels = np.array(image.convert("RGB"))
     size, wanted = (pixels.shape[0], pixels.shape[1]), (height, width)
-    if fit == "exact" and size != wanted:
+    if resize_mode == "exact" and size != wanted:
         raise UserError(
             f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}; "
-            "give one of the video's size, or fit=crop or stretch"
+            "give one of the video's size, or resize_mode=crop or stretch"
         )
-    scaled, (top, left) = (wanted, (0, 0)) if fit == "stretch" else cover(size, wanted)
+    scaled, (top, left) = (wanted, (0, 0)) if resize_mode == "stretch" else cover(size, wanted)
     frame = resize(rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w"), scaled)[0]
     fitted = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
     provenance = {
         **source,
         "original_size": _size(*size),
         "size": _size(height, width),
-        "fit": fit,
+        "resize_mode": resize_mode,
         "scaled": None if scaled == size else {"method": "bicubic, antialiased", **_size(*scaled)},
         "cropped": None if scaled == wanted else {"top": top, "left": left, **_size(height, width)},
         "sha256_of_pixels": hash_pixels(fitted),

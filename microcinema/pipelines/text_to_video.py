@@ -59,7 +59,7 @@ class TextToVideoPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
         generator: Sequence[torch.Generator] | None = None,
-        num_clips: int = 1,
+        num_segments: int = 1,
         window_overlap: int | None = None,
         keyframe_arguments: dict[str, Any] | None = None,
         **arguments: Any,
@@ -74,7 +74,7 @@ class TextToVideoPipeline:
         Raises:
             UserError: bad input; an empty prompt, sizes, frames and clips are found before the first stage starts.
         """
-        size_and_length = (height, width, num_frames, fps, num_clips, window_overlap)
+        size_and_length = (height, width, num_frames, fps, num_segments, window_overlap)
         prompts, height, width, num_frames, fps = self.video.check(prompt, *size_and_length)
         self.video.check_motion_prompt(motion_prompt)
 
@@ -96,7 +96,7 @@ class TextToVideoPipeline:
             fps,
             negative_prompt=for_each_video(negative_prompt),
             generator=generator,
-            num_clips=num_clips,
+            num_segments=num_segments,
             window_overlap=window_overlap,
             **arguments,
         )

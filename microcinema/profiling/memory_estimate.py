@@ -153,7 +153,7 @@ def training_memory(
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
     parameters = set_trainable(
-        pipeline.unet, pipeline.condition_encoder, settings.train, settings.trainable_unet_layers
+        pipeline.unet, pipeline.condition_encoder, settings.trainable_parameters, settings.trainable_unet_layers
     )
     if predict_net is not None:
         parameters += predict_net.parameters()

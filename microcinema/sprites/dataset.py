@@ -21,7 +21,7 @@ _CLIPS_PER_FOLDER = 1000
 
 def write_dataset(
     folder: str | os.PathLike[str],
-    num_clips: int,
+    num_videos: int,
     seed: int = 0,
     split: str = "train",
     num_frames: int = 16,
@@ -31,15 +31,15 @@ def write_dataset(
     rotation_weight: int = 1,
     progress: bool = True,
 ) -> Path:
-    """Renders clips 0 to `num_clips - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
+    """Renders clips 0 to `num_videos - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
 
     The truth file has one line a clip: its sprite, from which `render` gives masks and flow exactly, with the frames, size and fps that it was rendered with.
 
     Raises:
         UserError: nothing to render, or the folder cannot be written.
     """
-    if num_clips < 1:
-        raise UserError(f"num_clips={num_clips}: render at least one clip")
+    if num_videos < 1:
+        raise UserError(f"num_videos={num_videos}: render at least one clip")
     with atomic_folder(folder) as place_to_write:
         with (
             open(place_to_write / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
@@ -47,7 +47,7 @@ def write_dataset(
         ):
             table = csv.writer(table_file)
             table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
-            for index in tqdm(range(num_clips), desc="render Moving Sprites", unit="clip", disable=not progress):
+            for index in tqdm(range(num_videos), desc="render Moving Sprites", unit="clip", disable=not progress):
                 sprite = sample_attributes(seed, index, split, rotation_weight)
                 first = index - index % _CLIPS_PER_FOLDER
                 page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"

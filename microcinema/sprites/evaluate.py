@@ -65,8 +65,8 @@ def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialS
         UserError: as in `run`.
     """
     settings, main = config.evaluation, state.is_main_process
-    if config.generated is not None:
-        raise UserError("generated=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
+    if config.generated_dir is not None:
+        raise UserError("generated_dir=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
     folder = make_folder(config.output_dir)
     judge = SpriteJudge.load(settings.classifier)
     video = load_pipeline(config.pipeline)

@@ -40,7 +40,7 @@ def lasting_sprites(count: int) -> list[scene.Sprite]:
 
 def makers(
     pipeline: ImageToVideoPipeline,
-    num_clips: int,
+    num_segments: int,
     num_inference_steps: int,
     guidance_scale: float,
     window_overlap: int | None = None,
@@ -48,7 +48,7 @@ def makers(
 ) -> dict[str, Maker]:
     """`real`, as a perfect model would make them; `continuation` of so many clips; `windows`, at once and of the same length."""
     clip, fps = pipeline.config["num_frames"], pipeline.config["fps"]
-    frames = num_clips * (clip - 1) + 1
+    frames = num_segments * (clip - 1) + 1
 
     def made(**length: Any) -> Maker:
         def make(sprite: scene.Sprite, keyframe: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def makers(
 
     return {
         "real": lambda sprite, keyframe: scene.render(sprite, frames, len(keyframe), fps).frames,
-        "continuation": made(num_clips=num_clips),
+        "continuation": made(num_segments=num_segments),
         "windows": made(num_frames=frames, window_overlap=window_overlap),
     }
 

@@ -89,7 +89,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         base_revision=config.base.revision,
         base_variant=config.base.variant,
         unet_source=None
-        if config.train == "all"
+        if config.trainable_parameters == "all"
         else config.init_weights_from or config.base.pretrained_model_name_or_path,
         image_encoder_source=config.model.image_encoder,
         motion_encoder_source=config.model.motion_encoder,

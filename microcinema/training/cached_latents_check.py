@@ -59,7 +59,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
     if differ:
         raise UserError(
             f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "
-            "make others with `microcinema prepare latents` and the keys of this run, or set latents=null"
+            "make others with `microcinema prepare latents` and the keys of this run, or set cached_latents=null"
         )
     lacking = {"flow"} & (set(wanted) - set(held))
     if (
@@ -71,7 +71,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
     if lacking:
         what = " and ".join(sorted(lacking))
         raise UserError(
-            f"latents '{clips.folder}' come without {what}, which this model learns from; make others with keep=[{', '.join(KEPT)}]"
+            f"latents '{clips.folder}' come without {what}, which this model learns from; make others with cached_parts=[{', '.join(KEPT)}]"
         )
 
 

@@ -164,7 +164,7 @@ class Checkpoints:
         if missing or unexpected:
             raise UserError(
                 f"checkpoint '{folder}' trained other parameters ({len(missing)} missing, {len(unexpected)} unexpected, such as "
-                f"{sorted(missing or unexpected)[0]}); use the same model and the same train=temporal|all"
+                f"{sorted(missing or unexpected)[0]}); use the same model and the same trainable_parameters=temporal|all"
             )
         if self.ema is not None and not (folder / _EMA).is_file():
             raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")

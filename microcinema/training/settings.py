@@ -20,7 +20,7 @@ class Settings:
     output_dir: str
     max_train_steps: int
     seed: int = 0
-    train: str = "temporal"
+    trainable_parameters: str = "temporal"
     trainable_unet_layers: Sequence[str] = ()
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1

@@ -97,7 +97,9 @@ def train(
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.condition_encoder.enable_gradient_checkpointing()
-    set_trainable(pipeline.unet, pipeline.condition_encoder, settings.train, settings.trainable_unet_layers)
+    set_trainable(
+        pipeline.unet, pipeline.condition_encoder, settings.trainable_parameters, settings.trainable_unet_layers
+    )
     optimizer = make_optimizer([each for each in denoiser.parameters() if each.requires_grad], settings)
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
@@ -225,14 +227,14 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
     base = load_base(**config.base)
-    if settings.train == "temporal":
+    if settings.trainable_parameters == "temporal":
         check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
     dataset, teacher = instantiate(config.data), config.model.flow_model
     if accelerator.is_main_process:
         for reason, count in getattr(dataset, "left_out", {}).items():
             print(f"{count} clips left out: {reason}")
-    if config.latents is not None:
-        dataset = EncodedClips(config.latents, dataset)
+    if config.cached_latents is not None:
+        dataset = EncodedClips(config.cached_latents, dataset)
     elif teacher is not None:
         dataset = FlowClips(dataset, teacher, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to know it

@@ -1,7 +1,7 @@
 """The ablation grid: trains and measures every variant of every paper for several seeds, and draws one table and one figure.
 
-    microcinema prepare num_clips=6000 rotation_weight=4
-    microcinema prepare latents experiment=sprites_factorized_dreamer "keep=[keyframe, flow]"
+    microcinema prepare num_videos=6000 rotation_weight=4
+    microcinema prepare latents experiment=sprites_factorized_dreamer "cached_parts=[keyframe, flow]"
     python scripts/recipes/ablation.py --workers 2
 
 The grid is `configs/ablation/sprites.yaml`. A run is `train` and then `evaluate`, each a process of its own, in

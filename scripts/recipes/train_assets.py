@@ -172,13 +172,13 @@ class Pool:
         return picked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def render_pool(folder: Path, num_clips: int, seed: int, split: str) -> Pool:
+def render_pool(folder: Path, num_videos: int, seed: int, split: str) -> Pool:
     """Renders the pool once; later calls map it from disk."""
-    drawn = [scene.sample_attributes(seed, index, split) for index in range(num_clips)]
+    drawn = [scene.sample_attributes(seed, index, split) for index in range(num_videos)]
     paths = folder / f"{split}-{seed}-frames.npy", folder / f"{split}-{seed}-masks.npy"
     if not all(path.exists() for path in paths):
-        frames = np.empty((num_clips, NUM_FRAMES, 64, 64, 3), np.uint8)
-        masks = np.empty((num_clips, NUM_FRAMES, 64, 64), np.uint8)
+        frames = np.empty((num_videos, NUM_FRAMES, 64, 64, 3), np.uint8)
+        masks = np.empty((num_videos, NUM_FRAMES, 64, 64), np.uint8)
         for index, sprite in enumerate(tqdm(drawn, desc=f"render {split} clips")):
             rendered = scene.render(sprite)
             frames[index], masks[index] = rendered.frames, np.round(rendered.masks * 255)
@@ -421,7 +421,7 @@ def make_data(recipe: Recipe, rotation_weight: int = 1) -> Path:
 def encode_clips(data: Path, base: Path) -> torch.Tensor:
     """Latents of all clips by the base's VAE, (n, f, c, h, w), float16."""
     vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
-    clips = ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip="first")
+    clips = ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip_position="first")
     return torch.cat([encode_pixels(vae, clips[k]["video"][None]).half().cpu() for k in range(len(clips))])
 
 
@@ -551,7 +551,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"experiment=sprites_{name}",
     ]
     # The same for both models, which read other captions: these are encoded as they train.
-    reads = ["model.pixel_scales=[1]", "model.flow_model=ground_truth", "keep=[keyframe, flow]"]
+    reads = ["model.pixel_scales=[1]", "model.flow_model=ground_truth", "cached_parts=[keyframe, flow]"]
     if status := microcinema(["prepare", "latents", *overrides[:2], "experiment=sprites_microcinema", *reads]):
         sys.exit(status)
     overrides += [

@@ -78,7 +78,7 @@ def test_drift_hands_on_its_options(benchmark, tmp_path, monkeypatch, capsys):
     path = tmp_path / "figures.json"
     options = ["--prompts", "2", "--num-clips", "2", "--num-inference-steps", "3", "--guidance-scale", "1.5"]
     benchmark.main(["drift", *options, "--window-overlap", "4", "--seed", "7", "--json", str(path)])
-    settings = {"num_clips": 2, "num_inference_steps": 3, "guidance_scale": 1.5, "window_overlap": 4, "seed": 7}
+    settings = {"num_segments": 2, "num_inference_steps": 3, "guidance_scale": 1.5, "window_overlap": 4, "seed": 7}
     assert given == {**settings, "frames": 16}
     report = json.loads(path.read_text())
     assert report | settings == report

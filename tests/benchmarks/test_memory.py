@@ -63,7 +63,7 @@ def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train train=temporal"],
+    ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train trainable_parameters=temporal"],
 )
 def test_the_guide_shows_what_is_estimated_today(benchmark_memory, tmp_path, name):
     page = (PATH.parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")

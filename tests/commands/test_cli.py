@@ -78,8 +78,8 @@ def test_what_argparse_refuses_exits_with_2(arguments: list[str], capsys: pytest
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["prepare", "num_clip=3"], "did you mean 'num_clips'?"),
-        (["prepare", "num_clips=three"], "'three'"),
+        (["prepare", "num_video=3"], "did you mean 'num_videos'?"),
+        (["prepare", "num_videos=three"], "'three'"),
         (["train", "model=nothing"], "there are"),
         (["sample", "num_frames=0"], "num_frames is 0"),
     ],
@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, 
 
 
 def test_traceback_on_request(capsys: pytest.CaptureFixture):
-    assert cli.main(["prepare", "num_clips=three", "--traceback", "seed=1"]) == 2
+    assert cli.main(["prepare", "num_videos=three", "--traceback", "seed=1"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

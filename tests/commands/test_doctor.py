@@ -257,7 +257,9 @@ def test_what_to_set_where_memory_is_short():
     thrifty = {"gradient_checkpointing": True, "use_8bit_adam": True, "use_ema": False, "train_batch_size": 1}
     needed = Estimate(GIB, {"training": 2 * GIB})
     assert doctor.ways_to_train_with_less(replace(SETTINGS, **thrifty), needed) == ["a lower resolution or num_frames"]
-    assert "train=temporal" in doctor.ways_to_train_with_less(replace(SETTINGS, train="all"), needed)
+    assert "trainable_parameters=temporal" in doctor.ways_to_train_with_less(
+        replace(SETTINGS, trainable_parameters="all"), needed
+    )
 
 
 def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments, monkeypatch):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(folder: Path) -> list[str]:
-    write_dataset(folder / "clips", num_clips=3, seed=0)
+    write_dataset(folder / "clips", num_videos=3, seed=0)
     tiny.base_folder(folder / "base")
     return [
         f"base.pretrained_model_name_or_path={folder / 'base'}",

@@ -204,7 +204,7 @@ def sample_frames(folder: Path) -> list[np.ndarray]:
 def test_a_folder_of_the_same_clips_has_the_same_numbers(run, chosen, whole, tmp_path):
     clips = sample_frames(whole["ucf101"][0])
     write_folder(tmp_path / "videos", clips)
-    code, said, _ = run(chosen["ucf101"], generated=tmp_path / "videos")
+    code, said, _ = run(chosen["ucf101"], generated_dir=tmp_path / "videos")
     assert code == 0 and "compressed" in said
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8"))
     expected = json.loads(whole["ucf101"][1])
@@ -240,17 +240,21 @@ def test_features_of_real_clips_are_shared_between_runs_and_refused_if_they_are_
     clips = sample_frames(whole["ucf101"][0])
     overrides = {**chosen["ucf101"], "generated": write_folder(tmp_path / "videos", clips)}
     reference = tmp_path / "reference"
-    assert run(overrides, evaluation__reference=reference)[0] == 0
+    assert run(overrides, evaluation__real_features_dir=reference)[0] == 0
     (place,) = reference.iterdir()
     times = {path: path.stat().st_mtime_ns for path in place.iterdir()}
     for given in (reference, place):  # the folder of all, or the one itself
-        assert run(overrides, evaluation__reference=given, output_dir=tmp_path / "second")[0] == 0
+        assert run(overrides, evaluation__real_features_dir=given, output_dir=tmp_path / "second")[0] == 0
         assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == times
-    other = {"evaluation__protocol__clip": "first", "evaluation__reference": place, "output_dir": tmp_path / "third"}
+    other = {
+        "evaluation__protocol__clip_position": "first",
+        "evaluation__real_features_dir": place,
+        "output_dir": tmp_path / "third",
+    }
     code, _, told = run(overrides, **other)
-    assert code == 2 and "clip was center, now first" in told and "evaluation.reference" in told
+    assert code == 2 and "clip_position was center, now first" in told and "evaluation.real_features_dir" in told
     assert not (tmp_path / "third" / RESULTS_FILE).exists()
-    assert run(overrides, **{**other, "evaluation__reference": reference})[0] == 0
+    assert run(overrides, **{**other, "evaluation__real_features_dir": reference})[0] == 0
     assert len(list(reference.iterdir())) == 2
 
 
@@ -281,14 +285,16 @@ def test_fewer_generated_videos_are_counted_refused_or_marked(run, chosen, whole
     clips = sample_frames(whole["msrvtt"][0])[:3]
     numbered = write_folder(tmp_path / "numbered", clips, ["0.mp4", "2.mp4", "3.mp4"])
     named = write_folder(tmp_path / "named", clips, ["a.mp4", "b.mp4", "c.mp4"])
-    refused(run, chosen["msrvtt"], "3 of 4 videos in generated=", generated=numbered)
-    code, said, _ = run(chosen["msrvtt"], generated=numbered, evaluation__allow_fewer="true")
+    refused(run, chosen["msrvtt"], "3 of 4 videos in generated_dir=", generated_dir=numbered)
+    code, said, _ = run(chosen["msrvtt"], generated_dir=numbered, evaluation__allow_fewer="true")
     assert code == 0 and "INCOMPLETE: 3 of 4" in said and "CLIPSIM" in said
     # Without numbers nobody knows which prompt a video was made from.
-    code, said, _ = run(chosen["msrvtt"], generated=named, evaluation__allow_fewer="true", output_dir=tmp_path / "b")
+    code, said, _ = run(
+        chosen["msrvtt"], generated_dir=named, evaluation__allow_fewer="true", output_dir=tmp_path / "b"
+    )
     assert code == 0 and "prompts are not known" in said and "CLIPSIM " not in said.replace("CLIPSIM,", "")
     write_folder(tmp_path / "numbered", clips[:1], ["9.mp4"])
-    refused(run, chosen["msrvtt"], "samples 0 to 3", generated=numbered)
+    refused(run, chosen["msrvtt"], "samples 0 to 3", generated_dir=numbered)
 
 
 def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):
@@ -302,12 +308,12 @@ def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):
 def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
     clips = [tiny_datasets.clip(seed, FRAMES, SIZE, SIZE) for seed in range(4)]
     short = write_folder(tmp_path / "short", [*clips[:3], clips[3][:8]])
-    refused(run, chosen["msrvtt"], "3.mp4' (8 frames", generated=short)
+    refused(run, chosen["msrvtt"], "3.mp4' (8 frames", generated_dir=short)
     mixed = write_folder(tmp_path / "mixed", [*clips[:3], clips[3][:, :16]])
-    refused(run, chosen["msrvtt"], "must all have one size", generated=mixed, output_dir=tmp_path / "b")
+    refused(run, chosen["msrvtt"], "must all have one size", generated_dir=mixed, output_dir=tmp_path / "b")
     damaged = write_folder(tmp_path / "damaged", clips)
     (damaged / "2.mp4").write_bytes(b"no video")
-    refused(run, chosen["msrvtt"], "2.mp4' cannot be decoded", generated=damaged, output_dir=tmp_path / "c")
+    refused(run, chosen["msrvtt"], "2.mp4' cannot be decoded", generated_dir=damaged, output_dir=tmp_path / "c")
     assert not list(tmp_path.rglob(RESULTS_FILE))
 
 

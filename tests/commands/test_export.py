@@ -35,7 +35,7 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (tiny.SIZE, ti
 def trained(tmp_path_factory) -> Path:
     """A finished run of four steps with checkpoints at 2 and 4, averages that lag behind, and the frame rate of its clips."""
     folder = tmp_path_factory.mktemp("trained")
-    write_dataset(folder / "clips", num_clips=3, seed=0, progress=False)
+    write_dataset(folder / "clips", num_videos=3, seed=0, progress=False)
     tiny.base_folder(folder / "base", "sd21")
     overrides = [
         "base=sd21",

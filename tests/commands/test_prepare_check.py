@@ -135,7 +135,7 @@ def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, monkeypat
 
 
 def test_a_sample_is_spread_over_the_list(world, tmp_path):
-    assert cli.main(arguments(world, tmp_path, "num_clips=5")) == 0
+    assert cli.main(arguments(world, tmp_path, "max_samples=5")) == 0
     rows = read(tmp_path)
     assert next(iter(rows)) == "sound00" and list(rows)[-1] == "zero_duration" and len(rows) == 5
     assert rows["sound00"]["watermark"] is None  # too few to learn from
@@ -214,8 +214,8 @@ def test_survey_sees_the_right_frames(tmp_path):
 
 
 def test_preview(world, tmp_path, capsys):
-    data = [f"data.metadata={world / 'clips.csv'}", f"data.root={world}", "data.clip=first"]
-    keep = [f"output={tmp_path / 'preview.png'}", "num_clips=2", "num_frames=4", "columns=4", "resolution=[48, 80]"]
+    data = [f"data.metadata={world / 'clips.csv'}", f"data.root={world}", "data.clip_position=first"]
+    keep = [f"output={tmp_path / 'preview.png'}", "max_samples=2", "num_frames=4", "columns=4", "resolution=[48, 80]"]
     listing = (world / "clips.csv").read_text().splitlines()[:5]
     (tmp_path / "some.csv").write_text("\n".join(listing) + "\n")
     data[0] = f"data.metadata={tmp_path / 'some.csv'}"

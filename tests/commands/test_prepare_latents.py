@@ -55,7 +55,7 @@ def keys(tmp_path_factory, listing) -> list[str]:
 def whole(tmp_path_factory, processes, keys) -> Path:
     """What one process writes that is left alone."""
     folder = tmp_path_factory.mktemp("whole") / "latents"
-    (ended,) = processes.run(["prepare", "latents", *keys, f"latents={folder}", "clips_per_shard=3"])
+    (ended,) = processes.run(["prepare", "latents", *keys, f"cached_latents={folder}", "clips_per_shard=3"])
     assert ended.status == 0 and f"20 clips in {SHARDS} shards" in ended.said, ended.said
     assert "7 that are broken are in quarantine" in ended.said
     return folder
@@ -75,7 +75,7 @@ def broken(folder: Path) -> set[tuple]:
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, processes, keys, whole):
     """With one, two or three processes in each life; a shard that is finished is not touched again."""
     folder, rng = tmp_path / "latents", random.Random(0)
-    command = ["prepare", "latents", *keys, f"latents={folder}", "clips_per_shard=3"]
+    command = ["prepare", "latents", *keys, f"cached_latents={folder}", "clips_per_shard=3"]
     stamps: dict[str, int] = {}
     killed = 0
     for count in (2, 1, 3):
@@ -99,7 +99,7 @@ def test_two_processes_train_from_latents_as_one_does_from_clips(tmp_path, proce
     run = ["max_train_steps=3", "text_dropout=0.5", "learning_rate=1e-3", "lr_warmup_steps=0", "checkpointing_steps=3"]
     for name, count, changes in (
         ("clips", 1, ["train_batch_size=4"]),
-        ("latents", 2, ["train_batch_size=2", f"latents={whole}"]),
+        ("latents", 2, ["train_batch_size=2", f"cached_latents={whole}"]),
     ):
         ended = processes.run(["train", *keys, *run, *changes, f"output_dir={tmp_path / name}"], count)
         assert not any(each.status for each in ended), ended
@@ -146,14 +146,16 @@ def test_two_processes_train_from_shards(tmp_path, processes, keys, listing):
 
 def test_a_run_refuses_latents_of_another(tmp_path, processes, keys, whole):
     """In one line, before anything is trained."""
-    run = ["train", *keys, f"latents={whole}", f"output_dir={tmp_path / 'run'}", "max_train_steps=1"]
-    (ended,) = processes.run([*run, "data.clip=first", "fps=4"])
+    run = ["train", *keys, f"cached_latents={whole}", f"output_dir={tmp_path / 'run'}", "max_train_steps=1"]
+    (ended,) = processes.run([*run, "data.clip_position=first", "fps=4"])
     assert ended.status == 2
     assert ended.said.splitlines()[-1].startswith(
-        f"error: latents '{whole}' do not match this run: fps was 8.0 and is 4.0, clip was random and is first, seed was 0 and is None; make"
+        f"error: latents '{whole}' do not match this run: fps was 8.0 and is 4.0, clip_position was random and is first, seed was 0 and is None; make"
     )
     assert not (tmp_path / "run" / "model_index.json").exists()
-    ended = processes.run(["prepare", "latents", *keys, f"latents={tmp_path / 'latents'}", "clips_per_shard=30"], 2)
+    ended = processes.run(
+        ["prepare", "latents", *keys, f"cached_latents={tmp_path / 'latents'}", "clips_per_shard=30"], 2
+    )
     errors = {line for each in ended for line in each.said.splitlines() if line.startswith("error:")}
     assert errors == {"error: 2 processes and 1 shards; use at most as many processes, or a smaller clips_per_shard"}
     assert not (tmp_path / "latents").exists()
@@ -181,6 +183,6 @@ def test_latents_give_the_loss_of_the_clips_in_the_trainer(tmp_path, listing, mo
 
 def test_it_wants_a_folder(capsys):
     assert cli.main(["prepare", "latents"]) == 2
-    assert "latents is null; set it to the folder to write" in capsys.readouterr().err
-    assert cli.main(["prepare", "latents", "latents=x", "keep=[pixels]"]) == 2
+    assert "cached_latents is null; set it to the folder to write" in capsys.readouterr().err
+    assert cli.main(["prepare", "latents", "cached_latents=x", "cached_parts=[pixels]"]) == 2
     assert "keep" in capsys.readouterr().err

@@ -163,9 +163,9 @@ def test_the_same_request_gives_the_same_bytes_alone_or_in_a_file(run, tmp_path)
 
 def test_longer_videos_say_how_they_are_made(run, tmp_path):
     """The model was trained on 4 frames: clips of 6 are two windows, and three clips share two frames."""
-    assert run(f"prompt={PROMPT}", "num_frames=6", "num_clips=3", "window_overlap=1")[0] == 0
+    assert run(f"prompt={PROMPT}", "num_frames=6", "num_segments=3", "window_overlap=1")[0] == 0
     record = json.loads(next((tmp_path / "out").glob("*seed0.json")).read_text())
-    assert (record["num_clips"], record["num_frames"], record["frames_of_all_clips"]) == (3, 6, 16)
+    assert (record["num_segments"], record["num_frames"], record["frames_of_all_clips"]) == (3, 6, 16)
     assert record["windows"] == [[0, 4], [2, 6]]
     assert probe(tmp_path / "out" / record["files"]["video"]).num_frames == 16
 
@@ -214,7 +214,7 @@ def test_another_stage_1_has_its_own_size_steps_and_guidance(run, tmp_path):
     """Of the kind of SDXL, under a video model on Stable Diffusion 1.5."""
     sdxl = tiny.sdxl_folder(tmp_path / "sdxl")
     own = {"pretrained_model_name_or_path": sdxl, "height": 48, "width": 64, "num_inference_steps": 1}
-    own |= {"guidance_scale": 2.5, "fit": "stretch"}
+    own |= {"guidance_scale": 2.5, "resize_mode": "stretch"}
     overrides = [f"keyframe.{key}={value}" for key, value in own.items()]
     assert run(f"prompt={PROMPT}", "negative_prompt=grass", *overrides)[0] == 0
     record = json.loads(next((tmp_path / "out").glob("*_keyframe.json")).read_text())
@@ -223,7 +223,7 @@ def test_another_stage_1_has_its_own_size_steps_and_guidance(run, tmp_path):
     assert record["arguments"] == wanted
     assert record["original_size"] == {"height": 48, "width": 64}
     assert record["size"] == {"height": tiny.SIZE, "width": tiny.SIZE}
-    assert (record["fit"], record["cropped"]) == ("stretch", None)
+    assert (record["resize_mode"], record["cropped"]) == ("stretch", None)
     assert {"text_encoder", "text_encoder_2", "unet", "vae"} == set(record["weights_sha256"])
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
 
@@ -315,7 +315,13 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path, four, made, monkey
 def test_a_changed_setting_of_a_key_frame_makes_it_and_its_video_again(run, tmp_path, made):
     (tmp_path / "p.csv").write_text("id,prompt\na,a star")
     settings = ["prompts=p.csv", "num_inference_steps=1", "keyframe.guidance_scale=null"]
-    for change in ("seed=1", "guidance_scale=5", "keyframe.guidance_scale=3", "keyframe.fit=stretch", "height=24"):
+    for change in (
+        "seed=1",
+        "guidance_scale=5",
+        "keyframe.guidance_scale=3",
+        "keyframe.resize_mode=stretch",
+        "height=24",
+    ):
         settings.append(change)
         made.clear()
         assert run(*settings)[0] == 0
@@ -331,11 +337,11 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
         "num_frames=3",
         "num_frames=5",
         "window_overlap=1",
-        "num_clips=2",
+        "num_segments=2",
         "fps=4",
         "decode_chunk_size=1",
         "scheduler=EulerDiscreteScheduler",
-        "crf=30",
+        "video_crf=30",
     ]
     drawn = None
     for change in changes:
@@ -452,7 +458,7 @@ def test_a_process_that_fails_leaves_the_others_working(tmp_path, four):
         (["prompt="], "empty"),
         ([f"prompt={PROMPT}", "prompts=x.csv"], "one of"),
         ([f"prompt={PROMPT}", "num_frames=0"], "num_frames"),
-        ([f"prompt={PROMPT}", "num_clips=0"], "num_clips"),
+        ([f"prompt={PROMPT}", "num_segments=0"], "num_segments"),
         ([f"prompt={PROMPT}", "window_overlap=4"], "window_overlap is 4"),
         ([f"prompt={PROMPT}", "width=30"], "multiple of 8"),
         ([f"prompt={PROMPT}", "num_inference_steps=2000"], "cannot make 2000 steps"),
@@ -462,11 +468,11 @@ def test_a_process_that_fails_leaves_the_others_working(tmp_path, four):
         ([f"prompt={PROMPT}", "scheduler=NoScheduler"], "NoScheduler"),
         ([f"prompt={PROMPT}", "output_dir=/dev/null/out"], "/dev/null/out"),
         ([f"prompt={PROMPT}", "keyframe.pretrained_model_name_or_path=/gone"], "/gone"),
-        ([f"prompt={PROMPT}", "keyframe.fit=squeeze"], "'squeeze'"),
+        ([f"prompt={PROMPT}", "keyframe.resize_mode=squeeze"], "'squeeze'"),
         ([f"prompt={PROMPT}", "keyframe.height=32"], "keyframe.height=32, keyframe.width=None"),
         ([f"prompt={PROMPT}", "keyframe.height=30", "keyframe.width=30"], "height=30"),
         ([f"prompt={PROMPT}", "keyframe.num_inference_steps=0"], "num_inference_steps"),
-        ([f"prompt={PROMPT}", "keyframe.fits=crop"], "keyframe.fit"),
+        ([f"prompt={PROMPT}", "keyframe.resize_mod=crop"], "keyframe.resize_mode"),
         ([f"prompt={PROMPT}", "keyframe.torch_dtype=int8"], "'int8'"),
         ([f"prompt={PROMPT}", "memory.attention=flash"], "'flash'"),
         ([f"prompt={PROMPT}", "memory.compile=maybe"], "memory.compile is 'maybe'"),
@@ -502,5 +508,5 @@ def test_a_video_that_is_no_numbers_is_not_written(run, tmp_path, model):
 
 def test_an_image_of_another_size_is_refused_if_only_the_exact_one_will_do(run, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    code, _, said = run(f"prompt={PROMPT}", f"image={tmp_path / 'small.png'}", "keyframe.fit=exact")
+    code, _, said = run(f"prompt={PROMPT}", f"image={tmp_path / 'small.png'}", "keyframe.resize_mode=exact")
     assert code == 2 and "8x8" in said and "32x32" in said

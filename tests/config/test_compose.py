@@ -42,7 +42,7 @@ OPTIONS = [(command, group, option) for group, command in GROUPS.items() for opt
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three clips, as `prepare` writes them."""
-    return write_dataset(tmp_path_factory.mktemp("data") / "sprites", num_clips=3, progress=False)
+    return write_dataset(tmp_path_factory.mktemp("data") / "sprites", num_videos=3, progress=False)
 
 
 def told(command: str, *overrides: str) -> str:
@@ -216,7 +216,7 @@ def test_composition_leaves_no_folder_and_no_global_state(tmp_path: Path):
         ("num_frames=0", ["num_frames", "0", "greater than"]),
         ("use_ema=maybe", ["use_ema", "'maybe'", "bool"]),
         ("learning_rate=null", ["learning_rate", "None", "number"]),
-        ("train=everything", ["train", "'everything'", "'temporal' or 'all'"]),
+        ("trainable_parameters=everything", ["trainable_parameters", "'everything'", "'temporal' or 'all'"]),
         ("text_dropout=1.5", ["text_dropout", "1.5", "1"]),
         ("model.unet.max_frames=abc", ["model.unet.max_frames", "'abc'", "integer"]),
         ("diffusion.noise_prior.strength=x", ["diffusion.noise_prior.strength", "'x'", "number"]),

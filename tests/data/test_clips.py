@@ -74,7 +74,7 @@ def dataset(world, tmp_path, header=(*HEADERS[0], "description", "motion"), **ar
 
 @pytest.mark.parametrize("header", HEADERS)
 def test_both_header_orders_and_all_layouts(world, tmp_path, header):
-    clips = dataset(world, tmp_path, header, clip="first")
+    clips = dataset(world, tmp_path, header, clip_position="first")
     assert len(clips) == 4
     for k, row in enumerate(world[1]):
         item = clips[k]
@@ -94,11 +94,11 @@ def test_two_captions(world, tmp_path):
 
 @pytest.mark.parametrize(("clip", "expected"), [("first", [0, 2, 4, 6]), ("center", [9, 11, 13, 15])])
 def test_the_place_of_the_clip(world, tmp_path, clip, expected):
-    assert shown(dataset(world, tmp_path, num_frames=4, fps=4, clip=clip)[0]) == expected
+    assert shown(dataset(world, tmp_path, num_frames=4, fps=4, clip_position=clip)[0]) == expected
 
 
 def test_native_rate(world, tmp_path):
-    item = dataset(world, tmp_path, fps=None, clip="first")[0]
+    item = dataset(world, tmp_path, fps=None, clip_position="first")[0]
     assert (shown(item), item["fps"]) == (list(range(8)), 8.0)
 
 
@@ -196,7 +196,7 @@ def test_small_is_not_aliased():
         ({"resolution": 0}, "0x0"),
         ({"resolution": (64, 64, 3)}, "64, 64, 3"),
         ({"decoder": "opencv"}, "decoder='opencv'"),
-        ({"clip": "last"}, "clip='last'"),
+        ({"clip_position": "last"}, "clip_position='last'"),
     ],
 )
 def test_values_out_of_range_are_named(world, tmp_path, arguments, message):

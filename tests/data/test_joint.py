@@ -58,7 +58,7 @@ def test_pictures_are_clips_of_one_frame(world):
 
 def joint(world: Path, **more) -> JointDataset:
     parts = {"videos": clips(world, "videos", 4), "pictures": clips(world, "pictures", 1)}
-    return JointDataset(parts, **{"weights": {"videos": 1, "pictures": 2.0}, "group": 4, **more})
+    return JointDataset(parts, **{"weights": {"videos": 1, "pictures": 2.0}, "bucket_run": 4, **more})
 
 
 def test_videos_and_pictures_train_together(world):

@@ -40,7 +40,7 @@ def vae(model):
     return model.vae
 
 
-TRANSFORM = {"num_frames": 4, "fps": 8, "resolution": 32, "clip": "first"}
+TRANSFORM = {"num_frames": 4, "fps": 8, "resolution": 32, "clip_position": "first"}
 
 
 def make_world(root: Path, count: int = 5) -> Path:
@@ -138,8 +138,8 @@ def test_more_shards_than_are_held_open(folder, root, monkeypatch):
 
 
 def test_random_clips_have_as_many_places_as_passes(root, model, tmp_path):
-    source = clips(root, clip="random", seed=3)
-    kept = encode_clips(model, source, tmp_path / "latents", passes=2, keep=[])
+    source = clips(root, clip_position="random", seed=3)
+    kept = encode_clips(model, source, tmp_path / "latents", passes=2, cached_parts=[])
     for epoch in range(4):
         kept.set_epoch(epoch)
         source.set_epoch(epoch % 2)
@@ -150,12 +150,12 @@ def test_random_clips_have_as_many_places_as_passes(root, model, tmp_path):
     kept.set_epoch(0)
     assert not all(torch.equal(kept[k]["latents"], second[k]) for k in range(5))
     with pytest.raises(UserError, match="seed was 3 and is 4"):
-        check(tmp_path / "latents", model, root, clip="random", seed=4)
+        check(tmp_path / "latents", model, root, clip_position="random", seed=4)
 
 
 def test_broken_clips_are_named_and_not_replaced(model, tmp_path):
     listing = tiny_broken.dataset(tmp_path / "world", num_sound=2)
-    source = ClipDataset(listing, listing.parent, 4, 8.0, 32, clip="first")
+    source = ClipDataset(listing, listing.parent, 4, 8.0, 32, clip_position="first")
     kept = encode_clips(model, source, tmp_path / "latents", max_error_rate=1.0, num_workers=1)
     wrong = {name for name, (_, reason) in tiny_broken.KINDS.items() if reason}
     names = [source.id(k) for k in range(len(source))]
@@ -188,7 +188,7 @@ def test_too_many_that_cannot_be_read(root, model, tmp_path, monkeypatch):
             raise UserError("the file server is gone")
 
     monkeypatch.setattr("microcinema.data.quarantine.ErrorRate.__init__.__defaults__", (1000, 4))
-    source = Broken(root / "clips.csv", root, 4, 8, 32, clip="first")
+    source = Broken(root / "clips.csv", root, 4, 8, 32, clip_position="first")
     with pytest.raises(UserError, match="4 of the last 4 clips read are broken, more than max_error_rate=0.05"):
         encode_clips(model, source, tmp_path / "latents")
     assert len(list((tmp_path / "latents").glob("[0-9]*.tar"))) == 1
@@ -200,11 +200,13 @@ def test_any_data_set_of_training(root, model, tmp_path):
         for k in range(3):
             video = (root / f"{k:06}.mp4").read_bytes()
             writer.write({"__key__": str(k), "mp4": video, "txt": f"caption {k}"})
-    tars = ShardDataset(str(tmp_path / "0.tar"), 4, 8.0, 32, clip="center", cache_dir=tmp_path / "cache")
-    joint = JointDataset({"videos": tars, "images": clips(root, num_frames=1)}, {"videos": 1.0, "images": 1.0}, group=2)
+    tars = ShardDataset(str(tmp_path / "0.tar"), 4, 8.0, 32, clip_position="center", cache_dir=tmp_path / "cache")
+    joint = JointDataset(
+        {"videos": tars, "images": clips(root, num_frames=1)}, {"videos": 1.0, "images": 1.0}, bucket_run=2
+    )
     kept = encode_clips(model, joint, tmp_path / "latents", clips_per_shard=3)
     assert [tuple(kept[k]["latents"].shape) for k in (0, 7)] == [(4, 4, 8, 8), (1, 4, 8, 8)]
-    assert kept[1]["caption"] == "caption 1" and kept.group == 2
+    assert kept[1]["caption"] == "caption 1" and kept.bucket_run == 2
     orders = [[stream.locate(n) for n in range(6)] for data in (kept, joint) for stream, _ in data.streams(0)]
     assert orders[:2] == orders[2:]
     cached_latents_check.check(kept, model, None)
@@ -248,10 +250,10 @@ def test_the_dtype_of_loading_is_not_another_vae(root, tmp_path):
         ({"num_frames": 5}, "num_frames was 4 and is 5"),
         ({"fps": 4}, "fps was 8 and is 4"),
         ({"resolution": (32, 40)}, "width was 32 and is 40"),
-        ({"clip": "center"}, "clip was first and is center"),
+        ({"clip_position": "center"}, "clip_position was first and is center"),
         (
-            {"num_frames": 3, "clip": "random"},
-            "num_frames was 4 and is 3, clip was first and is random, seed was None and is 0",
+            {"num_frames": 3, "clip_position": "random"},
+            "num_frames was 4 and is 3, clip_position was first and is random, seed was None and is 0",
         ),
         ({"watermark": {"action": "tag", "box": [0, 0, 1, 1]}}, "watermark was None and is .*"),
         ({"columns": {"id": "videoid", "caption": "motion"}}, "another list of clips"),
@@ -308,7 +310,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)
     with pytest.raises(UserError, match=r"\(clip was first and is center\)"):
-        encode_clips(model, clips(root, clip="center"), copy)
+        encode_clips(model, clips(root, clip_position="center"), copy)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something other than latents; choose a new folder"):
         encode_clips(model, clips(root), tmp_path)
@@ -386,10 +388,10 @@ def test_no_latents_or_damaged_ones(copy, root, tmp_path):
 
 
 def test_what_to_keep(root, model, tmp_path):
-    kept = encode_clips(model, clips(root), tmp_path / "few", keep=[])
+    kept = encode_clips(model, clips(root), tmp_path / "few", cached_parts=[])
     assert set(kept[0]) == {"latents", "caption", "description", "motion", "fps", "index", "id"} and not kept.empty
-    with pytest.raises(UserError, match="keep=motion_tokens, which this model does not read; it reads text"):
-        encode_clips(model, clips(root), tmp_path / "other", keep=["text", "motion_tokens"])
+    with pytest.raises(UserError, match="cached_parts=motion_tokens, which this model does not read; it reads text"):
+        encode_clips(model, clips(root), tmp_path / "other", cached_parts=["text", "motion_tokens"])
     batch = torch.utils.data.default_collate([{**kept[k], "number": k} for k in range(2)])
     made = BatchEncoder(model, torch.device("cpu"), kept.empty)(batch)
     assert torch.equal(made.text, model.encode_text(["a star 0", "a star 1"]))  # of the captions

@@ -54,7 +54,7 @@ def clips(folder, shards: str = SHARDS, **arguments) -> ShardDataset:
 
 
 def test_the_items_are_those_of_the_files(folder):
-    data = clips(folder, clip="first")
+    data = clips(folder, clip_position="first")
     assert len(data) == sum(COUNTS)
     assert [data[k]["caption"] for k in range(18)] == [f"caption {k}" for k in range(18)]
     assert (data[4]["motion"], data[4]["description"], data[3]["motion"]) == ("motion 4", "caption 4", "caption 3")
@@ -65,7 +65,9 @@ def test_the_items_are_those_of_the_files(folder):
 
     torch.testing.assert_close(data[0]["video"], resize_and_crop(frames, size).float() / 127.5 - 1)
     for variant in ({"decoder": "decord"}, {"timeout": 60}):
-        torch.testing.assert_close(clips(folder, clip="first", **variant)[7]["video"], data[7]["video"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            clips(folder, clip_position="first", **variant)[7]["video"], data[7]["video"], rtol=0, atol=0
+        )
     assert pickle.loads(pickle.dumps(data))[9]["caption"] == "caption 9"
 
 
@@ -128,10 +130,10 @@ def server(folder):
 
 def test_shards_by_url_are_fetched_when_needed_and_once(tmp_path, folder, server):
     url, asked = server
-    arguments = {"cache_dir": tmp_path / "cache", "index": tmp_path / "index.json", "clip": "first", "seed": 0}
+    arguments = {"cache_dir": tmp_path / "cache", "index": tmp_path / "index.json", "clip_position": "first", "seed": 0}
     remote = ShardDataset(f"{url}/{SHARDS}", tiny_training.FRAMES, 8.0, tiny.SIZE, **arguments)
     assert len(asked) == 4  # to count the samples: the index was not there
-    local = clips(folder, clip="first")
+    local = clips(folder, clip_position="first")
     for index in (0, 8, 17):
         assert torch.equal(remote[index]["video"], local[index]["video"])
     assert len(asked) == 4
@@ -187,14 +189,14 @@ def test_shards_that_are_none(tmp_path, folder):
 
 def test_a_manifest_leaves_samples_out(tmp_path, folder):
     """Of one shard all, of another some; what it does not know stays. Each of the others has its turn in a pass."""
-    data = clips(folder, clip="first")
+    data = clips(folder, clip_position="first")
     ids = [data.id(k) for k in range(18)]
     rejected = {*ids[5:8], ids[0], ids[17]}
     table = pa.Table.from_pylist(
         [{"id": name, "accepted": name not in rejected} for name in [*ids[:-2], ids[17]]], schema=SCHEMA
     )
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
-    kept = clips(folder, clip="first", manifest=tmp_path / "manifest.parquet", lanes=2)
+    kept = clips(folder, clip_position="first", manifest=tmp_path / "manifest.parquet", lanes=2)
     left = [k for k in range(18) if ids[k] not in rejected]
     assert kept.left_out == {"rejected by the manifest": 5}
     assert [kept.id(k) for k in range(len(kept))] == [ids[k] for k in left]

@@ -74,8 +74,8 @@ def test_the_options_reach_the_clips(tmp_path):
     def clips(**more) -> ClipDataset:
         return ClipDataset(tmp_path / "list.csv", tmp_path, 4, 8.0, 32, **more)
 
-    plain, wide = clips(clip="first"), {"action": "crop", "box": [0.0, 0.5, 1.0, 1.0]}
-    cropped = clips(clip="first", watermark=wide)
+    plain, wide = clips(clip_position="first"), {"action": "crop", "box": [0.0, 0.5, 1.0, 1.0]}
+    cropped = clips(clip_position="first", watermark=wide)
     frames = video_reader.read_clip(tmp_path / "2.mp4", 4, 8.0)[:, :24]
     torch.testing.assert_close(cropped[0]["video"], resize_and_crop(frames, (32, 32)).float() / 127.5 - 1)
     assert cropped.fingerprint() == plain.fingerprint() | {"watermark": ["crop", 0.0, 0.5, 1.0, 1.0, ""]}

@@ -104,7 +104,14 @@ def test_the_identifier_changes_with_everything_that_changes_the_number(ucf101):
     detectors = {"VideoFeatures": {"sha256": "a", "preparation": "squash"}}
     seen = {protocol.identifier(samples, real, detectors)}
     assert protocol.identifier(list(samples), list(real), json.loads(json.dumps(detectors))) in seen
-    for change in ({"fps": 8.0}, {"height": 128}, {"ddof": 1}, {"clip": "first"}, {"seed": 1}, {"num_frames": 8}):
+    for change in (
+        {"fps": 8.0},
+        {"height": 128},
+        {"ddof": 1},
+        {"clip_position": "first"},
+        {"seed": 1},
+        {"num_frames": 8},
+    ):
         seen.add(dataclasses.replace(protocol, **change).identifier(samples, real, detectors))
     seen.add(protocol.identifier(samples[1:], real, detectors))
     seen.add(protocol.identifier(samples, real[1:], detectors))

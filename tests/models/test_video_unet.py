@@ -133,7 +133,7 @@ def test_train_all_trains_everything():
     for trainable_unet_layers in ([], ["up_blocks.1"]):
         trained = set_trainable(video, encoder, "all", trainable_unet_layers)
         assert len(trained) == len([*video.parameters(), *encoder.parameters()])
-    with pytest.raises(UserError, match="train='some'"):
+    with pytest.raises(UserError, match="trainable_parameters='some'"):
         set_trainable(video, encoder, "some")
 
 

@@ -289,7 +289,9 @@ def test_a_prediction_type_that_its_files_contradict_is_refused_with_both(folder
 
 
 def test_frozen_layers_keep_the_target_that_they_know(folders, tmp_path, capsys):
-    said = "diffusion.scheduler.prediction_type is v_prediction.*trained with epsilon.*=null, or train=all"
+    said = (
+        "diffusion.scheduler.prediction_type is v_prediction.*trained with epsilon.*=null, or trainable_parameters=all"
+    )
     base = f"base.pretrained_model_name_or_path={folders['sd15']}"
     assert_refused(tmp_path, capsys, said, base, "diffusion.scheduler.prediction_type=v_prediction")
 

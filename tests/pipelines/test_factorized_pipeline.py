@@ -45,11 +45,11 @@ def image():
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Four real clips of Moving Sprites."""
-    return write_dataset(tmp_path_factory.mktemp("clips"), num_clips=4, num_frames=FRAMES, size=tiny.SIZE)
+    return write_dataset(tmp_path_factory.mktemp("clips"), num_videos=4, num_frames=FRAMES, size=tiny.SIZE)
 
 
 def dataset(clips):
-    return ClipDataset(clips / "clips.csv", clips, FRAMES, 8.0, tiny.SIZE, clip="first")
+    return ClipDataset(clips / "clips.csv", clips, FRAMES, 8.0, tiny.SIZE, clip_position="first")
 
 
 def sample(pipeline, prompt=PROMPT, image=None, motion_prompt=MOTION, seed=0, **settings):
@@ -153,7 +153,7 @@ def train(folder, run, clips, teacher="ground_truth", **settings):
             FlowClips(data, teacher, tiny.VAE_FACTOR),
             PredictNet.reading(pipeline.unet),
         )
-    settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "train": "all", **settings})
+    settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "trainable_parameters": "all", **settings})
     tiny_training.trainer.train(tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net)
     return pipeline
 
@@ -208,7 +208,9 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
 
 
 def test_what_these_latents_are_not(folder, model, clips, tmp_path):
-    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", keep=["text", "motion_tokens"])
+    kept = tiny_training.encode_clips(
+        model, dataset(clips), tmp_path / "latents", cached_parts=["text", "motion_tokens"]
+    )
     with pytest.raises(UserError, match="come without flow and keyframe, which this model learns from"):
         cached_latents_check.check(kept, model, "dis")
     with pytest.raises(UserError, match="come without"):
@@ -229,7 +231,11 @@ def test_what_these_latents_are_not(folder, model, clips, tmp_path):
 def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, monkeypatch):
     tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
     monkeypatch.chdir(tmp_path)
-    common = [f"base.pretrained_model_name_or_path={folder}", "train=all", f"output_dir={tmp_path / 'run'}"]
+    common = [
+        f"base.pretrained_model_name_or_path={folder}",
+        "trainable_parameters=all",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     data = [f"data.root={clips}", f"resolution={tiny.SIZE}", f"num_frames={FRAMES}", "fps=8"]
     parts = [
         f"model.image_encoder={folder / 'clip'}",
@@ -269,5 +275,5 @@ def test_flow_needs_a_truth_and_a_known_teacher(clips):
         FlowClips(dataset(clips), "guess", 4)
     moving = dataset(clips)
     moving.clip = "random"
-    with pytest.raises(UserError, match="clip=first"):
+    with pytest.raises(UserError, match="clip_position=first"):
         FlowClips(moving, "ground_truth", 4)

@@ -336,10 +336,10 @@ def test_exact_takes_no_other_size(tmp_path, image):
     assert np.array_equal(make_keyframe(image, tiny.SIZE, tiny.SIZE, {}, "exact").image, image)
     image.save(tmp_path / "a.png")
     with pytest.raises(UserError, match="32x32.*24x32"):
-        KeyframePipeline(tmp_path / "a.png", fit="exact")(PROMPTS[:1], 24, 32)
+        KeyframePipeline(tmp_path / "a.png", resize_mode="exact")(PROMPTS[:1], 24, 32)
 
 
 def test_an_unknown_fit_is_named(tmp_path, image):
     image.save(tmp_path / "a.png")
     with pytest.raises(UserError, match="'squeeze'.*crop, stretch, exact"):
-        KeyframePipeline(tmp_path / "a.png", fit="squeeze")
+        KeyframePipeline(tmp_path / "a.png", resize_mode="squeeze")

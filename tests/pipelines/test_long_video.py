@@ -106,8 +106,8 @@ def test_up_to_the_trained_length_nothing_changes(pipeline, image, frames, monke
 
 
 def test_a_long_video_does_not_depend_on_its_batch(pipeline, image):
-    together = latents(pipeline, image, PROMPTS, (0, 1), num_frames=7, num_clips=2)
-    alone = latents(pipeline, image, PROMPTS[1], (1,), num_frames=7, num_clips=2)
+    together = latents(pipeline, image, PROMPTS, (0, 1), num_frames=7, num_segments=2)
+    alone = latents(pipeline, image, PROMPTS[1], (1,), num_frames=7, num_segments=2)
     assert torch.allclose(together[1:], alone, atol=1e-3)
     assert not torch.allclose(together[:1], alone, atol=1e-1)
 
@@ -117,14 +117,14 @@ def test_a_long_video_does_not_depend_on_its_batch(pipeline, image):
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_clips_share_the_frame_between_them(pipeline, image, output_type):
-    video = sample(pipeline, PROMPTS[0], image, num_clips=3, output_type=output_type)[0]
+    video = sample(pipeline, PROMPTS[0], image, num_segments=3, output_type=output_type)[0]
     assert len(video) == 3 * (TRAINED - 1) + 1
     first = sample(pipeline, PROMPTS[0], image, output_type=output_type)[0]
     assert np.array_equal(np.stack(video[:TRAINED]), np.stack(first))
 
 
 def test_continuing_is_animating_the_last_frame_with_the_same_generator(pipeline, image):
-    video = sample(pipeline, PROMPTS[0], image, num_clips=3, output_type="pil")[0]
+    video = sample(pipeline, PROMPTS[0], image, num_segments=3, output_type="pil")[0]
     own, frames, keyframe = [generator(7, 0)], [image], image
     for _ in range(3):
         clip = sample(pipeline, PROMPTS[0], keyframe, generator=own, output_type="pil")[0]
@@ -144,7 +144,7 @@ def test_each_clip_begins_where_the_one_before_ended_up_to_the_vae(base, image):
     pipeline.encode_image = remember
     still = Oracle(pipeline.unet, training, lambda z_t: repeat(known[-1], "b c h w -> b f c h w", f=z_t.shape[1]))
     pipeline.register_modules(unet=still, scheduler=make_sampler(training, set_alpha_to_one=True))
-    video = sample(pipeline, PROMPTS[0], image, num_clips=3, guidance_scale=1.0, output_type="pt")[0]
+    video = sample(pipeline, PROMPTS[0], image, num_segments=3, guidance_scale=1.0, output_type="pt")[0]
     frame = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     for clip in range(3):
         pixels = (frame * 255).round() / 127.5 - 1
@@ -157,7 +157,7 @@ def test_each_clip_begins_where_the_one_before_ended_up_to_the_vae(base, image):
 
 def test_the_steps_of_every_clip_are_counted_from_zero(pipeline, image):
     steps = []
-    latents(pipeline, image, num_clips=2, callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step))
+    latents(pipeline, image, num_segments=2, callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step))
     assert steps == [0, 1, 0, 1]
 
 
@@ -174,7 +174,7 @@ def test_what_is_done_beyond_the_trained_length_is_said_once(base, image, caplog
         ]
         caplog.clear()
         for _ in range(2):
-            latents(pipeline, image, num_clips=2)
+            latents(pipeline, image, num_segments=2)
         (record,) = caplog.records
         assert record.getMessage().startswith("2 clips of 4 frames are made one after the other")
         assert "as 7 frames" in record.getMessage()
@@ -183,8 +183,8 @@ def test_what_is_done_beyond_the_trained_length_is_said_once(base, image, caplog
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"num_clips": 0}, "num_clips is 0"),
-        ({"num_clips": 2, "num_frames": 1}, "num_frames is 1.*at least 2"),
+        ({"num_segments": 0}, "num_segments is 0"),
+        ({"num_segments": 2, "num_frames": 1}, "num_frames is 1.*at least 2"),
         ({"window_overlap": -1}, "window_overlap is -1.*0 to 3"),
         ({"window_overlap": TRAINED}, "window_overlap is 4.*0 to 3"),
     ],
@@ -197,7 +197,7 @@ def test_bad_lengths_are_named(pipeline, image, bad, words):
 @pytest.mark.parametrize("reference", ["center", 1])
 def test_clips_are_continued_only_from_a_first_frame(base, image, reference):
     pipeline = tiny.video_pipeline(base, keyframe_position=reference)
-    with pytest.raises(UserError, match=f"keyframe_position={reference}.*num_clips=1"):
-        latents(pipeline, image, num_clips=2)
-    assert latents(pipeline, image, num_clips=1).shape[1] == TRAINED
-    assert latents(tiny.video_pipeline(base, keyframe_position=0), image, num_clips=2).shape[1] == 2 * TRAINED - 1
+    with pytest.raises(UserError, match=f"keyframe_position={reference}.*num_segments=1"):
+        latents(pipeline, image, num_segments=2)
+    assert latents(pipeline, image, num_segments=1).shape[1] == TRAINED
+    assert latents(tiny.video_pipeline(base, keyframe_position=0), image, num_segments=2).shape[1] == 2 * TRAINED - 1

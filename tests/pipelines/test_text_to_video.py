@@ -48,7 +48,7 @@ def test_texts_of_a_prompt_are_those_of_all_its_videos(both):
 
 
 def test_clips_go_on_from_the_key_frame(both):
-    output = sample(both, PROMPTS[0], [0], num_clips=2, num_frames=6, window_overlap=1)
+    output = sample(both, PROMPTS[0], [0], num_segments=2, num_frames=6, window_overlap=1)
     assert output.frames.shape[1] == 11
     one = sample(both, PROMPTS[0], [0], num_frames=6, window_overlap=1)
     assert np.abs(output.frames[0, :6] - one.frames[0]).max() < 1e-3
@@ -58,7 +58,7 @@ def test_clips_go_on_from_the_key_frame(both):
     ("bad", "words"),
     [
         ({"num_frames": 0}, "num_frames"),
-        ({"num_clips": 0}, "num_clips"),
+        ({"num_segments": 0}, "num_segments"),
         ({"window_overlap": 4}, "window_overlap"),
         ({"width": 30}, "width 30"),
         ({"fps": 0}, "fps"),

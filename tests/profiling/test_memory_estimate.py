@@ -105,7 +105,11 @@ def test_guidance_and_decoding_at_once_cost_memory(composed):
 RUNS = {
     "temporal": {},
     "temporal, and a 2D block": {"trainable_unet_layers": ["up_blocks.1"]},
-    "everything, with checkpoints": {"train": "all", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "everything, with checkpoints": {
+        "trainable_parameters": "all",
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    },
     "bf16, no average": {"mixed_precision": "bf16", "use_ema": False},
     "pixels, validation": {"validation_prompts": ["a red star"]},
 }
@@ -141,7 +145,7 @@ def test_what_is_held_is_told_apart(composed):
 
     temporal, everything = (
         estimate(),
-        estimate(train="all", gradient_checkpointing=True, use_8bit_adam=True, use_ema=False),
+        estimate(trainable_parameters="all", gradient_checkpointing=True, use_8bit_adam=True, use_ema=False),
     )
     assert temporal.weights == everything.weights
     assert temporal.gradients < everything.gradients < everything.weights
@@ -196,7 +200,7 @@ def test_the_rules_of_cuda_are_those_of_cuda(precision):
 def test_a_step_on_a_gpu_takes_what_was_estimated(composed, tmp_path):
     train = composed("resolution=64")
     changes = {"output_dir": str(tmp_path), "max_train_steps": 2, "train_batch_size": 8, "dataloader_num_workers": 0}
-    settings = settings_of(train, **changes, report_to=None, mixed_precision="bf16", train="all")
+    settings = settings_of(train, **changes, report_to=None, mixed_precision="bf16", trainable_parameters="all")
     estimate = memory_estimate.training_memory(
         memory_estimate.empty_pipeline(train), settings, latents=True, device="cuda"
     )

@@ -72,7 +72,7 @@ def test_the_benchmark_puts_runs_beside_one_another(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    write_dataset(tmp_path / "clips", num_clips=2, seed=0)
+    write_dataset(tmp_path / "clips", num_videos=2, seed=0)
     tiny.base_folder(tmp_path / "base")
     tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
     overrides = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={tmp_path / 'clips'}"]

@@ -110,7 +110,7 @@ def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict
     assert dreamer.model.flow_model == "ground_truth"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
     for config in (microcinema, dreamer):
-        assert config.init_weights_from is None and config.train == "all"
+        assert config.init_weights_from is None and config.trainable_parameters == "all"
         assert config.base.pretrained_model_name_or_path == "sprites-base"
 
 
@@ -235,14 +235,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data with flow, an untrained judge, and a grid of two variants, all tiny."""
     folder = tmp_path_factory.mktemp("world")
     base = tiny.base_folder(folder / "base")
-    assert cli.main(["prepare", "num_clips=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"]) == 0
+    assert cli.main(["prepare", "num_videos=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"]) == 0
     train = [
         f"base.pretrained_model_name_or_path={base}",
-        f"latents={folder / 'data/latents'}",
+        f"cached_latents={folder / 'data/latents'}",
         "num_frames=4",
         "resolution=32",
     ]
-    reads = ["model=plain", "diffusion=none", "model.flow_model=ground_truth", "keep=[flow]"]
+    reads = ["model=plain", "diffusion=none", "model.flow_model=ground_truth", "cached_parts=[flow]"]
     assert cli.main(["prepare", "latents", f"data.root={folder / 'data'}", *train, *reads]) == 0
     kinds = {
         "shape": scene.SHAPES,

@@ -70,7 +70,7 @@ def test_a_pipeline_makes_both_kinds_of_the_same_length(tmp_path):
     pipeline = tiny.video_pipeline(tmp_path)
     shown = long_video.lasting_sprites(1)[0]
     keyframe = scene.render(shown, 1, tiny.SIZE).frames[0]
-    kinds = long_video.makers(pipeline, num_clips=3, num_inference_steps=1, guidance_scale=1.0, window_overlap=1)
+    kinds = long_video.makers(pipeline, num_segments=3, num_inference_steps=1, guidance_scale=1.0, window_overlap=1)
     videos = {kind: make(shown, keyframe) for kind, make in kinds.items()}
     assert {kind: video.shape for kind, video in videos.items()} == dict.fromkeys(
         ("real", "continuation", "windows"), (10, tiny.SIZE, tiny.SIZE, 3)

@@ -165,10 +165,15 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={7 * size}", "tmpfs", run], capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     try:
-        train(model, LatentClips(), run, max_train_steps=1, report_to=None, train="all")
+        train(model, LatentClips(), run, max_train_steps=1, report_to=None, trainable_parameters="all")
         shutil.rmtree(run / "unet")  # of the finished pipeline: only checkpoints are wanted here
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        settings = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "report_to": None, "train": "all"}
+        settings = {
+            "max_train_steps": 2,
+            "resume_from_checkpoint": "latest",
+            "report_to": None,
+            "trainable_parameters": "all",
+        }
         with pytest.raises(UserError, match="cannot write .*checkpoint-2'.*; make room") as error:
             train(pipeline(tmp_path), LatentClips(), run, **settings)
         assert "\n" not in str(error.value)
@@ -259,4 +264,4 @@ def test_what_may_differ_is_told_in_one_line(broken, capsys):
 
 def test_other_trained_parameters_are_refused(broken):
     with pytest.raises(UserError, match=r"trained other parameters \(\d+ missing, 0 unexpected"):
-        resume(broken, train="all")
+        resume(broken, trainable_parameters="all")

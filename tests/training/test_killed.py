@@ -34,7 +34,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     """Eight clips of Moving Sprites: real files, and the same in four shards."""
     tiny_lives.serve()
     folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder / "clips", num_clips=8, seed=0)
+    write_dataset(folder / "clips", num_videos=8, seed=0)
     shards = tiny_lives.write_shards(folder / "clips", folder / "shards", 4)
     return {"clips": str(folder / "clips"), "shards": shards}
 

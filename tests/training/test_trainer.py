@@ -33,12 +33,14 @@ from microcinema.utils.errors import UserError
 def clips(tmp_path_factory) -> Path:
     """Six clips of Moving Sprites, 16 frames each: real mp4 files."""
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, num_clips=6, seed=0)
+    write_dataset(folder, num_videos=6, seed=0)
     return folder
 
 
 def clip_dataset(folder: Path, **settings) -> ClipDataset:
-    return ClipDataset(folder / "clips.csv", folder, tiny_training.FRAMES, 8.0, tiny.SIZE, clip="random", **settings)
+    return ClipDataset(
+        folder / "clips.csv", folder, tiny_training.FRAMES, 8.0, tiny.SIZE, clip_position="random", **settings
+    )
 
 
 class BreakOff(Exception):
@@ -94,7 +96,12 @@ def test_only_what_is_to_be_trained_changes(tmp_path, which, trainable_unet_laye
     model = pipeline(tmp_path)
     before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
     added = {id(parameter) for parameter in model.unet.added_parameters()}
-    settings = {"train": which, "trainable_unet_layers": trainable_unet_layers, "max_train_steps": 2, "report_to": None}
+    settings = {
+        "trainable_parameters": which,
+        "trainable_unet_layers": trainable_unet_layers,
+        "max_train_steps": 2,
+        "report_to": None,
+    }
     train(model, LatentClips(), tmp_path / "run", **settings)
     state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
     trained = [p for net in (model.unet, model.condition_encoder) for p in net.parameters() if p.requires_grad]
@@ -335,7 +342,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
             "train_batch_size=2",
             "model=plain",
             "model.keyframe_position=center",
-            "train=all",  # or the base's prediction type could not be changed
+            "trainable_parameters=all",  # or the base's prediction type could not be changed
             "diffusion.scheduler.prediction_type=v_prediction",
             "validation_prompts=[a red star, a blue circle]",
         ]
