@@ -305,7 +305,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
     assert [name for name in stamps if again[name] != stamps[name]] == ["000001.tar"]
     for changes, said in (
         ({"clips_per_shard": 3}, "clips_per_shard was 2 and is 3"),
-        ({"keep": []}, "text was kept"),
+        ({"cached_parts": []}, "text was kept"),
     ):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)

@@ -129,7 +129,9 @@ def test_the_picture_does_not_depend_on_the_resolution():
 
 def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
     folder = dataset.write_dataset(tmp_path / "sprites", 5, seed=9, progress=False)
-    clips = ClipDataset(str(folder / "clips.csv"), str(folder), num_frames=16, fps=8, resolution=64, clip="first")
+    clips = ClipDataset(
+        str(folder / "clips.csv"), str(folder), num_frames=16, fps=8, resolution=64, clip_position="first"
+    )
     assert len(clips) == 5
     for item, (video_id, sprite, num_frames, size, fps) in zip(clips, dataset.read_truth(folder), strict=True):
         assert item["id"] == video_id
