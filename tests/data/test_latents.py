@@ -309,7 +309,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
     ):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)
-    with pytest.raises(UserError, match=r"\(clip was first and is center\)"):
+    with pytest.raises(UserError, match=r"\(clip_position was first and is center\)"):
         encode_clips(model, clips(root, clip_position="center"), copy)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something other than latents; choose a new folder"):
