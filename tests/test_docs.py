@@ -14,7 +14,11 @@ from microcinema.config.compose import COMMANDS, compose
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LAUNCHED = re.compile(r"^(?:accelerate launch|srun|torchrun|python)\b.*? scripts/(\w+)\.py(.*)$")
+LAUNCHED = re.compile(
+    r"^(?:accelerate launch|srun|torchrun|python)\b.*? (?:scripts/(\w+)\.py|-m microcinema (\w+))(.*)$"
+)
+BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)([^`\n#]*)")
+CARDS = [ROOT / "microcinema/assets/README.md", ROOT / "scripts/recipes/model_card.md.jinja"]
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -36,8 +40,17 @@ def commands() -> list[tuple[str, str]]:
         for line in lines(page):
             if line.startswith("microcinema "):
                 found.append((page.name, line.removeprefix("microcinema ")))
-            elif (match := LAUNCHED.match(line)) and match[1] in COMMANDS:
-                found.append((page.name, f"{match[1]} {match[2]}"))
+            elif (match := LAUNCHED.match(line)) and (match[1] or match[2]) in {name.split()[0] for name in COMMANDS}:
+                found.append((page.name, f"{match[1] or match[2]} {match[3]}"))
+    return found
+
+
+def benchmarks() -> list[tuple[str, str, str]]:
+    """(page, module, arguments) of every benchmark that a page names, in its text or in its blocks."""
+    found = []
+    for page in [*PAGES, *CARDS]:
+        text = re.sub(r"`[^`]+`", lambda span: span[0].replace("\n", " "), page.read_text(encoding="utf-8"))
+        found += [(page.name, *match) for match in BENCHMARK.findall(text)]
     return found
 
 
@@ -53,10 +66,21 @@ def test_commands_compose(page: str, line: str):
             compose(command, overrides)
 
 
+@pytest.mark.parametrize("page, module, arguments", benchmarks())
+def test_benchmarks_are_there_and_take_these_arguments(page: str, module: str, arguments: str):
+    source = (ROOT / "benchmarks" / f"{module}.py").read_text(encoding="utf-8")
+    words = shlex.split(arguments)
+    options = [word for word in words if word.startswith("--")]
+    if "add_subparsers" in source and words:
+        options.append(words[0])
+    assert [option for option in options if f'"{option}"' not in source] == []
+
+
 def test_there_are_commands_to_check():
     pages = [page for page, _ in commands()]
     assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
     assert {cli.joined(line.split())[0] for _, line in commands()} >= set(COMMANDS)
+    assert len({module for _, module, _ in benchmarks()}) >= 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -90,7 +114,7 @@ def test_keys_in_the_text_of_the_guides_are_keys():
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
         keys = {key for code in re.findall(r"`([^`\n]+)`", text) for key in re.findall(r"(?:^| )([a-z_][\w.]*)=", code)}
-        assert keys - known - {"key", "experiment"} == set(), page.name
+        assert keys - known - {"key", "group", "experiment"} == set(), page.name
 
 
 def dotted(node, prefix: str = "") -> list[str]:
@@ -101,6 +125,6 @@ def dotted(node, prefix: str = "") -> list[str]:
     return names
 
 
-def test_every_command_has_a_line_in_the_help_and_in_the_readme():
-    readme = PAGES[0].read_text(encoding="utf-8")
-    assert all(f"microcinema {command}" in readme for command in cli.BODIES)
+def test_every_command_has_a_line_in_the_tour():
+    tour = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
+    assert all(f"microcinema {command}" in tour for command in cli.BODIES)

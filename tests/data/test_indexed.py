@@ -1,15 +1,18 @@
 import pytest
 
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
-from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
 
-class Named(ClipSource):
+class Named:
     """Items that tell by which epoch and index they were read."""
 
     def __init__(self, length: int) -> None:
         self.length = length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
@@ -20,7 +23,7 @@ class Named(ClipSource):
 
 def read(clips: IndexedDataset, numbers) -> list[tuple[int, int]]:
     items = [clips[number] for number in numbers]
-    assert [item["sample_index"] for item in items] == list(numbers)
+    assert [item["number"] for item in items] == list(numbers)
     return [(item["epoch"], item["index"]) for item in items]
 
 
