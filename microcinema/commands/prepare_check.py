@@ -47,8 +47,7 @@ def run(config: "DictConfig") -> None:
         UserError: a data set that cannot be read, a folder that cannot be written, no Ray.
     """
     dataset = instantiate(config.data)
-    if not hasattr(dataset, "part"):
-        raise UserError(f"data of kind {type(dataset).__name__} is made of others; check each of its parts by itself")
+    dataset.subset([])  # refuses data that cannot be checked
     folder = make_folder(config.output_dir)
     count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))
     numbers = np.linspace(0, len(dataset) - 1, count).round().astype(int)
@@ -59,7 +58,7 @@ def run(config: "DictConfig") -> None:
         chunks = [numbers[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
         left = [k for k in range(len(chunks)) if not _part(parts, k).is_file()]
         apart = -(-len(chunks) // _PICTURED)
-        tasks = ((k, *dataset.part(chunks[k]), chunks[k], k % apart == 0) for k in left)
+        tasks = ((k, *dataset.subset(chunks[k]), chunks[k], k % apart == 0) for k in left)
         with tqdm(
             total=count,
             initial=sum(len(chunks[k]) for k in range(len(chunks)) if k not in set(left)),
@@ -75,7 +74,7 @@ def run(config: "DictConfig") -> None:
     table = _judge(table, _thresholds(config))
     with atomic_path(folder / MANIFEST) as temporary:
         pyarrow.parquet.write_table(table.select(SCHEMA.names), temporary)
-    write_report(folder / PAGE, table, len(dataset), dataset.left_out)
+    write_report(folder / PAGE, table, len(dataset), dataset.skipped)
     accepted = int(np.sum(table.column("accepted").to_numpy()))
     print(
         f"{accepted} of {count} clips accepted; rejected for "
@@ -160,7 +159,7 @@ def _template(pool: Any, parts: Path, dataset: Any, numbers: np.ndarray, timeout
     file = parts / "template.npy"
     if not file.is_file():
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), _LEARNED)).astype(int)]
-        tasks = [(*dataset.part(chosen[start : start + 16]), timeout) for start in range(0, len(chosen), 16)]
+        tasks = [(*dataset.subset(chosen[start : start + 16]), timeout) for start in range(0, len(chosen), 16)]
         edges = [edge for found in pool.imap_unordered(_edges_of_chunk, tasks) for edge in found]
         template = quality.watermark_template(edges)
         with atomic_path(file) as temporary:
@@ -174,7 +173,7 @@ def _edges_of_chunk(task: tuple[Any, Any, float]) -> list[np.ndarray]:
     reader, edges = IsolatedReader(timeout), []
     for index in indices:
         try:
-            edges.append(quality.persistent_edges(quality.look(reader, dataset.source(index)).frames))
+            edges.append(quality.persistent_edges(quality.look(reader, dataset.file(index)).frames))
         except UserError:
             continue  # the check itself says so
     reader.close()
@@ -193,7 +192,7 @@ def _check_chunk(
         row: dict[str, Any] = {"id": dataset.id(index), "number": number}
         try:
             row["caption"] = dataset.captions(index)["caption"]
-            found, seen = quality.measure(reader, dataset.source(index), template)
+            found, seen = quality.measure(reader, dataset.file(index), template)
         except UserError as error:
             found, seen = {"decodable": False, "reason": str(error)}, None
         row |= found

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microcinema.data.ordering import ShuffledOrder, Stream
+from microcinema.data.ordering import Ordering, ShuffledOrder
 from microcinema.utils.errors import UserError
 
 _TICK = 1e-6  # seconds, as in data/video_reader.py
@@ -31,11 +31,11 @@ class Buckets:
         """(num_frames, height, width) of a clip."""
         return self.shapes[int(self.choice[index])]
 
-    def streams(self, seed: int) -> list[tuple[Stream, int]]:
+    def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
         """An order for each bucket that has clips, and how many it has."""
         members = [np.flatnonzero(self.choice == number) for number in range(len(self.shapes))]
         return [
-            (ShuffledOrder(len(items), [seed, number], items), len(items))
+            (ShuffledOrder(len(items), [*key, number], items), len(items))
             for number, items in enumerate(members)
             if len(items)
         ]

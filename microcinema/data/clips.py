@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from microcinema.data.buckets import Buckets
 from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.metadata import read_rows
-from microcinema.data.ordering import Stream
+from microcinema.data.ordering import Ordering
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
 LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
@@ -23,7 +23,7 @@ _TRIES = 10_000  # rows, spread over the list, of which one has to be there
 _MEASURED = 1000  # files whose sizes tell a list from one of other files
 
 
-class ClipDataset(Dataset[dict[str, Any]]):
+class ClipDataset(ClipSource):
     """Clips of `num_frames` frames, resized, cropped in the centre, with captions; `dataset[i]` depends on (seed, epoch, i) alone.
 
     A row of the list names its file, relative to `root`, or WebVid's id, whose file is searched in the layouts in use:
@@ -79,12 +79,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
         )
         self.clip_position, self.seed = clip_position, seed
         self.root = None if root is None else Path(root)
-        self._epoch = 0
         self.rows = read_rows(metadata, columns)
-        self.left_out: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         self._marked: np.ndarray | None = None
         self.buckets: Buckets | None = None
-        self.bucket_run = bucket_run
+        self.same_shape_run = bucket_run
         if buckets is not None and manifest is None:
             raise UserError("buckets need the sizes of the clips; set manifest, made with `microcinema prepare check`")
         if manifest is not None:
@@ -98,17 +97,17 @@ class ClipDataset(Dataset[dict[str, Any]]):
         place = manifest.find(self.rows.ids())
         known = place >= 0
         keep = ~known | manifest.column("accepted")[place]
-        self.left_out["rejected by the manifest"] = int((~keep).sum())
+        self.skipped["rejected by the manifest"] = int((~keep).sum())
         choice = np.zeros(len(place), dtype=np.int64)
         if shapes is not None:
             for shape in shapes:
                 self.reader.checked_size(*shape[1:])
             measures = [manifest.column(name)[place] for name in ("height", "width", "num_frames", "duration")]
             choice = np.where(known, Buckets.choose(shapes, self.reader.fps, *measures), -1)
-            self.left_out["of no bucket"] = int((keep & (choice < 0)).sum())
+            self.skipped["of no bucket"] = int((keep & (choice < 0)).sum())
             keep &= choice >= 0
         if not keep.any():
-            why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+            why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             raise UserError(f"manifest '{manifest.path}' leaves no clip of {len(place)} ({why}); relax the check")
         if not keep.all():
             self.rows = self.rows.take(np.flatnonzero(keep))
@@ -128,13 +127,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 f"root '{self.root}' holds no video of '{listing}'{among}; tried first: {', '.join(tried)}; check root"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass choose other random parts of the videos; call it before iterating (a worker process keeps the epoch of its start)."""
-        self._epoch = epoch
-
-    def streams(self, seed: int) -> list[tuple[Stream, int]]:
-        """The orders of the buckets, with the clips of each; without buckets none."""
-        return self.buckets.streams(seed) if self.buckets else []
+    def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
+        """One for each bucket, or one of all clips."""
+        return self.buckets.orderings(key) if self.buckets else super().orderings(key)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,7 +142,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """
         row, marked = self.rows[index], self._marked is None or bool(self._marked[index])
         shape = self.buckets.shape(index) if self.buckets else None
-        video, fps = self.reader.read(self._found(row), self._epoch, index, shape, marked)
+        video, fps = self.reader.read(self._found(row), self.epoch, index, shape, marked)
         captions = {name: self.reader.caption(row[name], marked) for name in ("caption", "description", "motion")}
         return {"video": video, **captions, "fps": fps, "index": index, "id": row["id"]}
 
@@ -160,17 +155,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         row = self.rows[index]
         return {name: row[name] for name in ("caption", "description", "motion")}
 
-    def part(self, indices: Sequence[int]) -> tuple["ClipDataset", Sequence[int]]:
+    def subset(self, indices: Sequence[int]) -> tuple["ClipDataset", Sequence[int]]:
         """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
         small = copy.copy(self)
         small.rows, small._marked, small.buckets = self.rows.take(indices), None, None
         return small, range(len(indices))
 
-    def source(self, index: int) -> Path:
-        """Where the video of a row is; raises as `path` does."""
-        return self.path(index)
-
-    def path(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
         """The file of a row.
 
         Raises:

@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from microcinema.data.clips import ClipDataset
 from microcinema.data.optical_flow import TEACHERS, Flow, estimate, exact, to_latent_grid
+from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.sprites import scene
 from microcinema.sprites.dataset import read_truth
 from microcinema.utils.errors import UserError
 
 
-class FlowClips(Dataset[dict[str, Any]]):
+class FlowClips(ClipWrapper):
     """The items of a data set of clips with `flow` float32 (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w), on the latent grid.
 
     `raft` works on the GPU only in the main process: with it take dataloader_num_workers=0, and rather for encoding the data set once.
@@ -26,10 +26,11 @@ class FlowClips(Dataset[dict[str, Any]]):
         UserError: an unknown teacher, or a data set of which the truth is not known.
     """
 
-    def __init__(self, dataset: Any, teacher: str, factor: int) -> None:
+    def __init__(self, dataset: ClipSource, teacher: str, factor: int) -> None:
         if teacher not in TEACHERS:
             raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(TEACHERS)}")
-        self.dataset, self.teacher, self.factor = dataset, teacher, factor
+        super().__init__(dataset)
+        self.teacher, self.factor = teacher, factor
         self._sprites: dict[str, scene.Sprite] = {}
         if teacher == "ground_truth":
             if not isinstance(dataset, ClipDataset) or dataset.root is None:
@@ -39,15 +40,6 @@ class FlowClips(Dataset[dict[str, Any]]):
                     "flow teacher 'ground_truth' needs square clips from the beginning (clip_position=first); use dis"
                 )
             self._sprites = {name: sprite for name, sprite, *_ in read_truth(dataset.root)}
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        """All that training asks of the data set beside its items: epochs, orders, shapes."""
-        if name == "dataset":  # not there yet, as when this is unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]

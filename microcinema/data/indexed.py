@@ -1,111 +1,99 @@
-"""The order in which training meets clips: one global numbering, whatever the batch size or the number of processes.
+"""Training samples by their index in one global order, whatever the batch size or the number of processes.
 
-Which item clip number n is, data/numbering.py says: as a rule item n % len of epoch n // len, after that epoch's seeded permutation. An optimiser
-step consumes the next `global batch` of numbers, so a run is told completely by the number of its next clip, and all that is random
-about a clip is drawn from (seed, n).
+An optimizer step consumes the next `global batch` of sample indices, so the index of the next sample is all the state that a run has of its
+data, and everything random about a sample is drawn from (seed, sample index). data/ordering.py maps indices to items.
 """
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from microcinema.data.ordering import Joint, ShuffledOrder, Stream
+from microcinema.data.ordering import MixedOrder, Ordering
 from microcinema.data.quarantine import Quarantine
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
-_LOOKED_AT = 256
-
-
-class Clips(Protocol):
-    """What training asks of a data set. Where there are such, it also calls `set_epoch(n)`, and `streams(seed)` for orders of its own."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+_FINGERPRINT_SAMPLES = 256
 
 
 class IndexedDataset(Dataset):
-    """A data set indexed by the number of a clip in the global order; items gain `number`, and `broken`: how many clips it stands in for.
+    """A data set indexed by sample index; items gain `sample_index`, and `broken`: the number of broken clips that this one replaces.
 
-    The epoch is told to the data set right before the item is read, in whichever worker process reads it: a call to `set_epoch` in the
-    main process would not reach workers that are already running.
+    The epoch is set right before an item is read, in the worker process that reads it: `set_epoch` in the main process would not
+    reach workers that are already running.
 
     Args:
-        quarantine: what becomes of a clip that cannot be read; None: its error.
+        quarantine: handles clips that cannot be read; None: their error is raised.
 
     Raises:
         UserError: the data set is empty.
     """
 
-    def __init__(self, dataset: Clips, seed: int, quarantine: Quarantine | None = None) -> None:
+    def __init__(self, dataset: ClipSource, seed: int, quarantine: Quarantine | None = None) -> None:
         if len(dataset) == 0:
             raise UserError("the data set holds 0 clips; check its list and its root folder")
         self.dataset = dataset
         self.quarantine = quarantine
-        streams = dataset.streams(seed) if hasattr(dataset, "streams") else []
-        self.order: Stream = ShuffledOrder(len(dataset), [seed])
-        self.group = 1  # numbers in a row whose items have one shape; 1: all have
-        if len(streams) == 1:
-            self.order = streams[0][0]
-        elif streams:
-            self.group = dataset.bucket_run  # type: ignore[attr-defined]
-            orders, shares = zip(*streams, strict=True)
-            self.order = Joint(orders, shares, self.group, seed)
+        orderings, shares = zip(*dataset.orderings([seed]), strict=True)
+        if len(orderings) == 1:
+            self.order: Ordering = orderings[0]
+            self.same_shape_run = 1  # all items have one shape
+        else:
+            self.same_shape_run = dataset.same_shape_run
+            self.order = MixedOrder(orderings, shares, self.same_shape_run, seed)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        epoch, index = self.order.locate(number)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+    def __getitem__(self, sample_index: int) -> dict[str, Any]:
+        epoch, index = self.order.epoch_and_index(sample_index)
+        self.dataset.set_epoch(epoch)
         if self.quarantine is None:
-            return {**self.dataset[index], "number": number, "broken": 0}
+            return {**self.dataset[index], "sample_index": sample_index, "broken": 0}
         item, broken = self.quarantine.read(
-            self.dataset, number, index, lambda attempt: self.order.substitute(number, attempt)
+            self.dataset, sample_index, index, lambda attempt: self.order.replacement(sample_index, attempt)
         )
-        return {**item, "number": number, "broken": broken}
+        return {**item, "sample_index": sample_index, "broken": broken}
 
     def fingerprint(self) -> str:
-        """sha256 of how many clips there are, and of the names of some, spread over the first pass in this order.
+        """sha256 of the number of clips and of the names of 256 of them, spread over the first epoch in this order.
 
-        Another list, seed or way to order it gives another one, as a rule; ten million clips take no longer than a few hundred.
+        Another list, seed or ordering changes it, as a rule; ten million clips take no longer than a few hundred.
         """
         digest = hashlib.sha256(f"{len(self.dataset)} {self.order.length}\n".encode())
-        for number in np.linspace(0, self.order.length - 1, _LOOKED_AT).astype(int).tolist():
-            _, index = self.order.locate(number)
-            name = self.dataset.id(index) if hasattr(self.dataset, "id") else ""
-            digest.update(f"{index} {name}\n".encode())
+        for sample_index in np.linspace(0, self.order.length - 1, _FINGERPRINT_SAMPLES).astype(int).tolist():
+            _, index = self.order.epoch_and_index(sample_index)
+            digest.update(f"{index} {self.dataset.id(index)}\n".encode())
         return digest.hexdigest()
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
-    """The clip numbers of one process, a micro-batch at a time: numbers `start` up to `stop`, dealt out `batch_size` to each process in turn.
+    """Micro-batches of one process: sample indices from `start` up to `stop`, `batch_size` to each process in turn.
 
     Args:
-        group: numbers in a row whose items have one shape; 1: all have.
+        same_shape_run: consecutive samples whose items have one shape; 1: all have.
 
     Raises:
-        ValueError: the range is no whole number of rounds.
+        ValueError: the range does not divide by the global micro-batch.
         UserError: micro-batches would hold clips of two shapes.
     """
 
     def __init__(
-        self, start: int, stop: int, batch_size: int, rank: int = 0, num_processes: int = 1, group: int = 1
+        self, start: int, stop: int, batch_size: int, rank: int = 0, num_processes: int = 1, same_shape_run: int = 1
     ) -> None:
-        if group > 1 and (group % batch_size or start % batch_size):
+        if same_shape_run > 1 and (same_shape_run % batch_size or start % batch_size):
             raise UserError(
-                f"train_batch_size={batch_size} does not divide the {group} clips in a row that share a shape, "
+                f"train_batch_size={batch_size} does not divide the {same_shape_run} consecutive clips of one shape, "
                 f"or the {start} clips trained so far; choose another train_batch_size, or data.bucket_run"
             )
-        self.round = batch_size * num_processes
-        if (stop - start) % self.round:
-            raise ValueError(f"clips {start}..{stop} are not a multiple of {self.round}")
+        self.global_batch_size = batch_size * num_processes
+        if (stop - start) % self.global_batch_size:
+            raise ValueError(f"clips {start}..{stop} are not a multiple of {self.global_batch_size}")
         self.start, self.stop, self.batch_size, self.rank = start, stop, batch_size, rank
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in range(self.start + self.rank * self.batch_size, self.stop, self.round):
+        for first in range(self.start + self.rank * self.batch_size, self.stop, self.global_batch_size):
             yield list(range(first, first + self.batch_size))
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start) // self.round
+        return max(0, self.stop - self.start) // self.global_batch_size

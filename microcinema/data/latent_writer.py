@@ -25,6 +25,7 @@ from microcinema.data.latents import (
 )
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.shards import read_members
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder
 
@@ -65,7 +66,7 @@ def missing(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1)
 
 
 def read(
-    dataset: Any,
+    dataset: ClipSource,
     folder: Path,
     layout: Layout,
     shards: list[int],
@@ -161,14 +162,13 @@ def finish(folder: Path, layout: Layout) -> int:
 class _Rows(Dataset[dict[str, Any]]):
     """The clips of a data set by row."""
 
-    def __init__(self, dataset: Any, num_clips: int, quarantine: Quarantine) -> None:
+    def __init__(self, dataset: ClipSource, num_clips: int, quarantine: Quarantine) -> None:
         self.dataset, self.num_clips, self.quarantine = dataset, num_clips, quarantine
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         epoch, index = divmod(row, self.num_clips)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        item = self.quarantine.attempt(self.dataset, row, index)
+        self.dataset.set_epoch(epoch)
+        item = self.quarantine.try_read(self.dataset, row, index)
         return {**(item or {}), "row": row, "broken": int(item is None)}
 
 

@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
-from torch.utils.data import Dataset
 
-from microcinema.data.ordering import Stream
 from microcinema.data.quarantine import read_quarantine
+from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.utils.errors import UserError
 
 INDEX, FINGERPRINT, EMPTY, QUARANTINE = "index.npy", "fingerprint.json", "empty.safetensors", "quarantine"
@@ -107,7 +105,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class EncodedClips(Dataset[dict[str, Any]]):
+class EncodedClips(ClipWrapper):
     """The clips of a data set with `latents` (f, c, h, w) in the place of `video`, and in the same order.
 
     An item also has what else was kept, of `text` (n, d), `motion_tokens` (k, e), `image_tokens` (p, e), `keyframe` uint8 (3, H, W), `flow`
@@ -118,43 +116,35 @@ class EncodedClips(Dataset[dict[str, Any]]):
 
     Args:
         path: a folder that `microcinema prepare latents` wrote.
-        source: the data set that it was made of, which knows the order of training; its files may be gone.
+        dataset: the clips that were encoded, which give the order of training; their files may be gone.
 
     Attributes:
         parts: the fingerprint, to be compared with training's (training/fingerprint.py).
-        empty: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty caption, where these were kept.
+        empty_tokens: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty caption, if cached.
 
     Raises:
         UserError: no latents there, not all of them, or damaged ones; from an item, a clip that is not there or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: Any) -> None:
-        self.folder, self.source = Path(path), source
+    def __init__(self, path: str | os.PathLike[str], dataset: ClipSource) -> None:
+        super().__init__(dataset)
+        self.folder = Path(path)
         self.layout, self.parts = read_fingerprint(self.folder)
-        self._pass = 0
         self._files: OrderedDict[int, int] = OrderedDict()
         self._places = self._map()
         self._check_shards()
-        self._broken = {each["number"]: each["reason"] for each in read_quarantine(self.folder / QUARANTINE)}
+        self._broken = {
+            record["sample_index"]: record["reason"] for record in read_quarantine(self.folder / QUARANTINE)
+        }
         file = self.folder / EMPTY
-        self.empty: Mapping[str, torch.Tensor] = load_file(file) if file.is_file() else {}
+        self.empty_tokens = load_file(file) if file.is_file() else {}
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass over the data set read the clips of the next pass that was encoded; after the last comes the first."""
-        self._pass = epoch % self.layout.passes
+        self.epoch = epoch % self.layout.passes
 
-    def streams(self, seed: int) -> list[tuple[Stream, int]]:
-        """The orders of the data set."""
-        return self.source.streams(seed) if hasattr(self.source, "streams") else []
-
-    @property
-    def bucket_run(self) -> int:
-        """Of the data set: numbers in a row whose items have one shape."""
-        return self.source.bucket_run
-
-    def id(self, index: int) -> str:
-        """The name of a clip in messages and quarantine."""
-        return self.source.id(index)
+    def check_processes(self, count: int) -> None:
+        """Any number of processes can read any shard of latents."""
 
     def __len__(self) -> int:
         return self.layout.num_clips
@@ -162,7 +152,7 @@ class EncodedClips(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = self._pass * len(self) + index
+        row = self.epoch * len(self) + index
         place = self._places[row]
         if not place["tensors_size"]:
             reason = self._broken.get(row, "unknown")

@@ -1,7 +1,7 @@
-"""Which clip has which number: the global order of a run, computed for any number at once.
+"""Global orders of training samples: pure functions from (seed, sample index) to the epoch and the item of a data set.
 
-Training numbers its clips 0, 1, 2, ... for ever (training/order.py). A `Stream` says for each number which item of a data set it is, and in the
-how-manieth pass; nothing but the seed and the number decides, neither batch size, nor the number of processes, nor what was read before.
+Training consumes sample indices 0, 1, 2, ... without end (data/indexed.py). An `Ordering` maps each index to an item directly, so the
+samples depend neither on the batch size, nor on the number of processes, nor on what was read before.
 """
 
 from collections.abc import Sequence
@@ -12,31 +12,31 @@ import numpy as np
 from microcinema.utils.errors import UserError
 
 
-class Stream(Protocol):
+class Ordering(Protocol):
     """An endless order of the items of a data set.
 
     Attributes:
-        length: clips in one pass.
+        length: samples in one epoch.
     """
 
     length: int
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """The pass (epoch) and the item that a number stands for."""
+    def epoch_and_index(self, sample_index: int) -> tuple[int, int]:
+        """The epoch, and the index of the item in the data set."""
         ...
 
-    def substitute(self, number: int, attempt: int) -> int:
-        """The item of the same shape that takes the place of a broken one; `attempt` counts from 1, should that one be broken as well."""
+    def replacement(self, sample_index: int, attempt: int) -> int:
+        """The index of an item of the same shape that replaces a broken one; `attempt` counts from 1, in case the replacement is broken too."""
         ...
 
 
 class ShuffledOrder:
-    """Every item once in each pass, each pass in another order.
+    """Every item once in each epoch, in a new permutation.
 
     Args:
         length: number of items.
-        key: what the order depends on: the seed, and what tells this stream from others of the same run.
-        items: the items; None for 0 .. length - 1.
+        key: seeds of the permutations.
+        items: indices of the items; None for 0 .. length - 1.
     """
 
     def __init__(self, length: int, key: Sequence[int], items: np.ndarray | None = None) -> None:
@@ -44,119 +44,121 @@ class ShuffledOrder:
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
-    def locate(self, number: int) -> tuple[int, int]:
-        epoch, position = divmod(number, self.length)
+    def epoch_and_index(self, sample_index: int) -> tuple[int, int]:
+        epoch, position = divmod(sample_index, self.length)
         if epoch != self._epoch:
             self._permutation = np.random.default_rng([*self.key, epoch]).permutation(self.length)
             self._epoch = epoch
         return epoch, self._item(int(self._permutation[position]))
 
-    def substitute(self, number: int, attempt: int) -> int:
-        return self._item(int(np.random.default_rng([*self.key, number, attempt]).integers(self.length)))
+    def replacement(self, sample_index: int, attempt: int) -> int:
+        return self._item(int(np.random.default_rng([*self.key, sample_index, attempt]).integers(self.length)))
 
     def _item(self, position: int) -> int:
         return position if self.items is None else int(self.items[position])
 
 
 class ShardOrder:
-    """Every sample of every shard once in each pass, few shards at a time: an order that can be read from disk or network at full speed.
+    """Every sample of every shard once in each epoch, few shards at a time, so that disk or network are read sequentially.
 
-    In each pass the shards are laid end to end in a new order, samples shuffled within each; that row is cut into `lanes` equal parts, which are
-    read side by side: number n is the next sample of lane n % lanes. Where `lanes` is a multiple of the global batch times the
-    loader's workers, each worker of each process has lanes, and so shards, of its own; elsewhere the order is the same, and some shards are
-    opened by more than one worker.
+    Each epoch concatenates the shards in a new order, with the samples shuffled within each shard, and cuts the result into
+    `parallel_shards` lanes of equal length, which are read side by side: sample n is the next one of lane n % parallel_shards. If
+    `parallel_shards` is a multiple of the global batch size times the loader's workers, each worker of each process reads its own lanes and
+    so its own shards; otherwise the order is the same, and several workers open some shards.
 
     Args:
-        counts: samples of each shard; items are numbered through the shards in their order.
-        lanes: shards read side by side.
-        key: what the order depends on.
+        counts: samples of each shard; items are numbered through the shards.
+        parallel_shards: number of lanes.
+        key: seeds of the permutations.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, lanes: int, key: Sequence[int]) -> None:
-        self.counts, self.lanes, self.key = np.asarray(counts, dtype=np.int64), lanes, list(key)
+    def __init__(self, counts: Sequence[int] | np.ndarray, parallel_shards: int, key: Sequence[int]) -> None:
+        self.counts, self.parallel_shards, self.key = np.asarray(counts, dtype=np.int64), parallel_shards, list(key)
         self.length = int(self.counts.sum())
         self.starts = np.cumsum(self.counts) - self.counts
         self._epoch = -1
         self._shards = self._ends = np.empty(0, dtype=np.int64)
-        self._within: dict[int, np.ndarray] = {}
+        self._permutations: dict[int, np.ndarray] = {}  # of the samples within a shard
 
-    def locate(self, number: int) -> tuple[int, int]:
-        epoch, position = divmod(number, self.length)
+    def epoch_and_index(self, sample_index: int) -> tuple[int, int]:
+        epoch, position = divmod(sample_index, self.length)
         if epoch != self._epoch:
             self._shards = np.random.default_rng([*self.key, epoch]).permutation(len(self.counts))
             self._ends = np.cumsum(self.counts[self._shards])
-            self._within.clear()
+            self._permutations.clear()
             self._epoch = epoch
-        lane, place = position % self.lanes, position // self.lanes
-        share, rest = divmod(self.length, self.lanes)
-        row = lane * share + min(lane, rest) + place  # the first `rest` lanes are one longer
-        which = int(np.searchsorted(self._ends, row, side="right"))
-        shard = int(self._shards[which])
-        if shard not in self._within:
-            if len(self._within) > 2 * self.lanes:
-                self._within.clear()
-            self._within[shard] = np.random.default_rng([*self.key, epoch, shard]).permutation(int(self.counts[shard]))
-        within = self._within[shard][row - int(self._ends[which] - self.counts[shard])]
-        return epoch, int(self.starts[shard] + within)
+        step, lane = divmod(position, self.parallel_shards)
+        lane_length, remainder = divmod(self.length, self.parallel_shards)
+        row = lane * lane_length + min(lane, remainder) + step  # the first `remainder` lanes are one sample longer
+        slot = int(np.searchsorted(self._ends, row, side="right"))
+        shard = int(self._shards[slot])
+        if shard not in self._permutations:
+            if len(self._permutations) > 2 * self.parallel_shards:
+                self._permutations.clear()
+            rng = np.random.default_rng([*self.key, epoch, shard])
+            self._permutations[shard] = rng.permutation(int(self.counts[shard]))
+        sample = self._permutations[shard][row - int(self._ends[slot] - self.counts[shard])]
+        return epoch, int(self.starts[shard] + sample)
 
-    def substitute(self, number: int, attempt: int) -> int:
-        shard = int(np.searchsorted(self.starts, self.locate(number)[1], side="right")) - 1  # one that is at hand
-        chosen = np.random.default_rng([*self.key, number, attempt]).integers(self.counts[shard])
-        return int(self.starts[shard] + chosen)
+    def replacement(self, sample_index: int, attempt: int) -> int:
+        # From the same shard, which is open already.
+        shard = int(np.searchsorted(self.starts, self.epoch_and_index(sample_index)[1], side="right")) - 1
+        sample = np.random.default_rng([*self.key, sample_index, attempt]).integers(self.counts[shard])
+        return int(self.starts[shard] + sample)
 
 
-class Joint:
-    """Several streams in one, `group` numbers in a row from the same: so a batch that divides `group` has one shape.
+class MixedOrder:
+    """A mixture of orderings in runs of `same_shape_run` consecutive samples from one of them, so that batches which divide a run have one shape.
 
-    Of each pass, stream k gets `shares[k]` numbers on average, in whole groups: after E passes it has had floor(E shares[k] / group) of them, so
-    none is ever rounded away, and a stream of which a share is its length meets each of its items equally often. Groups of a
-    pass come in a shuffled order.
+    In each epoch, ordering k contributes `shares[k]` samples on average, in whole runs: after E epochs it has contributed
+    floor(E shares[k] / same_shape_run) runs. No ordering is ever rounded away, and all items of an ordering are met equally often. The runs
+    of an epoch are shuffled.
 
     Args:
-        streams: each with items of one shape.
-        shares: numbers for each stream in a pass.
-        group: numbers in a row.
-        seed: of the order.
+        orderings: each with items of one shape.
+        shares: samples of each ordering in an epoch.
+        same_shape_run: consecutive samples from one ordering.
+        seed: of the shuffling.
 
     Raises:
-        UserError: no share, or none greater than 0.
+        UserError: no orderings, or a share or run that is not positive.
     """
 
-    def __init__(self, streams: Sequence[Stream], shares: Sequence[int], group: int, seed: int) -> None:
-        if group < 1 or len(streams) != len(shares) or min(shares, default=0) < 1:
+    def __init__(self, orderings: Sequence[Ordering], shares: Sequence[int], same_shape_run: int, seed: int) -> None:
+        if same_shape_run < 1 or len(orderings) != len(shares) or min(shares, default=0) < 1:
             raise UserError(
-                f"streams of clips with shares {list(shares)}, in groups of {group}; give a positive number of each"
+                f"mixture of clips with shares {list(shares)} in runs of {same_shape_run}; all must be positive"
             )
-        self.streams, self.shares, self.group, self.seed = list(streams), list(shares), group, seed
+        self.orderings, self.shares = list(orderings), list(shares)
+        self.same_shape_run, self.seed = same_shape_run, seed
         self.length = sum(self.shares)
         self._epoch = -1
-        self._groups = np.empty(0, dtype=np.int64)
+        self._runs = np.empty((0, 2), dtype=np.int64)  # of an epoch: ordering, number of the run within the ordering
 
-    def locate(self, number: int) -> tuple[int, int]:
-        stream, inner = self._stream(number)
-        return self.streams[stream].locate(inner)
+    def epoch_and_index(self, sample_index: int) -> tuple[int, int]:
+        ordering, inner_index = self._inner(sample_index)
+        return ordering.epoch_and_index(inner_index)
 
-    def substitute(self, number: int, attempt: int) -> int:
-        stream, inner = self._stream(number)
-        return self.streams[stream].substitute(inner, attempt)
+    def replacement(self, sample_index: int, attempt: int) -> int:
+        ordering, inner_index = self._inner(sample_index)
+        return ordering.replacement(inner_index, attempt)
 
-    def _stream(self, number: int) -> tuple[int, int]:
-        """The stream of a number, and the number within it."""
-        group, offset = divmod(number, self.group)
-        epoch = group * self.group // self.length
-        while sum(self._before(epoch + 1)) <= group:
+    def _inner(self, sample_index: int) -> tuple[Ordering, int]:
+        """The ordering of a sample, and its sample index there."""
+        run, offset = divmod(sample_index, self.same_shape_run)
+        epoch = run * self.same_shape_run // self.length
+        while sum(self._runs_before(epoch + 1)) <= run:
             epoch += 1
-        before = self._before(epoch)
+        first = self._runs_before(epoch)
         if epoch != self._epoch:
-            counts = [after - have for after, have in zip(self._before(epoch + 1), before, strict=True)]
-            # Each group as stream and number of the group within the stream.
-            groups = [(stream, have + k) for stream, have in enumerate(before) for k in range(counts[stream])]
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
-            self._groups = np.array(groups, dtype=np.int64).reshape(-1, 2)[order]
+            last = self._runs_before(epoch + 1)
+            runs = [(k, number) for k in range(len(first)) for number in range(first[k], last[k])]
+            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(runs))
+            self._runs = np.array(runs, dtype=np.int64).reshape(-1, 2)[shuffled]
             self._epoch = epoch
-        stream, inner = self._groups[group - sum(before)].tolist()
-        return stream, inner * self.group + offset
+        k, number = self._runs[run - sum(first)].tolist()
+        return self.orderings[k], number * self.same_shape_run + offset
 
-    def _before(self, epoch: int) -> list[int]:
-        """Groups that each stream has had when a pass begins."""
-        return [epoch * share // self.group for share in self.shares]
+    def _runs_before(self, epoch: int) -> list[int]:
+        """Runs that each ordering has contributed before an epoch."""
+        return [epoch * share // self.same_shape_run for share in self.shares]

@@ -54,13 +54,13 @@ def histogram(values: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def write_report(path: str | os.PathLike[str], table: pa.Table, available: int, left_out: Mapping[str, int]) -> None:
+def write_report(path: str | os.PathLike[str], table: pa.Table, available: int, skipped: Mapping[str, int]) -> None:
     """Writes the page, whole or not at all.
 
     Args:
         table: the manifest, with the columns `caption` and `picture` (JPEG; null for most).
         available: clips in the data set.
-        left_out: clips that the data set has left out by itself, by reason.
+        skipped: clips that the data set has left out by itself, by reason.
     """
     columns = {name: table.column(name).cast(pa.float64()).to_numpy() for name in HISTOGRAMS}
     pictured = table.filter(pc.is_valid(table.column("picture"))).to_pylist()
@@ -74,7 +74,7 @@ def write_report(path: str | os.PathLike[str], table: pa.Table, available: int, 
     page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
         checked=table.num_rows,
         available=available,
-        left_out={reason: count for reason, count in left_out.items() if count},
+        skipped={reason: count for reason, count in skipped.items() if count},
         accepted=int(np.sum(table.column("accepted").to_numpy())),
         counts=counts(table),
         histograms={HISTOGRAMS[name]: histogram(values) for name, values in columns.items()},

@@ -1,8 +1,7 @@
-"""Broken clips in training: tried again, written down, replaced by a clip that the seed decides, and counted.
+"""Broken clips: retried, recorded in a quarantine, replaced by clips that the seed determines, and counted.
 
-What takes the place of a broken clip is no accident: its number in the global order and the seed decide (data/numbering.py). So that
-a run which is resumed does the same again even where a failure came and went, as on a busy file server, what was once written down for a number
-stands: it is not tried again.
+Seed and sample index determine the replacement of a broken clip (data/ordering.py). A recorded clip is not tried again under the same sample
+index, so that a resumed run makes the same replacements even if the failure was temporary, as on a busy file server.
 """
 
 import json
@@ -13,81 +12,85 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
-SUBSTITUTES = 20  # in a row for one number; more are no accident of the data
-_PAUSE = 0.1  # seconds before the first try again; twice that before the next
+MAX_REPLACEMENTS = 20  # tried for one sample; if all are broken, the data are
+_FIRST_PAUSE = 0.1  # seconds before the first retry, doubled before each further one
 
 
 class Quarantine:
-    """The files `rank-*.jsonl` in a folder, one line for each broken clip: number, index, id, reason, tries, time.
+    """The files `rank-*.jsonl` in a folder, one line per broken clip: sample_index, index, id, reason, tries, time.
 
-    Each process of a run has its own file, to which its workers append whole lines by single writes, so neither workers nor processes get into
-    each other's way, on a network file system either.
+    Each process has its own file, to which its workers append whole lines by single writes, so processes and workers do not interfere, even on a
+    network file system.
 
     Args:
-        folder: made when the first clip breaks.
-        retries: more tries of a clip before it counts as broken.
+        folder: created with the first broken clip.
+        retries: further tries before a clip counts as broken.
         rank: of this process.
 
+    Attributes:
+        reason: why the last broken clip is broken.
+
     Raises:
-        UserError: a file in the folder that is no quarantine.
+        UserError: a damaged quarantine file in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], retries: int = 1, rank: int = 0) -> None:
         self.folder, self.retries = Path(folder), retries
         self.path = self.folder / f"rank-{rank:05d}.jsonl"
-        _end_line(self.path)
+        _remove_partial_line(self.path)
         self.reason = "recorded by an earlier run"
-        self._known = {(record["number"], record["index"]) for record in read_quarantine(self.folder)}
+        self._recorded = {(record["sample_index"], record["index"]) for record in read_quarantine(self.folder)}
 
     def read(
-        self, dataset: Any, number: int, index: int, substitute: Callable[[int], int]
+        self, dataset: ClipSource, sample_index: int, index: int, replacement: Callable[[int], int]
     ) -> tuple[dict[str, Any], int]:
-        """`dataset[index]`, or the first substitute that can be read; and how many could not.
+        """`dataset[index]`, or the first replacement that can be read; and the number of broken clips before it.
 
         Args:
-            number: of the clip in the global order.
-            substitute: the item for the first, second, ... attempt after `index` itself.
+            sample_index: in the global order.
+            replacement: index of the first, second, ... replacement.
 
         Raises:
-            UserError: a long row of substitutes is broken as well.
+            UserError: all replacements are broken as well.
         """
-        for attempt in range(1 + SUBSTITUTES):
-            index = substitute(attempt) if attempt else index
-            item = self.attempt(dataset, number, index)
+        for attempt in range(1 + MAX_REPLACEMENTS):
+            index = replacement(attempt) if attempt else index
+            item = self.try_read(dataset, sample_index, index)
             if item is not None:
                 return item, attempt
         raise UserError(
-            f"clip {number} and {SUBSTITUTES} that should have stood in for it are broken (last: {self.reason}); "
+            f"clip {sample_index} and {MAX_REPLACEMENTS} replacements are broken (last: {self.reason}); "
             f"see '{self.folder}', check the data"
         )
 
-    def attempt(self, dataset: Any, number: int, index: int) -> dict[str, Any] | None:
-        """`dataset[index]`, or None if it cannot be read or was written down for this number before; `reason` then says why."""
-        if (number, index) in self._known:
+    def try_read(self, dataset: ClipSource, sample_index: int, index: int) -> dict[str, Any] | None:
+        """`dataset[index]`, or None if it cannot be read or is recorded under this sample index; `reason` then says why."""
+        if (sample_index, index) in self._recorded:
             return None
         try:
-            return self._tried(dataset, index)
+            return self._retry(dataset, index)
         except UserError as error:
             self.reason = str(error)
-            self._record(dataset, number, index, self.reason)
+            self._record(dataset, sample_index, index)
             return None
 
-    def _tried(self, dataset: Any, index: int) -> dict[str, Any]:
-        for pause in range(self.retries):
+    def _retry(self, dataset: ClipSource, index: int) -> dict[str, Any]:
+        for retry in range(self.retries):
             try:
                 return dataset[index]
             except UserError:
-                time.sleep(_PAUSE * 2**pause)
+                time.sleep(_FIRST_PAUSE * 2**retry)
         return dataset[index]
 
-    def _record(self, dataset: Any, number: int, index: int, reason: str) -> None:
+    def _record(self, dataset: ClipSource, sample_index: int, index: int) -> None:
         record = {
-            "number": number,
+            "sample_index": sample_index,
             "index": index,
-            "id": str(dataset.id(index)) if hasattr(dataset, "id") else None,
-            "reason": reason,
+            "id": dataset.id(index),
+            "reason": self.reason,
             "tries": 1 + self.retries,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -97,14 +100,14 @@ class Quarantine:
             os.write(file, (json.dumps(record, ensure_ascii=False) + "\n").encode())
         finally:
             os.close(file)
-        self._known.add((number, index))
+        self._recorded.add((sample_index, index))
 
 
 def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All records of a quarantine, of every process; of a folder that is not there, none.
+    """The records of all processes; none if the folder does not exist.
 
     Raises:
-        UserError: a line that is no record.
+        UserError: a damaged line.
     """
     records = []
     for path in sorted(Path(folder).glob("rank-*.jsonl")):
@@ -112,38 +115,37 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 record = json.loads(line)
-                records.append({**record, "number": int(record["number"]), "index": int(record["index"])})
+                records.append({**record, **{key: int(record[key]) for key in ("sample_index", "index")}})
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"line {number} of '{path}' is no record of a broken clip; delete the line") from None
     return records
 
 
-def _end_line(path: Path) -> None:
-    """Takes off the part of a line that a killed process may have left."""
+def _remove_partial_line(path: Path) -> None:
+    """Removes what a killed process may have left of a line."""
     if path.is_file():
-        whole = path.read_bytes().rpartition(b"\n")
-        os.truncate(path, len(whole[0]) + len(whole[1]))
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class ErrorRate:
-    """Counts broken clips among those that a process reads, and stops the run when they are too many.
+    """Counts broken clips among those that a process reads, and stops the run if there are too many.
 
     Args:
-        most: the share of broken clips among those read that is borne.
-        window: clips, the last so many of which are judged.
-        first: clips before which nothing is judged.
+        max_error_rate: accepted fraction of broken clips.
+        window: number of most recent clips over which the fraction is taken.
+        min_clips: clips before which the fraction is not judged.
 
     Attributes:
         total: broken clips so far.
     """
 
-    def __init__(self, most: float, window: int = 1000, first: int = 100) -> None:
-        self.most, self.first = most, first
+    def __init__(self, max_error_rate: float, window: int = 1000, min_clips: int = 100) -> None:
+        self.max_error_rate, self.min_clips = max_error_rate, min_clips
         self.total = 0
-        self._recent: deque[bool] = deque(maxlen=window)
+        self._recent: deque[bool] = deque(maxlen=window)  # whether each clip was broken
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The same batches, of clips and as many `broken` ones as each stands in for.
+        """The same batches; counts their clips and the `broken` ones that these replace.
 
         Raises:
             UserError: as `count`.
@@ -157,13 +159,13 @@ class ErrorRate:
         """Adds clips that were read.
 
         Raises:
-            UserError: more than `most` of the last ones are broken.
+            UserError: more than `max_error_rate` of the recent clips are broken.
         """
         self.total += broken
         self._recent.extend([True] * broken + [False] * sound)
-        read, wrong = len(self._recent), sum(self._recent)
-        if read >= self.first and wrong > self.most * read:
+        num_clips, num_broken = len(self._recent), sum(self._recent)
+        if num_clips >= self.min_clips and num_broken > self.max_error_rate * num_clips:
             raise UserError(
-                f"{wrong} of the last {read} clips read are broken, more than max_error_rate={self.most:g}; "
-                "see the quarantine for which and why, and take them off with `microcinema prepare check`"
+                f"{num_broken} of the last {num_clips} clips are broken, more than max_error_rate={self.max_error_rate:g}; "
+                "see the quarantine for the reasons, and exclude them with `microcinema prepare check`"
             )

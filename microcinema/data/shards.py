@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import Dataset
 from webdataset.cache import FileCache
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
@@ -26,7 +25,8 @@ from webdataset.tariterators import base_plus_ext
 from microcinema.data import video_reader
 from microcinema.data.clip_reader import IMAGES, ClipReader
 from microcinema.data.manifest import Manifest
-from microcinema.data.ordering import ShardOrder, Stream
+from microcinema.data.ordering import Ordering, ShardOrder
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 
@@ -37,7 +37,7 @@ Sample = dict[str, video_reader.Member]
 """The members of a sample by their extension, such as `mp4`, `json`, `txt`."""
 
 
-class ShardDataset(Dataset[dict[str, Any]]):
+class ShardDataset(ClipSource):
     """Clips in WebDataset shards, with the items of `ClipDataset`.
 
     A sample is a video (or picture), and its captions: keys of its `.json` member, or its `.txt` member as the caption.
@@ -81,7 +81,6 @@ class ShardDataset(Dataset[dict[str, Any]]):
         )
         self.clip_position, self.seed = clip_position, seed
         self.columns = {name: name for name in ("caption", "description", "motion")} | dict(columns or {})
-        self._epoch = 0
         self.urls = expand(shards)
         if lanes < 1:
             raise UserError(f"lanes={lanes}; read at least 1 shard at a time")
@@ -92,7 +91,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if counts.sum() == 0:
             raise UserError(f"the {len(self.urls)} shards from '{self.urls[0]}' on hold no sample; check shards")
         self._kept: list[np.ndarray] | None = None
-        self.left_out: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         if manifest is not None:
             self._use(Manifest(manifest), counts)
         self.counts = counts if self._kept is None else np.array([len(kept) for kept in self._kept])
@@ -109,13 +108,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 f"{count} processes and {len(self.urls)} shards; use at most as many processes, or make smaller shards"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass choose other random parts of the videos."""
-        self._epoch = epoch
-
-    def streams(self, seed: int) -> list[tuple[Stream, int]]:
+    def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
         """The one order, a few shards at a time."""
-        return [(ShardOrder(self.counts, self.lanes, [seed]), len(self))]
+        return [(ShardOrder(self.counts, self.lanes, key), len(self))]
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -123,7 +118,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one clip; the keys of `ClipDataset`."""
         captions = self.captions(index)
-        video, fps = self.reader.read(self.source(index), self._epoch, index)
+        video, fps = self.reader.read(self.file(index), self.epoch, index)
         captions = {name: self.reader.caption(text) for name, text in captions.items()}
         return {"video": video, **captions, "fps": fps, "index": index, "id": self.id(index)}
 
@@ -132,11 +127,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         shard, number = self._place(index)
         return _identity(self.urls[shard], number)
 
-    def part(self, indices: Sequence[int]) -> tuple["ShardDataset", Sequence[int]]:
+    def subset(self, indices: Sequence[int]) -> tuple["ShardDataset", Sequence[int]]:
         """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
         return self, indices
 
-    def source(self, index: int) -> video_reader.Member:
+    def file(self, index: int) -> video_reader.Member:
         """Where the video, or picture, of a sample lies.
 
         Raises:
@@ -241,7 +236,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         ids = [_identity(url, n) for url, count in zip(self.urls, counts, strict=True) for n in range(count)]
         place = manifest.find(pa.chunked_array([pa.array(ids)]))
         keep = (place < 0) | manifest.column("accepted")[place]
-        self.left_out["rejected by the manifest"] = int((~keep).sum())
+        self.skipped["rejected by the manifest"] = int((~keep).sum())
         if not keep.any():
             raise UserError(f"manifest '{manifest.path}' leaves no clip of {len(keep)}; relax the check")
         self._kept = [np.flatnonzero(part) for part in np.split(keep, np.cumsum(counts)[:-1])]

@@ -260,7 +260,7 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
         **({"flow_valid": clips.new_zeros(count, frames - 1, *grid, dtype=torch.bool)} if flow else {}),
         **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),
         "fps": torch.full((count,), pipeline.config["fps"]),
-        "number": torch.arange(count),
+        "sample_index": torch.arange(count),
     }
 
 

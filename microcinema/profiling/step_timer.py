@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from microcinema.data.indexed import Clips, IndexedDataset
+from microcinema.data.indexed import IndexedDataset
+from microcinema.data.source import ClipSource
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training import trainer
 
@@ -146,7 +147,7 @@ def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) 
     config = OmegaConf.merge(config, changes | {"report_to": None, "resume_from_checkpoint": None})  # type: ignore[assignment]
     watch, train, read = Watch(clock), trainer.train, [0.0] * total
 
-    def watched(accelerator: Accelerator, pipeline: ImageToVideoPipeline, dataset: Clips, *others: Any) -> Any:
+    def watched(accelerator: Accelerator, pipeline: ImageToVideoPipeline, dataset: ClipSource, *others: Any) -> Any:
         numbered = IndexedDataset(dataset, config.seed)
         for number in range(total):
             began = clock()

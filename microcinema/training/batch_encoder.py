@@ -47,7 +47,7 @@ class TextCache:
 class BatchEncoder:
     """Turns a collated batch of items into a `Batch` on the device.
 
-    Items have `number`, `fps`, `caption` (a model that reads motion apart: `description` and `motion`), `video` (f, 3, H, W) or scaled
+    Items have `sample_index`, `fps`, `caption` (a model that reads motion apart: `description` and `motion`), `video` (f, 3, H, W) or scaled
     `latents` with, if the model reads pixels, `keyframe` uint8 (3, H, W); and for PredictNet `flow` and `flow_valid` on the latent grid.
     Where they have `text`, `motion_tokens` or `image_tokens` as well, these are taken, and their encoders not run.
 
@@ -80,7 +80,7 @@ class BatchEncoder:
             latents=self.latents(items),
             text=self.text(items),
             fps=self._given(items["fps"]),
-            numbers=items["number"].tolist(),
+            numbers=items["sample_index"].tolist(),
             image=self._read_keyframes(items),
             motion_tokens=self.motion_tokens(items),
             flow=flow,

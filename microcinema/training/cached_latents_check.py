@@ -54,7 +54,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
     Raises:
         UserError: names what differs, or what is missing.
     """
-    wanted, held = fingerprint(pipeline, clips.source, flow_model), clips.parts
+    wanted, held = fingerprint(pipeline, clips.dataset, flow_model), clips.parts
     differ = differences(held, wanted)
     if differ:
         raise UserError(

@@ -37,11 +37,11 @@ class Guard:
         """Takes a micro-batch.
 
         Args:
-            items: as the loader brought it: `number` and `caption`, `id` if there is one.
+            items: as the loader brought it: `sample_index` and `caption`, `id` if there is one.
             latents: (b, f, c, h, w).
             t, losses: (b,).
         """
-        numbers = items["number"]
+        numbers = items["sample_index"]
         self._tensors.append({"numbers": numbers, "latents": latents, "t": t, "losses": losses.detach()})
         ids = items.get("id", [None] * len(numbers))
         captions = items.get("caption", [None] * len(numbers))

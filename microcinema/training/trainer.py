@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from microcinema.config.compose import instantiate, save
 from microcinema.data.flow_clips import FlowClips
-from microcinema.data.indexed import Clips, DistributedBatchSampler, IndexedDataset
+from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
+from microcinema.data.source import ClipSource
 from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
@@ -57,7 +58,7 @@ Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 def train(
     accelerator: Accelerator,
     pipeline: ImageToVideoPipeline,
-    dataset: Clips,
+    dataset: ClipSource,
     settings: Settings,
     validate: Validate | None = None,
     predict_net: PredictNet | None = None,
@@ -130,7 +131,7 @@ def train(
         accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
 
     objective = make_objective(pipeline, settings)
-    encode = BatchEncoder(pipeline, device, getattr(dataset, "empty", None))
+    encode = BatchEncoder(pipeline, device, dataset.empty_tokens)
     meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
     guard = Guard(accelerator, output_dir, settings.seed)
 
@@ -231,8 +232,8 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
         check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
     dataset, teacher = instantiate(config.data), config.model.flow_model
     if accelerator.is_main_process:
-        for reason, count in getattr(dataset, "left_out", {}).items():
-            print(f"{count} clips left out: {reason}")
+        for reason, count in dataset.skipped.items():
+            print(f"{count} clips skipped: {reason}")
     if config.cached_latents is not None:
         dataset = EncodedClips(config.cached_latents, dataset)
     elif teacher is not None:
@@ -363,8 +364,7 @@ def _micro_batches(
     """This process's share of the clips that are left, collated; those that cannot be read go to `output_dir/quarantine`."""
     clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     stop = progress.clips + max(0, settings.max_train_steps - progress.step) * clips_per_step
-    if hasattr(clips.dataset, "check_processes"):
-        clips.dataset.check_processes(accelerator.num_processes)
+    clips.dataset.check_processes(accelerator.num_processes)
     folder = Path(settings.output_dir) / "quarantine"
     if progress.clips == 0:  # a new run: what an earlier one met there says nothing of this one
         if accelerator.is_main_process:
@@ -379,7 +379,7 @@ def _micro_batches(
             settings.train_batch_size,
             accelerator.process_index,
             accelerator.num_processes,
-            clips.group,
+            clips.same_shape_run,
         ),
         num_workers=settings.dataloader_num_workers,
         worker_init_fn=ignore_signals_in_worker,

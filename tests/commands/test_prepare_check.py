@@ -110,7 +110,7 @@ def test_the_page_shows_it(checked):
 def test_training_leaves_out_what_the_manifest_rejects(world, checked):
     data = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet")
     assert len(data) == SOUND + 2
-    assert data.left_out == {"rejected by the manifest": len(REJECTED)}
+    assert data.skipped == {"rejected by the manifest": len(REJECTED)}
     assert {data[k]["id"] for k in range(len(data))} == {row["id"] for row in data.rows}
     tag = {"action": "tag", "box": [0.1, 0.3, 0.9, 0.7]}
     told = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet", watermark=tag)

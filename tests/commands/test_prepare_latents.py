@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def broken(folder: Path) -> set[tuple]:
     records = read_quarantine(folder / QUARANTINE)
-    found = {(record["number"], record["index"], record["id"], record["reason"]) for record in records}
+    found = {(record["sample_index"], record["index"], record["id"], record["reason"]) for record in records}
     assert len(found) == len(records)  # each once
     return found
 
@@ -107,7 +107,7 @@ def test_two_processes_train_from_latents_as_one_does_from_clips(tmp_path, proce
     assert list(kept) == [1, 2, 3]
     assert list(kept.values()) == pytest.approx(list(raw.values()), rel=1e-3)
     names = [
-        {(record["number"], record["id"]) for record in read_quarantine(tmp_path / name / "quarantine")}
+        {(record["sample_index"], record["id"]) for record in read_quarantine(tmp_path / name / "quarantine")}
         for name in ("clips", "latents")
     ]
     assert names[0] == names[1] != set()
@@ -165,7 +165,7 @@ def test_latents_give_the_loss_of_the_clips_in_the_trainer(tmp_path, listing, mo
     """Within what float16 leaves; with two passes of random clips; and without the encoders."""
     source = ClipDataset(listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE)
     sound = [k for k in range(len(source)) if source.id(k).startswith("sound")][:6]
-    source, _ = source.part(sound)
+    source, _ = source.subset(sound)
     model = pipeline(tmp_path)
     kept = encode_clips(model, source, tmp_path / "latents", passes=2)
     settings = {"max_train_steps": 6, "text_dropout": 0.5, "lr_warmup_steps": 0}

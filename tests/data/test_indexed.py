@@ -1,18 +1,15 @@
 import pytest
 
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
 
-class Named:
+class Named(ClipSource):
     """Items that tell by which epoch and index they were read."""
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
@@ -23,7 +20,7 @@ class Named:
 
 def read(clips: IndexedDataset, numbers) -> list[tuple[int, int]]:
     items = [clips[number] for number in numbers]
-    assert [item["number"] for item in items] == list(numbers)
+    assert [item["sample_index"] for item in items] == list(numbers)
     return [(item["epoch"], item["index"]) for item in items]
 
 

@@ -2,9 +2,11 @@
 
 import csv
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -14,6 +16,8 @@ from microcinema.data.clips import ClipDataset
 from microcinema.data.flow_clips import FlowClips
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.joint import JointDataset
+from microcinema.data.manifest import SCHEMA
+from microcinema.data.shards import ShardDataset
 from microcinema.utils.errors import UserError
 
 
@@ -63,10 +67,10 @@ def joint(world: Path, **more) -> JointDataset:
 
 def test_videos_and_pictures_train_together(world):
     data = IndexedDataset(joint(world), seed=0)
-    assert data.group == 4 and len(data.dataset) == 12
+    assert data.same_shape_run == 4 and len(data.dataset) == 12
     met: dict[str, int] = {}
     whole = []
-    for batch in DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 2, group=4), num_workers=1):
+    for batch in DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 2, same_shape_run=4), num_workers=1):
         assert batch["video"].shape in ((2, 4, 3, 32, 32), (2, 1, 3, 32, 32))
         whole += batch["id"]
         for name in batch["caption"]:
@@ -74,17 +78,18 @@ def test_videos_and_pictures_train_together(world):
     assert {met[f"video {k}"] for k in range(9)} == {8} and {met[f"picture {k}"] for k in range(3)} == {16}
     # Two processes with batches of one meet the same clips.
     ranks = [
-        iter(DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 1, rank, 2, group=4))) for rank in range(2)
+        iter(DataLoader(data, batch_sampler=DistributedBatchSampler(0, 120, 1, rank, 2, same_shape_run=4)))
+        for rank in range(2)
     ]
     assert [next(ranks[k % 2])["id"][0] for k in range(40)] == whole[:40]
     assert data.dataset.id(10) == "pictures/1.png"
 
 
 def test_batches_that_would_hold_two_shapes_are_refused(world):
-    with pytest.raises(UserError, match="train_batch_size=3 does not divide the 4 clips in a row"):
-        DistributedBatchSampler(0, 12, 3, group=4)
+    with pytest.raises(UserError, match="train_batch_size=3 does not divide the 4 consecutive clips of one shape"):
+        DistributedBatchSampler(0, 12, 3, same_shape_run=4)
     with pytest.raises(UserError, match="or the 2 clips trained so far"):
-        DistributedBatchSampler(2, 10, 4, group=4)
+        DistributedBatchSampler(2, 10, 4, same_shape_run=4)
 
 
 @pytest.mark.parametrize("weights", [{}, {"videos": 1}, {"videos": 1, "pictures": 0}, {"videos": 1, "photos": 1}])
@@ -96,5 +101,33 @@ def test_weights_that_do_not_fit(world, weights):
 def test_flow_comes_with_clips_of_every_shape(world):
     """The wrapper that adds flow hides neither shapes nor names."""
     flow = pickle.loads(pickle.dumps(FlowClips(joint(world), "dis", 8)))
-    assert IndexedDataset(flow, seed=0).group == 4
-    assert flow.id(10) == "pictures/1.png" and not hasattr(flow, "check_processes")
+    assert IndexedDataset(flow, seed=0).same_shape_run == 4
+    assert flow.id(10) == "pictures/1.png"
+    flow.check_processes(1000)
+
+
+def test_more_processes_than_shards_are_refused_in_joint_data_too(world, tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            tar.add(world / "0.png", "0.png")
+    shards = ShardDataset(str(tmp_path / "*.tar"), 1, 8.0, 32, cache_dir=tmp_path / "cache")
+    data = JointDataset({"videos": clips(world, "videos", 4), "web": shards}, {"videos": 1, "web": 1})
+    for dataset in (data, FlowClips(data, "dis", 8)):
+        dataset.check_processes(2)
+        with pytest.raises(UserError, match=r"data\.parts\.web: 3 processes and 2 shards"):
+            dataset.check_processes(3)
+
+
+def test_skipped_clips_are_counted_by_part_and_reason(world, tmp_path):
+    rows = [{"id": f"{k}.mp4", "accepted": k > 1} for k in range(9)]
+    table = pyarrow.Table.from_pylist(rows, schema=SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
+    videos = clips(world, "videos", 4, manifest=tmp_path / "manifest.parquet")
+    data = JointDataset({"videos": videos, "pictures": clips(world, "pictures", 1)}, {"videos": 1, "pictures": 1})
+    assert data.skipped == FlowClips(data, "dis", 8).skipped == {"rejected by the manifest (videos)": 2}
+    assert len(data) == 10
+
+
+def test_joint_data_are_checked_part_by_part(world):
+    with pytest.raises(UserError, match="JointDataset cannot be checked; check the data that it is made of"):
+        joint(world).subset([0])

@@ -99,7 +99,7 @@ def test_the_items_are_those_of_the_data_set(folder, root, model):
         assert latents.dtype == text.dtype == torch.float16
         torch.testing.assert_close(latents.float(), encode_pixels(model.vae, video[None])[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(text.float(), model.encode_text([item["caption"]])[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(kept.empty["text"].float(), model.encode_text([""]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(kept.empty_tokens["text"].float(), model.encode_text([""]), rtol=1e-3, atol=1e-3)
     with pytest.raises(IndexError):
         kept[5]
 
@@ -189,7 +189,7 @@ def test_too_many_that_cannot_be_read(root, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr("microcinema.data.quarantine.ErrorRate.__init__.__defaults__", (1000, 4))
     source = Broken(root / "clips.csv", root, 4, 8, 32, clip_position="first")
-    with pytest.raises(UserError, match="4 of the last 4 clips read are broken, more than max_error_rate=0.05"):
+    with pytest.raises(UserError, match="4 of the last 4 clips are broken, more than max_error_rate=0.05"):
         encode_clips(model, source, tmp_path / "latents")
     assert len(list((tmp_path / "latents").glob("[0-9]*.tar"))) == 1
 
@@ -206,8 +206,10 @@ def test_any_data_set_of_training(root, model, tmp_path):
     )
     kept = encode_clips(model, joint, tmp_path / "latents", clips_per_shard=3)
     assert [tuple(kept[k]["latents"].shape) for k in (0, 7)] == [(4, 4, 8, 8), (1, 4, 8, 8)]
-    assert kept[1]["caption"] == "caption 1" and kept.bucket_run == 2
-    orders = [[stream.locate(n) for n in range(6)] for data in (kept, joint) for stream, _ in data.streams(0)]
+    assert kept[1]["caption"] == "caption 1" and kept.same_shape_run == 2
+    orders = [
+        [order.epoch_and_index(n) for n in range(6)] for data in (kept, joint) for order, _ in data.orderings([0])
+    ]
     assert orders[:2] == orders[2:]
     cached_latents_check.check(kept, model, None)
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes() + bytes(512))
@@ -389,11 +391,13 @@ def test_no_latents_or_damaged_ones(copy, root, tmp_path):
 
 def test_what_to_keep(root, model, tmp_path):
     kept = encode_clips(model, clips(root), tmp_path / "few", cached_parts=[])
-    assert set(kept[0]) == {"latents", "caption", "description", "motion", "fps", "index", "id"} and not kept.empty
+    assert (
+        set(kept[0]) == {"latents", "caption", "description", "motion", "fps", "index", "id"} and not kept.empty_tokens
+    )
     with pytest.raises(UserError, match="cached_parts=motion_tokens, which this model does not read; it reads text"):
         encode_clips(model, clips(root), tmp_path / "other", cached_parts=["text", "motion_tokens"])
-    batch = torch.utils.data.default_collate([{**kept[k], "number": k} for k in range(2)])
-    made = BatchEncoder(model, torch.device("cpu"), kept.empty)(batch)
+    batch = torch.utils.data.default_collate([{**kept[k], "sample_index": k} for k in range(2)])
+    made = BatchEncoder(model, torch.device("cpu"), kept.empty_tokens)(batch)
     assert torch.equal(made.text, model.encode_text(["a star 0", "a star 1"]))  # of the captions
     assert {field.name for field in dataclasses.fields(made)} >= {"latents", "text"}
     assert json.loads((tmp_path / "few" / FINGERPRINT).read_text())["parts"].keys() == {"vae", "clips"}

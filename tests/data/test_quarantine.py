@@ -22,7 +22,8 @@ from microcinema.data.clips import ClipDataset
 from microcinema.data.decoder_process import IsolatedReader
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.ordering import ShuffledOrder
-from microcinema.data.quarantine import SUBSTITUTES, ErrorRate, Quarantine, read_quarantine
+from microcinema.data.quarantine import MAX_REPLACEMENTS, ErrorRate, Quarantine, read_quarantine
+from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
 BROKEN = {kind: reason for kind, (_, reason) in tiny_broken.KINDS.items() if reason}
@@ -72,15 +73,17 @@ def test_a_data_set_with_a_fifth_of_broken_files_trains_to_the_end(tmp_path, lis
 
 def test_too_many_broken_clips_stop_the_run(tmp_path, listing):
     settings = {"max_train_steps": 50, "train_batch_size": 10, "clip_retries": 0}
-    with pytest.raises(UserError, match=r"\d+ of the last 1\d\d clips read are broken, more than max_error_rate=0.05"):
+    with pytest.raises(UserError, match=r"\d+ of the last 1\d\d clips are broken, more than max_error_rate=0.05"):
         train(pipeline(tmp_path), clips(listing), tmp_path / "run", **settings)
 
 
-def test_a_resumed_run_meets_the_same_substitutes(tmp_path, listing):
+def test_a_resumed_run_meets_the_same_replacements(tmp_path, listing):
     """Bit for bit, though a clip that was broken before the interruption can be read after it."""
     data = clips(listing)
-    first = next(n for n in range(20) if data.id(ShuffledOrder(len(data), [0]).locate(n)[1]).startswith("sound"))
-    flaky = ShuffledOrder(len(data), [0]).locate(first)[1]
+    first = next(
+        n for n in range(20) if data.id(ShuffledOrder(len(data), [0]).epoch_and_index(n)[1]).startswith("sound")
+    )
+    flaky = ShuffledOrder(len(data), [0]).epoch_and_index(first)[1]
 
     class Flaky(ClipDataset):
         fails = True
@@ -95,7 +98,7 @@ def test_a_resumed_run_meets_the_same_substitutes(tmp_path, listing):
     arguments = (listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE)
     train(pipeline(tmp_path), Flaky(*arguments), tmp_path / "run", max_train_steps=6, **settings)
     whole, losses = weights(tmp_path / "run" / "checkpoint-6"), logged(tmp_path / "run")
-    assert first in {record["number"] for record in read_quarantine(tmp_path / "run" / "quarantine")}
+    assert first in {record["sample_index"] for record in read_quarantine(tmp_path / "run" / "quarantine")}
     before = (tmp_path / "run" / "quarantine" / "rank-00000.jsonl").read_bytes()
 
     for name in ("checkpoint-4", "checkpoint-6"):
@@ -121,13 +124,13 @@ def test_a_resumed_run_meets_the_same_substitutes(tmp_path, listing):
     train(
         pipeline(tmp_path), mended, tmp_path / "new", max_train_steps=1, **{**settings, "train_batch_size": first + 1}
     )
-    assert not any(record["number"] == first for record in read_quarantine(tmp_path / "new" / "quarantine"))
+    assert not any(record["sample_index"] == first for record in read_quarantine(tmp_path / "new" / "quarantine"))
 
 
 # The quarantine
 
 
-class Items:
+class Items(ClipSource):
     """Items whose numbers are in `broken` cannot be read."""
 
     def __init__(self, broken: set[int], length: int = 10) -> None:
@@ -152,7 +155,7 @@ def test_what_takes_the_place_is_decided_by_seed_and_number(tmp_path):
     other = IndexedDataset(Items({1, 2, 3}), 0, Quarantine(tmp_path / "b", retries=0))
     assert [other[number] for number in reversed(range(40))] == items[::-1]
     records = read_quarantine(tmp_path / "a")
-    assert sum(item["broken"] for item in items) >= len(records) > 12  # the same substitute may be drawn twice
+    assert sum(item["broken"] for item in items) >= len(records) > 12  # the same replacement may be drawn twice
     assert {record["index"] for record in records} == {1, 2, 3}
     plain = IndexedDataset(Items(set()), 0, Quarantine(tmp_path / "c"))
     for item, sound in zip(items, (plain[number] for number in range(40)), strict=True):
@@ -161,13 +164,11 @@ def test_what_takes_the_place_is_decided_by_seed_and_number(tmp_path):
 
 
 def test_tries_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("microcinema.data.quarantine._PAUSE", 0)
+    monkeypatch.setattr("microcinema.data.quarantine._FIRST_PAUSE", 0)
     items = Items({0}, length=1)
-    with pytest.raises(
-        UserError, match=f"clip 0 and {SUBSTITUTES} that should have stood in for it are broken .last: item 0"
-    ):
+    with pytest.raises(UserError, match=f"clip 0 and {MAX_REPLACEMENTS} replacements are broken .last: item 0"):
         IndexedDataset(items, 0, Quarantine(tmp_path, retries=2))[0]
-    assert items.tries == 3  # its substitutes are itself
+    assert items.tries == 3  # its replacements are itself
     assert [record["tries"] for record in read_quarantine(tmp_path)] == [3]
 
     class Once(Items):
@@ -201,7 +202,7 @@ def test_a_line_cut_off_by_a_kill_is_taken_off_and_another_is_named(tmp_path):
     append(tmp_path, 0)
     path = tmp_path / "rank-00000.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"number": 17, "ind')
+    path.write_bytes(whole + b'{"sample_index": 17, "ind')
     Quarantine(tmp_path)
     assert path.read_bytes() == whole
     path.write_bytes(whole + b"nonsense\n")
@@ -213,11 +214,11 @@ def test_the_error_rate_forgets():
     def batches(counts):
         return iter([{"broken": torch.tensor([count])} for count in counts])
 
-    rate = ErrorRate(0.2, window=100, first=50)
+    rate = ErrorRate(0.2, window=100, min_clips=50)
     assert len(list(rate.watch(batches([1] + [0] * 5)))) == 6  # too few to judge
     assert len(list(rate.watch(batches([0] * 200 + [1] * 20 + [0] * 100 + [1] * 20)))) == 340
     assert rate.total == 41
-    with pytest.raises(UserError, match="21 of the last 100 clips read are broken, more than max_error_rate=0.2"):
+    with pytest.raises(UserError, match="21 of the last 100 clips are broken, more than max_error_rate=0.2"):
         list(rate.watch(batches([1] * 20)))
 
 
@@ -256,12 +257,12 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
     order = ShuffledOrder(len(data), [0])
-    number = next(number for number in range(len(data)) if order.locate(number)[1] == 3)
+    number = next(number for number in range(len(data)) if order.epoch_and_index(number)[1] == 3)
     numbered = IndexedDataset(data, 0, Quarantine(tmp_path, retries=0))
     items = list(DataLoader(numbered, batch_size=None, num_workers=1, sampler=[number, 0 if number else 1]))
-    assert (items[0]["number"], items[0]["broken"]) == (number, 1)
+    assert (items[0]["sample_index"], items[0]["broken"]) == (number, 1)
     (record,) = [record for record in read_quarantine(tmp_path) if record["index"] == 3]
-    assert (record["id"], record["number"]) == ("sound3", number) and "took more than 2 s" in record["reason"]
+    assert (record["id"], record["sample_index"]) == ("sound3", number) and "took more than 2 s" in record["reason"]
 
 
 def test_a_decoder_that_crashes_is_told(listing):
@@ -313,4 +314,4 @@ def test_a_time_out_that_is_none(timeout):
 def test_json_lines(tmp_path):
     append(tmp_path, 3)
     record = json.loads((tmp_path / "rank-00003.jsonl").read_text().splitlines()[0])
-    assert record.keys() == {"number", "index", "id", "reason", "tries", "time"}
+    assert record.keys() == {"sample_index", "index", "id", "reason", "tries", "time"}

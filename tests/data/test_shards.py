@@ -87,7 +87,7 @@ def read(data: ShardDataset, start: int, stop: int, processes: int, workers: int
         numbers = DistributedBatchSampler(start, stop, 4 // processes, rank, processes)
         loader = DataLoader(IndexedDataset(data, 0), batch_sampler=numbers, num_workers=workers)
         for batch in loader:
-            for k, number in enumerate(batch["number"].tolist()):
+            for k, number in enumerate(batch["sample_index"].tolist()):
                 found[number] = (batch["id"][k], batch["caption"][k], batch["video"][k].sum().item())
     return found
 
@@ -180,7 +180,7 @@ def test_shards_that_are_none(tmp_path, folder):
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(folder / "00000.tar", "x.txt")
     with pytest.raises(UserError, match=r"d#00000' has no video .it has: x.txt"):
-        clips(tmp_path, "d.tar").source(0)
+        clips(tmp_path, "d.tar").file(0)
     data = (folder / "00000.tar").read_bytes()
     (tmp_path / "e.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError):
@@ -198,11 +198,11 @@ def test_a_manifest_leaves_samples_out(tmp_path, folder):
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
     kept = clips(folder, clip_position="first", manifest=tmp_path / "manifest.parquet", lanes=2)
     left = [k for k in range(18) if ids[k] not in rejected]
-    assert kept.left_out == {"rejected by the manifest": 5}
+    assert kept.skipped == {"rejected by the manifest": 5}
     assert [kept.id(k) for k in range(len(kept))] == [ids[k] for k in left]
     assert [kept[k]["caption"] for k in range(len(kept))] == [f"caption {k}" for k in left]
-    ((order, share),) = kept.streams(0)
-    assert sorted(order.locate(n)[1] for n in range(13)) == list(range(13)) and share == 13
+    ((order, share),) = kept.orderings([0])
+    assert sorted(order.epoch_and_index(n)[1] for n in range(13)) == list(range(13)) and share == 13
     assert kept.fingerprint()["list"] != data.fingerprint()["list"]
     table = pa.Table.from_pylist([{"id": name, "accepted": False} for name in ids], schema=SCHEMA)
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")

@@ -174,7 +174,7 @@ def test_predict_net_is_in_checkpoints_and_not_in_the_pipeline(folder, tmp_path,
 
 
 def collated(source):
-    return torch.utils.data.default_collate([{**source[k], "number": k} for k in range(3)])
+    return torch.utils.data.default_collate([{**source[k], "sample_index": k} for k in range(3)])
 
 
 @pytest.mark.parametrize("keep", [None, ["keyframe", "flow"], ["text", "motion_tokens", "keyframe", "flow"]])
@@ -189,7 +189,7 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
         for network in (model.vae, model.text_encoder, model.motion_encoder, model.image_encoder):
             monkeypatch.setattr(network, "forward", None)
         monkeypatch.setattr(model.vae, "encode", None)
-    encode = BatchEncoder(model, torch.device("cpu"), kept.empty)
+    encode = BatchEncoder(model, torch.device("cpu"), kept.empty_tokens)
     batch = encode(collated(kept))
     assert raw.image.keys() == batch.image.keys() == {"image_tokens", "pixels"}
     close = {"atol": 4e-3, "rtol": 2e-3}  # float16

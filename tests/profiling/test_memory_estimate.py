@@ -13,6 +13,7 @@ from torch.nn import functional
 from fixtures import tiny
 from fixtures.tiny_training import accelerator, one_thread  # noqa: F401
 from microcinema.config.compose import compose
+from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling import memory_estimate
@@ -52,7 +53,7 @@ def real_pipeline(composed) -> ImageToVideoPipeline:
     return pipeline
 
 
-class Clips:
+class Clips(ClipSource):
     """Black clips, as pixels or as latents."""
 
     def __init__(self, latents: bool, side: int, length: int = 4):

@@ -71,7 +71,9 @@ def test_only_the_process_that_met_it_keeps_its_clips(tmp_path):
     messages = []
     for rank in range(2):
         guard = Guard(types.SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None), tmp_path, seed=0)
-        guard.hold({"number": torch.arange(2), "caption": ["a", "b"]}, torch.zeros(2, 1), torch.zeros(2), losses[rank])
+        guard.hold(
+            {"sample_index": torch.arange(2), "caption": ["a", "b"]}, torch.zeros(2, 1), torch.zeros(2), losses[rank]
+        )
         with pytest.raises(UserError) as stopped:
             guard.check(7, losses, norm=math.nan)
         messages.append(str(stopped.value))

@@ -69,7 +69,7 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
 
     @torch.no_grad()
     def loss() -> float:
-        items = torch.utils.data.default_collate([{**dataset[k % 2], "number": k} for k in range(16)])
+        items = torch.utils.data.default_collate([{**dataset[k % 2], "sample_index": k} for k in range(16)])
         batch = encode(items)
         draws = objective.draw(batch.numbers, batch.latents.shape[1:])
         denoiser = TrainableModel(model.unet, model.condition_encoder)
@@ -298,7 +298,7 @@ def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
     model = pipeline(tmp_path)
     vae = model.vae
     video = torch.rand(3, 2, 3, tiny.SIZE, tiny.SIZE, generator=generator(1)) * 2 - 1
-    items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "number": torch.arange(3)}
+    items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "sample_index": torch.arange(3)}
     batch = BatchEncoder(model, torch.device("cpu"))(items)
     for clip, latents in zip(video, batch.latents, strict=True):
         assert torch.equal(latents, encode_pixels(vae, clip[None])[0])  # whatever the batch
