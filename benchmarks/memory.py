@@ -21,8 +21,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from microcinema.config.compose import compose
-from microcinema.pipelines.base_model import ASSETS, load_base
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import ASSETS
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from microcinema import __version__
 from microcinema.config.compose import compose
-from microcinema.pipelines.base_model import check_weights, is_embedded, locate, resolve_snapshot
+from microcinema.pipelines.base_model import check_base_weights
+from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import (
     Estimate,
     empty_pipeline,
@@ -203,7 +204,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     """Whether the base can be opened, and the folder of its settings if they are there."""
     name = pretrained_model_name_or_path
     try:
-        source = locate(name)
+        source = resolve_model_path(name)
         of_hub = not Path(source).is_dir()
         folder = (_cached(source, revision) if of_hub else None) or resolve_snapshot(name, (), revision)
     except UserError as error:
@@ -212,7 +213,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     where += " (offline)" if of_hub and constants.HF_HUB_OFFLINE else ""
     download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     try:
-        check_weights(folder, variant)
+        check_base_weights(folder, variant)
     except UserError as error:
         if not of_hub:
             return Finding("base", str(error), PROBLEM), folder

@@ -10,7 +10,8 @@ from microcinema.commands.sample import quieten_libraries
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base_model import (
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import (
     INDEX,
     freeze,
     is_embedded,
@@ -18,7 +19,6 @@ from microcinema.pipelines.base_model import (
     load_scheduler_config,
     resolve_snapshot,
 )
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.saving import load_pipeline, write_pipeline
 from microcinema.training.build import build_pipeline
 from microcinema.training.checkpoint import load_ema

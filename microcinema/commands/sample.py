@@ -125,7 +125,7 @@ class Sampler:
         windows = Windows(num_frames, video.config["num_frames"], config.window_overlap)
         self.video_record = {
             **self.arguments,
-            "windows": [[place.start, place.stop] for place in windows.places],
+            "windows": [[window.start, window.stop] for window in windows.slices],
             "frames_of_all_clips": config.num_segments * (num_frames - 1) + 1,
             "video_crf": config.video_crf,
             "memory": asdict(memory),

@@ -16,7 +16,7 @@ from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
-from microcinema.pipelines.base_model import ASSETS
+from microcinema.pipelines.loading import ASSETS
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.provenance import hash_weights

@@ -1,4 +1,9 @@
-"""The frozen encoders that Factorized-Dreamer adds (arXiv 2408.10119): CLIP reads the key frame, T5 the motion caption."""
+"""The frozen encoders of captions and key frames: CLIP text as in Stable Diffusion, and those that Factorized-Dreamer adds.
+
+Factorized-Dreamer (arXiv 2408.10119) adds CLIP's image encoder, whose tokens the adapter reads, and T5 for the motion caption.
+
+Shapes: b samples, n text tokens, d text width, p patch tokens, k motion tokens, e width of the encoder, H W pixels.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.pipelines.base_model import load_component, load_index, resolve_snapshot
+from microcinema.pipelines.loading import component_class, load_component, load_index, resolve_snapshot
 from microcinema.utils.errors import UserError
 
 IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER = "image_encoder", "motion_encoder", "motion_tokenizer"
@@ -24,43 +30,41 @@ def load_image_encoder(
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
 ) -> dict[str, Any]:
-    """A CLIP's image encoder, and the mean and deviation of the colours that it was trained with.
+    """A CLIP image encoder, with the mean and standard deviation by which it expects colors to be normalized.
 
     Args:
-        name: a folder or hub repository in the layout of transformers; None: the one among the base's files.
-        base: the text-to-image model, with the other arguments of `load_base`.
+        name: a folder or hub repository in the layout of transformers; None: the image encoder of the base.
+        base: the text-to-image model; this and the other arguments as in `load_base`.
 
     Returns:
         `image_encoder`, `image_mean` and `image_std`, by these names.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no image encoder, or it cannot be opened.
     """
     if name is None:
-        components = [IMAGE_ENCODER] if weights else []
-        folder = Path(resolve_snapshot(base, components, revision, variant))
-        if (load_index(str(folder)).get(IMAGE_ENCODER) or [None])[0] is None:
+        folder = Path(resolve_snapshot(base, [IMAGE_ENCODER] if weights else [], revision, variant))
+        if component_class(load_index(str(folder)), IMAGE_ENCODER) is None:
             raise UserError(
-                f"the base '{base}' has no image encoder, which model.adapter reads; name one, such as "
+                f"the base '{base}' has no image encoder, which model.adapter needs; name one, such as "
                 "model.image_encoder=openai/clip-vit-large-patch14, or set model.adapter=null"
             )
-        network, settings = folder / IMAGE_ENCODER, folder / "feature_extractor" / _PROCESSOR
+        network, processor = folder / IMAGE_ENCODER, folder / "feature_extractor" / _PROCESSOR
     else:
         network = Path(resolve_snapshot(name, ["."] if weights else []))
-        variant, settings = None, network / _PROCESSOR
+        variant, processor = None, network / _PROCESSOR
     try:
-        said = json.loads(settings.read_text(encoding="utf-8"))
-        colours = {key: [float(value) for value in said[key]] for key in ("image_mean", "image_std")}
+        config = json.loads(processor.read_text(encoding="utf-8"))
+        colors = {key: [float(value) for value in config[key]] for key in ("image_mean", "image_std")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{settings}' does not give image_mean and image_std ({error}); complete the model") from None
-    # The rest of a whole CLIP is not missed.
-    others = ("text_model.", "text_projection.", "logit_scale")
-    encoder = load_component(network, CLIPVisionModelWithProjection, variant, dtype, weights, others)
-    return {IMAGE_ENCODER: encoder, **colours}
+        raise UserError(f"'{processor}' has no image_mean and image_std ({error}); complete the model") from None
+    text_side = ("text_model.", "text_projection.", "logit_scale")  # in the files of a whole CLIP
+    encoder = load_component(network, CLIPVisionModelWithProjection, variant, dtype, weights, ignore_prefixes=text_side)
+    return {IMAGE_ENCODER: encoder, **colors}
 
 
 def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> dict[str, Any]:
-    """A T5's encoder and tokenizer.
+    """The encoder and tokenizer of a T5.
 
     Args:
         name: an embedded model, a folder or a hub repository (such as `google/flan-t5-base`) in the layout of transformers.
@@ -69,28 +73,59 @@ def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: 
         `motion_encoder` and `motion_tokenizer`, by these names.
 
     Raises:
-        UserError: there is no such model, or it is no T5.
+        UserError: there is no such model, or it is not a T5.
     """
     folder = Path(resolve_snapshot(name, ["."] if weights else []))
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of the motion encoder '{name}' ({error}); name a T5") from None
-    if kind != "t5":
-        raise UserError(f"the motion encoder '{name}' is a {kind}; name a T5, such as google/flan-t5-base")
-    others = ("decoder.", "lm_head.")
+    if model_type != "t5":
+        raise UserError(f"the motion encoder '{name}' is a {model_type}; name a T5, such as google/flan-t5-base")
+    decoder = ("decoder.", "lm_head.")
     return {
-        MOTION_ENCODER: load_component(folder, T5EncoderModel, None, dtype, weights, others),
+        MOTION_ENCODER: load_component(folder, T5EncoderModel, None, dtype, weights, ignore_prefixes=decoder),
         MOTION_TOKENIZER: load_component(folder, T5TokenizerFast),
     }
 
 
-def read_image(
-    encoder: CLIPVisionModelWithProjection, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]
-) -> torch.Tensor:
-    """The encoder's tokens (b, p, e), one for the whole and one for each patch, of images (b, 3, H, W) in [-1, 1].
+def encode_text(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, texts: list[str], device: torch.device | None = None
+) -> Tensor:
+    """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion.
 
-    An image is resized to the encoder's square whatever its shape: nothing of the key frame is cut off.
+    Args:
+        device: to compute on; None: where the encoder is. With offloading that is elsewhere until it is called.
+    """
+    length = tokenizer.model_max_length
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoder(tokens.input_ids.to(device or encoder.device))[0]
+
+
+def encode_motion_tokens(
+    encoder: T5EncoderModel,
+    tokenizer: T5TokenizerFast,
+    captions: list[str],
+    num_tokens: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Motion tokens `b k e` of motion captions, padded with zeros or cut to k = `num_tokens`.
+
+    Args:
+        device: as in `encode_text`.
+    """
+    tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
+    tokens = tokens.to(device or encoder.device)
+    states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return states * tokens.attention_mask[..., None].to(states.dtype)
+
+
+def encode_image_tokens(
+    encoder: CLIPVisionModelWithProjection, pixels: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Image tokens `b p e`, the class token and one for each patch, of images `b 3 H W` in [-1, 1].
+
+    An image is resized to the encoder's square whatever its shape, so that nothing is cropped.
     """
     size = encoder.config.image_size
     resized = functional.interpolate(
@@ -98,21 +133,3 @@ def read_image(
     ).clamp(-1, 1)
     shift, scale = (torch.tensor(values, device=pixels.device).reshape(3, 1, 1) for values in (mean, std))
     return encoder(((resized + 1) / 2 - shift).div(scale).to(encoder.dtype)).last_hidden_state
-
-
-def read_motion(
-    encoder: T5EncoderModel,
-    tokenizer: T5TokenizerFast,
-    captions: list[str],
-    num_tokens: int,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """The encoder's tokens (b, num_tokens, e) of motion captions, cut to that length; padding is zero.
-
-    Args:
-        device: that the encoder runs on; None: where it is. With offloading that is elsewhere until it is called.
-    """
-    tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
-    tokens = tokens.to(device or encoder.device)
-    states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    return states * tokens.attention_mask[..., None].to(states.dtype)

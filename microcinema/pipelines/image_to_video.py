@@ -28,20 +28,20 @@ from microcinema.diffusion.schedule import (
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines import continuation
-from microcinema.pipelines.base_model import BASE_COMPONENTS, borrow, check_compatible, encode_text
+from microcinema.pipelines.base_model import BASE_COMPONENTS, check_compatible, load_base_components
 from microcinema.pipelines.encoders import (
     IMAGE_ENCODER,
     MOTION_ENCODER,
     MOTION_TOKENIZER,
+    encode_image_tokens,
+    encode_motion_tokens,
+    encode_text,
     load_image_encoder,
     load_motion_encoder,
-    read_image,
-    read_motion,
 )
-from microcinema.pipelines.inputs import PixelImage, as_pil, as_tensor, broadcast_to_prompts
-from microcinema.pipelines.keyframe import make_keyframe
-from microcinema.pipelines.long_video import Windows
+from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
+from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
+from microcinema.pipelines.prompts import broadcast_to_prompts
 from microcinema.utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             training_schedule = describe_schedule(scheduler)
         lent = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         if any(part is None for part in lent.values()):
-            lent = borrow(base, base_revision, base_variant, unet.dtype)
+            lent = load_base_components(base, base_revision, base_variant, unet.dtype)
         check_compatible("the video pipeline", lent["vae"], lent["text_encoder"], unet)
         if condition_encoder.config["adapter"] is None:
             image_encoder = None
@@ -238,7 +238,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def encode_motion(self, captions: list[str]) -> torch.Tensor:
         """Tokens (b, n, e) of motion captions, by the motion encoder; padding is zero."""
-        return read_motion(
+        return encode_motion_tokens(
             self.motion_encoder,
             self.motion_tokenizer,
             captions,
@@ -257,7 +257,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if self.image_encoder is not None:
             colours = self.config["image_mean"], self.config["image_std"]
             if image_tokens is None:
-                image_tokens = read_image(self.image_encoder, image, *colours)
+                image_tokens = encode_image_tokens(self.image_encoder, image, *colours)
             made["image_tokens"] = image_tokens
         if self.uses_keyframe_pixels:
             made["pixels"] = image
@@ -314,7 +314,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if num_frames < 1:
             raise UserError(f"num_frames is {num_frames}; use a number >= 1")
         Windows(num_frames, self.config["num_frames"], window_overlap)
-        continuation.check_continues(num_segments, num_frames, self.keyframe_position)
+        check_continuation(num_segments, num_frames, self.keyframe_position)
         fps = self.config["fps"] if fps is None else fps
         if not 0 < fps < float("inf"):
             raise UserError(f"fps is {fps}; use a number > 0")
@@ -402,10 +402,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
             if len(generator) != videos:
                 raise UserError(f"{len(generator)} generators for {videos} videos; give one each, or one for all")
         windows = Windows(num_frames, self.config["num_frames"], window_overlap)
-        if len(windows.places) > 1:
+        if len(windows.slices) > 1:
             self._say_once(str(windows))
         if num_segments > 1:
-            self._say_once(continuation.describe(num_segments, num_frames))
+            self._say_once(continuation_notice(num_segments, num_frames))
 
         current = [make_keyframe(as_pil(img), height, width, {}).image for img in images]
         keyframes = [img for img in current for _ in range(num_videos_per_prompt)]
@@ -438,7 +438,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             if clip < num_segments - 1:
                 last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
                 current = self.video_processor.postprocess(last[:, 0].float(), "pil")
-        frames = continuation.join(clips)
+        frames = join_segments(clips)
         if output_type != "latent":
             frames = self.video_processor.postprocess_video(rearrange(frames, "b f c h w -> b c f h w"), output_type)
         self.maybe_free_model_hooks()

@@ -18,13 +18,15 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from microcinema.data.clip_reader import cover, resize
-from microcinema.pipelines.base_model import load_index, locate, refuse_pickles
+from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image comes to the video's size: scaled to cover it and cropped at the centre, as training clips are; scaled in each
 direction by itself; or not at all, so that an image of another size is an error."""
+PixelImage = Image.Image | np.ndarray
+"""A PIL image or a uint8 array (h, w, 3)."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class KeyframePipeline:
         Raises:
             UserError: it cannot be opened, or does not make images from text.
         """
-        path = locate(name)
+        path = resolve_model_path(name)
         index = load_index(path, revision)
         for part in index:
             refuse_pickles(Path(path, part))  # of a repository, only safetensors are fetched
@@ -304,6 +306,26 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
         raise UserError(f"cannot open image '{path}' ({reason}); give a PNG or JPEG file") from None
+
+
+def as_pil(image: PixelImage) -> Image.Image:
+    """The key frame as a PIL image.
+
+    Raises:
+        UserError: an array of another dtype or shape, or no image at all.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"a key frame is {kind}; give a PIL image or a uint8 array (height, width, 3)")
+    return Image.fromarray(image)
+
+
+def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images of one size as pixels `b 3 H W` in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")
 
 
 def _check_makes_images(path: str, name: str | None) -> None:

@@ -1,8 +1,16 @@
-"""Repositories of the hub as folders of its cache: what is not there is fetched, unless the hub is offline."""
+"""Opening saved models: names become folders, hub repositories are downloaded, and components are checked as they are read.
+
+A name is an embedded model, a folder in the diffusers layout, or a hub repository (`owner/name`).
+"""
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -11,48 +19,254 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from microcinema.models.unet2d import check_keys, load_checked
 from microcinema.utils.errors import UserError, first_line
 
+ASSETS = Path(__file__).parents[1] / "assets"
+INDEX = "model_index.json"
+# Older files hold position_ids, which is a constant and no longer a weight.
+_CONSTANTS = ("position_ids",)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-def fetch(
+
+def resolve_model_path(name: str | os.PathLike[str]) -> str:
+    """The folder of a local or embedded model; the name of a hub repository is returned unchanged.
+
+    Raises:
+        UserError: the name is none of the three.
+    """
+    text = os.fspath(name)
+    if Path(text).is_dir():
+        return text
+    if is_embedded(text):
+        return str(ASSETS / text)
+    if text.endswith((".safetensors", *_PICKLES)):
+        raise UserError(
+            f"model '{text}' is a single file; convert it once with "
+            f"StableDiffusionPipeline.from_single_file('{text}').save_pretrained(folder), and give that folder"
+        )
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return text
+    embedded = ", ".join(sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}")))
+    raise UserError(
+        f"model '{text}' is neither a folder nor an embedded model ({embedded or 'none'}) nor an owner/name of the hub"
+    )
+
+
+def is_embedded(name: str | os.PathLike[str]) -> bool:
+    """Whether the name is that of an embedded model, and no local folder hides it."""
+    return not Path(name).is_dir() and (ASSETS / name).is_dir() and Path(name).name == os.fspath(name)
+
+
+def resolve_snapshot(
+    name: str | os.PathLike[str],
+    components: Iterable[str] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """The folder of a local or embedded model, or the cached folder of a hub repository with these components' weights.
+
+    Raises:
+        UserError: there is no such model, or a revision is given for a folder.
+    """
+    source = resolve_model_path(name)
+    if not Path(source).is_dir():
+        return download_snapshot(source, components, revision, variant)
+    if revision is not None:
+        raise UserError(f"'{name}' is a local folder and has no revision '{revision}'; set revision=null")
+    return source
+
+
+def download_snapshot(
     repository: str, components: Iterable[str] = (), revision: str | None = None, variant: str | None = None
 ) -> str:
-    """The cached folder of a repository, with at least all of its settings and vocabularies.
+    """The cached folder of a hub repository; files that the cache lacks are downloaded, unless the hub is offline.
 
     Args:
         repository: `owner/name`.
-        components: folders to have with their weights: safetensors of this variant, and nothing else; "." is the repository's own.
-        revision, variant: a branch, tag or commit; which weight files, such as `fp16`.
+        components: subfolders whose weights are needed, as safetensors of this variant; "." is the repository's root. Configs and
+            vocabularies are always included.
+        revision: a branch, tag or commit.
+        variant: of the weight files, such as `fp16`.
 
     Raises:
-        UserError: it is neither in the cache nor to be had; how to fetch it is said.
+        UserError: it is neither cached nor available; the message says how to download it.
     """
     weights = f"*model.{variant}" if variant else "*model"
-    files = ["*.json", "*.txt", "*spiece.model"]
+    patterns = ["*.json", "*.txt", "*spiece.model"]
     for name in components:
         folder = "" if name == "." else f"{name}/"
-        files += [f"{folder}{weights}.safetensors", f"{folder}{weights}-*.safetensors"]
+        patterns += [f"{folder}{weights}.safetensors", f"{folder}{weights}-*.safetensors"]
     try:
-        return snapshot_download(repository, revision=revision, allow_patterns=files)
-    except Exception as error:  # of several libraries: no connection, no such repository, no room
-        what = f"'{repository}'" + (f" (revision {revision})" if revision else "")
+        return snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # from several libraries: no connection, no such repository, disk full
+        title = f"'{repository}'" + (f" (revision {revision})" if revision else "")
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
         command += "".join(f' --include "{pattern}"' for pattern in ("*.json", "*.txt", f"{weights}.safetensors"))
-        raise UserError(_explain(what, command, error)) from error
+        raise UserError(_download_error(title, command, error)) from error
 
 
-def _explain(what: str, command: str, error: Exception) -> str:
+def _download_error(title: str, command: str, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no {what}; name a branch, tag or commit of that repository"
+        return f"the hub has no {title}; name a branch, tag or commit of that repository"
     if isinstance(error, GatedRepoError):
-        return f"{what} is gated; accept its terms on its page at the hub, then `hf auth login`"
+        return f"{title} is gated; accept its terms on its page at the hub, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        return f"there is no folder {what}, nor a public repository of the hub; check the name, or `hf auth login`"
+        return f"{title} is neither a folder nor a public repository of the hub; check the name, or run `hf auth login`"
     if isinstance(error, LocalEntryNotFoundError):
-        why = "the hub is offline (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        there = os.path.expanduser(constants.HF_HUB_CACHE)
+        reason = "the hub is offline (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        cache = os.path.expanduser(constants.HF_HUB_CACHE)
         return (
-            f"{what} is no folder, nor whole in the hub's cache '{there}', and {why}; where it can be, run: {command}"
+            f"{title} is not a folder and not complete in the hub's cache '{cache}', and {reason}; with a connection, run: "
+            f"{command}"
         )
-    return f"cannot fetch {what} from the hub ({first_line(error)}); try again, or run: {command}"
+    return f"cannot download {title} from the hub ({first_line(error)}); try again, or run: {command}"
+
+
+def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
+    """Contents of a saved pipeline's `model_index.json`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder = resolve_snapshot(source, revision=revision)
+    try:
+        return dict(DiffusionPipeline.load_config(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a saved diffusers pipeline"
+        ) from None
+
+
+def component_class(index: Mapping[str, Any], name: str) -> str | None:
+    """Class name of a component by `model_index.json`; None if the pipeline has no such component."""
+    return (index.get(name) or (None, None))[1]
+
+
+def load_scheduler_config(folder: str) -> dict[str, Any]:
+    """Config of a saved pipeline's scheduler.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the scheduler of '{folder}' ({first_line(error)})") from None
+
+
+def load_components(
+    folder: str,
+    classes: Mapping[str, Any],
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+) -> dict[str, Any]:
+    """Components of a saved pipeline, each as by `load_component`.
+
+    Args:
+        classes: the expected class of each component, by name.
+
+    Raises:
+        UserError: a component is missing, of another class, or its weights do not match the network.
+    """
+    index = load_index(folder)
+    components = {}
+    for name, cls in classes.items():
+        actual = component_class(index, name)
+        if actual is None:
+            raise UserError(f"'{folder}' has no {name}; a model of this kind needs {', '.join(classes)}")
+        if actual.removesuffix("Fast") != cls.__name__.removesuffix("Fast"):
+            raise UserError(f"'{folder}' has a {actual} as {name}, which is not supported; it must be a {cls.__name__}")
+        components[name] = load_component(Path(folder, name), cls, variant, dtype, weights)
+    return components
+
+
+def load_component(
+    path: Path,
+    cls: Any,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    ignore_prefixes: tuple[str, ...] = (),
+) -> Any:
+    """A tokenizer, or a frozen network in evaluation mode.
+
+    Args:
+        path: the component's folder.
+        cls: a network class of diffusers or transformers, or a tokenizer class.
+        variant: of the weight files, such as `fp16`.
+        dtype: of the weights in memory, whatever they are stored in.
+        weights: False: newly initialized from the config, in torch's default dtype.
+        ignore_prefixes: stored weights whose names begin so are skipped.
+
+    Raises:
+        UserError: it cannot be opened, or its weights do not match the network exactly.
+    """
+    try:
+        if issubclass(cls, PreTrainedTokenizerBase):
+            return cls.from_pretrained(path)
+        if not weights:
+            config = cls.config_class.from_pretrained(path) if issubclass(cls, PreTrainedModel) else None
+            network = cls.from_config(cls.load_config(path)) if config is None else cls(config)
+            return network.eval().requires_grad_(False)
+        check_weight_files(path, variant, needed=not cls.__module__.startswith("microcinema."))
+        if issubclass(cls, PreTrainedModel):
+            network, info = cls.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
+            skipped = [
+                key for key in info["unexpected_keys"] if key.endswith(_CONSTANTS) or key.startswith(ignore_prefixes)
+            ]
+            check_keys(info["missing_keys"], set(info["unexpected_keys"]) - set(skipped), f"'{path}'")
+        else:
+            network = load_checked(cls.from_pretrained, path, variant=variant, use_safetensors=True)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own for files that are missing, damaged or of another shape
+        raise UserError(
+            f"cannot load the {path.name} of '{path.parent}' ({first_line(error)}); give a complete model of safetensors"
+        ) from error
+    return freeze(network, dtype)
+
+
+def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The network in evaluation mode, without gradients, with its weights in this dtype."""
+    # Not by an argument of from_pretrained, whose name differs between releases of these libraries, and not by diffusers' own
+    # `to`, which warns about layers that must stay float32 even where there are none.
+    return torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
+
+
+def refuse_pickles(path: Path) -> None:
+    """Refuses a component's folder whose weights are pickles only, and says how to convert them.
+
+    Raises:
+        UserError: it has pickled weights and no safetensors.
+    """
+    pickles = sorted(file.name for file in path.glob("*") if file.suffix in _PICKLES)
+    if pickles and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"'{path}' has its weights as a pickle ({pickles[0]}), which can run code when it is loaded, and not as safetensors; "
+            'if you trust it, convert it: python -c "from diffusers import DiffusionPipeline as P; '
+            f"P.from_pretrained('{path.parent}').save_pretrained('{path.parent}-safetensors')\""
+        )
+
+
+def check_weight_files(path: Path, variant: str | None, needed: bool = True) -> None:
+    """Checks, without reading them, the weight files in a component's folder.
+
+    Args:
+        needed: False: a network without weights may have no file.
+
+    Raises:
+        UserError: there are no weights, only pickles, or none of this variant.
+    """
+    refuse_pickles(path)
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names and needed:
+        raise UserError(f"'{path}' has no weights (.safetensors); complete the model's folder")
+    # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    variants = {match[1] for name in names if (match := re.match(r"[^.]*\.(?:([^.]*?)(?:-\d+-of-\d+)?\.)?", name))}
+    if names and variant not in variants:
+        available = " and ".join(sorted(f"variant={name or 'null'}" for name in variants))
+        raise UserError(f"'{path}' has no weights of variant={variant or 'null'}; it has {available}")

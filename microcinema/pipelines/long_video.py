@@ -1,29 +1,33 @@
-"""Videos longer than a model was trained on: one long latent, denoised in windows of the trained length."""
+"""Videos longer than a model was trained on: in windows over one long latent, or as segments that continue one another.
+
+Shapes: b videos, f frames; further dimensions are arbitrary.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over the frames of a video, evenly placed; where they overlap, predictions are averaged.
+    """Evenly spaced windows over the frames of a video; where they overlap, predictions are averaged.
 
-    All windows read the same latents and the result is one prediction for the whole video, so that neighbours agree from the
+    All windows read the same latents, and their predictions become one for the whole video, so that neighbors agree from the
     first step on (temporal co-denoising, arXiv 2305.18264).
 
     Args:
         frames: of the video.
-        length: of a window: the frames that the model was trained with. A video that is not longer is one window.
-        overlap: frames that neighbours share, or a few more, since the last window ends where the video does; None: half of
-            `length`.
+        length: of a window: the number of frames that the model was trained with. A video no longer than this is one window.
+        overlap: least number of frames that neighbors share; None: half of `length`.
 
     Raises:
-        UserError: an overlap below zero, or of a whole window.
+        UserError: the overlap is negative, or not smaller than a window.
     """
 
     frames: int
@@ -39,33 +43,65 @@ class Windows:
             )
 
     @property
-    def places(self) -> list[slice]:
+    def slices(self) -> list[slice]:
         """The frames of each window."""
         assert self.overlap is not None
-        left = max(0, self.frames - self.length)  # how far the last window is from the first
-        moves = math.ceil(left / (self.length - self.overlap))
-        starts = [move * left // moves for move in range(moves + 1)] if moves else [0]
+        span = max(0, self.frames - self.length)  # from the first window's start to the last one's
+        steps = math.ceil(span / (self.length - self.overlap))
+        starts = [step * span // steps for step in range(steps + 1)] if steps else [0]
         return [slice(start, start + min(self.length, self.frames)) for start in starts]
 
-    def average(self, predict: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor) -> torch.Tensor:
-        """Predictions of all windows as one: at every frame the mean of those of the windows that it lies in.
+    def average(self, predict: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """The prediction for a whole video: at every frame, the mean over the windows that contain it.
 
         Args:
-            predict: maps frames (b, length, ...) to as many.
-            z: (b, f, ...).
+            predict: maps the frames of a window, `b length ...`, to a prediction of the same shape.
+            z: `b f ...`.
         """
-        places = self.places
-        if len(places) == 1:
+        slices = self.slices
+        if len(slices) == 1:
             return predict(z)
         total, count = torch.zeros_like(z), torch.zeros(self.frames, device=z.device)
-        for place in places:
-            total[:, place] += predict(z[:, place])
-            count[place] += 1
+        for window in slices:
+            total[:, window] += predict(z[:, window])
+            count[window] += 1
         return total / count.view(-1, *[1] * (z.ndim - 2))
 
     def __str__(self) -> str:
         return (
-            f"{self.frames} frames, more than the {self.length} that the model was trained with, are made in "
-            f"{len(self.places)} windows of {self.length} that overlap by {self.overlap} or more and are averaged there; "
-            "every window is held to the same key frame"
+            f"{self.frames} frames are more than the {self.length} that the model was trained with; they are sampled in "
+            f"{len(self.slices)} windows of {self.length} frames, which overlap by {self.overlap} or more and share the key frame"
         )
+
+
+def check_continuation(num_segments: int, num_frames: int, keyframe_position: str | int) -> None:
+    """Refuses numbers of segments and frames with which no segment can continue another.
+
+    Raises:
+        UserError: no segment, segments of one frame, or a model whose key frame is not the first frame of a clip.
+    """
+    if num_segments < 1:
+        raise UserError(f"num_segments is {num_segments}; use a number >= 1")
+    if num_segments == 1:
+        return
+    if num_frames < 2:
+        raise UserError(f"num_frames is {num_frames}; with several segments each needs at least 2")
+    if keyframe_index(keyframe_position, num_frames) != 0:
+        raise UserError(
+            f"num_segments is {num_segments}, but a segment starts from the last frame of the one before, and this model's key frame "
+            f"is not the first frame (keyframe_position={keyframe_position}); use num_segments=1, or another model"
+        )
+
+
+def join_segments(segments: Sequence[Tensor]) -> Tensor:
+    """The video `b n(f-1)+1 ...` of n segments `b f ...`, of which each starts with the last frame of the one before."""
+    return torch.cat([segments[0], *(segment[:, 1:] for segment in segments[1:])], dim=1)
+
+
+def continuation_notice(num_segments: int, num_frames: int) -> str:
+    """What the user of several segments should know."""
+    return (
+        f"{num_segments} segments of {num_frames} frames are sampled one after another, each from the last frame of the one before "
+        f"({num_segments * (num_frames - 1) + 1} frames in all); a segment sees nothing of the earlier ones but that frame, so "
+        "errors accumulate"
+    )

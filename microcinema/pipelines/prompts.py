@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.utils.errors import UserError
@@ -115,3 +116,21 @@ def _images(image: str | None, count: int) -> Sequence[Path | None]:
     if source.files and len(source.files) != count:
         raise UserError(f"folder '{image}' holds {len(source.files)} images for {count} prompts; give one each")
     return source.files or [Path(image)] * count
+
+
+def broadcast_to_prompts(name: str, value: Any, count: int) -> list[Any]:
+    """One value for every prompt.
+
+    Args:
+        name: of the values, in the plural, for the message.
+        value: one for all prompts, or a sequence with one for each; a string is one value.
+        count: number of prompts.
+
+    Raises:
+        UserError: the sequence has another length.
+    """
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if is_sequence else [value] * count
+    if len(values) != count:
+        raise UserError(f"{len(values)} {name} for {count} prompts; give one for each, or one for all")
+    return values

@@ -15,20 +15,20 @@ from microcinema.diffusion.schedule import make_sampler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.unet2d import check_keys
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base_model import (
-    BASE_COMPONENTS,
+from microcinema.pipelines.base_model import BASE_COMPONENTS
+from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.loading import (
     INDEX,
     freeze,
     is_embedded,
     load_components,
     load_index,
     load_scheduler_config,
-    locate,
+    resolve_model_path,
     resolve_snapshot,
 )
-from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 
@@ -93,7 +93,7 @@ def _write(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> Non
 
 def _unet_weights(embedded: str) -> dict[str, torch.Tensor]:
     """The UNet's weights of an embedded model."""
-    file = Path(locate(embedded), "unet", _WEIGHTS)
+    file = Path(resolve_model_path(embedded), "unet", _WEIGHTS)
     if not file.is_file():
         raise UserError(f"'{file}', which the video model borrows, is not there; complete the model's folder")
     return load_file(file)

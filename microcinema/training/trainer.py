@@ -26,8 +26,9 @@ from microcinema.data.source import ClipSource
 from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
-from microcinema.pipelines.base_model import INDEX, is_embedded, load_base
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
 from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import BatchEncoder

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from microcinema.pipelines.base_model import INDEX, load_index, resolve_snapshot
+from microcinema.pipelines.loading import INDEX, load_index, resolve_snapshot
 from microcinema.pipelines.saving import borrowed_weights
 from microcinema.utils.errors import UserError
 

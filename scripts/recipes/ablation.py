@@ -35,7 +35,7 @@ from yaml import YAMLError
 
 from microcinema.config.compose import compose, config_folder
 from microcinema.evaluation.generate import IDENTITY_FILE, claim
-from microcinema.pipelines.base_model import INDEX
+from microcinema.pipelines.loading import INDEX
 from microcinema.sprites.evaluate import RESULTS_FILE
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder

@@ -22,7 +22,8 @@ from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.models.appearance import AppearanceNet
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import loading
-from microcinema.pipelines.base_model import load_base, load_index
+from microcinema.pipelines.base_model import load_base
+from microcinema.pipelines.loading import load_index
 from microcinema.utils.errors import UserError
 
 SD15, SD21 = (compose("train", [f"base={name}"]).base.pretrained_model_name_or_path for name in ("sd15", "sd21"))
@@ -120,14 +121,14 @@ def test_what_is_fetched_of_a_repository_is_safetensors_of_one_variant(monkeypat
         return "folder"
 
     monkeypatch.setattr(loading, "snapshot_download", download)
-    assert loading.fetch(SD15, revision="settings") == "folder"
+    assert loading.download_snapshot(SD15, revision="settings") == "folder"
     settings = sorted(name for name in repository if name.endswith((".json", ".txt")))
     assert asked["settings"] == settings
     parts = ("unet", "text_encoder", "tokenizer")
-    loading.fetch(SD15, parts, "plain")
+    loading.download_snapshot(SD15, parts, "plain")
     plain = ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
     assert asked["plain"] == sorted([*settings, *plain])
-    loading.fetch(SD15, parts, "half", "fp16")
+    loading.download_snapshot(SD15, parts, "half", "fp16")
     half = ["text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
     assert asked["half"] == sorted([*settings, *half])
 
@@ -135,7 +136,7 @@ def test_what_is_fetched_of_a_repository_is_safetensors_of_one_variant(monkeypat
 @pytest.mark.parametrize(
     "kind, said",
     [
-        (errors.RepositoryNotFoundError, "nor a public repository of the hub"),
+        (errors.RepositoryNotFoundError, "neither a folder nor a public repository of the hub"),
         (errors.GatedRepoError, "is gated"),
         (errors.RevisionNotFoundError, "name a branch, tag or commit"),
         (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
@@ -155,16 +156,16 @@ def test_why_nothing_could_be_fetched_is_told_in_one_line(monkeypatch, kind, sai
 
 
 def test_a_name_that_is_neither_a_folder_nor_a_repository_is_told_so(cache):
-    with pytest.raises(UserError, match="no folder 'models/stable diffusion'"):
+    with pytest.raises(UserError, match="'models/stable diffusion' is neither a folder nor"):
         load_base("models/stable diffusion")
-    with pytest.raises(UserError, match="'models/sd15' is no folder, nor whole in the hub's cache"):
+    with pytest.raises(UserError, match="'models/sd15' is not a folder and not complete in the hub's cache"):
         load_base("models/sd15")
 
 
 def test_a_cached_repository_without_its_weights_is_named(folders, cache, tmp_path):
     part = shutil.copytree(folders["sd15"], tmp_path / "part", ignore=shutil.ignore_patterns("*.safetensors"))
     tiny.into_hub_cache(part, cache, SD15)
-    with pytest.raises(UserError, match="stable-diffusion-v1-5.*vae' holds no weights"):
+    with pytest.raises(UserError, match="stable-diffusion-v1-5.*vae' has no weights"):
         load_base(SD15)
     assert load_index(SD15)["_class_name"] == "StableDiffusionPipeline"
 
@@ -238,7 +239,7 @@ def as_flow_matching(folder):
         (transformer("StableDiffusion3Pipeline", "SD3Transformer2DModel"), "SD3Transformer2DModel.*key frames alone"),
         (transformer("FluxPipeline", "FluxTransformer2DModel"), "FluxPipeline.*use a Stable Diffusion 1.x or 2.x"),
         (as_sdxl, "StableDiffusionXLPipeline.*addition_embed_type='text_time'.*Stable Diffusion 1.x or 2.x"),
-        (as_inpainting, "StableDiffusionInpaintPipeline.*reads 9 channels for the 4"),
+        (as_inpainting, "StableDiffusionInpaintPipeline.*9 input and 4 output channels"),
         (unet_config(time_cond_proj_dim=256), "time_cond_proj_dim=256"),
         (unet_config(class_embed_type="projection"), "class_embed_type='projection'"),
         (as_pickles, "pickle.*safetensors.*from_pretrained.*save_pretrained"),

@@ -16,7 +16,7 @@ from microcinema.data.clips import ClipDataset
 from microcinema.data.flow_clips import FlowClips
 from microcinema.diffusion.rng import generator
 from microcinema.models.predict_net import PredictNet
-from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder, read_motion
+from microcinema.pipelines.encoders import encode_motion_tokens, load_image_encoder, load_motion_encoder
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites.dataset import write_dataset
 from microcinema.training import cached_latents_check
@@ -120,11 +120,11 @@ def test_a_saved_model_gives_the_same_bits(tmp_path, model, image, with_base):
 
 def test_motion_captions_are_padded_with_zeros_and_cut(folder):
     parts = load_motion_encoder(str(folder / "t5"))
-    tokens = read_motion(
+    tokens = encode_motion_tokens(
         parts["motion_encoder"], parts["motion_tokenizer"], ["left", "", "a large red star on sand"], 4
     )
     assert tokens.any(-1).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
-    alone = read_motion(parts["motion_encoder"], parts["motion_tokenizer"], ["left"], 8)
+    alone = encode_motion_tokens(parts["motion_encoder"], parts["motion_tokenizer"], ["left"], 8)
     torch.testing.assert_close(alone[:, :2], tokens[:1, :2])
 
 

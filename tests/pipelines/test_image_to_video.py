@@ -14,8 +14,9 @@ from fixtures import tiny, tiny_sampling
 from fixtures.tiny_sampling import PROMPTS, sample
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines.base_model import load_base, locate
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import resolve_model_path
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.utils.errors import UserError
 
@@ -123,16 +124,16 @@ def drop_weight_of_text(path):
 
 def test_components_of_two_models_do_not_mix(base, tmp_path):
     tiny.base_folder(tmp_path / "other", cross_attention_dim=24)
-    with pytest.raises(UserError, match="is 32 wide"):
+    with pytest.raises(UserError, match="text encoder's width is 32, but its UNet has cross_attention_dim=24"):
         load_base(tmp_path / "other")
 
 
 def test_locate():
-    assert locate("owner/name") == "owner/name"
+    assert resolve_model_path("owner/name") == "owner/name"
     with pytest.raises(UserError, match="nowhere"):
-        locate("nowhere")
+        resolve_model_path("nowhere")
     with pytest.raises(UserError, match="/no/such"):
-        locate("/no/such")
+        resolve_model_path("/no/such")
 
 
 # ---------------------------------------------------------------- image to video

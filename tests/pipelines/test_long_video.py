@@ -45,7 +45,7 @@ def latents(pipeline, image, prompt=PROMPTS[0], seeds=(0,), **arguments):
 def test_windows_cover_every_frame_with_the_overlap_that_is_asked_for_and_not_one_too_many():
     for frames, length in itertools.product(range(1, 30), range(1, 9)):
         for overlap in range(length):
-            places = Windows(frames, length, overlap).places
+            places = Windows(frames, length, overlap).slices
             assert (places[0].start, places[-1].stop) == (0, frames)
             assert {place.stop - place.start for place in places} == {min(length, frames)}
             shared = [a.stop - b.start for a, b in itertools.pairwise(places)]
@@ -54,8 +54,8 @@ def test_windows_cover_every_frame_with_the_overlap_that_is_asked_for_and_not_on
 
 
 def test_windows_overlap_by_half_unless_told_otherwise():
-    assert Windows(28, 8).places == Windows(28, 8, 4).places
-    assert Windows(3, 1).places == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert Windows(28, 8).slices == Windows(28, 8, 4).slices
+    assert Windows(3, 1).slices == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 @pytest.mark.parametrize(("frames", "overlap"), [(3, 0), (4, 0), (5, 1), (11, 2), (11, 3), (9, 0)])
@@ -68,7 +68,7 @@ def test_averaging_is_linear_and_its_weights_sum_to_one_at_every_frame(frames, o
     number = itertools.count()
     found = windows.average(lambda part: torch.full_like(part, next(number)), z)
     for frame in range(frames):
-        inside = [i for i, place in enumerate(windows.places) if place.start <= frame < place.stop]
+        inside = [i for i, place in enumerate(windows.slices) if place.start <= frame < place.stop]
         torch.testing.assert_close(found[:, frame], torch.full_like(z[:, frame], np.mean(inside)))
 
 
@@ -76,7 +76,7 @@ def test_an_oracle_of_each_window_gives_the_whole_video(pipeline, image):
     frames = 11
     z0 = torch.randn(1, frames, tiny.LATENT_CHANNELS, 8, 8, generator=generator(3))
     for name, overlap in [("DDIMScheduler", None), ("DPMSolverMultistepScheduler", 0), ("EulerDiscreteScheduler", 3)]:
-        places = itertools.cycle(Windows(frames, TRAINED, overlap).places)
+        places = itertools.cycle(Windows(frames, TRAINED, overlap).slices)
         known = tiny.video_pipeline(pipeline.config["base"])
         training = known.training_scheduler
         known.register_modules(
@@ -93,7 +93,7 @@ def test_the_network_never_sees_more_frames_than_it_was_trained_with(base, image
     pipeline.unet.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape[:2])))
     z = latents(pipeline, image, num_frames=11, guidance_scale=2.0)
     assert z.shape[1] == 11
-    windows = len(Windows(11, TRAINED).places)
+    windows = len(Windows(11, TRAINED).slices)
     assert seen == [(2, TRAINED)] * 2 * windows
     assert latents(pipeline, image, num_frames=23).shape[1] == 23  # far beyond the network's 8 positions
 
@@ -169,15 +169,15 @@ def test_what_is_done_beyond_the_trained_length_is_said_once(base, image, caplog
         for _ in range(2):
             latents(pipeline, image, num_frames=11, window_overlap=1)
         assert [record.getMessage() for record in caplog.records] == [
-            "11 frames, more than the 4 that the model was trained with, are made in 4 windows of 4 that overlap by 1 or more and "
-            "are averaged there; every window is held to the same key frame"
+            "11 frames are more than the 4 that the model was trained with; they are sampled in 4 windows of 4 frames, which overlap "
+            "by 1 or more and share the key frame"
         ]
         caplog.clear()
         for _ in range(2):
             latents(pipeline, image, num_segments=2)
         (record,) = caplog.records
-        assert record.getMessage().startswith("2 clips of 4 frames are made one after the other")
-        assert "as 7 frames" in record.getMessage()
+        assert record.getMessage().startswith("2 segments of 4 frames are sampled one after another")
+        assert "(7 frames in all)" in record.getMessage()
 
 
 @pytest.mark.parametrize(

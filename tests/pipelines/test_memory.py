@@ -191,7 +191,8 @@ def test_half_precision_takes_half_the_memory(base):
 @torch.no_grad()
 def test_tiles_of_a_trained_vae_give_nearly_the_same_frames():
     # The worst case: tiles of 64 pixels, where Stable Diffusion's have 512. What looks at a whole frame sees a quarter of it.
-    from microcinema.pipelines.base_model import ASSETS, BASE_COMPONENTS, load_components
+    from microcinema.pipelines.base_model import BASE_COMPONENTS
+    from microcinema.pipelines.loading import ASSETS, load_components
     from microcinema.sprites import scene
 
     vae = load_components(str(ASSETS / "sprites-base"), {"vae": BASE_COMPONENTS["vae"]})["vae"]

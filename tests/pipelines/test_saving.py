@@ -10,7 +10,7 @@ from PIL import Image
 from fixtures import tiny
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines import ImageToVideoPipeline, load_keyframe_pipeline, load_pipeline, save_pipeline
-from microcinema.pipelines.base_model import ASSETS
+from microcinema.pipelines.loading import ASSETS
 from microcinema.utils.errors import UserError
 
 BASE, VIDEO = "owner/base", "owner/video"
@@ -75,7 +75,7 @@ def test_a_shared_pipeline_opens_from_the_hub(cache, tmp_path):
         tiny.into_hub_cache(tmp_path / name, cache, name)
         assert np.array_equal(frames(load_pipeline(name)), frames(pipeline))
     with pytest.raises(
-        UserError, match="'owner/none' is no folder, nor whole in the hub's cache.*hf download owner/none"
+        UserError, match="'owner/none' is not a folder and not complete in the hub's cache.*hf download owner/none"
     ):
         load_pipeline("owner/none")
 
@@ -85,7 +85,7 @@ def test_a_base_whose_parts_do_not_fit_is_refused(cache, tmp_path, monkeypatch):
     save_pipeline(pipeline, tmp_path / "light", with_base=False)
     monkeypatch.setattr(tiny, "WIDTH", 2 * tiny.WIDTH)
     tiny.base_folder(tmp_path / "wide")
-    with pytest.raises(UserError, match="the text encoder is 64 wide, its UNet reads 32"):
+    with pytest.raises(UserError, match="the text encoder's width is 64, but its UNet has cross_attention_dim=32"):
         load_pipeline(tmp_path / "light")
 
 

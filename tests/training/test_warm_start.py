@@ -42,7 +42,7 @@ def test_a_folder_without_a_video_model_is_refused(tmp_path):
 
 
 def test_a_light_folder_leaves_out_the_weights_that_stayed_an_embedded_models(tmp_path, monkeypatch):
-    monkeypatch.setattr("microcinema.pipelines.base_model.ASSETS", tmp_path)
+    monkeypatch.setattr("microcinema.pipelines.loading.ASSETS", tmp_path)
     saved = tiny.video_pipeline(tmp_path / "base", fusion=None, stirred=False)
     saved.register_to_config(unet_source="base")
     changed = "conv_in.weight"
