@@ -116,9 +116,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         self.appearance_net = None if appearance is None else AppearanceNet(**appearance)
         self.image_adapter = None if adapter is None else TextImageAdapter(**adapter)
         self.pixel_pyramid = None if pixels is None else PixelPyramid(**pixels)
-        self.motion_to_key_value = None
+        self.motion_to_kv = None
         if motion is not None:
-            self.motion_to_key_value = nn.ModuleList(
+            self.motion_to_kv = nn.ModuleList(
                 nn.Linear(motion["width"], 2 * width, bias=False) for width in motion["widths"]
             )
 
@@ -261,10 +261,10 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
 
             made = {name: _map(value, keep) for name, value in made.items()}
             image_text = _map(image_text, keep)
-        if self.motion_to_key_value is not None:
+        if self.motion_to_kv is not None:
             if motion_tokens is None:
                 raise UserError("motion attention reads motion tokens and got none; give those of the motion caption")
             mask = motion_tokens.any(-1)
-            halves = [to(motion_tokens).chunk(2, dim=-1) for to in self.motion_to_key_value]
+            halves = [to(motion_tokens).chunk(2, dim=-1) for to in self.motion_to_kv]
             made["motion"] = tuple(KeyValue(key, value, mask) for key, value in halves)
         return Conditions(text=text if image_text is None else torch.cat([text, image_text], 1), fps=fps, **made)

@@ -84,7 +84,7 @@ def test_two_captions_and_the_key_frame_all_matter_and_one_caption_stands_for_bo
 def test_what_depends_on_the_clip_alone_runs_once(folder, image):
     pipeline = tiny.video_pipeline(folder, fusion=None, factorized=True)
     encoder = pipeline.condition_encoder
-    parts = (pipeline.image_encoder, encoder.image_adapter, encoder.pixel_pyramid, encoder.motion_to_key_value[0])
+    parts = (pipeline.image_encoder, encoder.image_adapter, encoder.pixel_pyramid, encoder.motion_to_kv[0])
     made = [calls(part) for part in parts]
     of_motion = calls(pipeline.motion_encoder)
     sample(pipeline, image=image, num_inference_steps=5, guidance_scale=3.0, image_guidance_scale=1.5)

@@ -28,7 +28,7 @@ def test_what_has_the_same_name_and_shape_starts_from_the_saved_model(tmp_path):
     assert {name.split(".")[-1] for name in new["unet"] if "motion" not in name} == {"positions"}
     assert all("motion" in name for name in new["condition_encoder"])
     said = describe(new, "saved")
-    assert "anew: temporal_transformers" in said and "motion_to_key_value" in said
+    assert "anew: temporal_transformers" in said and "motion_to_kv" in said
 
 
 def test_a_folder_without_a_video_model_is_refused(tmp_path):
