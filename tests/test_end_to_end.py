@@ -15,7 +15,7 @@ from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.data.video_reader import probe
 from microcinema.pipelines import load_pipeline
-from microcinema.utils.provenance import hash_weights
+from microcinema.utils.hashing import hash_weights
 
 PROMPT = "a red star moving to the left on sand"
 STEPS = "num_inference_steps=2"

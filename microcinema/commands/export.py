@@ -27,7 +27,7 @@ from microcinema.training.resume import Progress, find_checkpoints, is_checkpoin
 from microcinema.training.trainer import CONFIG
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
-from microcinema.utils.hashing import sha256_of
+from microcinema.utils.hashing import hash_file
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import open_template
 
@@ -155,7 +155,7 @@ def write_card(
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module)
         },
-        hashes={file.relative_to(files).as_posix(): sha256_of(file) for file in weights},
+        hashes={file.relative_to(files).as_posix(): hash_file(file) for file in weights},
         dtype=str(pipeline.unet.dtype).removeprefix("torch."),
         config=settings,
         config_yaml=yaml.safe_dump(settings, sort_keys=False).strip(),

@@ -1,7 +1,5 @@
 """The command `prepare check`: looks at every clip of a data set, or at some, and says in a manifest and on a page what is wrong with them."""
 
-import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -27,6 +25,7 @@ from microcinema.data.manifest import SCHEMA
 from microcinema.data.quality_report import counts, write_report
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.fingerprint import matches, write_or_verify
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -94,16 +93,13 @@ def _part(folder: Path, number: int) -> Path:
 
 def _resumable(folder: Path, dataset: Any, numbers: np.ndarray, timeout: float) -> Path:
     """The folder of finished parts, emptied if they are of other clips."""
-    of = json.dumps(
-        [len(dataset), dataset.id(0), dataset.id(len(dataset) - 1), len(numbers), quality.SIZE, quality.FPS, timeout]
-    )
-    name = hashlib.sha256(of.encode()).hexdigest()
-    key = folder / "key"
-    if not key.is_file() or key.read_text() != name:
+    fingerprint = {
+        "clips": [len(dataset), dataset.id(0), dataset.id(len(dataset) - 1), len(numbers)],
+        "decoding": {"size": quality.SIZE, "fps": quality.FPS, "timeout": timeout},
+    }
+    if not matches(folder, fingerprint):
         shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder)
-        with atomic_path(key) as temporary:
-            temporary.write_text(name)
+    write_or_verify(folder, fingerprint)
     return folder
 
 

@@ -18,14 +18,16 @@ from microcinema.data.video_writer import write_contact_sheet, write_gif, write_
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline, ResizeMode, hash_pixels, open_image
+from microcinema.pipelines.keyframe import KeyframePipeline, ResizeMode, open_image
 from microcinema.pipelines.long_video import Windows
 from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.prompts import Request, read_requests
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
-from microcinema.utils.provenance import describe_code, hash_networks, read_record, write_record
+from microcinema.utils.files import atomic_path, make_folder, write_json
+from microcinema.utils.fingerprint import read_record
+from microcinema.utils.hashing import hash_array, hash_networks
+from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -163,7 +165,7 @@ class Sampler:
                 "seed": request.numbers[0],
                 "generator": list(request.numbers),
                 **self.video_record,
-                "keyframe": read_record(self._path(request, KEYFRAME_RECORD)),
+                "keyframe": read_record(self._path(request, KEYFRAME_RECORD), needs_files=True),
             }
             path = self._path(request, FILES["video"])
             if self._stands(request, RECORD, record) is not None:
@@ -235,13 +237,13 @@ class Sampler:
         if found is None:
             return False
         try:
-            return found["sha256_of_pixels"] == hash_pixels(open_image(self._path(request, FILES["keyframe"])))
+            return found["sha256_of_pixels"] == hash_array(open_image(self._path(request, FILES["keyframe"])))
         except UserError:  # damaged since
             return False
 
     def _stands(self, request: Request, ending: str, record: Mapping[str, Any]) -> dict[str, Any] | None:
         wanted = {key: value for key, value in record.items() if key not in _ORIGIN}
-        return read_record(self._path(request, ending), wanted)
+        return read_record(self._path(request, ending), wanted, needs_files=True)
 
     def _write_keyframe(self, request: Request, image: Image.Image, record: Mapping[str, Any]) -> None:
         # A provenance must never stand beside files of another run: it goes first and comes last.
@@ -251,7 +253,7 @@ class Sampler:
         with atomic_path(path) as temporary:
             image.save(temporary)
         files = {"files": {"keyframe": path.name}}
-        write_record(self._path(request, KEYFRAME_RECORD), {**record, "versions": self.run_record["versions"], **files})
+        write_json(self._path(request, KEYFRAME_RECORD), {**record, "versions": self.run_record["versions"], **files})
 
     def _write_video(self, request: Request, frames: np.ndarray, record: Mapping[str, Any]) -> None:
         self._path(request, RECORD).unlink(missing_ok=True)
@@ -261,7 +263,7 @@ class Sampler:
         write_gif(paths["gif"], frames, fps)
         write_contact_sheet(paths["contact_sheet"], frames, [request.prompt])
         files = {"files": {kind: path.name for kind, path in paths.items()}}
-        write_record(self._path(request, RECORD), {**record, **self.run_record, **files})
+        write_json(self._path(request, RECORD), {**record, **self.run_record, **files})
 
     def _path(self, request: Request, ending: str) -> Path:
         return self.folder / f"{request.id}{ending}"

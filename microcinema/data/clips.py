@@ -1,8 +1,6 @@
 """A folder of videos, or of pictures, with a list of any format, as a data set of clips."""
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from microcinema.data.metadata import read_rows
 from microcinema.data.ordering import Ordering
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_array, hash_json
 
 LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
 _TRIES = 10_000  # rows, spread over the list, of which one has to be there
@@ -179,16 +178,14 @@ class ClipDataset(ClipSource):
 
         Of a long list 1000 files, spread over it, are measured: asking a file server for ten million sizes takes an hour.
         """
-        digest = hashlib.sha256(self.rows.digest().encode())
         shapes = self.buckets.shapes if self.buckets else None
-        for known in (self._marked, self.buckets and self.buckets.choice):
-            digest.update(b"" if known is None else np.ascontiguousarray(known).data)
-        parts = {**self.reader.transform, "buckets": shapes, "list": digest.hexdigest()}
+        arrays = (self._marked, self.buckets and self.buckets.choice)
+        content = [self.rows.digest(), *(None if array is None else hash_array(array) for array in arrays)]
+        parts = {**self.reader.transform, "buckets": shapes, "list": hash_json(content)}
         if self.root is not None:
             spread = np.linspace(0, len(self) - 1, min(len(self), _MEASURED)).astype(int).tolist()
             found = [self._find(self.rows[index]) for index in spread]
-            sizes = [None if path is None else path.stat().st_size for path in found]
-            parts["files"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+            parts["files"] = hash_json([None if path is None else path.stat().st_size for path in found])
         return parts
 
     def _found(self, row: dict[str, str]) -> Path:

@@ -4,7 +4,6 @@ An optimizer step consumes the next `global batch` of sample indices, so the ind
 data, and everything random about a sample is drawn from (seed, sample index). data/ordering.py maps indices to items.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from microcinema.data.ordering import MixedOrder, Ordering
 from microcinema.data.quarantine import Quarantine
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_chunks
 
 _FINGERPRINT_SAMPLES = 256
 
@@ -60,11 +60,10 @@ class IndexedDataset(Dataset):
 
         Another list, seed or ordering changes it, as a rule; ten million clips take no longer than a few hundred.
         """
-        digest = hashlib.sha256(f"{len(self.dataset)} {self.order.length}\n".encode())
-        for sample_index in np.linspace(0, self.order.length - 1, _FINGERPRINT_SAMPLES).astype(int).tolist():
-            _, index = self.order.epoch_and_index(sample_index)
-            digest.update(f"{index} {self.dataset.id(index)}\n".encode())
-        return digest.hexdigest()
+        samples = np.linspace(0, self.order.length - 1, _FINGERPRINT_SAMPLES).astype(int).tolist()
+        indices = [self.order.epoch_and_index(sample_index)[1] for sample_index in samples]
+        lines = (f"{index} {self.dataset.id(index)}\n" for index in indices)
+        return hash_chunks([f"{len(self.dataset)} {self.order.length}\n", *lines])
 
 
 class DistributedBatchSampler(Sampler[list[int]]):

@@ -14,12 +14,10 @@ from webdataset import TarWriter
 
 from microcinema.data.latents import (
     EMPTY,
-    FINGERPRINT,
     INDEX,
     PLACE,
     QUARANTINE,
     Layout,
-    differences,
     read_fingerprint,
     shard_path,
 )
@@ -27,7 +25,8 @@ from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.shards import read_members
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.files import atomic_path, make_folder, write_json
+from microcinema.utils.fingerprint import FINGERPRINT, differences
 
 TEXTS = ("id", "caption", "description", "motion")
 
@@ -38,10 +37,9 @@ def begin(folder: Path, layout: Layout, parts: Mapping[str, Any], empty: Mapping
     Raises:
         UserError: the folder holds something else, or latents that are others, or cannot be written.
     """
-    about = {"layout": asdict(layout), "parts": parts}
     if (folder / FINGERPRINT).is_file():
         there, held = read_fingerprint(folder)
-        differ = differences({"layout": asdict(there), **held}, {"layout": asdict(layout), **parts})
+        differ = differences({**asdict(layout), **parts}, {**asdict(there), **held}, common_only=True)
         differ += [f"{part} was{' not' * (part in parts)} kept" for part in sorted(set(held) ^ set(parts))]
         if differ:
             raise UserError(
@@ -56,8 +54,7 @@ def begin(folder: Path, layout: Layout, parts: Mapping[str, Any], empty: Mapping
     if empty:
         with atomic_path(folder / EMPTY) as temporary:
             temporary.write_bytes(save({name: part.half().cpu().contiguous() for name, part in empty.items()}))
-    with atomic_path(folder / FINGERPRINT) as temporary:
-        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / FINGERPRINT, {"layout": asdict(layout), "parts": parts})
 
 
 def missing(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1) -> list[int]:

@@ -14,7 +14,6 @@ A folder of latents has
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from safetensors.torch import load, load_file
 from microcinema.data.quarantine import read_quarantine
 from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.utils.errors import UserError
+from microcinema.utils.fingerprint import FINGERPRINT
 
-INDEX, FINGERPRINT, EMPTY, QUARANTINE = "index.npy", "fingerprint.json", "empty.safetensors", "quarantine"
+INDEX, EMPTY, QUARANTINE = "index.npy", "empty.safetensors", "quarantine"
 PLACE = np.dtype([("json", "<u8"), ("json_size", "<u4"), ("tensors", "<u8"), ("tensors_size", "<u4")])
 """Offsets in a shard and sizes, in bytes, of the two members of a row; all zero: it has none."""
 _OPEN = 64  # shards that a process holds open
@@ -81,28 +81,6 @@ def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
-
-
-_SAID = {
-    "vae.sha256": "another VAE",
-    "text.sha256": "another text encoder",
-    "motion_tokens.sha256": "another motion encoder",
-    "image_tokens.sha256": "another image encoder",
-    "clips.list": "another list of clips",
-    "clips.files": "other video files",
-}
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, how two fingerprints differ in the parts that both have; what only the first one knows is no difference."""
-    found = []
-    for part, leaves in now.items():
-        for name, is_now in leaves.items() if part in then else ():
-            was = then[part].get(name)
-            if was != is_now:
-                last = name.rpartition(".")[2]  # of a part of joint data
-                found.append(_SAID.get(f"{part}.{last}", f"{name} was {was} and is {is_now}"))
-    return found
 
 
 class EncodedClips(ClipWrapper):

@@ -5,7 +5,6 @@ worker processes that a data loader forks (a list of dictionaries would take ten
 """
 
 import csv
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_chunks
 
 KEYS = ("id", "file", "page_dir", "caption", "description", "motion")
 WEBVID = {"id": "videoid", "caption": "name"}
@@ -61,16 +61,17 @@ class Rows(Sequence[dict[str, str]]):
 
     def digest(self) -> str:
         """sha256 of all that the rows say, whatever the blocks that Arrow keeps them in."""
-        digest = hashlib.sha256()
+        return hash_chunks(self._chunks())
+
+    def _chunks(self) -> Iterator[str | np.ndarray | memoryview]:
         for name in self.table.column_names:
             column = self.table.column(name)
-            digest.update(f"{name} {len(column)} ".encode())
-            digest.update(pc.binary_length(column).to_numpy().astype("<i8"))
+            yield f"{name} {len(column)} "
+            yield pc.binary_length(column).to_numpy().astype("<i8")
             for chunk in filter(len, column.chunks):
                 _, offsets, texts = chunk.buffers()
                 ends = np.frombuffer(offsets, "<i8")
-                digest.update(memoryview(texts or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]])
-        return digest.hexdigest()
+                yield memoryview(texts or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]]
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
         """The rows with these numbers, in this order."""

@@ -6,7 +6,6 @@ of each process its own, and any number found without reading what comes before 
 """
 
 import glob
-import hashlib
 import json
 import os
 import tarfile
@@ -29,6 +28,7 @@ from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
+from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _OPEN = 32  # shards whose contents a worker remembers
@@ -174,13 +174,10 @@ class ShardDataset(ClipSource):
     def fingerprint(self) -> dict[str, Any]:
         """What decides the items: the transform, a sha256 of the list, and one of the shards' sizes, if they are local and here."""
         names = [[url.rsplit("/", 1)[-1], int(count)] for url, count in zip(self.urls, self.counts, strict=True)]
-        digest = hashlib.sha256(json.dumps([names, self.columns]).encode())
-        for kept in self._kept or ():
-            digest.update(kept.data)
-        parts = {**self.reader.transform, "list": digest.hexdigest()}
+        content = [names, dict(self.columns), [hash_array(kept) for kept in self._kept or ()]]
+        parts = {**self.reader.transform, "list": hash_json(content)}
         if all(_is_local(url) and Path(url).is_file() for url in self.urls):
-            sizes = [Path(url).stat().st_size for url in self.urls]
-            parts["files"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+            parts["files"] = hash_json([Path(url).stat().st_size for url in self.urls])
         return parts
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -286,7 +283,7 @@ def _is_local(url: str) -> bool:
 
 def _cache_name(url: str) -> str:
     """The file's own name says little: shards of several folders share it."""
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rsplit('/', 1)[-1][-64:]}"
+    return f"{hash_chunks([url])[:16]}-{url.rsplit('/', 1)[-1][-64:]}"
 
 
 def _identity(url: str, number: int) -> str:

@@ -121,7 +121,7 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
     try:
         sampler = kind.from_config(training.config, **{**overrides, **_FOR_LATENTS})  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise _cannot_sample(name, error) from error
+        raise _cannot_sample(name, first_line(error)) from error
     check_sampler(training, sampler)
     return sampler
 
@@ -150,7 +150,7 @@ def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
             arguments = step_arguments(trial, torch.Generator())
             z = trial.step(trial.scale_model_input(z, t), t, z, **arguments).prev_sample
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise _cannot_sample(name, error) from error
+        raise _cannot_sample(name, first_line(error)) from error
     if trial.timesteps[0] < trial.timesteps[-1]:
         raise _cannot_sample(name, "it runs from the clip to the noise")
 

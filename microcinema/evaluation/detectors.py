@@ -19,7 +19,7 @@ from microcinema.evaluation.weights import weight_file
 from microcinema.pipelines.loading import ASSETS
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.utils.errors import UserError, first_line
-from microcinema.utils.provenance import hash_weights
+from microcinema.utils.hashing import hash_weights
 
 
 class SpriteJudge:

@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from microcinema.evaluation.detectors import Batch, Measure
-from microcinema.evaluation.generate import Share, claim
+from microcinema.evaluation.generate import Share
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.files import atomic_path
+from microcinema.utils.fingerprint import write_or_verify
 
 _READERS = 8  # threads that read clips while the detectors are at work; decoding leaves Python's lock
 
@@ -50,7 +51,7 @@ def extract(
     Raises:
         UserError: the folder holds another set's result, a clip cannot be read, or a detector refuses it.
     """
-    claim(make_folder(folder), identity)
+    write_or_verify(folder, identity, "choose another output_dir or evaluation.real_features_dir")
     missing = [batch for batch in share.batches(clips.count, batch_size) if not _path(folder, batch).exists()]
     total = sum(map(len, missing))
     with (

@@ -1,6 +1,5 @@
 """Making the clips of a protocol, resumably: a clip that is on disk is not made again."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from microcinema.diffusion.rng import generator
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
-
-IDENTITY_FILE = "identity.json"
+from microcinema.utils.files import atomic_path
+from microcinema.utils.fingerprint import write_or_verify
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def generate(
     Raises:
         UserError: the folder holds clips of another identity, or cannot be written.
     """
-    folder = make_folder(folder)
-    claim(folder, identity)
+    folder = Path(folder)
+    write_or_verify(folder, identity)
     batches = [[tasks[index] for index in indices] for indices in share.batches(len(tasks), batch_size)]
     missing = {task.name for batch in batches for task in batch if not sample_path(folder, task).exists()}
     total = sum(map(len, batches))
@@ -110,30 +108,6 @@ def generate(
                         np.savez_compressed(path, frames=sample.frames, keyframe=sample.keyframe)
                     bar.update()
     return len(missing)
-
-
-def claim(folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
-    """Marks a folder as holding clips of this identity.
-
-    Raises:
-        UserError: it already holds clips of another one (every difference is named), or cannot be written.
-    """
-    path = make_folder(folder) / IDENTITY_FILE
-    new = json.loads(json.dumps(identity))
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"'{path}' is damaged; delete the folder or choose another output_dir") from None
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differing:
-        changes = ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in differing)
-        raise UserError(
-            f"'{path.parent}' holds what was made otherwise ({changes}); choose another folder (output_dir, or evaluation.real_features_dir)"
-        )
 
 
 def load_sample(folder: str | os.PathLike[str], task: Request) -> Sample:

@@ -1,7 +1,5 @@
 """Zero-shot protocols on UCF-101 and MSR-VTT: which texts are asked for, which real clips they are measured against, and how."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +13,7 @@ from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt
 from microcinema.evaluation.videos import Caption, Video, folder_videos
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_json
 
 _DRAW_PROMPTS, _DRAW_REAL = 0, 1  # streams of the seed
 
@@ -148,12 +147,7 @@ class ZeroShotProtocol:
         """Equal for two measurements if and only if they asked for the same: name, version, and a hash of all settings, prompts, ids of
         the real videos, and detectors with their weights."""
         content = [asdict(self), [asdict(sample) for sample in samples], [video.name for video in real], detectors]
-        return f"{self.name}-{self.version}-{digest(content)[:12]}"
-
-
-def digest(content: Any) -> str:
-    """sha256 of anything that is JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{self.version}-{hash_json(content)[:12]}"
 
 
 class _Folder:

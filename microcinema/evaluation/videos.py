@@ -1,12 +1,12 @@
 """Real videos, whatever data set they are from, and plain folders of videos."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_chunks
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
@@ -54,13 +54,10 @@ def hash_list(videos: Sequence[Video]) -> str:
     Raises:
         UserError: a file is missing.
     """
-    digest = hashlib.sha256()
-    for video in videos:
-        try:
-            digest.update(f"{video.name} {video.path.stat().st_size}\n".encode())
-        except OSError as error:
-            raise UserError(f"video '{video.path}' cannot be read ({error.strerror}); check the data set") from None
-    return digest.hexdigest()
+    try:
+        return hash_chunks(f"{video.name} {video.path.stat().st_size}\n" for video in videos)
+    except OSError as error:
+        raise UserError(f"video '{error.filename}' cannot be read ({error.strerror}); check the data set") from None
 
 
 def first_of(candidates: Sequence[Path], what: str) -> Path:

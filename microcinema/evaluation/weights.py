@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder
-from microcinema.utils.hashing import sha256_of
+from microcinema.utils.hashing import hash_file
 
 CACHE_VARIABLE = "MICROCINEMA_CACHE"
 _URL_SCHEMES = ("http", "https", "file")
@@ -28,14 +28,14 @@ def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
         path = Path(source)
         if not path.is_file():
             raise UserError(f"{key}.weights='{source}' is no file; give a path, or a URL and {key}.sha256")
-        found = sha256_of(path)
+        found = hash_file(path)
         if sha256 is not None and found != sha256.lower():
             raise UserError(f"'{path}' has sha256 {found}, not {sha256}; fetch it again, or correct {key}.sha256")
         return path, found
     if sha256 is None:
         raise UserError(f"{key}.weights is a URL; say which file is expected with {key}.sha256")
     path = _cache() / sha256.lower() / Path(urlsplit(source).path).name
-    if not path.is_file() or sha256_of(path) != sha256.lower():
+    if not path.is_file() or hash_file(path) != sha256.lower():
         _download(source, path, sha256.lower(), key)
     return path, sha256.lower()
 

@@ -1,7 +1,6 @@
 """The zero-shot protocols, from a pipeline or a folder of videos to numbers and a report, by any number of processes."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from microcinema.evaluation.detectors import Measure
 from microcinema.evaluation.features import Clips, Features, extract
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.fvd import video_distance
-from microcinema.evaluation.generate import IDENTITY_FILE, Share, TextMaker, claim, generate, load_sample
-from microcinema.evaluation.protocol import Prompt, ZeroShotProtocol, digest
+from microcinema.evaluation.generate import Share, TextMaker, generate, load_sample
+from microcinema.evaluation.protocol import Prompt, ZeroShotProtocol
 from microcinema.evaluation.report import Picture, text_table, write_report
 from microcinema.evaluation.scores import inception_score, kernel_distance
 from microcinema.evaluation.videos import Video, folder_videos, hash_list
@@ -29,8 +28,10 @@ from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites import metrics
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
-from microcinema.utils.provenance import describe_code, hash_networks
+from microcinema.utils.files import make_folder, write_json
+from microcinema.utils.fingerprint import FINGERPRINT, read_record, write_or_verify
+from microcinema.utils.hashing import hash_json, hash_networks
+from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -83,8 +84,8 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
     identifier = protocol.identifier(samples or generated.samples, real, records)
     common = {"preparation": _prepared(protocol), "detectors": records, "batch_size": config.batch_size}
     reference = _reference(settings.real_features_dir, folder, common | _chosen_clips(protocol), real)
-    made = {**common, "generated": generated.identity, "prompts": digest([s.prompt for s in generated.samples])}
-    features = folder / FEATURES_FOLDER / digest(made)[:16]
+    made = {**common, "generated": generated.identity, "prompts": hash_json([s.prompt for s in generated.samples])}
+    features = folder / FEATURES_FOLDER / hash_json(made)[:16]
     size = (protocol.height, protocol.width)
 
     def real_clip(index: int) -> tuple[np.ndarray, None]:
@@ -99,7 +100,7 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
     prompts = [sample.prompt for sample in generated.samples] if generated.prompts_known else None
     sets = [(Clips(len(generated.samples), generated_clip, prompts), features, made, "measure generated")]
     if real:
-        wanted = json.loads((reference / IDENTITY_FILE).read_text(encoding="utf-8"))
+        wanted = read_record(reference) or {}
         sets.append((Clips(len(real), real_clip), reference, wanted, "measure real"))
     for clips, place, identity, label in sets:
         extract(clips, measures, place, identity, config.batch_size, share, label, state.is_main_process)
@@ -110,7 +111,7 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
     found = [Features(place, clips.count, config.batch_size) for clips, place, _, _ in sets]
     results = {
         "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
-        "prompts_sha256": digest([sample.prompt for sample in samples]),
+        "prompts_sha256": hash_json([sample.prompt for sample in samples]),
         "real_files_sha256": hash_list(real) if real else None,
         "generated": generated.identity,
         "detectors": records,
@@ -121,8 +122,8 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
         "warnings": list(generated.warnings),
         "versions": describe_code(),
     }
-    _write_json(folder / MANIFEST_FILE, _manifest(protocol, identifier, samples, real, records))
-    _write_json(folder / RESULTS_FILE, results)
+    write_json(folder / MANIFEST_FILE, _manifest(protocol, identifier, samples, real, records))
+    write_json(folder / RESULTS_FILE, results)
     write_report(folder / REPORT_FILE, results, _pictures(generated))
     print(text_table(results))
     print(folder / REPORT_FILE)
@@ -217,7 +218,7 @@ def _from_pipeline(
         "torch_dtype": settings.torch_dtype,
         **arguments,
         "keyframe_guidance_scale": settings.keyframe_guidance_scale,
-        "prompts_sha256": digest([sample.prompt for sample in samples]),
+        "prompts_sha256": hash_json([sample.prompt for sample in samples]),
         "weights_sha256": hash_networks(pipeline.networks),
     }
     folder = Path(config.output_dir) / SAMPLES_FOLDER
@@ -340,8 +341,8 @@ def _reference(given: str | None, folder: Path, settings: Mapping[str, Any], rea
     if not real:
         return root
     identity = {**settings, "files_sha256": hash_list(real), "count": len(real)}
-    place = root if (root / IDENTITY_FILE).is_file() else root / digest(identity)[:16]
-    claim(place, identity)
+    place = root if (root / FINGERPRINT).is_file() else root / hash_json(identity)[:16]
+    write_or_verify(place, identity, "choose another output_dir or evaluation.real_features_dir")
     return place
 
 
@@ -372,8 +373,3 @@ def _pictures(generated: Generated) -> list[Picture]:
         sample = generated.samples[index]
         found.append(Picture(sample.prompt or sample.source, frames, keyframe, generated.fps))
     return found
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Stage 1: key frames from any text-to-image pipeline of diffusers, from an image file or from a folder of images."""
 
-import hashlib
 import inspect
 import os
 import warnings
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from microcinema.data.clip_reader import cover, resize
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.hashing import hash_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ResizeMode = Literal["crop", "stretch", "exact"]
@@ -284,14 +284,9 @@ def make_keyframe(
         "resize_mode": resize_mode,
         "scaled": None if scaled == size else {"method": "bicubic, antialiased", **_size(*scaled)},
         "cropped": None if scaled == wanted else {"top": top, "left": left, **_size(height, width)},
-        "sha256_of_pixels": hash_pixels(fitted),
+        "sha256_of_pixels": hash_array(fitted),
     }
     return Keyframe(Image.fromarray(fitted), provenance)
-
-
-def hash_pixels(image: Image.Image | np.ndarray) -> str:
-    """sha256 of an image's uint8 pixels (h, w, 3)."""
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

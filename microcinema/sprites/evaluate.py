@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from microcinema.config.compose import instantiate
 from microcinema.evaluation.detectors import SpriteJudge
-from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, claim, generate, load_sample
+from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, generate, load_sample
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites import metrics, scene
@@ -24,7 +24,9 @@ from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
 from microcinema.sprites.report import write_report
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder
-from microcinema.utils.provenance import describe_code, hash_networks
+from microcinema.utils.fingerprint import write_or_verify
+from microcinema.utils.hashing import hash_networks
+from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -119,7 +121,7 @@ def evaluate(
     folder = make_folder(folder)
     tasks = protocol.tasks()
     samples = folder / SAMPLES_FOLDER
-    claim(samples, identity)  # before the first minute is spent
+    write_or_verify(samples, identity)  # before the first minute is spent
     real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
     other = anew_features(tasks, protocol, judge, progress)
     generate(tasks, make, samples, identity, batch_size, progress)

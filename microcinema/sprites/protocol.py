@@ -1,12 +1,10 @@
 """What is generated for a measurement: prompts that are fixed once and for all, and what the right answer to each is."""
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from microcinema.sprites import scene
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_json
 
 PARTS = {
     "seen": "text to video, combinations seen in training",
@@ -92,14 +90,10 @@ class SpritesProtocol:
     @property
     def identifier(self) -> str:
         """Equal for two measurements if and only if they asked for the same clips: name, version and a hash of all tasks."""
-        return f"sprites-{self.version}-{_digest(self.tasks(), asdict(self))}"
+        # Places are rounded, so that the last bits of a computation do not count.
+        tasks = [(task.name, task.prompt, _rounded(asdict(task.sprite))) for task in self.tasks()]
+        return f"sprites-{self.version}-{hash_json([asdict(self), tasks])[:12]}"
 
 
-def _digest(tasks: Sequence[Task], settings: dict[str, object]) -> str:
-    """Of what is asked for; places are rounded, so that the last bits of a computation do not count."""
-    sprites = [
-        {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(task.sprite).items()}
-        for task in tasks
-    ]
-    content = [settings, [(task.name, task.prompt, sprite) for task, sprite in zip(tasks, sprites, strict=True)]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def _rounded(sprite: dict[str, object]) -> dict[str, object]:
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in sprite.items()}

@@ -1,15 +1,15 @@
 """What decides the contents of encoded clips, so that training refuses those that were made by something else."""
 
-import hashlib
-import json
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
 
-from microcinema.data.latents import EncodedClips, differences
+from microcinema.data.latents import EncodedClips
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.utils.errors import UserError
+from microcinema.utils.fingerprint import differences
+from microcinema.utils.hashing import canonical, hash_json, hash_weights
 
 KEPT = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
 """What can be kept beside the latents."""
@@ -45,7 +45,7 @@ def fingerprint(pipeline: ImageToVideoPipeline, dataset: Any, flow_model: str | 
         parts["keyframe"] = {"keyframe_position": reference}
     if flow_model is not None:
         parts["flow"] = {"teacher": flow_model}
-    return json.loads(json.dumps(parts))  # as it is read again
+    return canonical(parts)
 
 
 def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str | None) -> None:
@@ -55,8 +55,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
         UserError: names what differs, or what is missing.
     """
     wanted, held = fingerprint(pipeline, clips.dataset, flow_model), clips.parts
-    differ = differences(held, wanted)
-    if differ:
+    if differ := differences(wanted, held, common_only=True):
         raise UserError(
             f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "
             "make others with `microcinema prepare latents` and the keys of this run, or set cached_latents=null"
@@ -76,12 +75,8 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
 
 
 def _sha256(network: nn.Module, *settings: Any) -> str:
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        # In float32, so that the dtype that the weights happen to be loaded in does not count as another network.
-        digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
-    return digest.hexdigest()
+    # In float32, so that the dtype in which weights are loaded does not count as another network.
+    return hash_json([hash_weights(network, torch.float32), *settings])
 
 
 def _about(tokenizer: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from microcinema.data.indexed import IndexedDataset
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
 from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError, first_line
-from microcinema.utils.hashing import SUMS, find_fault
+from microcinema.utils.fingerprint import differences
+from microcinema.utils.hashing import SUMS, checksum_error
 
 STATE = "training_state.json"
 
@@ -103,7 +104,7 @@ def choose_checkpoint(
         return None
     if resume_from_checkpoint == "latest":
         for folder in reversed(checkpoints):
-            if (fault := find_fault(folder)) is None:
+            if (fault := checksum_error(folder)) is None:
                 return folder
             warn(f"{folder.name} is damaged ({fault}); trying the one before")
         if checkpoints:
@@ -115,7 +116,7 @@ def choose_checkpoint(
     if not is_checkpoint(path):
         names = ", ".join(folder.name for folder in checkpoints) or "none"
         raise UserError(f"'{path}' is not a checkpoint (no {STATE} in it); '{output_dir}' holds: {names}")
-    if (fault := find_fault(path)) is not None:
+    if (fault := checksum_error(path)) is not None:
         raise UserError(f"checkpoint '{path}' is damaged ({fault}); set resume_from_checkpoint=latest, or name another")
     return path
 
@@ -153,27 +154,13 @@ def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str
     Raises:
         UserError: a fixed setting differs.
     """
-    if differences := _differences(saved["fixed"], current["fixed"]):
-        more = f", and {len(differences) - 4} more" if len(differences) > 4 else ""
+    old, new = saved["fixed"], current["fixed"]
+    if old["seed"] != new["seed"]:  # the seed decides the order of the clips
+        new = {**new, "clips": old["clips"]}
+    if changed := differences(new, old):
+        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
-            f"checkpoint '{folder}' is of another run: {'; '.join(differences[:4])}{more}; resume with the same values, "
+            f"checkpoint '{folder}' is of another run: {'; '.join(changed[:4])}{more}; resume with the same values, "
             "or start a new run from its weights with init_weights_from"
         )
-    return _differences(saved["free"], current["free"])
-
-
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if "clips" in names and "seed" in names:  # the seed decides the order of the clips
-        names.remove("clips")
-    return [
-        "the clips or their order differ"
-        if name == "clips"
-        else f"{name} was {_shorten(saved.get(name))} and is {_shorten(current.get(name))}"
-        for name in names
-    ]
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return differences(current["free"], saved["free"])

@@ -2,13 +2,13 @@
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what is wrong, with which value, and what to do about it.
+    """Bad input, described in one line: what is wrong, with which value, and what to do about it.
 
     The command line prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str):
-        # A DataLoader raises its worker's error again with the worker's whole traceback as the message.
+        # A DataLoader re-raises its worker's error with the worker's whole traceback as the message.
         super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
 
 

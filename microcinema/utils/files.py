@@ -1,11 +1,13 @@
 """Writing files that a killed process leaves either old or new, never half-written."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from microcinema.utils.errors import UserError
 
@@ -47,6 +49,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes content as indented JSON with `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

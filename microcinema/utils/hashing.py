@@ -1,48 +1,107 @@
-"""Checksums of all files in a folder, in the file `SHA256SUMS`, which `sha256sum -c` reads as well."""
+"""sha256 of files, values, arrays and weights, all as hexadecimal digits, and the checksums of a folder's files."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 SUMS = "SHA256SUMS"
-_THREADS = 8  # hashlib lets go of the interpreter
+"""The file of checksums, in the format of `sha256sum -c`."""
+_THREADS = 8  # hashlib releases the interpreter's lock
 
 
-def sha256_of(file: str | os.PathLike[str]) -> str:
-    """Of a file's bytes, hexadecimal."""
+def hash_chunks(chunks: Iterable[Any]) -> str:
+    """sha256 of texts, bytes and one-dimensional buffers, one after the other."""
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for chunk in chunks:
+        digest.update(chunk.encode() if isinstance(chunk, str) else chunk)
     return digest.hexdigest()
 
 
+def hash_file(file: str | os.PathLike[str]) -> str:
+    """sha256 of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hash_chunks(iter(lambda: stream.read(1 << 20), b""))
+
+
+def hash_array(array: Any) -> str:
+    """sha256 of the bytes of an array or of an image's pixels, in row-major order; dtype and shape are not included."""
+    return hash_chunks([np.ascontiguousarray(array).reshape(-1)])
+
+
+def canonical(content: Any) -> Any:
+    """Content as JSON holds it, with floats rounded to 10 significant digits, so that rounding errors in float64 do not count.
+
+    The last bits of computed values differ between instruction sets and versions of NumPy.
+    """
+    return json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.10g}"))
+
+
+def hash_json(content: Any) -> str:
+    """sha256 of content in canonical JSON: sorted keys, rounded floats."""
+    return hash_chunks([json.dumps(canonical(content), sort_keys=True)])
+
+
+def hash_weights(network: "torch.nn.Module", dtype: "torch.dtype | None" = None) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer in the state dict.
+
+    It depends on the values in memory, not on a file's layout: a local folder, a hub repository and a network in training give the same.
+
+    Args:
+        dtype: to which floating-point tensors are cast before hashing; None: their own, so float16 and float32 copies differ.
+    """
+    import torch
+
+    def chunks() -> Iterable[Any]:
+        for name, tensor in sorted(network.state_dict().items()):
+            tensor = tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).cpu().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+            yield tensor.flatten().view(torch.uint8).numpy()
+
+    return hash_chunks(chunks())
+
+
+def hash_networks(components: Mapping[str, Any]) -> dict[str, str]:
+    """`hash_weights` of those components of a pipeline that are networks."""
+    import torch
+
+    return {name: hash_weights(part) for name, part in components.items() if isinstance(part, torch.nn.Module)}
+
+
 def write_checksums(folder: str | os.PathLike[str]) -> None:
-    """Writes the checksums of every other file that is now in a folder and the folders in it."""
+    """Writes `SHA256SUMS` of all other files in a folder and its subfolders."""
     root = Path(folder)
     files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
     names = sorted(path.as_posix() for path in files if path != Path(SUMS))
     with ThreadPoolExecutor(_THREADS) as threads:
-        sums = threads.map(lambda name: sha256_of(root / name), names)
+        sums = threads.map(lambda name: hash_file(root / name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True)]
     (root / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def find_fault(folder: str | os.PathLike[str]) -> str | None:
-    """What is wrong with the files of a folder by its checksums, in a few words; None: they are as they were written."""
+def checksum_error(folder: str | os.PathLike[str]) -> str | None:
+    """The first mismatch between a folder's files and its `SHA256SUMS`, in a few words; None if all files match."""
     root = Path(folder)
     try:
         lines = (root / SUMS).read_text(encoding="utf-8").splitlines()
-        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     except (OSError, ValueError):
         return f"{SUMS} is missing or cannot be read"
 
-    def fault(name: str) -> str | None:
+    def error(name: str) -> str | None:
         try:
-            return None if sha256_of(root / name) == wanted[name] else f"{name} is not as it was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+            return None if hash_file(root / name) == expected[name] else f"{name} does not match its checksum"
+        except OSError as reason:
+            return f"{name}: {reason.strerror}"
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        return next((found for found in threads.map(fault, wanted) if found), None if wanted else f"{SUMS} is empty")
+        errors = filter(None, threads.map(error, expected))
+        return next(errors, None if expected else f"{SUMS} is empty")

@@ -1,6 +1,5 @@
-"""Where a result comes from: hashes of weights, versions, the commit of the code; as a record beside its files."""
+"""Where a result comes from: versions of the libraries, commit of the code, the machine."""
 
-import hashlib
 import json
 import os
 import platform
@@ -14,27 +13,10 @@ from typing import Any
 import torch
 
 from microcinema import __version__
-from microcinema.utils.files import atomic_path
+from microcinema.utils.files import write_json
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 TRAINING_LIBRARIES = ("accelerate", "safetensors", "numpy", "av")
-
-
-def hash_weights(module: torch.nn.Module) -> str:
-    """sha256 over name, type, shape and bytes of every parameter and buffer that is saved.
-
-    Of what is in memory, not of a file: one and the same for a local folder, a hub repository and a network just trained.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hash_networks(components: Mapping[str, Any]) -> dict[str, str]:
-    """`hash_weights` of those components of a pipeline that are networks."""
-    return {name: hash_weights(part) for name, part in components.items() if isinstance(part, torch.nn.Module)}
 
 
 def describe_code() -> dict[str, Any]:
@@ -72,33 +54,7 @@ def append_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> No
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         entries = []
-    with atomic_path(path) as temporary:
-        entries = [*(entries if isinstance(entries, list) else []), record]
-        temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-
-
-def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Writes a provenance as JSON, whole or not at all. Its entry `files` names what it belongs to, beside it."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(path: str | os.PathLike[str], wanted: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """A provenance that stands; None if there is none, if it does not say what is wanted, or if a file that it belongs to is missing.
-
-    Args:
-        wanted: entries that it must have, with these values; it may have others.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(record, dict) or "files" not in record:
-        return None
-    if any(key not in record or record[key] != value for key, value in json.loads(json.dumps(wanted or {})).items()):
-        return None
-    there = all((Path(path).parent / name).is_file() for name in record["files"].values())
-    return record if there else None
+    write_json(path, [*(entries if isinstance(entries, list) else []), record])
 
 
 def _commit() -> str | None:

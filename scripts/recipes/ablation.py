@@ -34,11 +34,11 @@ from scipy import stats
 from yaml import YAMLError
 
 from microcinema.config.compose import compose, config_folder
-from microcinema.evaluation.generate import IDENTITY_FILE, claim
 from microcinema.pipelines.loading import INDEX
 from microcinema.sprites.evaluate import RESULTS_FILE
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.files import atomic_path, make_folder, write_json
+from microcinema.utils.fingerprint import FINGERPRINT, write_or_verify
 
 RESULT_FILE = "result.json"
 FIGURE = "ablation.png"
@@ -196,14 +196,16 @@ def claim_all(grid: Grid, runs: Sequence[Run], steps: int, data: Path, output_di
         )
         for run in runs
     }
-    claim(output_dir, {"max_train_steps": steps, "data": str(data), "train": grid.train, "evaluate": grid.evaluate})
+    write_or_verify(
+        output_dir, {"max_train_steps": steps, "data": str(data), "train": grid.train, "evaluate": grid.evaluate}
+    )
     for run in runs:
         train = OmegaConf.to_container(variants[run.paper, run.variant])
         settings = dict(_dotted({"train": train, "evaluate": evaluated}))
         for key in ("train.output_dir", "train.resume_from_checkpoint", "evaluate.output_dir", "evaluate.pipeline"):
             del settings[key]
         seeded = [key for key in settings if key.rpartition(".")[2] == "seed"]
-        claim(output_dir / str(run), settings | dict.fromkeys(seeded, run.seed))
+        write_or_verify(output_dir / str(run), settings | dict.fromkeys(seeded, run.seed))
 
 
 def execute(run: Run, grid: Grid, steps: int, data: Path, output_dir: Path, runner: Runner) -> bool:
@@ -223,7 +225,7 @@ def execute(run: Run, grid: Grid, steps: int, data: Path, output_dir: Path, runn
     results = json.loads((measured / RESULTS_FILE).read_text(encoding="utf-8"))
     flow_weight = OmegaConf.load(trained / "config.yaml").flow_weight
     result = {**pooled(results["parts"]), "loss": final_loss(trained, steps, flow_weight)}
-    _write_json(folder / RESULT_FILE, {**result, "protocol": results["protocol"], "versions": results["versions"]})
+    write_json(folder / RESULT_FILE, {**result, "protocol": results["protocol"], "versions": results["versions"]})
     return True
 
 
@@ -271,11 +273,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield prefix + key, value
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 # --- the outcome -----------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +294,7 @@ def summarise(grid: Grid, output_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: nothing has been run here.
     """
-    if not (output_dir / IDENTITY_FILE).is_file():
+    if not (output_dir / FINGERPRINT).is_file():
         raise UserError(f"'{output_dir}' holds no ablation; run one into it first")
     versions: list[Any] = []
     papers: dict[str, Any] = {}
@@ -325,7 +322,7 @@ def summarise(grid: Grid, output_dir: Path) -> dict[str, Any]:
                 "measures": measures,
             }
         papers[paper] = rows
-    settings = json.loads((output_dir / IDENTITY_FILE).read_text(encoding="utf-8"))
+    settings = json.loads((output_dir / FINGERPRINT).read_text(encoding="utf-8"))
     return {"settings": settings, "confidence": CONFIDENCE, "versions": versions, "papers": papers}
 
 
@@ -420,7 +417,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 def publish(grid: Grid, output_dir: Path) -> None:
     """Writes the table, as JSON and as Markdown, and the figure."""
     summary = summarise(grid, output_dir)
-    _write_json(output_dir / "ablation.json", summary)
+    write_json(output_dir / "ablation.json", summary)
     with atomic_path(output_dir / "ablation.md") as temporary:
         temporary.write_text(markdown(summary), encoding="utf-8")
     draw(summary, output_dir / FIGURE)

@@ -150,7 +150,7 @@ def test_a_run_refuses_latents_of_another(tmp_path, processes, keys, whole):
     (ended,) = processes.run([*run, "data.clip_position=first", "fps=4"])
     assert ended.status == 2
     assert ended.said.splitlines()[-1].startswith(
-        f"error: latents '{whole}' do not match this run: fps was 8.0 and is 4.0, clip_position was random and is first, seed was 0 and is None; make"
+        f"error: latents '{whole}' do not match this run: clips.fps was 8.0 and is 4.0, clips.clip_position was random and is first, clips.seed was 0 and is null; make"
     )
     assert not (tmp_path / "run" / "model_index.json").exists()
     ended = processes.run(

@@ -24,7 +24,7 @@ from microcinema.data.video_reader import probe, read_clip
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import save_pipeline
-from microcinema.utils import provenance
+from microcinema.utils.hashing import hash_weights
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a large red star moving quickly to the left on sand"
@@ -132,7 +132,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
     assert record["versions"]["torch"] == torch.__version__
     assert set(record["weights_sha256"]) == {"unet", "condition_encoder", "vae", "text_encoder"}
     again = tiny.video_pipeline(model.parent / "base")
-    assert record["weights_sha256"]["unet"] == provenance.hash_weights(again.unet)
+    assert record["weights_sha256"]["unet"] == hash_weights(again.unet)
     assert record["keyframe_encoder"]["sha256"] == record["weights_sha256"]["vae"]
 
     drawn = record["keyframe"]
@@ -287,7 +287,7 @@ def test_what_stands_is_not_made_again_and_said_to_stand(run, tmp_path, four, ma
     [
         ("_write_keyframe", 2, both("abcd")[2:]),
         ("write_gif", 1, both("abcd")[5:]),  # a video without the rest of its files
-        ("write_record", 6, both("abcd")[6:]),  # all files, but not their provenance
+        ("write_json", 6, both("abcd")[6:]),  # all files, but not their provenance
     ],
 )
 def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path, four, made, monkeypatch, killed, after, rest):

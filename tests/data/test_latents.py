@@ -29,6 +29,8 @@ from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.utils.errors import UserError
 
+CHANGED = "was [0-9a-f]{12}... and is [0-9a-f]{12}..."
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -149,7 +151,7 @@ def test_random_clips_have_as_many_places_as_passes(root, model, tmp_path):
     second = [kept[k]["latents"] for k in range(5)]
     kept.set_epoch(0)
     assert not all(torch.equal(kept[k]["latents"], second[k]) for k in range(5))
-    with pytest.raises(UserError, match="seed was 3 and is 4"):
+    with pytest.raises(UserError, match=r"clips.seed was 3 and is 4"):
         check(tmp_path / "latents", model, root, clip_position="random", seed=4)
 
 
@@ -213,7 +215,7 @@ def test_any_data_set_of_training(root, model, tmp_path):
     assert orders[:2] == orders[2:]
     cached_latents_check.check(kept, model, None)
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes() + bytes(512))
-    with pytest.raises(UserError, match="do not match this run: other video files; make others"):
+    with pytest.raises(UserError, match=f"do not match this run: clips.videos.files {CHANGED}; make others"):
         cached_latents_check.check(kept, model, None)
 
 
@@ -225,14 +227,14 @@ def test_another_vae_or_text_encoder_is_refused(folder, root, model, tmp_path):
     other = pipeline(tmp_path)
     scale = other.vae.config.scaling_factor
     other.vae.register_to_config(scaling_factor=0.9 * scale)
-    with pytest.raises(UserError, match=r"do not match this run: another VAE; make others"):
+    with pytest.raises(UserError, match=f"do not match this run: vae.sha256 {CHANGED}; make others"):
         check(folder, other, root)
     other.vae.register_to_config(scaling_factor=scale)
     check(folder, other, root)
     with torch.no_grad():
         other.vae.encoder.conv_out.bias[0] += 1e-3
         next(other.text_encoder.parameters())[0] += 1e-3
-    with pytest.raises(UserError, match="another VAE, another text encoder; make others"):
+    with pytest.raises(UserError, match=f"vae.sha256 {CHANGED}, text.sha256 {CHANGED}; make others"):
         check(folder, other, root)
 
 
@@ -249,16 +251,16 @@ def test_the_dtype_of_loading_is_not_another_vae(root, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
-        ({"num_frames": 5}, "num_frames was 4 and is 5"),
-        ({"fps": 4}, "fps was 8 and is 4"),
-        ({"resolution": (32, 40)}, "width was 32 and is 40"),
-        ({"clip_position": "center"}, "clip_position was first and is center"),
+        ({"num_frames": 5}, "clips.num_frames was 4 and is 5"),
+        ({"fps": 4}, "clips.fps was 8 and is 4"),
+        ({"resolution": (32, 40)}, "clips.width was 32 and is 40"),
+        ({"clip_position": "center"}, "clips.clip_position was first and is center"),
         (
             {"num_frames": 3, "clip_position": "random"},
-            "num_frames was 4 and is 3, clip_position was first and is random, seed was None and is 0",
+            "clips.num_frames was 4 and is 3, clips.clip_position was first and is random, clips.seed was null and is 0",
         ),
-        ({"watermark": {"action": "tag", "box": [0, 0, 1, 1]}}, "watermark was None and is .*"),
-        ({"columns": {"id": "videoid", "caption": "motion"}}, "another list of clips"),
+        ({"watermark": {"action": "tag", "box": [0, 0, 1, 1]}}, "clips.watermark.* was null and is .*"),
+        ({"columns": {"id": "videoid", "caption": "motion"}}, f"clips.list {CHANGED}"),
     ],
 )
 def test_another_transform_is_named(folder, model, root, arguments, difference):
@@ -274,13 +276,13 @@ def test_other_clips_are_refused_and_files_may_be_gone(folder, model, tmp_path):
     changed = make_world(tmp_path)
     check(folder, model, changed)  # the same clips elsewhere
     video_writer.write_video(changed / "000002.mp4", np.zeros((10, 32, 40, 3), np.uint8), fps=8)
-    with pytest.raises(UserError, match="do not match this run: other video files; make others"):
+    with pytest.raises(UserError, match=f"do not match this run: clips.files {CHANGED}; make others"):
         check(folder, model, changed)
     check(folder, model, changed, root=None)
     with pytest.raises(UserError, match=r"no root; set data\.root"):
         ClipDataset(changed / "clips.csv", None, **TRANSFORM)[0]
     (changed / "clips.csv").write_text((changed / "clips.csv").read_text().replace("star 3", "moon 3"))
-    with pytest.raises(UserError, match="another list of clips"):
+    with pytest.raises(UserError, match=f"clips.list {CHANGED}"):
         check(folder, model, changed, root=None)
 
 
@@ -311,7 +313,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
     ):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)
-    with pytest.raises(UserError, match=r"\(clip_position was first and is center\)"):
+    with pytest.raises(UserError, match=r"\(clips.clip_position was first and is center\)"):
         encode_clips(model, clips(root, clip_position="center"), copy)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds something other than latents; choose a new folder"):

@@ -16,7 +16,7 @@ from microcinema.evaluation.detectors import (
     motion,
 )
 from microcinema.evaluation.i3d import I3D
-from microcinema.evaluation.weights import sha256_of
+from microcinema.evaluation.weights import hash_file
 from microcinema.utils.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_the_public_torchscript_and_the_written_out_network_agree(i3d):
     assert expected.shape == (1, 400) and expected.std() > 0.01
     np.testing.assert_allclose(public(Batch(clips))["features"], expected, rtol=1e-4, atol=1e-5)
     assert public.record == {"detector": "i3d_torchscript", "sha256": sha256, "preparation": "own"}
-    assert written.record["sha256"] == sha256_of(plain) and written.record["batch_norm_eps"] == 1e-3
+    assert written.record["sha256"] == hash_file(plain) and written.record["batch_norm_eps"] == 1e-3
 
 
 def test_the_eps_of_the_norms_reaches_them(i3d, monkeypatch):
@@ -58,7 +58,7 @@ def test_what_is_no_detector_is_refused(i3d, tmp_path):
     refused("no file", "i3d", "gone.pt")
     refused(f"is code.*evaluation.video.sha256={sha256}", "i3d_torchscript", script)
     refused(f"sha256 {sha256}, not", "i3d_torchscript", script, "0" * 64)
-    refused("no TorchScript", "i3d_torchscript", plain, sha256_of(plain))
+    refused("no TorchScript", "i3d_torchscript", plain, hash_file(plain))
     refused("preparation=own", "i3d", plain, None, "own")
     (tmp_path / "text.pt").write_text("nothing")
     refused("holds no weights", "i3d", str(tmp_path / "text.pt"))

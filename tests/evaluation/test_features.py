@@ -55,7 +55,7 @@ def test_what_is_stored_is_not_measured_again(tmp_path):
     measure = Mean()
     run(tmp_path, measure=measure)
     assert measure.seen == [[3, 4, 5]]
-    with pytest.raises(UserError, match="seed was None, now 1"):
+    with pytest.raises(UserError, match="seed was null and is 1"):
         run(tmp_path, seed=1)
 
 

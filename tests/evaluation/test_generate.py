@@ -4,10 +4,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from microcinema.evaluation.generate import IDENTITY_FILE, Sample, generate, load_sample, sample_path
+from microcinema.evaluation.generate import Sample, generate, load_sample, sample_path
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
+from microcinema.utils.fingerprint import FINGERPRINT
 
 PROTOCOL = SpritesProtocol(5, 0, 1, num_frames=2, size=16)
 
@@ -48,9 +49,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
 def test_clips_of_another_model_are_refused(tmp_path):
     generate(PROTOCOL.tasks(), Renderer(), tmp_path, {"seed": 0, "steps": 5}, progress=False)
-    with pytest.raises(UserError, match=r"steps was 5, now 6.*output_dir"):
+    with pytest.raises(UserError, match=r"steps was 5 and is 6.*output_dir"):
         generate(PROTOCOL.tasks(), Renderer(), tmp_path, {"seed": 0, "steps": 6}, progress=False)
-    assert json.loads((tmp_path / IDENTITY_FILE).read_text()) == {"seed": 0, "steps": 5}
+    assert json.loads((tmp_path / FINGERPRINT).read_text()) == {"seed": 0, "steps": 5}
 
 
 def test_missing_and_damaged_clips_are_named(tmp_path):

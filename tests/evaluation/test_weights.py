@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from microcinema.evaluation.weights import CACHE_VARIABLE, sha256_of, weight_file
+from microcinema.evaluation.weights import CACHE_VARIABLE, hash_file, weight_file
 from microcinema.utils.errors import UserError
 
 
@@ -17,7 +17,7 @@ def file(tmp_path, monkeypatch):
 
 def test_a_path_is_taken_as_it_is_and_held_against_its_sha256(file):
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert sha256_of(file) == sha256
+    assert hash_file(file) == sha256
     assert weight_file(str(file), None, "k") == weight_file(str(file), sha256.upper(), "k") == (file, sha256)
     with pytest.raises(UserError, match=rf"sha256 {sha256}, not {'0' * 64}.*k\.sha256"):
         weight_file(str(file), "0" * 64, "k")
@@ -26,7 +26,7 @@ def test_a_path_is_taken_as_it_is_and_held_against_its_sha256(file):
 
 
 def test_a_url_is_fetched_once(file, tmp_path):
-    url, sha256 = file.as_uri(), sha256_of(file)
+    url, sha256 = file.as_uri(), hash_file(file)
     with pytest.raises(UserError, match=r"k\.sha256"):
         weight_file(url, None, "k")
     assert not (tmp_path / "cache").exists()

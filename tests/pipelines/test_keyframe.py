@@ -22,10 +22,11 @@ from transformers import CLIPTextModelWithProjection
 from fixtures import tiny
 from microcinema.data.clip_reader import resize_and_crop
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines.keyframe import KeyframePipeline, hash_pixels, make_keyframe, open_image
+from microcinema.pipelines.keyframe import KeyframePipeline, make_keyframe, open_image
 from microcinema.pipelines.memory import MemorySettings, apply
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.utils.errors import UserError
+from microcinema.utils.hashing import hash_array
 
 PROMPTS = ["a red star moving to the left on sand", "a large blue moon"]
 
@@ -115,7 +116,7 @@ def test_any_text_to_image_pipeline_draws_key_frames_at_the_videos_size(kind, si
     assert (found["class"], found["prompt"]) == (type(keyframes.source).__name__, PROMPTS[0])
     assert found["source"] == str(request.getfixturevalue(kind))
     assert found["original_size"] == {"height": size, "width": size}
-    assert found["sha256_of_pixels"] == hash_pixels(first.image) != second.provenance["sha256_of_pixels"]
+    assert found["sha256_of_pixels"] == hash_array(first.image) != second.provenance["sha256_of_pixels"]
     assert json.loads(json.dumps(found)) == found
     alone = keyframes(PROMPTS[1:], 48, 24, [generator(1, 1)], num_inference_steps=2)[0]
     assert np.array_equal(alone.image, second.image)

@@ -146,7 +146,7 @@ LEFT = "without_schedule"
 def results(ablate: ModuleType, shipped: Any, tmp_path: Path) -> Path:
     """Results as runs leave them: three whole variants of Factorized-Dreamer, one seed of a fourth, nothing else."""
     settings = {"max_train_steps": 1200, "evaluate": shipped.evaluate, "train": shipped.train, "data": "data"}
-    ablate.claim(tmp_path, settings)
+    ablate.write_or_verify(tmp_path, settings)
     for variant, values in VALUES.items():
         for seed, value in enumerate(values):
             result = {
@@ -156,7 +156,7 @@ def results(ablate: ModuleType, shipped: Any, tmp_path: Path) -> Path:
                 "loss": value / 10,
                 "versions": {"v": 1},
             }
-            ablate._write_json(tmp_path / "factorized_dreamer" / variant / f"seed-{seed}" / ablate.RESULT_FILE, result)
+            ablate.write_json(tmp_path / "factorized_dreamer" / variant / f"seed-{seed}" / ablate.RESULT_FILE, result)
     return tmp_path
 
 

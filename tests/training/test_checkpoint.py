@@ -17,7 +17,7 @@ from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints
 from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
-from microcinema.utils.hashing import find_fault, write_checksums
+from microcinema.utils.hashing import checksum_error, write_checksums
 
 STEPS = 2
 
@@ -111,8 +111,11 @@ def flip(file: Path) -> None:
 
 DAMAGES = {
     "a missing file": (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin: No such file"),
-    "a truncated file": (lambda folder: os.truncate(folder / "optimizer.bin", 500), "optimizer.bin is not as it was"),
-    "a flipped bit": (lambda folder: flip(folder / "optimizer.bin"), "optimizer.bin is not as it was written"),
+    "a truncated file": (
+        lambda folder: os.truncate(folder / "optimizer.bin", 500),
+        "optimizer.bin does not match its checksum",
+    ),
+    "a flipped bit": (lambda folder: flip(folder / "optimizer.bin"), "optimizer.bin does not match its checksum"),
     "no state": (lambda folder: (folder / "training_state.json").unlink(), "training_state.json: No such file"),
     "no checksums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
     "empty checksums": (lambda folder: os.truncate(folder / "SHA256SUMS", 0), "SHA256SUMS is empty"),
@@ -141,10 +144,10 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_replaces_the_broken_on
     flip(run / "checkpoint-2/unet/diffusion_pytorch_model.safetensors")
     (run / ".checkpoint-3.4711.partial/unet").mkdir(parents=True)  # of a process that was killed in a save
     train(pipeline(tmp_path), LatentClips(), run, max_train_steps=2, resume_from_checkpoint="latest", report_to=None)
-    assert "checkpoint-2 is damaged (unet/diffusion_pytorch_model.safetensors is not" in capsys.readouterr().out
+    assert "checkpoint-2 is damaged (unet/diffusion_pytorch_model.safetensors does not match" in capsys.readouterr().out
     one, other = weights(finished / "checkpoint-2"), weights(run / "checkpoint-2")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert find_fault(run / "checkpoint-2") is None
+    assert checksum_error(run / "checkpoint-2") is None
     assert not list(run.glob(".*"))
 
 
@@ -178,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
             train(pipeline(tmp_path), LatentClips(), run, **settings)
         assert "\n" not in str(error.value)
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-        assert find_fault(run / "checkpoint-1") is None
+        assert checksum_error(run / "checkpoint-1") is None
     finally:
         subprocess.run(["umount", "--lazy", run], check=True)
 
@@ -246,7 +249,7 @@ def test_settings_of_another_run_are_refused(broken, changes, told):
 
 def test_other_clips_and_another_objective_are_refused(broken):
     settings = {"max_train_steps": STEPS, "resume_from_checkpoint": str(broken), "report_to": None}
-    with pytest.raises(UserError, match="of another run: the clips or their order differ; resume"):
+    with pytest.raises(UserError, match="of another run: clips was [0-9a-f]{12}... and is [0-9a-f]{12}...; resume"):
         train(pipeline(broken), LatentClips(6), broken.parent, **settings)
     other = pipeline(broken, noise_prior="appearance", noise_prior_strength=0.5)
     with pytest.raises(UserError, match="noise_prior_strength was 0.03 and is 0.5"):

@@ -20,7 +20,7 @@ from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
 from microcinema.training.preemption import EXIT_STATUS
 from microcinema.training.resume import find_checkpoints, read_progress
-from microcinema.utils.hashing import find_fault
+from microcinema.utils.hashing import checksum_error
 
 pytestmark = pytest.mark.slow
 KILLS = 10
@@ -131,7 +131,7 @@ def test_asked_to_end_a_run_saves_and_says_so(tmp_path, whole, number):
         process.send_signal(number)
     assert life.end() == [EXIT_STATUS] * processes, life.said()
     (checkpoint,) = find_checkpoints(run)
-    assert find_fault(checkpoint) is None and 0 < read_progress(checkpoint).step < STEPS
+    assert checksum_error(checkpoint) is None and 0 < read_progress(checkpoint).step < STEPS
     assert not (run / "model_index.json").exists()
     if processes == 2:
         life = Life(run, clips, processes, **settings)

@@ -1,10 +1,26 @@
+"""Hashes of files, values, arrays and weights; checksums of folders."""
+
 import hashlib
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from microcinema.utils.hashing import SUMS, find_fault, sha256_of, write_checksums
+from microcinema.utils.hashing import (
+    SUMS,
+    canonical,
+    checksum_error,
+    hash_array,
+    hash_chunks,
+    hash_file,
+    hash_json,
+    hash_networks,
+    hash_weights,
+    write_checksums,
+)
 
 
 @pytest.fixture
@@ -16,20 +32,54 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_sums_are_those_of_sha256sum(folder):
-    assert sha256_of(folder / "deep/weights") == hashlib.sha256((folder / "deep/weights").read_bytes()).hexdigest()
+def test_checksums_are_those_of_sha256sum(folder):
+    assert hash_file(folder / "deep/weights") == hashlib.sha256((folder / "deep/weights").read_bytes()).hexdigest()
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
     assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=folder).returncode == 0
 
 
-def test_what_is_wrong_is_named(folder):
-    assert find_fault(folder) is None
-    (folder / "new").write_text("no part of it")
-    assert find_fault(folder) is None
+def test_first_mismatch_of_a_folder_is_named(folder):
+    assert checksum_error(folder) is None
+    (folder / "new").write_text("not listed")
+    assert checksum_error(folder) is None
     (folder / "empty").write_text("no longer")
-    assert find_fault(folder) == "empty is not as it was written"
+    assert checksum_error(folder) == "empty does not match its checksum"
     (folder / "deep/weights").unlink()
-    assert find_fault(folder) == "deep/weights: No such file or directory"
-    write_checksums(folder)  # which are not among themselves
-    assert find_fault(folder) is None
+    assert checksum_error(folder) == "deep/weights: No such file or directory"
+    write_checksums(folder)  # does not list itself
+    assert checksum_error(folder) is None
+    (folder / SUMS).write_text("")
+    assert checksum_error(folder) == "SHA256SUMS is empty"
+
+
+def test_chunks_are_one_stream():
+    assert hash_chunks(["a", b"b", np.frombuffer(b"c", np.uint8)]) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_arrays_are_hashed_by_their_bytes_in_row_major_order():
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert hash_array(pixels) == hash_array(Image.fromarray(pixels)) == hashlib.sha256(bytes(range(24))).hexdigest()
+    assert hash_array(np.asfortranarray(pixels)) == hash_array(pixels) != hash_array(pixels[::-1])
+
+
+def test_json_hash_ignores_key_order_and_rounding_errors():
+    content = {"angle": 0.1 + 0.2, "rate": 1e-5, "names": ("a", "b"), "steps": 12345678901234567890}
+    same = {"steps": 12345678901234567890, "names": ["a", "b"], "rate": 1e-5, "angle": 0.3}
+    assert canonical(content) == same
+    assert hash_json(content) == hash_json(same) != hash_json({**same, "rate": 1.0001e-5})
+    assert hash_json(["a"]) == hashlib.sha256(b'["a"]').hexdigest()
+
+
+def test_weights_hash_depends_on_values_and_dtype():
+    network = torch.nn.BatchNorm1d(2)  # with an integer buffer
+    before = hash_weights(network)
+    assert hash_networks({"net": network, "tokenizer": object()}) == {"net": before}
+    assert hash_weights(network) == before == hash_weights(network, torch.float32)
+    with torch.no_grad():
+        network.bias[0] += 1e-3
+    after = hash_weights(network)
+    assert after != before
+    network.half()
+    assert hash_weights(network) not in (before, after)
+    assert hash_weights(network, torch.float32) == hash_weights(network.float())
