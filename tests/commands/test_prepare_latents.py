@@ -185,4 +185,4 @@ def test_it_wants_a_folder(capsys):
     assert cli.main(["prepare", "latents"]) == 2
     assert "cached_latents is null; set it to the folder to write" in capsys.readouterr().err
     assert cli.main(["prepare", "latents", "cached_latents=x", "cached_parts=[pixels]"]) == 2
-    assert "keep" in capsys.readouterr().err
+    assert "cached_parts" in capsys.readouterr().err
