@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from microcinema.data import video_reader
-from microcinema.data.decoder_process import IsolatedReader
+from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
 
 POSITIONS = {"first": 0.0, "center": 0.5}
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 RESIZE = "bicubic, antialiased, centre crop"
 
 
@@ -57,7 +56,7 @@ class ClipReader:
         self.size = self.checked_size(*sides)
         self.decoder, self.clip_position, self.seed = decoder, clip_position, seed
         self.watermark = Watermark(**watermark) if watermark else None
-        self.isolated = IsolatedReader(timeout) if timeout is not None else None
+        self.decoder_process = DecoderProcess(timeout) if timeout is not None else None
 
     def checked_size(self, height: int, width: int) -> tuple[int, int]:
         """A size that the networks take.
@@ -107,8 +106,7 @@ class ClipReader:
             UserError: a file that is missing, damaged, too short, or took too long.
         """
         num_frames, *size = shape or (self.num_frames, *self.size)
-        name = source.name if isinstance(source, video_reader.Member) else str(source)
-        if name.lower().endswith(IMAGES):
+        if video_reader.is_image(source):
             if num_frames > 1:
                 raise UserError(f"'{source}' is a picture, not a clip of {num_frames} frames; set num_frames=1 for it")
             if self.fps is None:
@@ -130,7 +128,7 @@ class ClipReader:
         return self.watermark.caption(text) if self.watermark and marked else text
 
     def _call(self, function: str, source: video_reader.Source, *arguments: Any, **more: Any) -> Any:
-        call = self.isolated or (lambda name, *a, **k: getattr(video_reader, name)(*a, **k))
+        call = self.decoder_process or (lambda name, *a, **k: getattr(video_reader, name)(*a, **k))
         return call(function, source, *arguments, **more)
 
 

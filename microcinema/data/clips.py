@@ -154,7 +154,7 @@ class ClipDataset(ClipSource):
         row = self.rows[index]
         return {name: row[name] for name in ("caption", "description", "motion")}
 
-    def subset(self, indices: Sequence[int]) -> tuple["ClipDataset", Sequence[int]]:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> tuple["ClipDataset", Sequence[int]]:
         """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
         small = copy.copy(self)
         small.rows, small._marked, small.buckets = self.rows.take(indices), None, None

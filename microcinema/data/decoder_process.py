@@ -24,7 +24,7 @@ _GRACE = 5.0  # seconds after which a child that nobody waits for ends itself
 _LENGTH = struct.Struct("<Q")
 
 
-class IsolatedReader:
+class DecoderProcess:
     """Calls functions of data/video_reader.py in a child process, at most `timeout` seconds each.
 
     Raises:

@@ -1,33 +1,55 @@
-"""What can be said of a clip by looking at it: does it decode, does it move, does it cut, does it bear a watermark, is it there twice."""
+"""Quality of clips: whether they decode, move, cut to another scene, bear a watermark, or show the same as another one."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from microcinema.data import video_reader
-from microcinema.data.clip_reader import IMAGES
-from microcinema.data.decoder_process import IsolatedReader
+from microcinema.data.decoder_process import DecoderProcess
+from microcinema.data.manifest import SCHEMA
 from microcinema.utils.errors import UserError
 
-SIZE = (96, 160)  # height and width in which clips are looked at
-FPS = 8.0  # frames per second that are looked at
-MOST = 600  # frames of a clip that are looked at, the first 75 seconds
-NEEDED = 16  # clips from which on something in common can be told from their own edges
-_CUT = 15.0  # levels of 255 by which frames on the two sides of a cut differ at least
-_PEAK = 3.0  # times that a cut stands out from the changes right before and after it
-_SAME = 12  # bits of 192 in which the hashes of two copies of a clip may differ
+SIZE = (96, 160)  # height and width at which frames are examined
+FPS = 8.0  # frames per second that are examined
+MAX_FRAMES = 600  # examined frames of a clip: its first 75 seconds
+MIN_TEMPLATE_CLIPS = 16  # fewer clips share edges by chance
+_MIN_CUT = 15.0  # smallest frame difference at a cut, in levels of 255
+_CUT_RATIO = 3.0  # of a cut to the frame differences right before and after it
+_MAX_HASH_DISTANCE = 12  # bits of 192 by which the hashes of two copies of a clip may differ
+_JUDGED = ("decodable", "num_frames", "duration", "motion", "cut", "watermark")
 
 
 @dataclass(frozen=True)
-class Look:
-    """A clip as the audit sees it.
+class Thresholds:
+    """Limits of the checks, and the checks by which clips are rejected.
 
     Attributes:
-        info: what the file holds.
+        num_frames: frames of a training clip.
+        fps: frames per second of a training clip; None: the file's own.
+        min_motion: mean difference of neighboring frames, levels of 255.
+        max_watermark_score: correlation with the watermark template, -1 to 1.
+        reject: names of the checks; broken clips are always rejected.
+    """
+
+    num_frames: int
+    fps: float | None
+    min_motion: float
+    max_watermark_score: float
+    reject: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClipSurvey:
+    """A clip at low resolution and frame rate.
+
+    Attributes:
+        info: properties of the file.
         times: seconds of each frame after the first one, (n,).
         frames: uint8 (n, *SIZE, 3).
     """
@@ -37,128 +59,170 @@ class Look:
     frames: np.ndarray
 
 
-def look(reader: IsolatedReader, source: video_reader.Source) -> Look:
-    """Decodes a clip, or a picture.
+def survey_clip(decoder: DecoderProcess, source: video_reader.Source) -> ClipSurvey:
+    """Decodes a video, or a picture as a clip of one frame.
 
     Raises:
         UserError: it cannot be decoded, or not in time.
     """
-    name = source.name if isinstance(source, video_reader.Member) else str(source)
-    if name.lower().endswith(IMAGES):
-        picture = reader("read_image", source)[0]
+    if video_reader.is_image(source):
+        picture = decoder("read_image", source)[0]
         height, width = picture.shape[:2]
-        small = cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_AREA)
-        return Look(video_reader.VideoInfo(1, 0.0, width, height, 0.0), np.zeros(1), small[None])
-    return Look(*reader("survey", source, SIZE, FPS, MOST))
+        frame = cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_AREA)
+        return ClipSurvey(video_reader.VideoInfo(1, 0.0, width, height, 0.0), np.zeros(1), frame[None])
+    return ClipSurvey(*decoder("survey", source, SIZE, FPS, MAX_FRAMES))
 
 
-def changes(frames: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of neighbouring frames in levels of 255, (n - 1,)."""
-    return np.array([cv2.absdiff(one, other).mean() for one, other in itertools.pairwise(frames)])
+def frame_differences(frames: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of neighboring frames in levels of 255, (n - 1,)."""
+    return np.array([cv2.absdiff(a, b).mean() for a, b in itertools.pairwise(frames)])
 
 
-def find_cut(difference: np.ndarray) -> int | None:
-    """The frame that begins a new scene; of several the strongest; None: no cut.
+def find_cut(differences: np.ndarray) -> int | None:
+    """Index of the frame that begins a new scene, at the strongest cut; None: no cut.
 
-    A cut is one large change between smaller ones: fast motion is large for many frames, a flash for two. Fades are not found.
+    A cut is one large difference between small ones: fast motion is large for many frames, a flash for two. Fades are not detected.
     """
-    if len(difference) < 2:
+    if len(differences) < 2:
         return None
-    around = np.pad(difference, 1, constant_values=0.0)
-    beside = np.maximum(around[:-2], around[2:])
-    cuts = np.flatnonzero((difference > _CUT) & (difference > _PEAK * beside))
-    return int(cuts[np.argmax(difference[cuts])]) + 1 if len(cuts) else None
+    padded = np.pad(differences, 1, constant_values=0.0)
+    neighbors = np.maximum(padded[:-2], padded[2:])
+    cuts = np.flatnonzero((differences > _MIN_CUT) & (differences > _CUT_RATIO * neighbors))
+    return int(cuts[np.argmax(differences[cuts])]) + 1 if len(cuts) else None
+
+
+def mean_motion(differences: np.ndarray, cut: int | None) -> float | None:
+    """Mean frame difference without the one at the cut; None: fewer than two frames."""
+    if not len(differences):
+        return None
+    return float((differences if cut is None else np.delete(differences, cut - 1)).mean())
 
 
 def hashes(frames: np.ndarray) -> list[int]:
-    """Difference hashes of the first, middle and last frame: 64 bits each, by which of two neighbouring cells is brighter.
+    """Difference hashes of the first, middle and last frame: 64 bits each, the sign of the difference of neighboring cells.
 
-    They stand what copies of a video go through: another size, bit rate or codec.
+    They survive what copies of a video go through: another size, bit rate or codec.
     """
-    found = []
+    values = []
     for frame in frames[[0, len(frames) // 2, -1]]:
         cells = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA).astype(int)
-        found.append(int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big"))
-    return found
+        values.append(int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big"))
+    return values
 
 
 def persistent_edges(frames: np.ndarray) -> np.ndarray:
-    """The gradient that stays in a clip: its median over at most 16 frames, float32 (2, h, w)."""
-    chosen = frames[np.linspace(0, len(frames) - 1, min(16, len(frames))).astype(int)]
-    gray = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in chosen]).astype(np.float32)
-    across = np.stack([cv2.Sobel(frame, cv2.CV_32F, 1, 0) for frame in gray])
-    down = np.stack([cv2.Sobel(frame, cv2.CV_32F, 0, 1) for frame in gray])
-    return np.stack([np.median(across, axis=0), np.median(down, axis=0)])
+    """Median image gradient of a clip over at most 16 frames, float32 (2, h, w)."""
+    indices = np.linspace(0, len(frames) - 1, min(16, len(frames))).astype(int)
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames[indices]]
+    gradients = [[cv2.Sobel(image, cv2.CV_32F, dx, 1 - dx) for image in gray] for dx in (1, 0)]
+    return np.median(gradients, axis=1).astype(np.float32)
 
 
 def watermark_template(edges: Sequence[np.ndarray]) -> np.ndarray | None:
-    """What the lasting edges of many clips have in common, float32 (2, h, w): their median (Dekel et al., CVPR 2017, section 3.1).
+    """Median of the persistent edges of many clips, float32 (2, h, w) (Dekel et al., CVPR 2017, section 3.1); None: too few clips.
 
-    Only its strongest twentieth is kept, where a watermark is if there is one. None: too few clips to tell.
+    All but the strongest twentieth, where a watermark would be, is set to zero.
     """
-    if len(edges) < NEEDED:
+    if len(edges) < MIN_TEMPLATE_CLIPS:
         return None
-    common = np.median(np.stack(edges), axis=0).astype(np.float32)
-    strength = np.hypot(*common)
-    common[:, strength < np.quantile(strength, 0.95)] = 0
-    return common
+    template = np.median(np.stack(edges), axis=0).astype(np.float32)
+    strength = np.hypot(*template)
+    template[:, strength < np.quantile(strength, 0.95)] = 0
+    return template
 
 
 def watermark_score(edges: np.ndarray, template: np.ndarray) -> float:
-    """Correlation, -1 to 1, of a clip's lasting edges with the template, where the template is."""
-    where = np.hypot(*template) > 0
-    one, other = edges[:, where].ravel(), template[:, where].ravel()
-    scale = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return float(one @ other) / scale if scale > 0 else 0.0
+    """Correlation, -1 to 1, of a clip's persistent edges with the template, where the template is not zero."""
+    mask = np.hypot(*template) > 0
+    a, b = edges[:, mask].ravel(), template[:, mask].ravel()
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def measure(
-    reader: IsolatedReader, source: video_reader.Source, template: np.ndarray | None
-) -> tuple[dict[str, Any], Any]:
-    """What the manifest says of a clip, but for what only the others can tell, and its `Look` (None: it cannot be decoded)."""
+    decoder: DecoderProcess, source: video_reader.Source, template: np.ndarray | None
+) -> tuple[dict[str, Any], ClipSurvey | None]:
+    """The manifest's measures of one clip, and its survey (None: it cannot be decoded)."""
     try:
-        seen = look(reader, source)
+        survey = survey_clip(decoder, source)
     except UserError as error:
         return {"file": str(source), "decodable": False, "reason": str(error)}, None
-    difference = changes(seen.frames)
-    cut = find_cut(difference)
-    info = seen.info
+    differences = frame_differences(survey.frames)
+    cut = find_cut(differences)
     return {
         "file": str(source),
         "decodable": True,
-        "num_frames": info.num_frames,
-        "fps": info.fps,
-        "width": info.width,
-        "height": info.height,
-        "duration": info.duration,
-        # Of the whole clip the largest scene's motion would be fairer; a cut that is left out of the mean comes near.
-        "motion": float(np.delete(difference, cut - 1).mean() if cut else difference.mean())
-        if len(difference)
-        else None,
-        "cut": None if cut is None else float(seen.times[cut]),
-        "watermark": None if template is None else watermark_score(persistent_edges(seen.frames), template),
-        "hashes": hashes(seen.frames),
-    }, seen
+        **vars(survey.info),
+        "motion": mean_motion(differences, cut),
+        "cut": None if cut is None else float(survey.times[cut]),
+        "watermark": None if template is None else watermark_score(persistent_edges(survey.frames), template),
+        "hashes": hashes(survey.frames),
+    }, survey
 
 
-def duplicates(found: np.ndarray) -> np.ndarray:
-    """For each clip the first one that shows the same, -1 for none.
+def first_copies(clip_hashes: np.ndarray) -> np.ndarray:
+    """Index of the first clip that shows the same as each clip, -1 for none.
 
-    Candidates share one of their three hashes to the bit; of all bits at most a sixteenth may differ.
+    Candidates share one of their three hashes exactly; of all bits at most a sixteenth may differ.
 
     Args:
-        found: hashes of all clips, uint64 (n, 3); zeros for none.
+        clip_hashes: of all clips, uint64 (n, 3); zeros for none.
     """
-    first = np.full(len(found), -1)
-    for column in range(found.shape[1]):
-        order = np.argsort(found[:, column], kind="stable")  # within a group clips stay in their order
-        values = found[order, column]
+    first = np.full(len(clip_hashes), -1)
+    for column in range(clip_hashes.shape[1]):
+        order = np.argsort(clip_hashes[:, column], kind="stable")  # clips of equal hash stay in their order
+        values = clip_hashes[order, column]
         starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
         for start, stop in zip(starts, np.r_[starts[1:], len(values)], strict=True):
-            if stop - start < 2 or values[start] == 0:  # zero: a frame of one colour, which says nothing
+            if stop - start < 2 or values[start] == 0:  # zero: a frame of one color
                 continue
             members = order[start:stop]
-            bits = np.unpackbits((found[members] ^ found[members[0]]).view(np.uint8), axis=1).sum(axis=1)
-            same = members[1:][bits[1:] <= _SAME]
-            first[same] = np.where(first[same] < 0, members[0], np.minimum(first[same], members[0]))
+            bits = np.unpackbits((clip_hashes[members] ^ clip_hashes[members[0]]).view(np.uint8), axis=1).sum(axis=1)
+            copies = members[1:][bits[1:] <= _MAX_HASH_DISTANCE]
+            first[copies] = np.where(first[copies] < 0, members[0], np.minimum(first[copies], members[0]))
     return first
+
+
+def failed_checks(columns: Mapping[str, np.ndarray], thresholds: Thresholds) -> dict[str, np.ndarray]:
+    """Which clips fail each check that looks at single clips, bool (n,), whether or not it rejects them; unknown measures are NaN."""
+    num_frames, fps = thresholds.num_frames, thresholds.fps
+    if fps is None or num_frames == 1:
+        short = columns["num_frames"] < num_frames
+    else:
+        short = columns["duration"] <= (num_frames - 1) / fps
+    return {
+        "broken": columns["decodable"] != 1,
+        "short": short,
+        "static": columns["motion"] < thresholds.min_motion,
+        "cut": ~np.isnan(columns["cut"]),
+        "watermark": columns["watermark"] > thresholds.max_watermark_score,
+    }
+
+
+def verdict(measures: Mapping[str, Any], thresholds: Thresholds) -> str:
+    """The failed checks of one clip with commas between, or "accepted"."""
+    columns = {name: np.array([measures.get(name)], dtype=float) for name in _JUDGED}  # None becomes NaN
+    return ", ".join(name for name, fails in failed_checks(columns, thresholds).items() if fails[0]) or "accepted"
+
+
+def judge(table: pa.Table, thresholds: Thresholds) -> pa.Table:
+    """The table of measures with the columns that depend on all clips or on the thresholds."""
+    columns = {name: table.column(name).cast(pa.float64()).to_numpy() for name in _JUDGED}
+    no_hashes = pa.scalar([0, 0, 0], SCHEMA.field("hashes").type)
+    clip_hashes = pc.fill_null(pc.list_flatten(pc.coalesce(table.column("hashes"), no_hashes)), 0)
+    first = first_copies(clip_hashes.to_numpy().reshape(-1, 3))
+    failed = {**failed_checks(columns, thresholds), "duplicate": first >= 0}
+    rejecting = {name: fails for name, fails in failed.items() if name == "broken" or name in thresholds.reject}
+    rejected = np.any(list(rejecting.values()), axis=0)
+    reasons = np.full(len(first), None, dtype=object)
+    for k in np.flatnonzero(rejected).tolist():
+        reasons[k] = ", ".join(name for name, fails in rejecting.items() if fails[k])
+    verdicts = {
+        "static": pc.if_else(pa.array(np.isnan(columns["motion"])), None, pa.array(failed["static"])),
+        "duplicate_of": pc.take(table.column("id").combine_chunks(), pa.array(first, mask=first < 0)),
+        "accepted": pa.array(~rejected),
+        "rejected_for": pa.array(reasons, pa.string()),
+    }
+    for name, values in verdicts.items():
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), values)
+    return table

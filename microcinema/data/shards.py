@@ -21,11 +21,11 @@ from webdataset.cache import FileCache
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from microcinema.data import video_reader
-from microcinema.data.clip_reader import IMAGES, ClipReader
+from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
+from microcinema.data.video_reader import IMAGES, TarMember
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
@@ -33,7 +33,7 @@ from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _OPEN = 32  # shards whose contents a worker remembers
 
-Sample = dict[str, video_reader.Member]
+Sample = dict[str, TarMember]
 """The members of a sample by their extension, such as `mp4`, `json`, `txt`."""
 
 
@@ -127,11 +127,11 @@ class ShardDataset(ClipSource):
         shard, number = self._place(index)
         return _identity(self.urls[shard], number)
 
-    def subset(self, indices: Sequence[int]) -> tuple["ShardDataset", Sequence[int]]:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> tuple["ShardDataset", Sequence[int] | np.ndarray]:
         """A data set that holds these clips, small enough to be sent to another process, and their numbers in it."""
         return self, indices
 
-    def file(self, index: int) -> video_reader.Member:
+    def file(self, index: int) -> TarMember:
         """Where the video, or picture, of a sample lies.
 
         Raises:
@@ -154,12 +154,12 @@ class ShardDataset(ClipSource):
         record: Any = {}
         if "json" in sample:
             try:
-                record = json.loads(_bytes(sample["json"]))
+                record = json.loads(sample["json"].read())
             except ValueError as error:
                 raise UserError(f"'{sample['json']}' is no JSON ({error}); take it out of its shard") from None
         caption = record.get(self.columns["caption"]) if isinstance(record, dict) else None
         if not caption and "txt" in sample:
-            caption = _bytes(sample["txt"]).decode("utf-8", errors="replace").strip()
+            caption = sample["txt"].read().decode("utf-8", errors="replace").strip()
         if not caption:
             keys = ", ".join(record) if isinstance(record, dict) and record else "no keys"
             raise UserError(
@@ -258,7 +258,7 @@ def read_members(path: str) -> list[Sample]:
             if key != last:
                 samples.append({})
                 last = key
-            samples[-1][extension.lower()] = video_reader.Member(path, entry.name, entry.offset_data, entry.size)
+            samples[-1][extension.lower()] = TarMember(path, entry.name, entry.offset_data, entry.size)
     return samples
 
 
@@ -288,9 +288,3 @@ def _cache_name(url: str) -> str:
 
 def _identity(url: str, number: int) -> str:
     return f"{Path(url).stem}#{number:05d}"
-
-
-def _bytes(member: video_reader.Member) -> bytes:
-    with open(member.archive, "rb") as file:
-        file.seek(member.offset)
-        return file.read(member.size)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -74,7 +75,7 @@ class ClipSource(Dataset[dict[str, Any]]):
         """
         raise UserError(f"captions of a {type(self).__name__} cannot be read without its items")
 
-    def subset(self, indices: Sequence[int]) -> tuple["ClipSource", Sequence[int]]:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> tuple["ClipSource", Sequence[int] | np.ndarray]:
         """A data set that holds these clips and is small enough to be sent to another process, and their indices in it.
 
         Raises:

@@ -186,7 +186,7 @@ def test_the_first_of_several_copies_is_named():
     found[45, 2] ^= np.uint64(0b111)  # three bits of a re-encoded copy
     found[30, 0] = found[8, 0]  # the same first frame alone is another clip
     found[[10, 11], :] = 0  # blank frames are not the same clip
-    first = quality.duplicates(found)
+    first = quality.first_copies(found)
     assert {k: int(v) for k, v in enumerate(first) if v >= 0} == {40: 7, 45: 7}
 
 

@@ -19,7 +19,7 @@ from fixtures import tiny, tiny_broken, tiny_training
 from fixtures.tiny_training import logged, one_thread, pipeline, train, weights  # noqa: F401
 from microcinema.data import decoder_process, video_reader
 from microcinema.data.clips import ClipDataset
-from microcinema.data.decoder_process import IsolatedReader
+from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.ordering import ShuffledOrder
 from microcinema.data.quarantine import MAX_REPLACEMENTS, ErrorRate, Quarantine, read_quarantine
@@ -226,7 +226,7 @@ def test_the_error_rate_forgets():
 
 
 def test_the_same_frames_from_another_process(listing):
-    reader = IsolatedReader(60)
+    reader = DecoderProcess(60)
     path = listing.parent / "rotated-0.mp4"
     np.testing.assert_array_equal(reader("read_clip", path, 4, 8.0), video_reader.read_clip(path, 4, 8.0))
     child = reader._child.pid
@@ -237,7 +237,7 @@ def test_the_same_frames_from_another_process(listing):
 
 
 def test_a_decoder_that_hangs_is_ended_and_the_next_clip_is_read(listing):
-    reader, sound = IsolatedReader(1.0), listing.parent / "sound0.mp4"
+    reader, sound = DecoderProcess(1.0), listing.parent / "sound0.mp4"
     reader("probe", sound)  # the time to start is not counted
     child = psutil.Process(reader._child.pid)
     began = time.monotonic()
@@ -252,7 +252,7 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
     class Hanging(ClipDataset):
         def __getitem__(self, index):
             if index == 3:
-                self.reader.isolated("probe", tiny_broken.Hanging())
+                self.reader.decoder_process("probe", tiny_broken.Hanging())
             return super().__getitem__(index)
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
@@ -266,7 +266,7 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
 
 
 def test_a_decoder_that_crashes_is_told(listing):
-    reader = IsolatedReader(60)
+    reader = DecoderProcess(60)
     reader("probe", listing.parent / "sound0.mp4")
     os.kill(reader._child.pid, signal.SIGSEGV)
     reader._child.wait()
@@ -279,8 +279,8 @@ def test_a_decoder_that_crashes_is_told(listing):
 
 def test_workers_have_their_own_and_leave_none_behind(listing):
     data = clips(listing)
-    data.reader.isolated("probe", listing.parent / "sound0.mp4")
-    mine = data.reader.isolated._child.pid
+    data.reader.decoder_process("probe", listing.parent / "sound0.mp4")
+    mine = data.reader.decoder_process._child.pid
     batches = list(DataLoader(data, batch_size=2, num_workers=2, sampler=range(8)))
     assert [len(batch["id"]) for batch in batches] == [2] * 4
     torch.testing.assert_close(batches[0]["video"][0], data[0]["video"])
@@ -294,7 +294,7 @@ def test_workers_have_their_own_and_leave_none_behind(listing):
 def test_a_child_without_a_parent_ends_itself():
     """Also in the midst of a call that hangs: by the kernel's alarm."""
     code = (
-        "import os, sys; from fixtures import tiny_broken; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.IsolatedReader(1.0);"
+        "import os, sys; from fixtures import tiny_broken; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.DecoderProcess(1.0);"
         "child = reader._running(); print(child.pid, flush=True);"
         "decoder_process._send(child.stdin.fileno(), (1.0, 'probe', (tiny_broken.Hanging(),), {})); os._exit(0)"
     )
@@ -308,7 +308,7 @@ def test_a_child_without_a_parent_ends_itself():
 @pytest.mark.parametrize("timeout", [0, -1.0])
 def test_a_time_out_that_is_none(timeout):
     with pytest.raises(UserError, match=f"timeout={timeout}"):
-        decoder_process.IsolatedReader(timeout)
+        decoder_process.DecoderProcess(timeout)
 
 
 def test_json_lines(tmp_path):
