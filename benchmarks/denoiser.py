@@ -302,9 +302,9 @@ def sampling(arguments: argparse.Namespace) -> None:
 
 def drift(arguments: argparse.Namespace) -> None:
     """Prints, clip by clip, how far continued clips and windows of the same length go from their key frame."""
-    from microcinema.evaluation.detectors import SpriteJudge
     from microcinema.pipelines.saving import load_pipeline
     from microcinema.sprites import long_video as measurement
+    from microcinema.sprites.judge import SpriteJudge
 
     pipeline, judge = load_pipeline(arguments.pipeline), SpriteJudge.load(arguments.classifier)
     pipeline.set_progress_bar_config(disable=True)

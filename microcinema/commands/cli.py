@@ -15,7 +15,7 @@ from microcinema.utils.errors import UserError
 BODIES = {
     "train": ("microcinema.training.trainer", "train the video model"),
     "sample": ("microcinema.commands.sample", "make videos from prompts or images"),
-    "evaluate": ("microcinema.sprites.evaluate", "generate videos, measure them, write a report"),
+    "evaluate": ("microcinema.commands.evaluate", "generate videos, measure them, write a report"),
     "prepare": ("microcinema.commands.prepare_sprites", "render a Moving Sprites data set"),
     "prepare check": (
         "microcinema.commands.prepare_check",

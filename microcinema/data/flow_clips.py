@@ -1,14 +1,13 @@
-"""Clips with the optical flow that PredictNet learns from, by a teacher, made as each clip is read."""
+"""Clips with the optical flow that PredictNet learns from, computed as each clip is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from microcinema.data.clips import ClipDataset
-from microcinema.data.optical_flow import TEACHERS, Flow, estimate, exact, to_latent_grid
+from microcinema.config.compose import instantiate
+from microcinema.data.optical_flow import FLOW_MODELS, Flow, estimate, to_latent_grid
 from microcinema.data.source import ClipSource, ClipWrapper
-from microcinema.sprites import scene
-from microcinema.sprites.dataset import read_truth
 from microcinema.utils.errors import UserError
 
 
@@ -19,36 +18,29 @@ class FlowClips(ClipWrapper):
 
     Args:
         dataset: of clips.
-        teacher: `dis`, `raft`, or `ground_truth` for Moving Sprites, which must be square and read from their beginning.
+        teacher: `dis` or `raft`; or the full name of a class that is constructed from the data set and gives the `Flow` of an item.
         factor: pixels per place of the latent grid.
 
     Raises:
-        UserError: an unknown teacher, or a data set of which the truth is not known.
+        UserError: an unknown teacher, or one that does not know the flow of this data set.
     """
 
     def __init__(self, dataset: ClipSource, teacher: str, factor: int) -> None:
-        if teacher not in TEACHERS:
-            raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(TEACHERS)}")
+        if teacher not in FLOW_MODELS and "." not in teacher:
+            raise UserError(
+                f"model.flow_model={teacher} is unknown; use {', '.join(FLOW_MODELS)} or the full name of a class"
+            )
         super().__init__(dataset)
         self.teacher, self.factor = teacher, factor
-        self._sprites: dict[str, scene.Sprite] = {}
-        if teacher == "ground_truth":
-            if not isinstance(dataset, ClipDataset) or dataset.root is None:
-                raise UserError("flow teacher 'ground_truth' needs the folder of Moving Sprites; use dis")
-            if dataset.clip_position != "first" or len(set(dataset.reader.size)) != 1:
-                raise UserError(
-                    "flow teacher 'ground_truth' needs square clips from the beginning (clip_position=first); use dis"
-                )
-            self._sprites = {name: sprite for name, sprite, *_ in read_truth(dataset.root)}
+        self._flow: Callable[[dict[str, Any]], Flow] = self._estimated
+        if teacher not in FLOW_MODELS:
+            self._flow = instantiate({"_target_": teacher}, dataset=dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
         flow = to_latent_grid(self._flow(item), self.factor)
         return {**item, "flow": flow.vectors, "flow_valid": flow.valid}
 
-    def _flow(self, item: dict[str, Any]) -> Flow:
-        frames, size = len(item["video"]), item["video"].shape[-1]
-        if self.teacher == "ground_truth":
-            return exact(scene.render(self._sprites[item["id"]], frames, size, item["fps"]).flow)
+    def _estimated(self, item: dict[str, Any]) -> Flow:
         pixels = ((item["video"] + 1) * 127.5).round().to(torch.uint8)
         return estimate(self.teacher, pixels.permute(0, 2, 3, 1).contiguous().numpy())

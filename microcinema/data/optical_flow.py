@@ -12,7 +12,7 @@ from einops import rearrange, reduce
 
 from microcinema.utils.errors import UserError
 
-TEACHERS = ("ground_truth", "dis", "raft")
+FLOW_MODELS = ("dis", "raft")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _method(teacher: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         return by_dis
     if teacher == "raft":
         return _raft()
-    raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(TEACHERS)}")
+    raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(FLOW_MODELS)}")
 
 
 def _raft() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -1,9 +1,9 @@
-"""What looks at clips: the classifier of Moving Sprites, I3D, C3D, CLIP, a network of single frames, optical flow."""
+"""Detectors: networks and plain computations that map batches of clips to features or scores (I3D, C3D, CLIP, Inception v3, optical flow)."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -16,60 +16,8 @@ from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
-from microcinema.pipelines.loading import ASSETS
-from microcinema.sprites.classifier import SpriteClassifier
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_weights
-
-
-class SpriteJudge:
-    """Names the attributes of clips and gives the features that the Fréchet distance compares.
-
-    Args:
-        classifier: in evaluation mode; clips are judged on its device.
-        batch_size: clips at once; changes no verdict.
-    """
-
-    def __init__(self, classifier: SpriteClassifier, batch_size: int = 16) -> None:
-        self.classifier = classifier.eval().requires_grad_(False)
-        self.batch_size = batch_size
-
-    @classmethod
-    def load(cls, name: str | os.PathLike[str], batch_size: int = 16) -> "SpriteJudge":
-        """Opens an embedded classifier by name, or one in a folder.
-
-        Raises:
-            UserError: there is none, or its files are damaged.
-        """
-        embedded = ASSETS / name / "config.json"
-        folder = embedded.parent if embedded.is_file() else Path(name)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"classifier '{name}' is neither embedded nor a folder with a config.json; check the name")
-        try:
-            classifier = SpriteClassifier.from_pretrained(folder, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"cannot load the classifier '{folder}' ({first_line(error)}); train or fetch it again"
-            ) from error
-        return cls(classifier, batch_size)
-
-    @torch.inference_mode()
-    def __call__(self, clips: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
-        """Attribute names of each clip and features (n, d) float64, of clips uint8 (n, f, h, w, 3).
-
-        Raises:
-            UserError: clips with another number of frames than the classifier reads.
-        """
-        names: list[dict[str, str]] = []
-        features = []
-        for batch in np.split(clips, range(self.batch_size, len(clips), self.batch_size)):
-            video = rearrange(torch.from_numpy(batch), "b f h w c -> b f c h w").to(self.classifier.device)
-            feature = self.classifier.features(video.to(self.classifier.dtype) / 127.5 - 1)
-            features.append(feature.double().cpu().numpy())
-            best = {key: head(feature).argmax(dim=1).tolist() for key, head in self.classifier.heads.items()}
-            classes = self.classifier.config["classes"]
-            names += [{key: classes[key][best[key][row]] for key in best} for row in range(len(batch))]
-        return names, np.concatenate(features)
 
 
 @dataclass(frozen=True)
@@ -88,22 +36,26 @@ Measure = Callable[[Batch], dict[str, np.ndarray]]
 """Says something of every clip of a batch, by name: arrays whose first axis is the batch's."""
 
 
+DETECTORS = ("i3d", "i3d_torchscript")
+_NO_DETECTORS: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class VideoDetectorSettings:
     """Which network gives the features of the Fréchet video distance, and how frames come to it.
 
     Args:
-        detector: `i3d` (written out in `models/i3d.py`), `i3d_torchscript` or `sprites` (the embedded classifier).
-        weights: path or URL; None: nothing that needs it is measured. For `sprites` the classifier's name or folder.
-        sha256: of the file; must be given with a URL, and with TorchScript, which is code.
-        preparation: one of `PREPARATIONS`; `own` for the TorchScript's own resizing. The sprites classifier has none.
+        detector: `i3d` (implemented in `i3d.py`), `i3d_torchscript`, or one that the command adds.
+        weights: path or URL; None: nothing that needs it is measured. An added detector may take a name or a folder.
+        sha256: of the file; required for a URL, and for TorchScript, which is code.
+        preparation: one of `PREPARATIONS`; `own` for the TorchScript's own resizing. Added detectors ignore it.
         batch_norm_eps: of `i3d`: 1e-3 for `rgb_imagenet.pt`, 1e-5 for `i3d_pretrained_400.pt`.
 
     Raises:
         UserError: a preparation that does not go with the detector.
     """
 
-    detector: Literal["i3d", "i3d_torchscript", "sprites"]
+    detector: str
     weights: str | None
     sha256: str | None = None
     preparation: Literal["own", "tf_squash", "squash", "short_side_crop", "cd_fvd"] = "squash"
@@ -113,18 +65,24 @@ class VideoDetectorSettings:
         if self.preparation == "own" and self.detector == "i3d":
             raise UserError(f"preparation=own is not known to i3d; choose one of {', '.join(PREPARATIONS)}")
 
-    def load(self, device: torch.device | str, batch_size: int) -> "VideoFeatures":
+    def load(
+        self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader]" = _NO_DETECTORS
+    ) -> "VideoFeatures":
         """Opens the weights.
 
+        Args:
+            added: further detectors by name.
+
         Raises:
-            UserError: they are not there, or not the detector's.
+            UserError: an unknown detector, or weights that are missing or another network's.
         """
         assert self.weights is not None
-        if self.detector == "sprites":
-            judge = SpriteJudge.load(self.weights, batch_size)
-            judge.classifier.to(device)
-            identity = {"detector": "sprites", "sha256": hash_weights(judge.classifier)}
-            return VideoFeatures(lambda clips: judge(clips)[1], identity)
+        if self.detector in added:
+            return added[self.detector](self.weights, device, batch_size)
+        if self.detector not in DETECTORS:
+            raise UserError(
+                f"evaluation.video.detector={self.detector} is unknown; use one of {', '.join((*DETECTORS, *added))}"
+            )
         if self.detector == "i3d_torchscript":
             network, sha256 = load_torchscript(self.weights, self.sha256, "evaluation.video", device)
             own = self.preparation == "own"
@@ -150,6 +108,10 @@ class VideoFeatures:
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Of every clip."""
         return {"features": np.asarray(self.network(batch.frames), np.float32)}
+
+
+VideoDetectorLoader = Callable[[str, torch.device | str, int], VideoFeatures]
+"""Opens a detector from (weights, device, batch size)."""
 
 
 def _with_preparation(

@@ -1,15 +1,18 @@
 """The page of a zero-shot measurement: numbers with their protocol, the curve of FVD against N, what others published, videos."""
 
+import base64
 import csv
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
-from microcinema.sprites.report import embedded_picture, embedded_video
+from microcinema.data.video_writer import write_video
 from microcinema.utils.files import atomic_path
 from microcinema.utils.templates import open_template
 
@@ -28,7 +31,8 @@ _ROWS = (
     ("psnr", "Key frame, PSNR", "first frame against the key frame, dB", 1, "higher"),
     ("ssim", "Key frame, SSIM", "first frame against the key frame", 3, "higher"),
 )
-_WIDTH, _HEIGHT, _MARGIN = 640, 300, 56
+_WIDTH, _HEIGHT, _MARGIN = 640, 300, 56  # of the figure, pixels
+_VIDEO_CRF = 20
 
 
 @dataclass(frozen=True)
@@ -149,3 +153,17 @@ def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "labels": [{"x": x(1 / n), "text": str(int(n))} for n in (counts[-1], counts[0])],
         "ends": [{"y": y(v), "text": f"{v:.4g}"} for v in (low, high)],
     }
+
+
+def embedded_video(frames: np.ndarray, fps: float) -> str:
+    """Base64 of an H.264 mp4 of uint8 (f, h, w, 3)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        write_video(file, frames, fps, crf=_VIDEO_CRF)
+        return base64.b64encode(file.read_bytes()).decode()
+
+
+def embedded_picture(image: np.ndarray) -> str:
+    """Base64 of a PNG of uint8 (h, w, 3)."""
+    _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return base64.b64encode(data.tobytes()).decode()

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from einops import rearrange
 from microcinema.config.compose import instantiate
 from microcinema.data.clip_reader import resize_and_crop
 from microcinema.data.video_reader import probe, read_clip
-from microcinema.evaluation import detectors
-from microcinema.evaluation.detectors import Measure
+from microcinema.evaluation import detectors, statistics
+from microcinema.evaluation.detectors import Measure, VideoDetectorLoader
 from microcinema.evaluation.features import Clips, Features, extract
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.fvd import video_distance
@@ -26,7 +27,6 @@ from microcinema.evaluation.scores import inception_score, kernel_distance
 from microcinema.evaluation.videos import Video, folder_videos, hash_list
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
-from microcinema.sprites import metrics
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.fingerprint import FINGERPRINT, read_record, write_or_verify
@@ -54,8 +54,16 @@ class Generated:
     warnings: tuple[str, ...] = ()
 
 
-def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: PartialState) -> None:
+def run_zero_shot(
+    config: "DictConfig",
+    protocol: ZeroShotProtocol,
+    state: PartialState,
+    video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
+) -> None:
     """Does what the config of `evaluate` asks for; the first process writes the numbers and says where the report is.
+
+    Args:
+        video_detectors: further values of `evaluation.video.detector`.
 
     Raises:
         UserError: bad input; clips and features that were already made stay and are used by the next run.
@@ -74,7 +82,9 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
         raise UserError("the protocol asks for nothing; set generated_dir=folder, the videos to measure")
     real = _present(protocol.real(dataset), protocol.expected()["real"], settings.allow_fewer, shortfalls)
     compares = bool(real) or protocol.dataset == "folder"
-    measures, missing = load_measures(settings, state.device, config.batch_size, compares, protocol.dataset == "ucf101")
+    measures, missing = load_measures(
+        settings, state.device, config.batch_size, compares, protocol.dataset == "ucf101", video_detectors
+    )
     make_folder(folder)
     if config.generated_dir is None:
         generated = _from_pipeline(config, protocol, samples, share, state)
@@ -133,7 +143,12 @@ def run_zero_shot(config: "DictConfig", protocol: ZeroShotProtocol, state: Parti
 
 
 def load_measures(
-    settings: Mapping[str, Any], device: torch.device | str, batch_size: int, compares: bool, classes: bool
+    settings: Mapping[str, Any],
+    device: torch.device | str,
+    batch_size: int,
+    compares: bool,
+    classes: bool,
+    video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures whose weights are given; and for each other one, why not.
 
@@ -148,7 +163,7 @@ def load_measures(
     measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
     missing = {}
     wanted: list[tuple[str, str, bool, Callable[[Mapping[str, Any]], Measure]]] = [
-        ("video", "FVD, KVD", compares, lambda node: instantiate(node).load(device, batch_size)),
+        ("video", "FVD, KVD", compares, lambda node: instantiate(node).load(device, batch_size, video_detectors)),
         ("c3d", "IS", classes, lambda node: detectors.ClassProbabilities(node["weights"], node["sha256"], device)),
         ("clip", "CLIPSIM, CLIP consistency", True, lambda node: detectors.ClipScores(node["weights"], device)),
         ("inception", "Frame FID", compares, lambda n: detectors.FrameFeatures(n["weights"], n["sha256"], device)),
@@ -188,7 +203,7 @@ def compute(generated: Features, real: Features | None, protocol: ZeroShotProtoc
         values["frame_fid"] = {"value": frechet_distance(one, two, protocol.ddof)}
     for name in ("clipsim", "clip_consistency", "motion_magnitude", "psnr", "ssim"):
         if name in names:
-            values[name] = metrics.mean(generated.all(name).tolist())
+            values[name] = statistics.mean(generated.all(name).tolist())
             if real is not None and name in real.names:
                 values[name]["real"] = float(np.mean(real.all(name)))
     return values

@@ -1,25 +1,22 @@
-"""The command `evaluate`: generates the clips of a protocol, judges them and real ones alike, writes numbers and a report."""
+"""Running the Moving Sprites protocol: its clips are generated, judged like real ones, and reported with numbers and pictures."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from microcinema.config.compose import instantiate
-from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, generate, load_sample
+from microcinema.evaluation.statistics import CONFIDENCE
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites import metrics, scene
-from microcinema.sprites.judge import Verdict, judge_clips
+from microcinema.sprites.judge import SpriteJudge, Verdict, judge_clips
 from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
 from microcinema.sprites.report import write_report
 from microcinema.utils.errors import UserError
@@ -37,34 +34,11 @@ SAMPLES_FOLDER = "samples"
 ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
 
 
-def run(config: "DictConfig") -> None:
-    """Does what the config of `evaluate` asks for and prints the numbers and where the report is. Processes share the clips.
-
-    Raises:
-        UserError: bad input; clips that were already made stay and are used by the next run.
-    """
-    from microcinema.commands.sample import quieten_libraries
-    from microcinema.evaluation.zero_shot import run_zero_shot
-
-    # One process may wait for the clips of another for as long as that takes.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    try:
-        protocol = instantiate(config.evaluation.protocol)
-        quieten_libraries()
-        if isinstance(protocol, SpritesProtocol):
-            run_sprites(config, protocol, state)
-        else:
-            run_zero_shot(config, protocol, state)
-    finally:
-        state.destroy_process_group()
-
-
 def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialState) -> None:
     """The Moving Sprites protocol: all processes make clips, the first one judges them.
 
     Raises:
-        UserError: as in `run`.
+        UserError: bad input.
     """
     settings, main = config.evaluation, state.is_main_process
     if config.generated_dir is not None:
@@ -131,7 +105,7 @@ def evaluate(
         "model": dict(identity),
         "versions": describe_code(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "confidence": metrics.CONFIDENCE,
+        "confidence": CONFIDENCE,
         "parts": {
             part: summarise(
                 *([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in (model, real, other))

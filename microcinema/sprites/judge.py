@@ -1,20 +1,90 @@
-"""What every judge says of every clip of the Moving Sprites protocol."""
+"""The judges of Moving Sprites clips: a classifier names the object, tracking the motion, optical flow the rest."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from microcinema.evaluation import video_metrics
-from microcinema.evaluation.detectors import SpriteJudge
+from microcinema.evaluation.detectors import VideoFeatures
 from microcinema.evaluation.generate import Sample
+from microcinema.pipelines.loading import ASSETS
 from microcinema.sprites import scene
+from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.sprites.tracking import judge_motion
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.hashing import hash_weights
 
 LOOKS = ("shape", "colour", "background", "size")
+
+
+class SpriteJudge:
+    """Names the attributes of clips and gives the features that the Fréchet distance compares.
+
+    Args:
+        classifier: in evaluation mode; clips are judged on its device.
+        batch_size: clips at once; changes no verdict.
+    """
+
+    def __init__(self, classifier: SpriteClassifier, batch_size: int = 16) -> None:
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str], batch_size: int = 16) -> "SpriteJudge":
+        """Opens an embedded classifier by name, or one in a folder.
+
+        Raises:
+            UserError: there is none, or its files are damaged.
+        """
+        embedded = ASSETS / name / "config.json"
+        folder = embedded.parent if embedded.is_file() else Path(name)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"classifier '{name}' is neither embedded nor a folder with a config.json; check the name")
+        try:
+            classifier = SpriteClassifier.from_pretrained(folder, torch_dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"cannot load the classifier '{folder}' ({first_line(error)}); train or fetch it again"
+            ) from error
+        return cls(classifier, batch_size)
+
+    @torch.inference_mode()
+    def __call__(self, clips: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
+        """Attribute names of each clip and features (n, d) float64, of clips uint8 (n, f, h, w, 3).
+
+        Raises:
+            UserError: clips with another number of frames than the classifier reads.
+        """
+        names: list[dict[str, str]] = []
+        features = []
+        for batch in np.split(clips, range(self.batch_size, len(clips), self.batch_size)):
+            video = rearrange(torch.from_numpy(batch), "b f h w c -> b f c h w").to(self.classifier.device)
+            feature = self.classifier.features(video.to(self.classifier.dtype) / 127.5 - 1)
+            features.append(feature.double().cpu().numpy())
+            best = {key: head(feature).argmax(dim=1).tolist() for key, head in self.classifier.heads.items()}
+            classes = self.classifier.config["classes"]
+            names += [{key: classes[key][best[key][row]] for key in best} for row in range(len(batch))]
+        return names, np.concatenate(features)
+
+
+def load_video_features(weights: str, device: torch.device | str, batch_size: int) -> VideoFeatures:
+    """The classifier's features as those of the Fréchet video distance: the detector `sprites` of the zero-shot protocols.
+
+    Raises:
+        UserError: as in `SpriteJudge.load`.
+    """
+    judge = SpriteJudge.load(weights, batch_size)
+    judge.classifier.to(device)
+    return VideoFeatures(
+        lambda clips: judge(clips)[1], {"detector": "sprites", "sha256": hash_weights(judge.classifier)}
+    )
 
 
 @dataclass(frozen=True)
@@ -23,7 +93,7 @@ class Verdict:
 
     `judged`: attribute to the name that the judge gives it. `right`: whether that is what was asked for; `object` means shape,
     colour and background together; no `speed` where none was asked for or the motion is another one. `measures`: numbers in the
-    units of `summary.MEASURES`. `features` (d,) of the classifier.
+    units of `metrics.MEASURES`. `features` (d,) of the classifier.
     """
 
     task: Task

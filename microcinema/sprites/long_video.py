@@ -8,10 +8,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from microcinema.diffusion.rng import generator
-from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.evaluation.video_metrics import psnr
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.sprites import scene
+from microcinema.sprites.judge import SpriteJudge
 from microcinema.sprites.tracking import segment
 from microcinema.utils.errors import UserError
 

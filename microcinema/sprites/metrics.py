@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
 
 from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.statistics import mean, proportion
 from microcinema.sprites import scene
 from microcinema.sprites.judge import Verdict
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -58,38 +56,13 @@ MEASURES = (
 )
 
 
-def share(values: Sequence[float]) -> dict[str, float | int]:
-    """Share of ones with its Wilson interval: value, low, high, n."""
-    hits, count = int(sum(values)), len(values)
-    interval = binomtest(hits, count).proportion_ci(CONFIDENCE, method="wilson")
-    return {"value": hits / count, "low": float(interval.low), "high": float(interval.high), "n": count}
-
-
-def mean(values: Sequence[float]) -> dict[str, float | int]:
-    """Mean with its bootstrapped interval (percentiles, 2,000 resamples, fixed seed): value, low, high, n."""
-    data = np.asarray(values, np.float64)
-    low = high = float(data.mean())
-    if len(data) > 1 and np.ptp(data) > 0:
-        found = bootstrap(
-            (data,),
-            np.mean,
-            n_resamples=2000,
-            batch=max(1, 10**7 // len(data)),  # resamples in memory at once; changes nothing
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            random_state=0,
-        )
-        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
-    return {"value": float(data.mean()), "low": low, "high": high, "n": len(data)}
-
-
 def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]]:
     """Every measure that at least one of the clips has."""
     result = {}
     for measure in MEASURES:
         values = [value for value in map(measure.of, verdicts) if value is not None]
         if values:
-            result[measure.key] = share(values) if measure.kind == "share" else mean(values)
+            result[measure.key] = proportion(values) if measure.kind == "share" else mean(values)
     return result
 
 
@@ -105,7 +78,7 @@ def breakdown(verdicts: Sequence[Verdict]) -> dict[str, dict[str, dict[str, Any]
         groups = {name: [verdict for verdict in verdicts if of(verdict) == name] for name in names}
         result[key] = {
             name: {
-                what: share([verdict.right[what] for verdict in group if what in verdict.right])
+                what: proportion([verdict.right[what] for verdict in group if what in verdict.right])
                 for what in ("object", "motion", "speed")
                 if any(what in verdict.right for verdict in group)
             }

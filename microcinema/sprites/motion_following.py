@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from microcinema.diffusion.rng import generator
+from microcinema.evaluation.statistics import proportion
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.sprites import scene
-from microcinema.sprites.metrics import share
 from microcinema.sprites.tracking import judge_motion
 from microcinema.utils.errors import UserError
 
@@ -81,7 +81,7 @@ def measure(make: Maker, shown: Sequence[Sequence[scene.Sprite]], size: int, fps
         fps: of the clips.
 
     Returns:
-        `motion`: value, interval and number of clips, as in `summary.share`; `speed`: the same of the clips that move as asked;
+        `motion`: value, interval and number of clips, as in `statistics.proportion`; `speed`: the same of the clips that move as asked;
         `confusion`: for each motion that was asked for, how often the judge saw which.
 
     Raises:
@@ -99,7 +99,7 @@ def measure(make: Maker, shown: Sequence[Sequence[scene.Sprite]], size: int, fps
             if motions[-1] and sprite.speed:
                 speeds.append(seen.speed == sprite.speed)
     return {
-        "motion": share(motions),
-        "speed": share(speeds) if speeds else None,
+        "motion": proportion(motions),
+        "speed": proportion(speeds) if speeds else None,
         "confusion": {motion: dict(counts) for motion, counts in confusion.items()},
     }

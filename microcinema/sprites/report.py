@@ -1,8 +1,6 @@
 """One HTML page with everything in it: playing videos, key frames, verdicts, numbers, figures. Nothing is loaded from elsewhere."""
 
-import base64
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from microcinema.data.video_writer import write_video
 from microcinema.evaluation.generate import Sample
+from microcinema.evaluation.report import embedded_picture, embedded_video
 from microcinema.sprites.metrics import MEASURES
 from microcinema.sprites.protocol import PARTS
 from microcinema.utils.files import atomic_path
@@ -21,7 +19,6 @@ TEMPLATE = "report.html.jinja"
 TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
 
 _SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
-_CRF = 20
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
@@ -68,17 +65,3 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 def _video(frames: np.ndarray, fps: float) -> str:
     return embedded_video(np.stack([_enlarged(frame) for frame in frames]), fps)
-
-
-def embedded_video(frames: np.ndarray, fps: float) -> str:
-    """Base64 of an H.264 mp4 of uint8 (f, h, w, 3)."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "clip.mp4"
-        write_video(file, frames, fps, crf=_CRF)
-        return base64.b64encode(file.read_bytes()).decode()
-
-
-def embedded_picture(image: np.ndarray) -> str:
-    """Base64 of a PNG of uint8 (h, w, 3)."""
-    _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    return base64.b64encode(data.tobytes()).decode()

@@ -551,7 +551,11 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"experiment=sprites_{name}",
     ]
     # The same for both models, which read other captions: these are encoded as they train.
-    reads = ["model.pixel_scales=[1]", "model.flow_model=ground_truth", "cached_parts=[keyframe, flow]"]
+    reads = [
+        "model.pixel_scales=[1]",
+        "model.flow_model=microcinema.sprites.flow.GroundTruthFlow",
+        "cached_parts=[keyframe, flow]",
+    ]
     if status := microcinema(["prepare", "latents", *overrides[:2], "experiment=sprites_microcinema", *reads]):
         sys.exit(status)
     overrides += [

@@ -66,7 +66,7 @@ def test_one_frame_has_no_flow():
 
 
 def test_teachers_that_are_not_there_are_named():
-    with pytest.raises(UserError, match="'lucas' is unknown; use one of ground_truth, dis, raft"):
+    with pytest.raises(UserError, match="'lucas' is unknown; use one of dis, raft"):
         estimate("lucas", np.zeros((2, 16, 16, 3), np.uint8))
     try:
         import torchvision  # noqa: F401

@@ -12,6 +12,7 @@ from microcinema.evaluation.detectors import (
     ClipScores,
     FrameFeatures,
     VideoDetectorSettings,
+    VideoFeatures,
     keyframe_fidelity,
     motion,
 )
@@ -67,10 +68,14 @@ def test_what_is_no_detector_is_refused(i3d, tmp_path):
     refused("9 frames", "i3d", plain, clips=noise_clips(1, frames=9))
 
 
-def test_the_sprites_classifier_is_a_detector():
-    detector = VideoDetectorSettings("sprites", "sprites-classifier").load("cpu", 4)
-    assert detector(Batch(noise_clips(3, 16, 64, 64)))["features"].shape == (3, 128)
-    assert len(detector.record["sha256"]) == 64
+def test_a_command_may_add_detectors(tmp_path):
+    def load(weights, device, batch_size):
+        return VideoFeatures(lambda clips: clips.mean(axis=(1, 2, 3)), {"detector": weights})
+
+    detector = VideoDetectorSettings("colors", "mean").load("cpu", 4, {"colors": load})
+    assert detector(Batch(noise_clips(3)))["features"].shape == (3, 3) and detector.record == {"detector": "mean"}
+    with pytest.raises(UserError, match="detector=colors is unknown; use one of i3d, i3d_torchscript, other"):
+        VideoDetectorSettings("colors", "mean").load("cpu", 4, {"other": load})
 
 
 def test_c3d_gives_probabilities_or_is_refused(tmp_path):

@@ -25,6 +25,8 @@ from microcinema.utils.errors import UserError
 
 PROMPT, MOTION = "a large red star on sand", "moving to the left"
 
+GROUND_TRUTH = "microcinema.sprites.flow.GroundTruthFlow"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -144,7 +146,7 @@ def test_encoders_that_are_not_there_are_named(folder, tmp_path):
 # Training
 
 
-def train(folder, run, clips, teacher="ground_truth", **settings):
+def train(folder, run, clips, teacher=GROUND_TRUTH, **settings):
     pipeline = tiny.video_pipeline(folder, fusion=None, factorized=True, stirred=False)
     data = dataset(clips)
     predict_net = None
@@ -180,9 +182,9 @@ def collated(source):
 @pytest.mark.parametrize("keep", [None, ["keyframe", "flow"], ["text", "motion_tokens", "keyframe", "flow"]])
 def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_path, keep, monkeypatch):
     """Whatever was kept and whatever is made of it; what was kept is not made again."""
-    data = FlowClips(dataset(clips), "ground_truth", tiny.VAE_FACTOR)
-    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", "ground_truth", keep)
-    cached_latents_check.check(kept, model, "ground_truth")
+    data = FlowClips(dataset(clips), GROUND_TRUTH, tiny.VAE_FACTOR)
+    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", GROUND_TRUTH, keep)
+    cached_latents_check.check(kept, model, GROUND_TRUTH)
     encode = BatchEncoder(model, torch.device("cpu"))
     raw, dropped = encode(collated(data)), encode.dropped()
     if keep is None:
@@ -203,7 +205,7 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
     assert torch.equal(batch.flow.valid, raw.flow.valid)
     torch.testing.assert_close(batch.flow.vectors, raw.flow.vectors, **close)
     assert raw.flow.vectors.abs().max() > 0.05
-    with pytest.raises(UserError, match="teacher was ground_truth and is dis"):
+    with pytest.raises(UserError, match=f"teacher was {GROUND_TRUTH} and is dis"):
         cached_latents_check.check(kept, model, "dis")
 
 
@@ -274,6 +276,6 @@ def test_flow_needs_a_truth_and_a_known_teacher(clips):
     with pytest.raises(UserError, match="unknown"):
         FlowClips(dataset(clips), "guess", 4)
     moving = dataset(clips)
-    moving.clip = "random"
+    moving.clip_position = "random"
     with pytest.raises(UserError, match="clip_position=first"):
-        FlowClips(moving, "ground_truth", 4)
+        FlowClips(moving, GROUND_TRUTH, 4)

@@ -107,7 +107,7 @@ def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict
     assert microcinema.diffusion.noise_prior.strength == 0.03 and microcinema.diffusion.noise_prior.kind == "appearance"
     assert microcinema.model.unet.frame_conditioning and microcinema.motion_weight > 0
     assert dreamer.model.adapter and dreamer.model.pixel_scales and dreamer.model.motion_encoder
-    assert dreamer.model.flow_model == "ground_truth"
+    assert dreamer.model.flow_model == "microcinema.sprites.flow.GroundTruthFlow"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
     for config in (microcinema, dreamer):
         assert config.init_weights_from is None and config.trainable_parameters == "all"
@@ -242,7 +242,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_frames=4",
         "resolution=32",
     ]
-    reads = ["model=plain", "diffusion=none", "model.flow_model=ground_truth", "cached_parts=[flow]"]
+    reads = [
+        "model=plain",
+        "diffusion=none",
+        "model.flow_model=microcinema.sprites.flow.GroundTruthFlow",
+        "cached_parts=[flow]",
+    ]
     assert cli.main(["prepare", "latents", f"data.root={folder / 'data'}", *train, *reads]) == 0
     kinds = {
         "shape": scene.SHAPES,
@@ -262,7 +267,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "papers": {
             "paper": {
                 "train": ["model=plain", "diffusion=none", "train_batch_size=1", "dataloader_num_workers=0"],
-                "variants": {"full": ["model.flow_model=ground_truth"], "without": ["model.flow_model=null"]},
+                "variants": {
+                    "full": ["model.flow_model=microcinema.sprites.flow.GroundTruthFlow"],
+                    "without": ["model.flow_model=null"],
+                },
             }
         },
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from microcinema.evaluation.detectors import SpriteJudge
+from microcinema.sprites.judge import SpriteJudge
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "recipes" / "train_assets.py"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.evaluation.generate import Sample
-from microcinema.sprites import metrics, scene
+from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.evaluate import REPORT_FILE, RESULTS_FILE, evaluate, real_sample, text_table
+from microcinema.sprites.judge import SpriteJudge
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.utils.errors import UserError
 
@@ -127,23 +127,6 @@ def test_a_clip_of_the_wrong_length_is_named(judge, tmp_path):
     with pytest.raises(UserError, match=r"seen-00000 is \(8, 64, 64, 3\)"):
         evaluate(PROTOCOL, short, judge, tmp_path, {}, progress=False)
     assert not (tmp_path / RESULTS_FILE).exists()
-
-
-def test_shares_have_wilson_intervals():
-    found = metrics.share([1] * 8 + [0] * 2)
-    # (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = 0.8, n = 10, z = 1.95996
-    assert (found["value"], found["n"]) == (0.8, 10)
-    assert (found["low"], found["high"]) == (pytest.approx(0.49016, abs=1e-4), pytest.approx(0.94332, abs=1e-4))
-    assert metrics.share([1] * 5)["high"] == 1
-
-
-def test_means_have_bootstrapped_intervals():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    found = metrics.mean(values)
-    half = 1.96 * values.std() / 20
-    assert found["low"] == pytest.approx(found["value"] - half, abs=0.1 * half + 0.01)
-    assert found["high"] == pytest.approx(found["value"] + half, abs=0.1 * half + 0.01)
-    assert metrics.mean([2.0]) == {"value": 2.0, "low": 2.0, "high": 2.0, "n": 1}
 
 
 def test_judge_is_saved_loaded_and_independent_of_batches(judge, tmp_path):

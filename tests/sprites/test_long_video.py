@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fixtures import tiny
-from microcinema.evaluation.detectors import SpriteJudge
 from microcinema.sprites import long_video, scene
+from microcinema.sprites.judge import SpriteJudge
 from microcinema.utils.errors import UserError
 
 SIZE, LENGTH = 64, 16

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from microcinema.evaluation.detectors import Batch, SpriteJudge, motion
+from microcinema.evaluation.detectors import Batch, motion
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.generate import PipelineMaker
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites import scene
+from microcinema.sprites.judge import SpriteJudge
 from microcinema.sprites.protocol import SpritesProtocol
 
 COUNT = 40

@@ -1,0 +1,40 @@
+"""The command `evaluate`: runs the protocol of the config and writes its numbers and a report."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from microcinema.commands.sample import quieten_libraries
+from microcinema.config.compose import instantiate
+from microcinema.evaluation.zero_shot import run_zero_shot
+from microcinema.sprites.evaluate import run_sprites
+from microcinema.sprites.judge import load_video_features
+from microcinema.sprites.protocol import SpritesProtocol
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+DETECTORS = {"sprites": load_video_features}
+_TIMEOUT = timedelta(days=7)  # a process waits for as long as the clips of another take
+
+
+def run(config: "DictConfig") -> None:
+    """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path.
+
+    Raises:
+        UserError: bad input; finished clips are kept, and the next run continues from them.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=_TIMEOUT)
+    try:
+        protocol = instantiate(config.evaluation.protocol)
+        quieten_libraries()
+        if isinstance(protocol, SpritesProtocol):
+            run_sprites(config, protocol, state)
+        else:
+            run_zero_shot(config, protocol, state, DETECTORS)
+    finally:
+        state.destroy_process_group()
