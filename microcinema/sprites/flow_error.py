@@ -45,7 +45,7 @@ def flow_error(
             "description": scene.describe(sprite),
             "motion": scene.describe_motion(sprite),
             "fps": fps,
-            "number": number,
+            "sample_index": number,
         }
         batch = encode(default_collate([item]))
         z_ref = batch.latents[:, keyframe_index(pipeline.keyframe_position, frames)]
