@@ -114,7 +114,7 @@ def test_bad_input_ends_in_one_line(run, models, tmp_path):
 def test_clips_of_other_settings_are_refused_before_anything_is_judged(run):
     assert run("evaluation.protocol.num_heldout_prompts=0", "evaluation.protocol.num_image_prompts=0")[0] == 0
     code, _, told = run("evaluation.guidance_scale=3")
-    assert code == 2 and "guidance_scale was 1.5, now 3" in told
+    assert code == 2 and "guidance_scale was 1.5 and is 3" in told
 
 
 @pytest.mark.slow
