@@ -1,4 +1,11 @@
-"""AppearanceNet: MicroCinema's Appearance Injection Network (arXiv 2311.18829), features of the key frame per layer."""
+"""AppearanceNet: features of the key frame for every layer of VideoUNet, and their injection.
+
+MicroCinema (arXiv 2311.18829) has an appearance injection network; this one is our reading of its abstract, not the network of the
+authors' figure. Theirs is three-dimensional, reads the noisy latents and runs at every step; ours reads the clean key frame alone and
+runs once per clip. docs/method.md compares the two.
+
+Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, d text width.
+"""
 
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
@@ -8,41 +15,36 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microcinema.models.temporal import zero_init
+from microcinema.models.attention import zero_init
 from microcinema.models.unet2d import UNet2DBackbone, spatial_transformer, unet2d_arguments
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import check_choice
 
 FUSIONS = ("add", "spade")
 INJECTS = ("encoder", "decoder", "both")
 
 
 def injected_layers(net: UNet2DBackbone, inject: str) -> list[int]:
-    """Numbers of the layers that take a feature: `encoder` is the down and mid layers, `decoder` the up layers."""
+    """Numbers of the layers with injection: `encoder` is the down and mid layers, `decoder` the up layers."""
     down, mid, up = (sum(len(net.block_layers(block)) for block in blocks) for blocks in net.blocks())
     encoder = range(down + mid)
     decoder = range(down + mid, down + mid + up)
     return [*(encoder if inject != "decoder" else ()), *(decoder if inject != "encoder" else ())]
 
 
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises a UserError unless `value` is one of `known`."""
-    if value not in known:
-        raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-
-
 def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
-    """Injects a clip's feature into each of its frames; a zero feature leaves `h` exactly as it is.
+    """Injects the feature of a clip into each of its frames; a zero feature leaves `h` unchanged, exactly.
 
-    add:    `h + feature`
-    spade:  `h + beta + norm(h) * gamma`, `gamma, beta = feature`, norm without weights, per frame. This is
-            spatially-adaptive de-normalisation (arXiv 1903.07291, equation 1) as a residual, so that it starts as
-            the identity.
+        add:    h + feature
+        spade:  h + beta + norm(h) * gamma,    gamma, beta = feature
+
+    The norm has no weights and is per frame. `spade` is spatially-adaptive denormalization (arXiv 1903.07291, equation 1) as a
+    residual, so that it starts as the identity.
 
     Args:
         h: `(b f) c h w`.
         feature: `b c h w` for add, `b 2c h w` for spade.
         fusion: `add` or `spade`.
-        groups: groups of the norm.
+        groups: of the norm.
     """
     frames = rearrange(h, "(b f) c h w -> b f c h w", b=feature.shape[0])
     if fusion == "add":
@@ -50,28 +52,28 @@ def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
     else:
         gamma, beta = feature[:, None].chunk(2, dim=2)
         norm = rearrange(functional.group_norm(h, groups), "(b f) c h w -> b f c h w", b=feature.shape[0])
-        # Two passes over the frames' memory instead of three.
+        # Two passes over memory instead of three.
         fused = (frames + beta).addcmul_(norm, gamma)
     return rearrange(fused, "b f c h w -> (b f) c h w")
 
 
 class AppearanceNet(UNet2DBackbone):
-    """A trainable copy of the 2D UNet that reads a clean key frame and its text: one feature per injected layer.
+    """A trainable copy of the 2D UNet that maps a clean key frame and its text to one feature per injected layer.
 
-    It sees no noise and its diffusion time is always 0, so it runs once per clip. The zero-initialised projections are
-    part of it: what it returns is ready to be injected by `fuse`. Layers that no feature needs are not built.
+    Its diffusion time is always 0. It ends in zero-initialized projections, so that `fuse` starts as the identity. Layers that no
+    feature needs are not built.
 
     Args:
-        fusion: `add` (features have the layer's channels) or `spade` (twice as many: scale, shift).
-        inject: `encoder`, `decoder` or `both`.
-        the rest: as in diffusers' UNet2DConditionModel.
+        fusion: `add` (features have the channels of the layer) or `spade` (twice as many: scale and shift).
+        inject: into which layers: `encoder`, `decoder` or `both`.
+        the rest: as in UNet2DConditionModel of diffusers.
 
     Raises:
         UserError: an unknown fusion, inject or block type.
     """
 
-    added = ("projections.",)
-    dropped: tuple[str, ...] = ("conv_norm_out.", "conv_out.")
+    new_prefixes = ("projections.",)
+    unused_prefixes: tuple[str, ...] = ("conv_norm_out.", "conv_out.")
 
     @register_to_config
     def __init__(
@@ -98,12 +100,12 @@ class AppearanceNet(UNet2DBackbone):
         super().__init__()
         check_choice("fusion", fusion, FUSIONS)
         check_choice("inject", inject, INJECTS)
-        parts = ["conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block"]
+        modules = ["conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block"]
         if inject == "encoder":
-            self.dropped = (*self.dropped, "up_blocks.")
+            self.unused_prefixes = (*self.unused_prefixes, "up_blocks.")
         else:
-            parts.append("up_blocks")
-        self._build(dict(self.config), parts)
+            modules.append("up_blocks")
+        self._build_unet2d(dict(self.config), modules)
         self.injected = injected_layers(self, inject)
         widths = [resnet.out_channels for resnet, _ in self.layers()]
         factor = 2 if fusion == "spade" else 1
@@ -111,10 +113,10 @@ class AppearanceNet(UNet2DBackbone):
 
     @classmethod
     def from_unet2d(cls, unet: UNet2DConditionModel, *, fusion: str = "add", inject: str = "both") -> "AppearanceNet":
-        """Copies a 2D UNet's weights into a new AppearanceNet.
+        """A new AppearanceNet with the weights of a 2D UNet.
 
         Raises:
-            UserError: the UNet has a feature that is not supported, or its keys do not fit.
+            UserError: the UNet is not supported, or its keys do not match.
         """
         arguments = unet2d_arguments(dict(unet.config))
         arguments.pop("out_channels", None)
@@ -123,14 +125,14 @@ class AppearanceNet(UNet2DBackbone):
         return net
 
     def forward(self, z_ref: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Features of a key frame.
+        """Features of key frames.
 
         Args:
-            z_ref: clean latents of the key frame, `b c h w`.
+            z_ref: clean latents, `b c h w`.
             text: text tokens, `b n d`.
 
         Returns:
-            One `b c h w` (add) or `b 2c h w` (spade) for every injected layer, in the layers' order.
+            `b c h w` (add) or `b 2c h w` (spade) for every injected layer, in order.
         """
         emb = self.embed_time(0, z_ref.shape[0], z_ref.device)
 
@@ -138,5 +140,5 @@ class AppearanceNet(UNet2DBackbone):
             h = resnet(h, emb)
             return h if transformer is None else spatial_transformer(transformer, h, text)
 
-        features = list(self.walk(self.conv_in(z_ref), layer))
+        features = list(self.run_blocks(self.conv_in(z_ref), layer))
         return tuple(projection(features[i]) for projection, i in zip(self.projections, self.injected, strict=True))

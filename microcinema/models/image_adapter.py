@@ -1,4 +1,10 @@
-"""TextImageAdapter: image-encoder tokens become a few tokens that the spatial cross-attention reads beside the text."""
+"""TextImageAdapter: the image encoder's tokens become a few tokens that the spatial cross-attention reads beside the text.
+
+Factorized-Dreamer (arXiv 2408.10119) combines text and CLIP image embeddings in an adapter whose structure is not published; the
+resampler and both ways of reading its tokens are our choice.
+
+Shapes: b clips, n text tokens, p patch tokens, m image tokens, d text width, e width of the image encoder.
+"""
 
 from collections.abc import Sequence
 
@@ -6,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microcinema.models.temporal import KeyValue, attend, count_heads
+from microcinema.models.attention import KeyValue, attention, count_heads
 from microcinema.utils.errors import UserError
 
 MODES = ("decoupled", "concat")
 
 
 class ResamplerBlock(nn.Module):
-    """Tokens look at a context and at themselves, then pass a feed-forward (the perceiver resampler of arXiv 2204.14198).
+    """Tokens attend to a context and to themselves, then pass a feed-forward (perceiver resampler, arXiv 2204.14198).
 
     Args:
         width: of tokens and context.
@@ -35,23 +41,26 @@ class ResamplerBlock(nn.Module):
         """Maps tokens `b m d` to the same shape; `context` is `b n d`."""
         x = self.norm(tokens)
         key, value = self.to_kv(torch.cat([self.context_norm(context), x], dim=1)).chunk(2, dim=-1)
-        tokens = tokens + self.to_out(attend(self.to_query(x), KeyValue(key, value), self.heads))
+        tokens = tokens + self.to_out(attention(self.to_query(x), KeyValue(key, value), self.heads))
         return tokens + self.feed_forward_out(functional.gelu(self.feed_forward_in(self.feed_forward_norm(tokens))))
 
 
 class TextImageAdapter(nn.Module):
-    """Factorized-Dreamer's adapter (arXiv 2408.10119, our reading): text and patch tokens are resampled to a few image tokens.
+    """Resamples text and patch tokens to a few image tokens.
 
-    `decoupled`: every spatial cross-attention gets keys and values of its own for them (arXiv 2308.06721), whose result a
-    zero-initialised gate adds to the text's. `concat`: they stand behind the text tokens and share their keys and values;
-    the pretrained network then sees them from the first step on.
+    `decoupled`: every spatial cross-attention has separate keys and values for them (arXiv 2308.06721), whose result a
+    zero-initialized gate adds to the text's. `concat`: they are appended to the text tokens and share their keys and values, so
+    that the pretrained network sees them from the first step on.
 
     Args:
         image_width: of the image encoder's tokens.
         text_width: of the text tokens and of the result.
         widths: of the spatial cross-attentions, in the order of the layers; empty for `concat`.
-        num_tokens: image tokens.
-        depth: resampler blocks.
+        num_tokens: number of image tokens m.
+        depth: number of resampler blocks.
+
+    Raises:
+        UserError: no token or no block.
     """
 
     def __init__(
@@ -76,6 +85,6 @@ class TextImageAdapter(nn.Module):
         return self.norm_out(tokens)
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[KeyValue, ...]:
-        """Keys and values of the image tokens for every spatial cross-attention (`decoupled`)."""
+        """Keys and values `b m c` of the image tokens for every spatial cross-attention (`decoupled`)."""
         tokens = self.tokens(text, image)
-        return tuple(KeyValue(*to(tokens).chunk(2, dim=-1)) for to in self.to_kv)
+        return tuple(KeyValue(*to_kv(tokens).chunk(2, dim=-1)) for to_kv in self.to_kv)

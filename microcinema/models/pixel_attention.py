@@ -1,4 +1,11 @@
-"""PixelPyramid: pixel-level features of the key frame at the scales of the video UNet, for pixel-aware cross-attention."""
+"""Pixel-aware cross-attention: every frame looks at pixel-level features of the key frame.
+
+Factorized-Dreamer (arXiv 2408.10119) names pixel-aware cross-attention; the block is from PASD (arXiv 2308.14469). Where its features
+come from is not published: the convolutional pyramid over the key frame's pixels is our choice, and so is attention alone, at
+some scales (PASD has whole transformer blocks in every decoder layer, see docs/method.md).
+
+Shapes: b clips, f frames, c channels of a layer, h w its spatial size, H W pixels of the key frame.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +14,49 @@ from itertools import pairwise
 from einops import rearrange
 from torch import Tensor, nn
 
-from microcinema.models.temporal import KeyValue
+from microcinema.models.attention import KeyValue, attention, count_heads, zero_init
 from microcinema.utils.errors import UserError
 
 
-class PixelPyramid(nn.Module):
-    """A small convolutional pyramid over the key frame's pixels; keys and values for every layer that looks at them.
+class PixelAwareCrossAttention(nn.Module):
+    """Residual attention of every frame to the key frame at the same scale: `h + W_out attention(W_q norm(h), K, V)`.
 
-    Each stage halves the size. Down to the latent grid, `log2(downsampling)` stages, and from there one a scale.
+    `W_out` is zero-initialized.
 
     Args:
-        downsampling: of the VAE: pixels per place of the latent grid.
-        scales: sizes that layers work at, as places of the latent grid per place of the layer: 1, 2, 4 ...; in rising order.
-        layers: for each layer that looks, its scale and its channels, in the order of the layers.
-        width: channels at the latent grid; half of it before that, twice at each scale after it, at most four times.
+        channels: of `h`, of the keys and of the values.
+        groups: of the norm.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.heads = count_heads(channels)
+        self.norm = nn.GroupNorm(groups, channels)
+        self.to_query = nn.Conv2d(channels, channels, 1, bias=False)
+        # No bias: the values of a dropped key frame are zero and must add nothing.
+        self.to_out = zero_init(nn.Conv2d(channels, channels, 1, bias=False))
+
+    def forward(self, h: Tensor, pixels: KeyValue) -> Tensor:
+        """Maps `(b f) c h w` to the same shape; `pixels` are keys and values `b (h w) c` of the PixelPyramid."""
+        frames, height = len(h) // len(pixels.key), h.shape[-2]
+        query = rearrange(self.to_query(self.norm(h)), "(b f) c h w -> b (f h w) c", f=frames)
+        out = attention(query, pixels, self.heads)
+        return h + self.to_out(rearrange(out, "b (f h w) c -> (b f) c h w", f=frames, h=height))
+
+
+class PixelPyramid(nn.Module):
+    """A small convolutional pyramid over the key frame's pixels, with keys and values for every pixel-aware layer.
+
+    Each stage halves the size: `log2(downsampling)` stages down to the latent grid, and one more for each coarser scale.
+
+    Args:
+        downsampling: scale factor of the VAE: pixels per latent position.
+        scales: of the layers, in rising order: latent positions per position of the layer, 1, 2, 4 ...
+        layers: scale and channels of each pixel-aware layer, in the order of the layers.
+        width: channels at the latent grid; half of it before, twice as many at each scale after, at most four times.
+
+    Raises:
+        UserError: scales that are not rising powers of two.
     """
 
     def __init__(self, downsampling: int, scales: Sequence[int], layers: Sequence[tuple[int, int]], width: int = 64):
@@ -51,18 +87,14 @@ class PixelPyramid(nn.Module):
         return width // 2 if scale < 1 else width * min(4, round(scale))
 
     def forward(self, pixels: Tensor) -> tuple[KeyValue, ...]:
-        """Keys and values of every layer that looks.
-
-        Args:
-            pixels: key frames `b 3 H W` in [-1, 1].
-        """
+        """Keys and values `b (h w) c` of every pixel-aware layer, for key frames `b 3 H W` in [-1, 1]."""
         h, scale = self.conv_in(pixels), self.first_scale
-        at = {}
+        features = {}
         for stage in self.stages:
             h, scale = stage(h), 2 * scale
-            at[scale] = h
-        found = []
-        for scale, to in zip(self.scales, self.to_kv, strict=True):
-            key, value = rearrange(to(at[scale]), "b (kv c) h w -> kv b (h w) c", kv=2)
-            found.append(KeyValue(key, value))
-        return tuple(found)
+            features[scale] = h
+        pairs = (
+            rearrange(to_kv(features[scale]), "b (kv c) h w -> kv b (h w) c", kv=2)
+            for scale, to_kv in zip(self.scales, self.to_kv, strict=True)
+        )
+        return tuple(KeyValue(key, value) for key, value in pairs)

@@ -1,65 +1,38 @@
-"""Layers that VideoUNet adds to the 2D UNet. All end in a zero-initialised projection: at initialisation each is exactly the identity."""
+"""Temporal layers of VideoUNet. Each ends in a zero-initialized projection, so that it starts as exactly the identity.
+
+This is our design: light layers after each ResNet block and each spatial transformer. MicroCinema's authors draw theirs inside the
+ResNet blocks and at full width (see docs/method.md).
+
+Shapes: b clips, f frames, c channels, h w spatial size, d inner width, m tokens of the motion caption.
+"""
 
 import math
-from typing import NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def zero_init(module: ModuleT) -> ModuleT:
-    """Sets all parameters of `module` to zero and returns it."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
+from microcinema.models.attention import KeyValue, attention, count_heads, zero_init
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Sinusoidal positions `length width` (arXiv 1706.03762, section 3.5): half the channels sines, then cosines."""
+    """Sinusoidal positions `length width` (arXiv 1706.03762, section 3.5): sines in the first half of the channels, then cosines."""
     half = (width + 1) // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-def count_heads(width: int) -> int:
-    """The most attention heads that divide `width` and are at least 32 wide."""
-    return max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0)
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, which depend on neither noise nor time.
-
-    Attributes:
-        key, value: `b m c`, all heads side by side.
-        mask: bool `b m`, False where a key is padding; None: none is.
-    """
-
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-
-
-def attend(query: Tensor, to: KeyValue, heads: int) -> Tensor:
-    """Attention of `query` `b n c` to keys and values of the same b clips; returns `b n c`."""
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, to.key, to.value))
-    mask = None if to.mask is None else rearrange(to.mask, "b m -> b 1 1 m")
-    return rearrange(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
-
-
 class TemporalConv(nn.Module):
-    """Convolution over frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, `x = silu(norm(h))`, zero beyond the ends.
+    """Residual convolution over frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, `x = silu(norm(h))`, zero-padded.
 
-    One 1x1 convolution computes the three products of every frame; adding them one frame apart is then a sum over
-    views, so that the frames never move in memory. The convolution is zero-initialised.
+    One 1x1 convolution computes the three products of every frame; shifting them by one frame is then a sum over views, so
+    that the frames are not copied.
 
     Args:
-        channels: channels of `h`.
-        groups: groups of the norm.
+        channels: of `h`.
+        groups: of the norm.
     """
 
     def __init__(self, channels: int, groups: int):
@@ -78,18 +51,19 @@ class TemporalConv(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Transformer over frames: every pixel's frames are one sequence.
+    """Residual transformer over frames: the f frames at each position are one sequence.
 
-    `h + W_out y` with `x = W_in norm(h)`, `x' = x + attention(norm(x) + position)`, `y = x' + feed_forward(norm(x'))`;
-    the feed-forward is gated (GEGLU, arXiv 2002.05202). `W_in` narrows to `width` channels, where the layer costs
-    little and where the sequences of the pixels are laid out; `W_out` is zero-initialised. Positions are a table that
-    is learned from a sinusoidal start. With motion attention `x'` also attends to the tokens of the motion caption
-    (arXiv 2408.10119), whose keys and values are given: they are the same for all pixels, frames and steps.
+        x = W_in norm(h);  x += attention(norm(x) + position);  x += feed_forward(norm(x));  h + W_out x
+
+    The feed-forward is gated (GEGLU, arXiv 2002.05202). `W_in` narrows to `width` channels; `W_out` is zero-initialized. Positions
+    are learned from a sinusoidal start. With motion attention, x also attends to the tokens of the motion caption, whose keys and
+    values are the same for all positions, frames and steps: Factorized-Dreamer (arXiv 2408.10119) reads the motion caption
+    with T5; that the temporal layers attend to it is our choice.
 
     Args:
-        channels: channels of `h`.
-        width: inner channels.
-        groups: groups of the norm.
+        channels: of `h`.
+        width: inner channels d.
+        groups: of the norm.
         max_frames: length of the position table.
         motion_attention: attend to the motion caption as well.
     """
@@ -113,47 +87,17 @@ class TemporalTransformer(nn.Module):
         self.proj_out = zero_init(nn.Conv2d(width, channels, 1))
 
     def forward(self, h: Tensor, frames: int, motion: KeyValue | None = None) -> Tensor:
-        """Maps `(b f) c h w` to the same shape; `frames` is f, `motion` the motion caption's keys and values."""
+        """Maps `(b f) c h w` to the same shape; `frames` is f, `motion` the keys and values `b m d` of the motion caption."""
         height, width = h.shape[-2:]
         x = rearrange(self.proj_in(self.norm(h)), "(b f) c h w -> (b h w) f c", f=frames)
-        x = x + self._attention(self.attention_norm(x) + self.positions[:frames])
+        query, key, value = self.to_qkv(self.attention_norm(x) + self.positions[:frames]).chunk(3, dim=-1)
+        x = x + self.to_out(attention(query, KeyValue(key, value), self.heads))
         if motion is not None:
-            # Every pixel and frame of a clip is one more query of the same keys.
+            # All positions and frames of a clip are queries of the same keys.
             query = rearrange(self.to_motion_query(self.motion_norm(x)), "(b p) f c -> b (p f) c", b=len(motion.key))
-            x = x + rearrange(self.to_motion_out(attend(query, motion, self.heads)), "b (p f) c -> (b p) f c", f=frames)
+            out = self.to_motion_out(attention(query, motion, self.heads))
+            x = x + rearrange(out, "b (p f) c -> (b p) f c", f=frames)
         value, gate = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
         x = x + self.feed_forward_out(value * functional.gelu(gate))
         x = rearrange(x, "(b h w) f c -> (b f) h w c", h=height, w=width)
         return h + self.proj_out(rearrange(x, "n h w c -> n c h w"))
-
-    def _attention(self, x: Tensor) -> Tensor:
-        query, key, value = rearrange(self.to_qkv(x), "n f (k h d) -> k n h f d", k=3, h=self.heads)
-        out = functional.scaled_dot_product_attention(query, key, value)
-        return self.to_out(rearrange(out, "n h f d -> n f (h d)"))
-
-
-class PixelAwareCrossAttention(nn.Module):
-    """Every pixel of every frame looks at the key frame's pixels at the same scale: `h + W_out attention(W_q norm(h), K, V)`.
-
-    The block of arXiv 2308.14469, which Factorized-Dreamer (arXiv 2408.10119) takes up. Keys and values come from
-    a pyramid over the key frame's pixels (models/pixels.py); `W_out` is zero-initialised.
-
-    Args:
-        channels: channels of `h`, of the keys and of the values.
-        groups: groups of the norm.
-    """
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.heads = count_heads(channels)
-        self.norm = nn.GroupNorm(groups, channels)
-        self.to_query = nn.Conv2d(channels, channels, 1, bias=False)
-        # No bias: the values of a dropped key frame are zero and must add nothing.
-        self.to_out = zero_init(nn.Conv2d(channels, channels, 1, bias=False))
-
-    def forward(self, h: Tensor, pixels: KeyValue) -> Tensor:
-        """Maps `(b f) c h w` to the same shape."""
-        frames, height = len(h) // len(pixels.key), h.shape[-2]
-        query = rearrange(self.to_query(self.norm(h)), "(b f) c h w -> b (f h w) c", f=frames)
-        out = attend(query, pixels, self.heads)
-        return h + self.to_out(rearrange(out, "b (f h w) c -> (b f) c h w", f=frames, h=height))

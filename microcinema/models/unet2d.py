@@ -1,4 +1,7 @@
-"""The 2D UNet of Stable Diffusion as parts to build on: VideoUNet and AppearanceNet are both made of it."""
+"""The 2D UNet of Stable Diffusion as blocks to build on: VideoUNet and AppearanceNet are both made of it.
+
+Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, m image tokens, d text width.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +16,11 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor
 
-from microcinema.models.temporal import KeyValue, attend
-from microcinema.utils.errors import UserError, first_line
+from microcinema.models.attention import KeyValue, attention
+from microcinema.models.weights import check_keys, load_checked
+from microcinema.utils.errors import UserError
 
-# What of a UNet2DConditionModel's config may vary: all that Stable Diffusion 1.x and 2.x vary.
-# The rest must stand at its default.
+# The config keys of a UNet2DConditionModel that differ among Stable Diffusion 1.x and 2.x; all others must have their defaults.
 UNET2D_ARGUMENTS = (
     "sample_size",
     "in_channels",
@@ -41,8 +44,8 @@ BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-# Parts of a UNet2DConditionModel; each keeps its name.
-PARTS = (
+# Modules of a UNet2DConditionModel; each keeps its name.
+MODULES = (
     "conv_in",
     "time_proj",
     "time_embedding",
@@ -58,10 +61,10 @@ LayerFunction = Callable[[int, ResnetBlock2D, Transformer2DModel | None, Tensor]
 
 
 def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Picks the constructor arguments from a UNet2DConditionModel's config.
+    """Constructor arguments of the networks built here, from a UNet2DConditionModel's config.
 
     Raises:
-        UserError: the config asks for a feature that the video model does not have (the key and its value are named).
+        UserError: the config has a feature that is not supported; names the key and its value.
     """
     defaults = {k: p.default for k, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items()}
     for key, value in config.items():
@@ -75,27 +78,27 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class LayerSpec(NamedTuple):
-    """Where a layer stands.
+    """Size of a layer.
 
     Attributes:
         width: channels of its output.
-        attends: whether it has a spatial transformer.
-        scale: places of the latent grid per place of the layer, in each direction.
+        has_attention: whether it has a spatial transformer.
+        scale: latent positions per position of the layer, in each direction.
     """
 
     width: int
-    attends: bool
+    has_attention: bool
     scale: int
 
 
 def layer_specs(net: Any) -> list[LayerSpec]:
-    """Shapes of all layers, in the order of their numbers, of a UNet2DConditionModel or of a network of its parts."""
-    shapes: list[LayerSpec] = []
+    """All layers, in order, of a UNet2DConditionModel or of a network built from its blocks."""
+    specs: list[LayerSpec] = []
     scale = 1
 
     def add(block: Any) -> None:
         for resnet, transformer in UNet2DBackbone.block_layers(block):
-            shapes.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
+            specs.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
 
     for block in net.down_blocks:
         add(block)
@@ -104,16 +107,16 @@ def layer_specs(net: Any) -> list[LayerSpec]:
     for block in net.up_blocks:
         add(block)
         scale //= 2 if block.upsamplers else 1
-    return shapes
+    return specs
 
 
 class TextImageContext(NamedTuple):
-    """What a spatial cross-attention reads if an adapter is on.
+    """Context of a spatial cross-attention that reads an adapter's image tokens beside the text.
 
     Attributes:
-        text: text tokens `b m d`.
-        image: keys and values of the image tokens.
-        gate: factor of each channel of their result, `(c,)`.
+        text: text tokens `b n d`.
+        image: keys and values `b m c` of the image tokens.
+        gate: factor of each channel of the attention to the image, `(c,)`.
     """
 
     text: Tensor
@@ -121,13 +124,12 @@ class TextImageContext(NamedTuple):
     gate: Tensor
 
 
-class ClipCrossAttention:
+class SharedTextProcessor:
     """Attention processor for frames that share one text: keys and values are computed once per clip, not per frame.
 
-    `hidden_states` is `(b f) n d`, `encoder_hidden_states` is `b m d` or TextImageContext; the queries of a clip's frames are
-    one long sequence `b (f n) d`, which changes nothing in the result, since cross-attention treats every query alone.
-    With an image the same queries also attend to its keys, and the gated result is added (arXiv 2308.06721, equation 5).
-    Returns `(b f) n d`.
+    The queries `(b f) q c` of a clip's frames become one sequence `b (f q) c`, which does not change the result, since cross-attention
+    treats every query by itself. With a TextImageContext the queries also attend to the image, and the gated result is added
+    (decoupled cross-attention, arXiv 2308.06721, equation 5).
 
     Args:
         xformers: compute with xformers' memory-efficient attention instead of torch's scaled-dot-product attention.
@@ -143,48 +145,43 @@ class ClipCrossAttention:
         encoder_hidden_states: Tensor | TextImageContext,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        given = encoder_hidden_states
-        text = given.text if isinstance(given, TextImageContext) else given
+        context = encoder_hidden_states
+        text = context.text if isinstance(context, TextImageContext) else context
         frames = len(hidden_states) // len(text)
         query = rearrange(attn.to_q(hidden_states), "(b f) n c -> b (f n) c", f=frames)
-        out = self._attend(query, KeyValue(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
-        if isinstance(given, TextImageContext):
-            out = out + given.gate * self._attend(query, given.image, attn.heads)
+        out = self._attention(query, KeyValue(attn.to_k(text), attn.to_v(text), attention_mask), attn.heads)
+        if isinstance(context, TextImageContext):
+            out = out + context.gate * self._attention(query, context.image, attn.heads)
         out = rearrange(out, "b (f n) c -> (b f) n c", f=frames)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         return out
 
-    def _attend(self, query: Tensor, to: KeyValue, heads: int) -> Tensor:
+    def _attention(self, query: Tensor, key_value: KeyValue, heads: int) -> Tensor:
         if not self.xformers:
-            return attend(query, to, heads)
+            return attention(query, key_value, heads)
         from xformers.ops import memory_efficient_attention
 
-        # It wants the heads behind the tokens.
-        q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (query, to.key, to.value))
-        return rearrange(memory_efficient_attention(q, k, v, attn_bias=to.mask), "b n h d -> b n (h d)")
+        q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (query, key_value.key, key_value.value))
+        return rearrange(memory_efficient_attention(q, k, v, attn_bias=key_value.mask), "b n h d -> b n (h d)")
 
 
-class ClipAttention(Attention):
-    """A cross-attention of diffusers that stays with `ClipCrossAttention` when xformers is turned on or off."""
+class SharedTextAttention(Attention):
+    """A cross-attention of diffusers that keeps its `SharedTextProcessor` when xformers is switched on or off."""
 
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: Any = None
     ) -> None:
-        """As diffusers' own, which this calls for its checks."""
+        """As in diffusers, whose checks this calls."""
         super().set_use_memory_efficient_attention_xformers(use_memory_efficient_attention_xformers, attention_op)
-        self.set_processor(ClipCrossAttention(use_memory_efficient_attention_xformers))
+        self.set_processor(SharedTextProcessor(use_memory_efficient_attention_xformers))
 
 
 def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextImageContext) -> Tensor:
-    """Runs one of the base's spatial transformers.
+    """Runs a spatial transformer of the base on `(b f) c h w`, with text tokens `b n d` shared by the frames of a clip.
 
     This is its own forward without the forced return to the contiguous layout (a copy per call) and without its inner
-    checkpointing, which would recompute twice what the layer's checkpoint recomputes anyway.
-
-    Args:
-        h: `(b f) c h w`.
-        text: `b n d`, with or without an image beside it.
+    checkpointing, which would recompute again what the layer's checkpoint recomputes.
     """
     height = h.shape[-2]
     x = module.norm(h)
@@ -202,33 +199,36 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | Te
 
 
 class UNet2DBackbone(ModelMixin, ConfigMixin):
-    """Base of the networks that are built from a 2D UNet's parts under their own names.
+    """Base class of the networks that are built from a 2D UNet's modules, which keep their names.
 
-    A *layer* is a ResNet block and the spatial transformer behind it, if there is one. Layers are numbered from the
-    first down layer through the mid block (two: it begins and ends with a ResNet block) to the last up layer.
+    A *layer* is a ResNet block and the spatial transformer after it, if there is one. Layers are numbered from the
+    first down layer through the mid block (two layers: it begins and ends with a ResNet block) to the last up layer.
+
+    Attributes:
+        new_prefixes: of parameters that a 2D UNet does not have.
+        unused_prefixes: of parameters of a 2D UNet that this network does not have.
     """
 
-    # Prefixes of parameters that a 2D UNet does not have, and of those that it has and this network has not.
-    added: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+    new_prefixes: tuple[str, ...] = ()
+    unused_prefixes: tuple[str, ...] = ()
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_layerwise_casting_patterns: ClassVar = ["norm"]
 
-    def _build(self, arguments: dict[str, Any], parts: Iterable[str] = PARTS) -> None:
-        """Builds the 2D UNet of these arguments (others are left aside) and takes over the named parts."""
-        for key, known in BLOCK_TYPES.items():
-            for block_type in arguments[key]:
-                if block_type not in known:
-                    raise UserError(f"base UNet has '{block_type}' in {key}; supported are {', '.join(known)}")
-        base = UNet2DConditionModel(**{key: arguments[key] for key in UNET2D_ARGUMENTS if key in arguments})
-        for name in parts:
+    def _build_unet2d(self, config: dict[str, Any], modules: Iterable[str] = MODULES) -> None:
+        """Builds the 2D UNet of a config (keys that it does not have are ignored) and takes over the named modules."""
+        for key, supported in BLOCK_TYPES.items():
+            for block_type in config[key]:
+                if block_type not in supported:
+                    raise UserError(f"base UNet has '{block_type}' in {key}; supported are {', '.join(supported)}")
+        base = UNet2DConditionModel(**{key: config[key] for key in UNET2D_ARGUMENTS if key in config})
+        for name in modules:
             setattr(self, name, getattr(base, name))
         for module in self.modules():
             if isinstance(module, Attention) and module.is_cross_attention:
-                module.__class__ = ClipAttention  # diffusers builds the blocks; this class adds nothing that is stored
-                module.set_processor(ClipCrossAttention())
+                module.__class__ = SharedTextAttention  # diffusers builds the blocks; this class has no parameters
+                module.set_processor(SharedTextProcessor())
         self.gradient_checkpointing = False
 
     def blocks(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -237,28 +237,28 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
 
     @staticmethod
     def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-        """The block's layers, in the order in which they run."""
+        """The layers of a block, in order."""
         return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
 
     def layers(self) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-        """All layers in the order of their numbers."""
+        """All layers, in order."""
         return [layer for blocks in self.blocks() for block in blocks for layer in self.block_layers(block)]
 
     def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
-        """Time embedding `b d`, on the device, of a diffusion time that is a number or a tensor `(b,)`."""
+        """Time embedding, one row per clip, of a diffusion time: a number or `(b,)`."""
         t = torch.as_tensor(t, device=device).expand(b)
         return self.time_embedding(self.time_proj(t).to(self.time_embedding.linear_1.weight.dtype))
 
-    def walk(self, h: Tensor, layer: LayerFunction) -> Iterator[Tensor]:
-        """Runs all blocks on `h`, the output of `conv_in`; yields every layer's output, last the output of the blocks.
+    def run_blocks(self, h: Tensor, layer: LayerFunction) -> Iterator[Tensor]:
+        """Runs all blocks on `h`, the output of `conv_in`, and yields the output of every layer.
 
         `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on; skip
-        connections and changes of resolution are the 2D UNet's.
+        connections and changes of resolution are those of the 2D UNet.
         """
         down, mid, up = self.blocks()
 
-        def run(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, *parts: Tensor) -> Tensor:
-            return layer(number, resnet, transformer, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        def run(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, *inputs: Tensor) -> Tensor:
+            return layer(number, resnet, transformer, torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
 
         def step(*arguments: Any) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -290,50 +290,21 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
                 h = upsampler(h)
 
     def load_unet2d(self, unet: UNet2DConditionModel) -> None:
-        """Copies the weights of a 2D UNet, key for key.
+        """Copies the weights of a 2D UNet, key by key.
 
         Raises:
-            UserError: a key is missing or unexpected beyond what this network adds and drops; all of them are named.
+            UserError: a key is missing or unexpected, apart from the new and unused prefixes; names all of them.
         """
-        state = {k: v for k, v in unet.state_dict().items() if not k.startswith(self.dropped or "\0")}
+        state = {key: value for key, value in unet.state_dict().items() if not key.startswith(self.unused_prefixes)}
         missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.startswith(self.added)]
+        missing = [key for key in missing if not key.startswith(self.new_prefixes)]
         check_keys(missing, unexpected, "the base UNet")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, but a key too many or too few is an error and not a warning.
+        """As in diffusers, but a missing or unexpected key is an error.
 
         Raises:
-            UserError: nothing can be read there, or the keys do not agree with the network.
+            UserError: the folder cannot be read, or its keys are not the network's.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
-
-
-def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) -> Any:
-    """Calls diffusers' `from_pretrained` and refuses a checkpoint whose keys are not exactly the network's."""
-    loading_info = kwargs.pop("output_loading_info", False)
-    try:
-        model, info = from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise unreadable(path, error) from error
-    check_keys(info["missing_keys"], info["unexpected_keys"], f"'{path}'")
-    return (model, info) if loading_info else model
-
-
-def unreadable(path: Any, error: Exception) -> UserError:
-    """The error that tells of a folder from which no network can be loaded."""
-    return UserError(
-        f"cannot load a network from '{path}' ({first_line(error)}); give a folder written by save_pretrained"
-    )
-
-
-def check_keys(missing: Iterable[str], unexpected: Iterable[str], source: str) -> None:
-    """Raises a UserError that names all missing and unexpected keys, if there are any."""
-    problems = [
-        f"{kind} keys: {', '.join(sorted(keys))}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    if problems:
-        raise UserError(f"the weights of {source} do not fit the network; {'; '.join(problems)}")

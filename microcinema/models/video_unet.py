@@ -1,4 +1,10 @@
-"""VideoUNet: the 2D UNet's blocks on every frame, with temporal layers and injection points between them."""
+"""VideoUNet: the denoiser. The blocks of a 2D UNet on every frame, with temporal layers and conditioning between them.
+
+Growing it from a pretrained 2D UNet is MicroCinema's (arXiv 2311.18829) and Factorized-Dreamer's (arXiv 2408.10119); the design of its
+layers is our reading, see docs/method.md and the modules of the layers.
+
+Shapes: b clips, f frames, c channels, h w spatial size, n text tokens, d text width.
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,46 +18,49 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from microcinema.models.appearance import FUSIONS, INJECTS, check_choice, fuse, injected_layers
+from microcinema.models.appearance import FUSIONS, INJECTS, fuse, injected_layers
+from microcinema.models.attention import zero_init
 from microcinema.models.conditioning import ConditionEncoder, Conditions
-from microcinema.models.temporal import PixelAwareCrossAttention, TemporalConv, TemporalTransformer, zero_init
+from microcinema.models.pixel_attention import PixelAwareCrossAttention
+from microcinema.models.temporal import TemporalConv, TemporalTransformer
 from microcinema.models.unet2d import (
+    LayerSpec,
     TextImageContext,
     UNet2DBackbone,
     layer_specs,
     spatial_transformer,
     unet2d_arguments,
 )
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 
 class VideoUNet(UNet2DBackbone):
-    """TrainableModel of clips, `z_t, t, conditions -> prediction`, which at initialisation equals its 2D UNet on every frame.
+    """Denoiser of clips, `z_t, t, conditions -> prediction`. At initialization it equals its 2D UNet on every frame.
 
-    Every layer runs: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
-    pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). What brings in the key frame
-    stands before the temporal transformer, so that motion is computed from features that know it.
+    A layer is: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
+    pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). The key frame enters before
+    the temporal transformer, so that motion is computed from features that contain it.
 
     Args:
-        max_frames: longest clip (length of the learned position tables).
-        temporal_bottleneck: the temporal transformers work at `channels / temporal_bottleneck`.
-        keyframe_channels: channels of a key frame concatenated to the input; 0 for none. The extra input weights are
-            a convolution of their own, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
+        max_frames: longest clip (length of the position tables).
+        temporal_bottleneck: the temporal transformers have `channels / temporal_bottleneck` channels.
+        keyframe_channels: channels of a key frame concatenated to the input; 0: none. Its input weights are a separate
+            convolution, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
         fps_conditioning: add an embedding of the frame rate to the time embedding.
-        frame_conditioning: add an embedding of each frame's own number to its time embedding.
-        fusion: `add`, `spade` or None (no injection).
-        inject: `encoder`, `decoder`, `both` or None (no injection).
-        image_attention: the spatial cross-attentions read an adapter's image tokens as well, behind zero gates.
-        pixel_scales: scales (places of the latent grid per place of the layer) at which layers with a transformer look at the
-            key frame's pixels.
-        motion_attention: the temporal transformers read the motion caption.
-        the rest: as in diffusers' UNet2DConditionModel.
+        frame_conditioning: add an embedding of the frame's index to the time embedding.
+        fusion: how the AppearanceNet's features enter: `add`, `spade` or None (no injection).
+        inject: where they enter: `encoder`, `decoder`, `both` or None (no injection).
+        image_attention: the spatial cross-attentions also read an adapter's image tokens, through zero-initialized gates.
+        pixel_scales: scales (latent positions per position of the layer) at which layers with a transformer have
+            pixel-aware attention.
+        motion_attention: the temporal transformers attend to the motion caption.
+        the rest: as in UNet2DConditionModel of diffusers.
 
     Raises:
         UserError: an unknown fusion, inject or block type.
     """
 
-    added = (
+    new_prefixes = (
         "temporal_",
         "keyframe_conv_in.",
         "fps_embedding.",
@@ -97,42 +106,42 @@ class VideoUNet(UNet2DBackbone):
         if fusion is not None and inject is not None:
             check_choice("fusion", fusion, FUSIONS)
             check_choice("inject", inject, INJECTS)
-        self._build(dict(self.config))
+        self._build_unet2d(dict(self.config))
         self.injected = [] if inject is None else injected_layers(self, inject)
-        shapes = layer_specs(self)
-        widths = [shape.width for shape in shapes]
-        self.temporal_convs = nn.ModuleList(TemporalConv(width, norm_num_groups) for width in widths)
-        self.temporal_transformers = nn.ModuleDict(
-            {
-                str(i): TemporalTransformer(
-                    widths[i], widths[i] // temporal_bottleneck, norm_num_groups, max_frames, motion_attention
-                )
-                for i, shape in enumerate(shapes)
-                if shape.attends
-            }
-        )
+        self._build_video_layers(layer_specs(self))
+        if keyframe_channels:
+            # No bias: a dropped key frame is zero and must add nothing.
+            conv_in = nn.Conv2d(keyframe_channels, block_out_channels[0], 3, padding=1, bias=False)
+            self.keyframe_conv_in = zero_init(conv_in)
+        for name, enabled in (("fps_embedding", fps_conditioning), ("frame_embedding", frame_conditioning)):
+            if enabled:
+                width = self.time_embedding.linear_1.out_features
+                embedding = TimestepEmbedding(block_out_channels[0], width)
+                zero_init(embedding.linear_2)
+                setattr(self, name, embedding)
+
+    def _build_video_layers(self, specs: Sequence[LayerSpec]) -> None:
+        """The modules between the layers of the 2D UNet; except for the convolutions, by the layer's number."""
+        config = self.config
+        groups = config.norm_num_groups
+        attention = {str(i): spec for i, spec in enumerate(specs) if spec.has_attention}
+        self.temporal_convs = nn.ModuleList(TemporalConv(spec.width, groups) for spec in specs)
+        self.temporal_transformers = nn.ModuleDict()
+        for i, (width, _, _) in attention.items():
+            inner = width // config.temporal_bottleneck
+            self.temporal_transformers[i] = TemporalTransformer(
+                width, inner, groups, config.max_frames, config.motion_attention
+            )
         # As pairs: a ParameterDict sorts the keys of a dict, "10" before "2".
-        self.image_gates = nn.ParameterDict(
-            [(str(i), torch.zeros(shape.width)) for i, shape in enumerate(shapes) if image_attention and shape.attends]
-        )
+        gates = [(i, torch.zeros(spec.width)) for i, spec in attention.items() if config.image_attention]
+        self.image_gates = nn.ParameterDict(gates)
         self.pixel_attentions = nn.ModuleDict(
             {
-                str(i): PixelAwareCrossAttention(shape.width, norm_num_groups)
-                for i, shape in enumerate(shapes)
-                if shape.attends and shape.scale in pixel_scales
+                i: PixelAwareCrossAttention(spec.width, groups)
+                for i, spec in attention.items()
+                if spec.scale in config.pixel_scales
             }
         )
-        if keyframe_channels:
-            # No bias: a dropped key frame is a zero key frame and must add nothing.
-            self.keyframe_conv_in = zero_init(
-                nn.Conv2d(keyframe_channels, block_out_channels[0], 3, padding=1, bias=False)
-            )
-        if fps_conditioning:
-            self.fps_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
-            zero_init(self.fps_embedding.linear_2)
-        if frame_conditioning:
-            self.frame_embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
-            zero_init(self.frame_embedding.linear_2)
 
     @classmethod
     def from_unet2d(
@@ -150,10 +159,10 @@ class VideoUNet(UNet2DBackbone):
         pixel_scales: tuple[int, ...] = (),
         motion_attention: bool = False,
     ) -> "VideoUNet":
-        """A VideoUNet that starts as this 2D UNet.
+        """A VideoUNet that starts as a 2D UNet.
 
         Raises:
-            UserError: the UNet has a feature that is not supported, or its keys do not fit; they are named.
+            UserError: the UNet is not supported, or its keys do not match.
         """
         net = cls(
             **unet2d_arguments(dict(unet.config)),
@@ -171,58 +180,41 @@ class VideoUNet(UNet2DBackbone):
         net.load_unet2d(unet)
         return net
 
-    def added_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the 2D UNet does not have."""
-        return [parameter for name, parameter in self.named_parameters() if name.startswith(self.added)]
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the 2D UNet does not have."""
+        return [parameter for name, parameter in self.named_parameters() if name.startswith(self.new_prefixes)]
 
     def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
-        """Predicts the target that the model was trained for.
+        """The prediction `b f c h w`, of the target that the model was trained for.
 
         Args:
             z_t: noisy latents, `b f c h w`.
             t: diffusion time, a number or `(b,)`.
-            conditions: of the same b clips.
-
-        Returns:
-            The prediction, `b f c h w`.
+            conditions: of the same clips.
 
         Raises:
-            UserError: the clip's shape or the conditions do not fit the network.
+            UserError: the latents or the conditions do not fit the network.
         """
         h = self.head(self.features(z_t, t, conditions))
         return rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))
 
     def features(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
-        self._check(z_t, conditions)
-        b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, b, z_t.device)
-        if self.config.fps_conditioning and conditions.fps is not None:
-            emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
-        emb = repeat(emb, "b d -> (b f) d", f=frames)
-        if self.config.frame_conditioning:
-            # The temporal transformers know the frame's number too, but only they; this tells every ResNet block.
-            number = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
-            emb = emb + repeat(self.frame_embedding(number), "f d -> (b f) d", b=b)
+        self._check_inputs(z_t, conditions)
+        frames = z_t.shape[1]
+        emb = self._embed_time_and_frames(z_t, t, conditions.fps)
         appearance = dict(zip(self.injected, conditions.appearance or (), strict=False))
-        image, pixels, motion = (
-            dict(zip(layers, given or (), strict=False))
-            for layers, given in (
-                (self.image_gates, conditions.image),
-                (self.pixel_attentions, conditions.pixels),
-                (self.temporal_transformers, conditions.motion),
-            )
-        )
+        image = dict(zip(self.image_gates, conditions.image or (), strict=False))
+        pixels = dict(zip(self.pixel_attentions, conditions.pixels or (), strict=False))
+        motion = dict(zip(self.temporal_transformers, conditions.motion or (), strict=False))
 
         def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
             name = str(number)
             h = self.temporal_convs[number](resnet(h, emb), frames)
             if transformer is not None:
-                context = (
-                    TextImageContext(conditions.text, image[name], self.image_gates[name])
-                    if name in image
-                    else conditions.text
-                )
+                context: Tensor | TextImageContext = conditions.text
+                if name in image:
+                    context = TextImageContext(conditions.text, image[name], self.image_gates[name])
                 h = spatial_transformer(transformer, h, context)
             if number in appearance:
                 h = fuse(h, appearance[number], self.config.fusion, self.config.norm_num_groups)
@@ -235,13 +227,26 @@ class VideoUNet(UNet2DBackbone):
         h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
         if conditions.keyframe is not None:
             h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", self.config.norm_num_groups)
-        return deque(self.walk(h, layer), maxlen=1).pop()
+        return deque(self.run_blocks(h, layer), maxlen=1).pop()
 
     def head(self, features: Tensor) -> Tensor:
         """The prediction `(b f) c h w` of the decoder's last features."""
         return self.conv_out(self.conv_act(self.conv_norm_out(features)))
 
-    def _check(self, z_t: Tensor, conditions: Conditions) -> None:
+    def _embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
+        """Embedding of diffusion time, frame rate and frame index, one row for each of `(b f)`."""
+        b, frames = z_t.shape[:2]
+        emb = self.embed_time(t, b, z_t.device)
+        if self.config.fps_conditioning and fps is not None:
+            emb = emb + self.fps_embedding(self.time_proj(fps.expand(b)).to(emb.dtype))
+        emb = repeat(emb, "b d -> (b f) d", f=frames)
+        if self.config.frame_conditioning:
+            # The temporal transformers have positions, but only they; this is for the ResNet blocks.
+            index = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
+            emb = emb + repeat(self.frame_embedding(index), "f d -> (b f) d", b=b)
+        return emb
+
+    def _check_inputs(self, z_t: Tensor, conditions: Conditions) -> None:
         config = self.config
         if z_t.ndim != 5 or z_t.shape[2] != config.in_channels:
             raise UserError(
@@ -254,28 +259,23 @@ class VideoUNet(UNet2DBackbone):
         if height % stride or width % stride or not height * width:
             raise UserError(f"latents are {height}x{width}; height and width must be multiples of {stride}")
         if len(conditions.text) != b:
-            raise UserError(
-                f"text is for {len(conditions.text)} clips and the latents hold {b}; give one text per clip"
-            )
-        found = 0 if conditions.appearance is None else len(conditions.appearance)
-        if found and found != len(self.injected):
-            raise UserError(
-                f"conditions carry {found} appearance features and the model takes {len(self.injected)} "
-                f"(fusion={config.fusion}, inject={config.inject}); use the condition encoder that belongs to it"
-            )
-        for given, layers, part in (
-            (conditions.image, self.image_gates, "image_attention"),
-            (conditions.pixels, self.pixel_attentions, "pixel_scales"),
-            (conditions.motion, self.temporal_transformers if config.motion_attention else (), "motion_attention"),
+            raise UserError(f"there are {len(conditions.text)} texts for {b} clips; give one text per clip")
+        motion_layers = self.temporal_transformers if config.motion_attention else ()
+        for name, part, layers, setting in (
+            ("appearance features", conditions.appearance, self.injected, f"inject={config.inject}"),
+            ("keys and values of the image", conditions.image, self.image_gates, "image_attention"),
+            ("keys and values of pixels", conditions.pixels, self.pixel_attentions, "pixel_scales"),
+            ("keys and values of motion", conditions.motion, motion_layers, "motion_attention"),
         ):
-            if given is not None and len(given) != len(layers):
+            if part is not None and len(part) not in (0, len(layers)):
                 raise UserError(
-                    f"conditions carry {len(given)} keys and values for {part} and the model takes {len(layers)}; "
-                    "use the condition encoder that belongs to it"
+                    f"conditions have {len(part)} {name} and the model has {len(layers)} layers for them ({setting}); "
+                    "use the condition encoder of this model"
                 )
-        if (0 if conditions.keyframe is None else conditions.keyframe.shape[1]) not in (0, config.keyframe_channels):
+        if conditions.keyframe is not None and conditions.keyframe.shape[1] != config.keyframe_channels:
             raise UserError(
-                f"conditions carry a key frame for the input; the model has keyframe_channels={config.keyframe_channels}"
+                f"conditions have key-frame latents, and the model has keyframe_channels={config.keyframe_channels}; "
+                "use the condition encoder of this model"
             )
 
 
@@ -285,30 +285,28 @@ def set_trainable(
     trainable_parameters: str = "temporal",
     trainable_unet_layers: Sequence[str] = (),
 ) -> list[nn.Parameter]:
-    """Freezes what is not to be trained and returns what is, for the optimiser.
-
-    `temporal` freezes the 2D part of the VideoUNet, but for the layers `trainable_unet_layers`; `all` freezes nothing. The condition encoder is trained in both.
+    """Freezes what is not trained and returns the trainable parameters, for the optimizer.
 
     Args:
-        trainable_unet_layers: modules or parameters of the 2D part by their names, such as `up_blocks.1`; all that is inside trains.
+        trainable_parameters: `temporal` freezes the 2D part of the VideoUNet, except `trainable_unet_layers`; `all` freezes
+            nothing. The condition encoder is trained in both cases.
+        trainable_unet_layers: modules or parameters of the 2D part by name, such as `up_blocks.1`, with all that they contain.
 
     Raises:
-        UserError: `trainable_parameters` is neither, or the 2D part has nothing of such a name.
+        UserError: an unknown choice, or the 2D part has nothing of such a name.
     """
     check_choice("trainable_parameters", trainable_parameters, ("temporal", "all"))
     unet.requires_grad_(trainable_parameters == "all")
-    added = {id(parameter) for parameter in unet.added_parameters()}
-    frozen = {name: parameter for name, parameter in unet.named_parameters() if id(parameter) not in added}
+    base = {name: p for name, p in unet.named_parameters() if not name.startswith(unet.new_prefixes)}
+    trainable = [*unet.new_parameters(), *condition_encoder.parameters()]
     for layer in trainable_unet_layers:
-        chosen = [parameter for name, parameter in frozen.items() if f"{name}.".startswith(f"{layer}.")]
-        if not chosen:
-            known = sorted({name.partition(".")[0] for name in frozen})
+        parameters = [parameter for name, parameter in base.items() if f"{name}.".startswith(f"{layer}.")]
+        if not parameters:
+            names = ", ".join(sorted({name.partition(".")[0] for name in base}))
             raise UserError(
-                f"trainable_unet_layers names '{layer}', and no 2D layer has that name; it may begin with {', '.join(known)}"
+                f"trainable_unet_layers names '{layer}', and no 2D layer has that name; it may begin with {names}"
             )
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-    condition_encoder.requires_grad_(True)
-    for parameter in unet.added_parameters():
+        trainable += parameters
+    for parameter in trainable:
         parameter.requires_grad_(True)
     return [p for net in (unet, condition_encoder) for p in net.parameters() if p.requires_grad]

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microcinema.models.unet2d import check_keys, load_checked
+from microcinema.models.weights import check_keys, load_checked
 from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -13,8 +13,8 @@ from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5Tokeni
 
 from microcinema.diffusion.schedule import make_sampler
 from microcinema.models.conditioning import ConditionEncoder
-from microcinema.models.unet2d import check_keys
 from microcinema.models.video_unet import VideoUNet
+from microcinema.models.weights import check_keys
 from microcinema.pipelines.base_model import BASE_COMPONENTS
 from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline

@@ -96,7 +96,7 @@ def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> P
     if config.model.flow_model is None:
         return None
     with FakeTensorMode():
-        return PredictNet.reading(pipeline.unet)
+        return PredictNet.for_unet(pipeline.unet)
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:

@@ -255,7 +255,7 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     )
     if isinstance(dataset, EncodedClips):
         cached_latents_check.check(dataset, pipeline, teacher)
-    predict_net = None if teacher is None else PredictNet.reading(pipeline.unet)
+    predict_net = None if teacher is None else PredictNet.for_unet(pipeline.unet)
     validate = None
     if settings.validation_prompts:
         size = pipeline.config["height"], pipeline.config["width"]

@@ -1,5 +1,8 @@
 """The one exception type that this package raises for bad input."""
 
+from collections.abc import Collection
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input, described in one line: what is wrong, with which value, and what to do about it.
@@ -15,3 +18,13 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class if it has none: what fits into another message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Raises:
+        UserError: names the choices.
+    """
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}")

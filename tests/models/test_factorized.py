@@ -7,10 +7,11 @@ from torch.nn import functional
 
 from microcinema.diffusion.losses import flow_loss
 from microcinema.models import ConditionEncoder, Conditions, VideoUNet
+from microcinema.models.attention import KeyValue, attention
 from microcinema.models.image_adapter import TextImageAdapter
-from microcinema.models.pixel_attention import PixelPyramid
+from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelPyramid
 from microcinema.models.predict_net import PredictNet
-from microcinema.models.temporal import KeyValue, PixelAwareCrossAttention, TemporalTransformer, attend
+from microcinema.models.temporal import TemporalTransformer
 from microcinema.utils.errors import UserError
 from tests.models.test_video_unet import base, inputs, per_frame, randomise
 
@@ -151,7 +152,7 @@ def test_what_is_added_trains_and_the_base_does_not_change():
     z_t, t, text, z_ref, fps = inputs(3)
     video(z_t, t, encoder(text, z_ref, fps, **given())).square().mean().backward()
     for name, parameter in video.named_parameters():
-        assert (parameter.grad is not None) == name.startswith(VideoUNet.added), name
+        assert (parameter.grad is not None) == name.startswith(VideoUNet.new_prefixes), name
     assert {"image_gates", "pixel_attentions"} <= {name.split(".")[0] for name in dict(video.named_parameters())}
     assert all(parameter.grad is not None for parameter in encoder.parameters())
 
@@ -174,7 +175,7 @@ def test_pixel_attention_finds_the_place_that_looks_alike():
 def test_attention_is_softmax_of_scaled_products_over_what_is_not_masked():
     query, key, value = (torch.randn(2, n, 6, dtype=torch.float64) for n in (4, 5, 5))
     mask = torch.tensor([[True] * 5, [True, False, True, False, False]])
-    found = attend(query, KeyValue(key, value, mask), heads=2)
+    found = attention(query, KeyValue(key, value, mask), heads=2)
     for head in (slice(0, 3), slice(3, 6)):
         logits = query[..., head] @ key[..., head].mT / 3**0.5
         weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)

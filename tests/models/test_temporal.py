@@ -4,7 +4,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from microcinema.models.temporal import TemporalConv, TemporalTransformer, sinusoids, zero_init
+from microcinema.models.attention import zero_init
+from microcinema.models.temporal import TemporalConv, TemporalTransformer, sinusoids
 
 torch.set_num_threads(1)
 

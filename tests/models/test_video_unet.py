@@ -121,7 +121,7 @@ def test_frozen_parts_get_no_gradient_no_optimiser_entry_and_keep_their_bytes(tr
     optimizer.step()
     entries = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in video.named_parameters():
-        trains = name.startswith((*VideoUNet.added, *trainable_unet_layers))
+        trains = name.startswith((*VideoUNet.new_prefixes, *trainable_unet_layers))
         assert (id(parameter) in entries) == (parameter.grad is not None) == trains, name
         assert torch.equal(parameter, before[name]) != trains, name
     assert all(p.grad is not None and id(p) in entries for p in encoder.parameters())
@@ -182,9 +182,9 @@ def test_2d_part_has_the_2d_names_shapes_and_values(shape):
     unet = base(shape)
     video, _ = nets(unet, keyframe_concat=True)
     state = video.state_dict()
-    assert {k for k in state if not k.startswith(VideoUNet.added)} == unet.state_dict().keys()
+    assert {k for k in state if not k.startswith(VideoUNet.new_prefixes)} == unet.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in unet.state_dict().items())
-    assert len(video.added_parameters()) == len(state) - len(unet.state_dict())
+    assert len(video.new_parameters()) == len(state) - len(unet.state_dict())
 
 
 def test_loading_other_weights_names_all_keys():
@@ -312,7 +312,7 @@ def test_trains_under_autocast_and_checkpointing():
         ((1, 2, 4, 0, 8), "0x8"),
         ((1, 2, 3, 8, 8), "c=4"),
         ((2, 4, 8, 8), "b f c h w"),
-        ((2, 2, 4, 8, 8), "text is for 1 clips and the latents hold 2"),
+        ((2, 2, 4, 8, 8), "1 texts for 2 clips"),
     ],
 )
 def test_bad_latents(shape, message):
@@ -325,7 +325,7 @@ def test_conditions_of_another_model():
     unet = base()
     z_t, t, text, z_ref, fps = inputs(2)
     conditions = ConditionEncoder.from_unet2d(unet, inject="encoder", keyframe_concat=True)(text, z_ref, fps)
-    with pytest.raises(UserError, match="8 appearance features and the model takes 0"):
+    with pytest.raises(UserError, match="8 appearance features and the model has 0 layers"):
         VideoUNet.from_unet2d(unet)(z_t, t, conditions)
     conditions.appearance = None
     with pytest.raises(UserError, match="keyframe_channels=0"):

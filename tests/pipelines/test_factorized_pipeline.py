@@ -153,7 +153,7 @@ def train(folder, run, clips, teacher=GROUND_TRUTH, **settings):
     if teacher is not None:
         data, predict_net = (
             FlowClips(data, teacher, tiny.VAE_FACTOR),
-            PredictNet.reading(pipeline.unet),
+            PredictNet.for_unet(pipeline.unet),
         )
     settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "trainable_parameters": "all", **settings})
     tiny_training.trainer.train(tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fixtures import tiny, tiny_sampling
 from fixtures.tiny_sampling import PROMPTS, sample
-from microcinema.models.unet2d import ClipCrossAttention
+from microcinema.models.unet2d import SharedTextProcessor
 from microcinema.pipelines import memory
 from microcinema.pipelines.memory import MemorySettings
 from microcinema.profiling.memory_tracker import LiveMemory
@@ -249,14 +249,14 @@ def test_attention_to_a_clips_text_can_be_xformers(pipeline, image, fake_xformer
 def test_a_denoiser_keeps_its_attention_through_a_copy_and_through_a_file(pipeline, tmp_path):
     import copy
 
-    assert all(isinstance(module.processor, ClipCrossAttention) for module in clip_attentions(pipeline))
+    assert all(isinstance(module.processor, SharedTextProcessor) for module in clip_attentions(pipeline))
     other = copy.deepcopy(pipeline.unet)
     other.disable_xformers_memory_efficient_attention()
     pipeline.unet.save_pretrained(tmp_path)
     again = type(pipeline.unet).from_pretrained(tmp_path)
     for net in (other, again):
         found = [m for m in net.modules() if isinstance(m, Attention) and m.is_cross_attention]
-        assert found and all(isinstance(module.processor, ClipCrossAttention) for module in found)
+        assert found and all(isinstance(module.processor, SharedTextProcessor) for module in found)
 
 
 # ---------------------------------------------------------------- compilation

@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
 def test_only_what_is_to_be_trained_changes(tmp_path, which, trainable_unet_layers):
     model = pipeline(tmp_path)
     before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
-    added = {id(parameter) for parameter in model.unet.added_parameters()}
+    added = {id(parameter) for parameter in model.unet.new_parameters()}
     settings = {
         "trainable_parameters": which,
         "trainable_unet_layers": trainable_unet_layers,

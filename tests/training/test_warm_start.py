@@ -51,7 +51,7 @@ def test_a_light_folder_leaves_out_the_weights_that_stayed_an_embedded_models(tm
     save_pipeline(saved, tmp_path / "light", with_base=False)
     kept = load_file(tmp_path / "light/unet/diffusion_pytorch_model.safetensors")
     assert changed in kept
-    assert {name for name in kept if name != changed} == {n for n in kept if n.startswith(VideoUNet.added)}
+    assert {name for name in kept if name != changed} == {n for n in kept if n.startswith(VideoUNet.new_prefixes)}
     opened = load_pipeline(tmp_path / "light").unet.state_dict()
     assert opened.keys() == saved.unet.state_dict().keys()
     assert all(torch.equal(opened[name], value) for name, value in saved.unet.state_dict().items())

@@ -1,0 +1,43 @@
+"""Loading weights strictly: a missing or unexpected key is an error that names it, not a warning."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from microcinema.utils.errors import UserError, first_line
+
+
+def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) -> Any:
+    """Calls a `from_pretrained` of diffusers and refuses a checkpoint whose keys are not exactly the network's.
+
+    Raises:
+        UserError: the folder cannot be read, or its keys do not match.
+    """
+    with_info = kwargs.pop("output_loading_info", False)
+    try:
+        network, info = from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise unreadable(path, error) from error
+    check_keys(info["missing_keys"], info["unexpected_keys"], f"'{path}'")
+    return (network, info) if with_info else network
+
+
+def unreadable(path: Any, error: Exception) -> UserError:
+    """The error for a folder from which no network can be loaded."""
+    return UserError(
+        f"cannot load a network from '{path}' ({first_line(error)}); give a folder written by save_pretrained"
+    )
+
+
+def check_keys(missing: Collection[str], unexpected: Collection[str], source: str) -> None:
+    """Refuses weights whose keys are not the network's.
+
+    Raises:
+        UserError: names all missing and unexpected keys.
+    """
+    problems = [
+        f"{kind} keys: {', '.join(sorted(keys))}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"the weights of {source} do not fit the network; {'; '.join(problems)}")
