@@ -219,10 +219,10 @@ def test_the_card_says_where_the_weights_come_from(trained, exported):
         assert f"| `{file.relative_to(exported)}` | `{digest}` |" in card
     for line in (
         "# sprites video",
-        "makes 4 frames of 32x32 pixels at 8 frames per second",
+        "generates 4 frames of 32x32 pixels at 8 frames per second",
         f"is `{trained.parent / 'base'}`",
         "| steps | 2 |",
-        "| clips in a step | 2 |",
+        "| clips per step | 2 |",
         "| data | `ClipDataset`, see the config below |",
         "moving averages, decay 0.5; stored as float32",
         "| noise prior | appearance, strength 0.05, gamma 0.0 |",
