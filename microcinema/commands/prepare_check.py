@@ -29,7 +29,7 @@ def run(config: "DictConfig") -> None:
     folder = make_folder(config.output_dir)
     count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    values = {field.name: config[field.name] for field in fields(Thresholds)}
+    values = {field.name: getattr(config, field.name) for field in fields(Thresholds)}
     thresholds = Thresholds(**{**values, "reject": tuple(config.reject)})
     table = check_clips(
         dataset, indices, folder / CHUNKS, thresholds, config.timeout, config.num_workers, config.ray_address

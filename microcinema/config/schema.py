@@ -121,7 +121,7 @@ class Prepare:
 @dataclass
 class Latents(Train):
     cached_parts: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
-    passes: Count
+    epochs_cached: Count
     clips_per_shard: Count
 
 

@@ -1,4 +1,4 @@
-"""Writing a folder of latents: by any number of processes, a shard at a time, so that nothing is lost or done twice when it is broken off."""
+"""Writing a folder of latents by any number of processes, one shard at a time, so that an interruption loses at most the current shards."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,17 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from webdataset import TarWriter
 
-from microcinema.data.latents import (
-    EMPTY,
-    INDEX,
-    PLACE,
-    QUARANTINE,
-    Layout,
-    read_fingerprint,
-    shard_path,
-)
+from microcinema.data.latents import EMPTY, INDEX, LOCATION, QUARANTINE, Layout, read_fingerprint, shard_path
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.shards import read_members
 from microcinema.data.source import ClipSource
@@ -29,135 +22,106 @@ from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.fingerprint import FINGERPRINT, differences
 
 TEXTS = ("id", "caption", "description", "motion")
+Encode = Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
+"""From a batch of one clip to its cached tensors, each (1, ...)."""
 
 
-def begin(folder: Path, layout: Layout, parts: Mapping[str, Any], empty: Mapping[str, torch.Tensor]) -> None:
-    """Writes what is known before any clip is read, or checks that the folder was begun alike. By one process, before all others write.
+def create_folder(
+    folder: Path, layout: Layout, contents: Mapping[str, Any], empty_tokens: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes the fingerprint and the empty caption, or verifies those of an earlier start. By one process, before all others write.
+
+    Args:
+        contents: what each cached tensor depends on.
+        empty_tokens: encoder outputs of the empty caption, each (1, ...).
 
     Raises:
-        UserError: the folder holds something else, or latents that are others, or cannot be written.
+        UserError: the folder holds something else or other latents, or cannot be written.
     """
     if (folder / FINGERPRINT).is_file():
-        there, held = read_fingerprint(folder)
-        differ = differences({**asdict(layout), **parts}, {**asdict(there), **held}, common_only=True)
-        differ += [f"{part} was{' not' * (part in parts)} kept" for part in sorted(set(held) ^ set(parts))]
-        if differ:
+        old_layout, old = read_fingerprint(folder)
+        changes = differences({**asdict(layout), **contents}, {**asdict(old_layout), **old}, common_only=True)
+        changes += [f"{name} was{' not' * (name in contents)} cached" for name in sorted(set(old) ^ set(contents))]
+        if changes:
             raise UserError(
-                f"'{folder}' holds other latents ({', '.join(differ)}); delete it, or choose another folder"
+                f"'{folder}' holds other latents ({', '.join(changes)}); delete it, or choose another folder"
             )
-        for left in folder.glob(".*.partial*"):
-            left.unlink()  # of a process that was killed
+        for partial in folder.glob(".*.partial*"):  # of a killed process
+            partial.unlink()
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' holds something other than latents; choose a new folder")
     make_folder(folder)
-    if empty:
+    if empty_tokens:
         with atomic_path(folder / EMPTY) as temporary:
-            temporary.write_bytes(save({name: part.half().cpu().contiguous() for name, part in empty.items()}))
-    write_json(folder / FINGERPRINT, {"layout": asdict(layout), "parts": parts})
+            tensors = {name: tokens.half().cpu().contiguous() for name, tokens in empty_tokens.items()}
+            temporary.write_bytes(save(tensors))
+    write_json(folder / FINGERPRINT, {"layout": asdict(layout), "contents": contents})
 
 
-def missing(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1) -> list[int]:
-    """The shards that a process has to make: its share of all, less those that are finished."""
-    return [shard for shard in range(rank, layout.num_shards, num_processes) if not shard_path(folder, shard).is_file()]
-
-
-def read(
+def write_shards(
+    folder: Path,
+    layout: Layout,
     dataset: ClipSource,
-    folder: Path,
-    layout: Layout,
-    shards: list[int],
-    retries: int,
-    rank: int,
-    num_workers: int,
-    errors: ErrorRate,
-) -> Iterator[dict[str, Any]]:
-    """The clips of shards one after the other, as batches of one with `row` and `broken`; those that cannot be read go to quarantine.
-
-    Args:
-        retries, rank: as in `Quarantine`.
-        num_workers: processes that decode.
-
-    Raises:
-        UserError: too many cannot be read.
-    """
-    rows = [row for shard in shards for row in layout.rows(shard)]
-    source = _Rows(dataset, layout.num_clips, Quarantine(folder / QUARANTINE, retries, rank))
-    for batch in DataLoader(source, batch_size=1, sampler=rows, num_workers=num_workers):
-        broken = int(batch["broken"].item())
-        errors.count(broken, 1 - broken)
-        yield batch
-
-
-def write(
-    folder: Path,
-    shard: int,
-    layout: Layout,
-    batches: Iterator[dict[str, Any]],
-    encode: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]],
+    encode: Encode,
+    rank: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    clip_retries: int = 1,
+    max_error_rate: float = 0.05,
 ) -> None:
-    """Makes a shard of the next of `read`'s batches; it has its name when it is whole.
+    """Writes this process's share of the shards that are not finished; clips that cannot be read go to quarantine.
 
     Args:
-        encode: what is kept of a batch of one clip, each (1, ...).
+        num_workers: processes that decode.
+        clip_retries: further tries of a clip before it counts as broken.
+        max_error_rate: accepted fraction of broken clips.
 
     Raises:
-        UserError: tensors that do not fit float16, or a disk that is full; the shard is then not there.
+        UserError: too many broken clips, tensors that overflow float16, a full disk.
     """
-    rows = layout.rows(shard)
-    path = shard_path(folder, shard)
-    kept: list[int] = []
-    try:
-        with atomic_path(path) as temporary:
-            with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
-                for row, batch in zip(rows, batches, strict=False):  # rows first: a batch of the next shard stays
-                    if batch["broken"].item():
-                        continue
-                    tar.write({"__key__": f"{row:09d}", **_members(batch, encode(batch))})
-                    kept.append(row - rows.start)
-            places = np.zeros(len(rows), PLACE)
-            for row, sample in zip(kept, read_members(str(temporary)), strict=True):
-                record, tensors = sample["json"], sample["safetensors"]
-                places[row] = (record.offset, record.size, tensors.offset, tensors.size)
-            with atomic_path(path.with_suffix(".npy")) as index:
-                np.save(index, places)
-    except OSError as error:
-        raise UserError(
-            f"shard '{path}' cannot be written ({error.strerror or error}); make room, and go on with the same command: "
-            "finished shards stand"
-        ) from None
+    shards = _missing_shards(folder, layout, rank, num_processes)
+    rows = [row for shard in shards for row in layout.rows(shard)]
+    row_dataset = _RowDataset(dataset, layout.num_clips, Quarantine(folder / QUARANTINE, clip_retries, rank))
+    loader = DataLoader(row_dataset, batch_size=1, sampler=rows, num_workers=num_workers)
+    batches = _count_broken(loader, ErrorRate(max_error_rate))
+    with tqdm(total=len(rows), desc="encoding", unit="clip", disable=None if rank == 0 else True) as bar:
+        for shard in shards:
+            _write_shard(folder, shard, layout, batches, encode)
+            bar.update(len(layout.rows(shard)))
 
 
-def finish(folder: Path, layout: Layout) -> int:
-    """Writes the index of all shards, by which the folder is whole. By one process, after all others have written.
+def write_index(folder: Path, layout: Layout) -> int:
+    """Writes the index of all shards, which completes the folder. By one process, after all others have written.
 
     Returns:
-        Number of rows that are there.
+        Number of rows that could be read.
 
     Raises:
-        UserError: there is none, a shard is missing, or the index cannot be written.
+        UserError: none could, a shard is missing, or the index cannot be written.
     """
-    left = missing(folder, layout)
-    if left:
+    if missing := _missing_shards(folder, layout):
         raise UserError(
-            f"{len(left)} of {layout.num_shards} shards are missing in '{folder}', the first is {left[0]}; "
-            "let all processes write into one shared folder, and go on with the same command"
+            f"{len(missing)} of {layout.num_shards} shards are missing in '{folder}', the first is {missing[0]}; "
+            "let all processes write into one shared folder, and continue with the same command"
         )
     files = [shard_path(folder, shard).with_suffix(".npy") for shard in range(layout.num_shards)]
-    places = np.concatenate([np.load(file) for file in files])
-    count = int(np.count_nonzero(places["tensors_size"]))
+    locations = np.concatenate([np.load(file) for file in files])
+    count = int(np.count_nonzero(locations["tensors_size"]))
     if count == 0:
-        raise UserError(f"none of the {len(places)} clips could be read; see '{folder / QUARANTINE}' for why")
+        raise UserError(
+            f"none of the {len(locations)} clips could be read; see '{folder / QUARANTINE}' for the reasons"
+        )
     try:
         with atomic_path(folder / INDEX) as temporary:
-            np.save(temporary, places)
+            np.save(temporary, locations)
     except OSError as error:
-        raise UserError(f"'{folder / INDEX}' cannot be written ({error.strerror}); make room, and go on") from None
+        raise UserError(f"'{folder / INDEX}' cannot be written ({error.strerror}); free disk space, continue") from None
     return count
 
 
-class _Rows(Dataset[dict[str, Any]]):
-    """The clips of a data set by row."""
+class _RowDataset(Dataset[dict[str, Any]]):
+    """The clips of a data set by row; `broken` is 1 for those that cannot be read."""
 
     def __init__(self, dataset: ClipSource, num_clips: int, quarantine: Quarantine) -> None:
         self.dataset, self.num_clips, self.quarantine = dataset, num_clips, quarantine
@@ -166,15 +130,54 @@ class _Rows(Dataset[dict[str, Any]]):
         epoch, index = divmod(row, self.num_clips)
         self.dataset.set_epoch(epoch)
         item = self.quarantine.try_read(self.dataset, row, index)
-        return {**(item or {}), "row": row, "broken": int(item is None)}
+        return {**(item or {}), "broken": int(item is None)}
 
 
-def _members(batch: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
-    tensors = {}
-    for name, part in made.items():
-        one = part[0].half() if part.is_floating_point() else part[0]
-        if not one.isfinite().all():
-            raise UserError(f"{name} of clip '{batch['id'][0]}' do not fit float16; use sound encoders, in float32")
-        tensors[name] = one.cpu().contiguous()
+def _count_broken(loader: DataLoader[dict[str, Any]], errors: ErrorRate) -> Iterator[dict[str, Any]]:
+    for batch in loader:
+        broken = int(batch["broken"].item())
+        errors.count(broken, 1 - broken)
+        yield batch
+
+
+def _missing_shards(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1) -> list[int]:
+    return [shard for shard in range(rank, layout.num_shards, num_processes) if not shard_path(folder, shard).is_file()]
+
+
+def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dict[str, Any]], encode: Encode) -> None:
+    """Encodes the next batches into a shard, which gets its name when it is complete."""
+    rows, path = layout.rows(shard), shard_path(folder, shard)
+    positions: list[int] = []
+    try:
+        with atomic_path(path) as temporary:
+            with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
+                for position, batch in zip(
+                    range(len(rows)), batches, strict=False
+                ):  # positions first: leaves the next shard's batch
+                    if not batch["broken"].item():
+                        tar.write({"__key__": f"{rows[position]:09d}", **_members(batch, encode(batch))})
+                        positions.append(position)
+            locations = np.zeros(len(rows), LOCATION)
+            for position, sample in zip(positions, read_members(str(temporary)), strict=True):
+                record, tensors = sample["json"], sample["safetensors"]
+                locations[position] = (record.offset, record.size, tensors.offset, tensors.size)
+            with atomic_path(path.with_suffix(".npy")) as index:
+                np.save(index, locations)
+    except OSError as error:
+        raise UserError(
+            f"shard '{path}' cannot be written ({error.strerror or error}); free disk space and continue with the same "
+            "command: finished shards are kept"
+        ) from None
+
+
+def _members(batch: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    """The files of a sample by extension."""
+    half = {name: value[0].half() if value.is_floating_point() else value[0] for name, value in tensors.items()}
+    for name, value in half.items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} of clip '{batch['id'][0]}' overflow float16; use sound encoders, in float32")
     record = {**{name: batch[name][0] for name in TEXTS}, "fps": batch["fps"].item()}
-    return {"json": json.dumps(record, ensure_ascii=False).encode(), "safetensors": save(tensors)}
+    return {
+        "json": json.dumps(record, ensure_ascii=False).encode(),
+        "safetensors": save({name: value.cpu().contiguous() for name, value in half.items()}),
+    }

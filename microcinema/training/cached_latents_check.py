@@ -54,7 +54,7 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
     Raises:
         UserError: names what differs, or what is missing.
     """
-    wanted, held = fingerprint(pipeline, clips.dataset, flow_model), clips.parts
+    wanted, held = fingerprint(pipeline, clips.dataset, flow_model), clips.contents
     if differ := differences(wanted, held, common_only=True):
         raise UserError(
             f"latents '{clips.folder}' do not match this run: {', '.join(differ)}; "

@@ -57,7 +57,7 @@ def whole(tmp_path_factory, processes, keys) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "latents"
     (ended,) = processes.run(["prepare", "latents", *keys, f"cached_latents={folder}", "clips_per_shard=3"])
     assert ended.status == 0 and f"20 clips in {SHARDS} shards" in ended.said, ended.said
-    assert "7 that are broken are in quarantine" in ended.said
+    assert "7 broken clips are in quarantine" in ended.said
     return folder
 
 
@@ -162,12 +162,12 @@ def test_a_run_refuses_latents_of_another(tmp_path, processes, keys, whole):
 
 
 def test_latents_give_the_loss_of_the_clips_in_the_trainer(tmp_path, listing, monkeypatch):
-    """Within what float16 leaves; with two passes of random clips; and without the encoders."""
+    """Within what float16 leaves; with two epochs of random clips; and without the encoders."""
     source = ClipDataset(listing, listing.parent, tiny_training.FRAMES, 8.0, tiny.SIZE)
     sound = [k for k in range(len(source)) if source.id(k).startswith("sound")][:6]
     source, _ = source.subset(sound)
     model = pipeline(tmp_path)
-    kept = encode_clips(model, source, tmp_path / "latents", passes=2)
+    kept = encode_clips(model, source, tmp_path / "latents", epochs_cached=2)
     settings = {"max_train_steps": 6, "text_dropout": 0.5, "lr_warmup_steps": 0}
     train(model, source, tmp_path / "clips", **settings)
     model = pipeline(tmp_path)

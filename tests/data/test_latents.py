@@ -132,16 +132,16 @@ def test_workers_read_it_and_change_nothing(folder, root, model, tmp_path):
 
 
 def test_more_shards_than_are_held_open(folder, root, monkeypatch):
-    monkeypatch.setattr("microcinema.data.latents._OPEN", 1)
+    monkeypatch.setattr("microcinema.data.latents._MAX_OPEN_SHARDS", 1)
     kept = EncodedClips(folder, clips(root))
     before = len(os.listdir("/proc/self/fd"))
     assert [kept[k]["id"] for k in (4, 0, 2, 4)] == ["000004", "000000", "000002", "000004"]
     assert len(os.listdir("/proc/self/fd")) == before + 1
 
 
-def test_random_clips_have_as_many_places_as_passes(root, model, tmp_path):
+def test_random_clips_have_a_position_for_each_cached_epoch(root, model, tmp_path):
     source = clips(root, clip_position="random", seed=3)
-    kept = encode_clips(model, source, tmp_path / "latents", passes=2, cached_parts=[])
+    kept = encode_clips(model, source, tmp_path / "latents", epochs_cached=2, cached_parts=[])
     for epoch in range(4):
         kept.set_epoch(epoch)
         source.set_epoch(epoch % 2)
@@ -180,7 +180,7 @@ def test_nothing_that_can_be_read(model, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 2 clips could be read; see '.*quarantine'"):
         encode_clips(model, clips(world), tmp_path / "latents")
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="are incomplete: 1 of 1"):
         EncodedClips(tmp_path / "latents", clips(world))
 
 
@@ -309,7 +309,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
     assert [name for name in stamps if again[name] != stamps[name]] == ["000001.tar"]
     for changes, said in (
         ({"clips_per_shard": 3}, "clips_per_shard was 2 and is 3"),
-        ({"cached_parts": []}, "text was kept"),
+        ({"cached_parts": []}, "text was cached"),
     ):
         with pytest.raises(UserError, match=f"holds other latents .*{said}.*; delete it, or choose another folder"):
             encode_clips(model, clips(root), copy, **changes)
@@ -327,7 +327,9 @@ def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
-        with pytest.raises(UserError, match=r"000001\.tar' cannot be written \(File too large\); make room, and go on"):
+        with pytest.raises(
+            UserError, match=r"000001\.tar' cannot be written \(File too large\); free disk space and continue"
+        ):
             encode_clips(model, clips(root), copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -347,7 +349,7 @@ def test_sizes_that_do_not_divide(root, model, tmp_path):
 def test_numbers_that_overflow_are_named(root, tmp_path):
     broken = pipeline(tmp_path)
     broken.vae.register_to_config(scaling_factor=1e8)
-    with pytest.raises(UserError, match="latents of clip '000000' do not fit float16"):
+    with pytest.raises(UserError, match="latents of clip '000000' overflow float16"):
         encode_clips(broken, clips(root), tmp_path / "latents")
 
 
@@ -378,7 +380,7 @@ def test_no_latents_or_damaged_ones(copy, root, tmp_path):
         EncodedClips(copy, clips(root))[2]
     shard.write_bytes(whole[shard])
     index.unlink()
-    with pytest.raises(UserError, match="are not finished: 3 of 3 shards are"):
+    with pytest.raises(UserError, match="are incomplete: 3 of 3 shards are"):
         EncodedClips(copy, clips(root))
     np.save(index, np.zeros(4))
     with pytest.raises(UserError, match="names 4 clips of 5"):
@@ -402,6 +404,6 @@ def test_what_to_keep(root, model, tmp_path):
     made = BatchEncoder(model, torch.device("cpu"), kept.empty_tokens)(batch)
     assert torch.equal(made.text, model.encode_text(["a star 0", "a star 1"]))  # of the captions
     assert {field.name for field in dataclasses.fields(made)} >= {"latents", "text"}
-    assert json.loads((tmp_path / "few" / FINGERPRINT).read_text())["parts"].keys() == {"vae", "clips"}
+    assert json.loads((tmp_path / "few" / FINGERPRINT).read_text())["contents"].keys() == {"vae", "clips"}
     with pytest.raises(UserError, match="come without flow, which this model learns from"):
         check(tmp_path / "few", model, root, teacher="dis")
