@@ -25,7 +25,6 @@ for name in ("pipelines", "evaluation", "training"):
 FLOORS["sprites"] = FLOORS["profiling"] = {*FLOORS}
 FLOORS["commands"] = {*FLOORS}
 FLOORS["__main__"] = {"commands"}
-FLOORS["evaluation"] |= {"sprites"}  # generate
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

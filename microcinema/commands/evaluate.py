@@ -7,12 +7,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from microcinema.commands.sample import quieten_libraries
 from microcinema.config.compose import instantiate
 from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
 from microcinema.sprites.protocol import SpritesProtocol
+from microcinema.utils.logging import quieten_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

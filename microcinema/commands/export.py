@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from microcinema.commands.sample import quieten_libraries
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -28,6 +27,7 @@ from microcinema.training.trainer import CONFIG
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 from microcinema.utils.hashing import hash_file
+from microcinema.utils.logging import quieten_libraries
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import open_template
 

@@ -15,6 +15,15 @@ Group = dict[str, Any]
 
 
 @dataclass
+class SamplingDefaults:
+    num_inference_steps: Count
+    guidance_scale: NotNegative
+    image_guidance_scale: NotNegative
+    keyframe_num_inference_steps: Count | None
+    keyframe_guidance_scale: NotNegative | None
+
+
+@dataclass
 class Train:
     base: Group
     data: Group
@@ -61,6 +70,7 @@ class Train:
     dataloader_num_workers: CountOrZero
     clip_retries: CountOrZero
     max_error_rate: Fraction
+    sampling: SamplingDefaults
     validation_prompts: list[str]
     validation_steps: Count
     report_to: Literal["tensorboard", "wandb"] | None
@@ -86,9 +96,9 @@ class Sample:
     fps: Positive | None
     height: Count | None
     width: Count | None
-    num_inference_steps: Count
-    guidance_scale: NotNegative
-    image_guidance_scale: NotNegative
+    num_inference_steps: Count | None
+    guidance_scale: NotNegative | None
+    image_guidance_scale: NotNegative | None
     negative_prompt: str
     num_videos_per_prompt: Count
     decode_chunk_size: Count | None

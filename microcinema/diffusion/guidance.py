@@ -1,4 +1,4 @@
-"""Two-scale classifier-free guidance over image and text, in one batch and with no evaluation that cancels."""
+"""Classifier-free guidance with separate scales for key frame and text, in one batch and without terms that cancel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from einops import einsum, rearrange, repeat
 
 
-class Case(NamedTuple):
+class GuidanceTerm(NamedTuple):
     """One evaluation of the denoiser: which conditions it sees, and its factor in the guided prediction."""
 
     image: bool
@@ -17,26 +17,29 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """`pred = p(0,0) + s_img (p(img,0) - p(0,0)) + s_txt (p(img,txt) - p(img,0))`.
+class CFG:
+    """`pred = p(0,0) + s_img (p(img,0) - p(0,0)) + s_txt (p(img,txt) - p(img,0))`, InstructPix2Pix (arXiv 2211.09800, eq. 3).
 
-    The form is that of InstructPix2Pix (arXiv 2211.09800, eq. 3). Sorted by evaluation the factors are `1 - s_img`,
-    `s_img - s_txt` and `s_txt`; a case with factor zero is not evaluated: equal scales need two evaluations, both
-    scales 1 need one.
+    Sorted by evaluation, the factors are `1 - s_img`, `s_img - s_txt` and `s_txt`; a term with factor zero is not
+    evaluated: equal scales need two evaluations, both scales 1 need one.
+
+    Args:
+        text: `s_txt`.
+        image: `s_img`.
     """
 
     text: float
     image: float
 
     @property
-    def cases(self) -> tuple[Case, ...]:
+    def terms(self) -> tuple[GuidanceTerm, ...]:
         """The evaluations that are needed, at most three; their factors sum to one."""
-        factors = (
-            Case(False, False, 1 - self.image),
-            Case(True, False, self.image - self.text),
-            Case(True, True, self.text),
+        terms = (
+            GuidanceTerm(False, False, 1 - self.image),
+            GuidanceTerm(True, False, self.image - self.text),
+            GuidanceTerm(True, True, self.text),
         )
-        return tuple(case for case in factors if case.factor)
+        return tuple(term for term in terms if term.factor)
 
     def __call__(
         self, denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_t: torch.Tensor, t: torch.Tensor
@@ -44,11 +47,11 @@ class Guidance:
         """The guided prediction at `z_t` (b ...) and `t` (scalar), by one call of the denoiser.
 
         Args:
-            denoiser: takes `t` and `(k b) ...` latents: for each of the k cases, as `cases` orders them, all clips.
+            denoiser: takes `(k b) ...` latents and `t`: all clips for each of the k terms, in the order of `terms`.
         """
-        cases = self.cases
-        prediction = denoiser(repeat(z_t, "b ... -> (k b) ...", k=len(cases)), t)
-        if len(cases) == 1:
+        terms = self.terms
+        prediction = denoiser(repeat(z_t, "b ... -> (k b) ...", k=len(terms)), t)
+        if len(terms) == 1:
             return prediction
-        factors = torch.tensor([case.factor for case in cases]).to(prediction)
-        return einsum(factors, rearrange(prediction, "(k b) ... -> k b ...", k=len(cases)), "k, k ... -> ...")
+        factors = torch.tensor([term.factor for term in terms]).to(prediction)
+        return einsum(factors, rearrange(prediction, "(k b) ... -> k b ...", k=len(terms)), "k, k ... -> ...")

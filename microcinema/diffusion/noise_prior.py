@@ -1,4 +1,4 @@
-"""Noise priors: which noise a clip is diffused with, given its key frame (our reading of arXiv 2311.18829)."""
+"""Noise priors: the noise that diffuses a clip, given its key frame (our reading of arXiv 2311.18829)."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,16 @@ KINDS = ("none", "appearance", "mixed", "progressive")
 
 @dataclass(frozen=True)
 class NoisePrior:
-    """How the noise of a clip is made from independent noise and the key frame.
+    """The noise of a clip as a function of independent noise and the key frame.
 
     - `none`: `eps_hat = eps`, plain diffusion;
     - `appearance`: `eps_hat = eps + lam z_ref`, the appearance noise prior, `lam = strength`;
     - `mixed`, `progressive`: unit variance in each frame, correlated over frames, `a = strength` (arXiv 2305.10474).
 
-    At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling further towards the key frame.
+    At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling closer to the key frame.
+
+    Raises:
+        UserError: an unknown kind, or a negative or infinite number.
     """
 
     kind: str = "appearance"
@@ -49,7 +52,7 @@ class NoisePrior:
         return torch.eye(frames, dtype=torch.float64)
 
     def noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
-        """`eps_hat` for training, from independent standard noise.
+        """`eps_hat` (b, f, c, h, w) for training, from independent standard noise.
 
         Args:
             eps: (b, f, c, h, w), independent N(0, 1).
@@ -59,10 +62,10 @@ class NoisePrior:
             return eps + self.strength * rearrange(z_ref, "b c h w -> b 1 c h w")
         if self.kind == "none":
             return eps
-        # Any Gaussian over frames is a linear map of independent noise, so one draw per frame serves all kinds.
+        # Any Gaussian over frames is a linear map of independent noise.
         root = torch.linalg.cholesky(self.covariance(eps.shape[1])).to(eps)
         return einsum(root, eps, "f g, b g c h w -> b f c h w")
 
-    def initial(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
-        """`z_T`, where sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""
+    def initial_noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
+        """`z_T`, from which sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""
         return self.noise(eps, z_ref) + self.gamma * rearrange(z_ref, "b c h w -> b 1 c h w")

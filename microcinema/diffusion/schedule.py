@@ -13,6 +13,15 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from microcinema.utils.errors import UserError, first_line
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_SUMMARY = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 # Several schedulers clamp the predicted sample to [-1, 1] unless told otherwise: right for pixels, the ruin of latents.
 _FOR_LATENTS = {"clip_sample": False, "thresholding": False}
 
@@ -49,6 +58,12 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     betas = shifted_betas(scheduler.alphas_cumprod, shift)
     # Stable Diffusion's samplers end at the noise of step 0, which the shift has made visible; this makes them end at none.
     return DDPMScheduler.from_config({**scheduler.config, "set_alpha_to_one": True}, trained_betas=betas.tolist())
+
+
+def schedule_summary(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The settings that decide the noise levels and the target of a training schedule."""
+    config = make_scheduler(scheduler.config).config
+    return {key: config[key] for key in _SUMMARY if key in config}
 
 
 def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:

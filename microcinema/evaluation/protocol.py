@@ -12,29 +12,11 @@ from microcinema.data.clip_reader import RESIZE
 from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt
 from microcinema.evaluation.videos import Caption, Video, folder_videos
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_json
 
 _DRAW_PROMPTS, _DRAW_REAL = 0, 1  # streams of the seed
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One clip to make. `source`: the id of the class, caption or video in the data set; `prompt` is empty where nothing is asked for."""
-
-    index: int
-    prompt: str
-    source: str
-
-    @property
-    def name(self) -> str:
-        """A file name."""
-        return f"{self.index:05d}"
-
-    @property
-    def numbers(self) -> tuple[int]:
-        """What this clip's random numbers depend on, beside the seed."""
-        return (self.index,)
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ class ZeroShotProtocol:
         """
         return {"ucf101": Ucf101, "msrvtt": MsrVtt, "folder": _Folder}[self.dataset](root)
 
-    def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Prompt]:
+    def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[PromptItem]:
         """All clips to make."""
         videos = dataset.videos(self.sample_split)
         if self.selection == "draw":
@@ -112,7 +94,10 @@ class ZeroShotProtocol:
             firsts = {video.label: video for video in reversed(videos)}
             videos = [firsts[label] for label in sorted(firsts) for _ in range(self.num_samples)]
         texts = [caption for video in videos for caption in self._texts(video)]
-        return [Prompt(index, text.text, text.id) for index, text in enumerate(texts)]
+        return [
+            PromptItem(text.text, f"{index:05d}", sample_index=index, source=text.id)
+            for index, text in enumerate(texts)
+        ]
 
     def _texts(self, video: Video) -> Sequence[Caption]:
         if self.dataset == "folder":
@@ -142,12 +127,22 @@ class ZeroShotProtocol:
         return {"samples": self.num_samples if fixed else None, "real": self.num_real}
 
     def identifier(
-        self, samples: Sequence[Prompt], real: Sequence[Video], detectors: Mapping[str, Mapping[str, Any]]
+        self, samples: Sequence[PromptItem], real: Sequence[Video], detectors: Mapping[str, Mapping[str, Any]]
     ) -> str:
         """Equal for two measurements if and only if they asked for the same: name, version, and a hash of all settings, prompts, ids of
         the real videos, and detectors with their weights."""
-        content = [asdict(self), [asdict(sample) for sample in samples], [video.name for video in real], detectors]
+        content = [
+            asdict(self),
+            [manifest_entry(sample) for sample in samples],
+            [video.name for video in real],
+            detectors,
+        ]
         return f"{self.name}-{self.version}-{hash_json(content)[:12]}"
+
+
+def manifest_entry(item: PromptItem) -> dict[str, Any]:
+    """A sample in the manifest of a protocol; `source` is the id of its class, caption or video in the data set."""
+    return {"index": item.sample_index, "prompt": item.prompt, "source": item.source}
 
 
 class _Folder:

@@ -20,17 +20,16 @@ from microcinema.evaluation.detectors import Measure, VideoDetectorLoader
 from microcinema.evaluation.features import Clips, Features, extract
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.fvd import video_distance
-from microcinema.evaluation.generate import Share, TextMaker, generate, load_sample
-from microcinema.evaluation.protocol import Prompt, ZeroShotProtocol
+from microcinema.evaluation.generate import Share, generate, protocol_sampler
+from microcinema.evaluation.protocol import ZeroShotProtocol, manifest_entry
 from microcinema.evaluation.report import Picture, text_table, write_report
 from microcinema.evaluation.scores import inception_score, kernel_distance
 from microcinema.evaluation.videos import Video, folder_videos, hash_list
-from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
-from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.fingerprint import FINGERPRINT, read_record, write_or_verify
-from microcinema.utils.hashing import hash_json, hash_networks
+from microcinema.utils.hashing import hash_json
 from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
@@ -39,14 +38,13 @@ if TYPE_CHECKING:
 RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manifest.json"
 SAMPLES_FOLDER, FEATURES_FOLDER, REFERENCE_FOLDER = "samples", "features", "reference"
 PICTURES = 24  # clips that the report shows
-_STEPS = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
 
 
 @dataclass(frozen=True)
 class Generated:
     """Clips to measure: which of the protocol's samples they are, how to read one, and what they depend on."""
 
-    samples: list[Prompt]
+    samples: list[PromptItem]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
     fps: float
     identity: dict[str, Any]
@@ -87,7 +85,7 @@ def run_zero_shot(
     )
     make_folder(folder)
     if config.generated_dir is None:
-        generated = _from_pipeline(config, protocol, samples, share, state)
+        generated = _from_pipeline(config, protocol, samples, state)
     else:
         generated = _from_folder(config.generated_dir, protocol, samples, settings.allow_fewer, shortfalls)
     records = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
@@ -213,55 +211,32 @@ def compute(generated: Features, real: Features | None, protocol: ZeroShotProtoc
 
 
 def _from_pipeline(
-    config: "DictConfig", protocol: ZeroShotProtocol, samples: list[Prompt], share: Share, state: PartialState
+    config: "DictConfig", protocol: ZeroShotProtocol, samples: list[PromptItem], state: PartialState
 ) -> Generated:
     settings = config.evaluation
-    if settings.torch_dtype not in ("float32", "float16", "bfloat16"):
-        raise UserError(f"evaluation.torch_dtype={settings.torch_dtype}; use float32, float16 or bfloat16")
-    dtype = getattr(torch, settings.torch_dtype)
-    video = load_pipeline(config.pipeline, torch_dtype=dtype)
-    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video, settings.keyframe_model, torch_dtype=dtype), video)
-    asked = (settings.height, settings.width, protocol.num_frames, protocol.fps, 1, None)
-    _, height, width, num_frames, fps = video.check("any", *asked)
-    arguments = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
-    arguments |= {key: settings[key] for key in _STEPS}
-    stage1 = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.keyframe_guidance_scale}
-    identity = {
-        "pipeline": str(config.pipeline),
-        "keyframe_model": settings.keyframe_model,
-        "seed": config.seed,
-        "torch_dtype": settings.torch_dtype,
-        **arguments,
-        "keyframe_guidance_scale": settings.keyframe_guidance_scale,
-        "prompts_sha256": hash_json([sample.prompt for sample in samples]),
-        "weights_sha256": hash_networks(pipeline.networks),
-    }
-    folder = Path(config.output_dir) / SAMPLES_FOLDER
-    if share.rank < len(samples):  # a process without a share needs no weights on its device
-        pipeline.to(state.device)
-    for part, name in ((video, "videos"), (pipeline.keyframe, "key frames")):
-        part.set_progress_bar_config(desc=name, unit="step", leave=False, disable=not state.is_main_process)
-    maker = TextMaker(pipeline, config.seed, arguments, stage1)
-    generate(samples, maker, folder, identity, config.batch_size, state.is_main_process, share)
-    pipeline.to("cpu")
-    state.wait_for_everyone()
+    size = settings.height, settings.width
+    sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
+    folder, prompts = Path(config.output_dir) / SAMPLES_FOLDER, hash_json([sample.prompt for sample in samples])
+    clips, fingerprint = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts)
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        sample = load_sample(folder, samples[index])
-        return sample.frames, sample.keyframe
+        clip = clips.load(samples[index].id)
+        return clip.frames, clip.keyframe
 
-    return Generated(samples, load, fps, identity)
+    return Generated(samples, load, fingerprint["fps"], fingerprint)
 
 
 def _from_folder(
-    name: str, protocol: ZeroShotProtocol, samples: list[Prompt], allow_fewer: bool, shortfalls: list[str]
+    name: str, protocol: ZeroShotProtocol, samples: list[PromptItem], allow_fewer: bool, shortfalls: list[str]
 ) -> Generated:
     """Videos that anyone made. Files whose names are numbers are the samples of these numbers; others, in the order of their names."""
     videos = folder_videos(name)
     numbers = [int(video.path.stem) if video.path.stem.isdigit() else -1 for video in videos]
     known = bool(samples)
     if not samples:
-        chosen = [Prompt(index, "", video.name) for index, video in enumerate(videos)]
+        chosen = [
+            PromptItem("", f"{index:05d}", sample_index=index, source=video.name) for index, video in enumerate(videos)
+        ]
     elif min(numbers) >= 0:
         if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
             raise UserError(
@@ -367,7 +342,7 @@ def _reference(given: str | None, folder: Path, settings: Mapping[str, Any], rea
 def _manifest(
     protocol: ZeroShotProtocol,
     identifier: str,
-    samples: Sequence[Prompt],
+    samples: Sequence[PromptItem],
     real: Sequence[Video],
     records: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -375,7 +350,7 @@ def _manifest(
         "identifier": identifier,
         **dataclasses.asdict(protocol),
         "detectors": records,
-        "samples": [dataclasses.asdict(sample) for sample in samples],
+        "samples": [manifest_entry(sample) for sample in samples],
         "real": [video.name for video in real],
     }
 

@@ -134,8 +134,9 @@ class KeyframePipeline:
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     def takes(self, argument: str) -> bool:
-        """Whether the text-to-image pipeline knows an argument of this name."""
-        return argument in inspect.signature(type(self.source).__call__).parameters
+        """Whether there is a text-to-image pipeline, and it has an argument of this name."""
+        is_pipeline = isinstance(self.source, DiffusionPipeline)
+        return is_pipeline and argument in inspect.signature(type(self.source).__call__).parameters
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the bar over steps (tqdm's); a pipeline shows one."""

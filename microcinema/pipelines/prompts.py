@@ -1,89 +1,138 @@
-"""What to sample: a prompt, or a file of prompts, as one request for each video."""
+"""Prompts to sample: one prompt, or a file of prompts, as one item per video."""
 
 import csv
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from microcinema.diffusion.rng import Purpose, sample_generator
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.utils.errors import UserError
 
-COLUMNS = ("prompt", "motion_prompt", "id", "seed", "image")
+COLUMNS = ("prompt", "motion_prompt", "keyframe_prompt", "id", "seed", "image")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One video to make.
+class PromptItem:
+    """One video to make: by the command `sample`, the Python API or a protocol.
 
     Attributes:
-        id: stem of its files.
-        numbers: of its generator: seed, place in the file of prompts, which of the videos of the prompt.
-        image: file of the key frame; None: draw one.
+        prompt: content of the video, and its motion if `motion_prompt` is None.
+        id: stem of its files, unique in a run.
+        motion_prompt: the motion, for a model with a motion encoder; None: the prompt.
+        keyframe_prompt: for stage 1; None: the prompt.
+        negative_prompt: replaces the text where guidance drops it, in both stages.
+        seed, sample_index, video_index: of its random generators, see `sample_generator`.
+        image: the key frame, as a file or uint8 array (h, w, 3); None: stage 1 draws it.
+        source: id of the class, caption or video in a protocol's data set.
     """
 
-    id: str
     prompt: str
-    motion_prompt: str | None
-    numbers: tuple[int, int, int]
-    image: Path | None
+    id: str = ""
+    motion_prompt: str | None = None
+    keyframe_prompt: str | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    sample_index: int = 0
+    video_index: int = 0
+    image: Path | np.ndarray | None = field(default=None, compare=False)
+    source: str = ""
+
+    def generator(self, purpose: Purpose) -> torch.Generator:
+        """A new generator, at the beginning of its stream."""
+        return sample_generator(self.seed, self.sample_index, self.video_index, purpose)
 
 
-def read_requests(
+def check_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """The prompts as a list.
+
+    Raises:
+        UserError: no prompt, or an empty one.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
+        raise UserError("the prompt is empty; describe the content and motion of the video")
+    return prompts
+
+
+def check_motion_prompt(motion_prompt: object, uses_motion_caption: bool) -> None:
+    """Refuses a motion prompt that the model would ignore.
+
+    Raises:
+        UserError: the model uses a single caption.
+    """
+    if motion_prompt is not None and not uses_motion_caption:
+        raise UserError(
+            "motion_prompt is given, and this model has no motion encoder; describe the motion in the prompt"
+        )
+
+
+def read_prompt_items(
     prompt: str | None,
     motion_prompt: str | None,
     prompts: str | None,
     image: str | None,
     seed: int,
     num_videos_per_prompt: int,
-) -> list[Request]:
-    """What to make: of one prompt, or of each line of a file.
+    negative_prompt: str = "",
+) -> list[PromptItem]:
+    """One item per video of a prompt, or of each line of a file.
 
-    A file's line n is sample n of the seed; a line with a seed of its own is sample 0 of that one, as if it were run alone.
+    Line n of a file is sample n of the seed; a line with its own seed is sample 0 of that seed, as if it were run alone.
 
     Args:
-        prompts: a CSV file with the column `prompt` and, if wanted, `motion_prompt`, `id`, `seed` and `image` (relative to the
-            file), or a text file with one prompt in each line.
-        image: file of every video's key frame, or a folder with one for each prompt, in the order of names.
+        prompts: a CSV file with the column `prompt` and optionally the other `COLUMNS` (`image` relative to the file), or a text
+            file with one prompt per line.
+        image: file of every video's key frame, or a folder with one image per prompt, in the order of names.
 
     Raises:
         UserError: neither or both of `prompt` and `prompts`, an empty prompt, a file that cannot be read, an unknown column, a
-            seed that is not a number, an id that is taken twice or is no file name.
+            seed that is not a number, a duplicate id or one that cannot be a file name.
     """
     if (prompt is None) == (prompts is None):
         raise UserError('give one of prompt="..." and prompts=file.csv')
-    rows = [{"prompt": prompt or "", "motion_prompt": motion_prompt or ""}] if prompts is None else _read_rows(prompts)
-    images = _images(image, len(rows))
-    requests = []
-    for number, (row, given) in enumerate(zip(rows, images, strict=True)):
-        where = f"prompts file '{prompts}', prompt {number + 1}" if prompts else "prompt"
-        text = row["prompt"].strip()
-        if not text:
-            raise UserError(f"{where} is empty; say what is to be seen and how it moves")
-        own_seed = row.get("seed", "").strip()
-        if own_seed and not own_seed.isdecimal():
-            raise UserError(f"{where}: seed '{own_seed}' is not a whole number >= 0")
-        numbers = (int(own_seed), 0) if own_seed else (seed, number)
-        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "video"
-        slug = slug if len(slug) <= 60 else slug[:60].rpartition("-")[0] or slug[:60]
-        name = row.get("id", "").strip() or (f"{number:04d}-{slug}" if prompts else f"{slug}-seed{seed}")
-        if not re.fullmatch(r"[\w][\w. +-]*", name):
-            raise UserError(f"{where}: id '{name}' cannot be a file name; use letters, digits, '-', '_' and '.'")
-        if name.endswith("_keyframe"):
-            raise UserError(
-                f"{where}: id '{name}' is kept for the key frame of another; choose one that ends otherwise"
-            )
-        own_image = row.get("image", "").strip()
-        path = Path(prompts or "").parent / own_image if own_image else given
-        motion = row.get("motion_prompt", "").strip() or motion_prompt or None
+    rows = [{"prompt": prompt or ""}] if prompts is None else _read_rows(prompts)
+    common = PromptItem("", motion_prompt=motion_prompt or None, negative_prompt=negative_prompt, seed=seed)
+    items = []
+    for index, (row, path) in enumerate(zip(rows, _images(image, len(rows)), strict=True)):
+        item = _parse_row(row, replace(common, sample_index=index, image=path), prompts)
         for video in range(num_videos_per_prompt):
             suffix = f"-{video}" if num_videos_per_prompt > 1 else ""
-            requests.append(Request(name + suffix, text, motion, (*numbers, video), path))
-    names = [request.id for request in requests]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"prompts file '{prompts}': id '{twice[0]}' is there twice; every video needs its own")
-    return requests
+            items.append(replace(item, id=item.id + suffix, video_index=video))
+    ids = [item.id for item in items]
+    if duplicates := sorted({name for name in ids if ids.count(name) > 1}):
+        raise UserError(f"prompts file '{prompts}': id '{duplicates[0]}' occurs twice; ids must be unique")
+    return items
+
+
+def _parse_row(row: Mapping[str, str], default: PromptItem, file: str | None) -> PromptItem:
+    where = f"prompts file '{file}', prompt {default.sample_index + 1}" if file else "prompt"
+    cells = {key: value.strip() for key, value in row.items() if value.strip()}
+    if "prompt" not in cells:
+        raise UserError(f"{where} is empty; describe the content and motion of the video")
+    if not cells.get("seed", "0").isdecimal():
+        raise UserError(f"{where}: seed '{cells['seed']}' is not a whole number >= 0")
+    item = replace(
+        default,
+        prompt=cells["prompt"],
+        motion_prompt=cells.get("motion_prompt", default.motion_prompt),
+        keyframe_prompt=cells.get("keyframe_prompt"),
+    )
+    slug = re.sub(r"[^a-z0-9]+", "-", item.prompt.lower()).strip("-") or "video"
+    slug = slug if len(slug) <= 60 else slug[:60].rpartition("-")[0] or slug[:60]
+    name = cells.get("id") or (f"{default.sample_index:04d}-{slug}" if file else f"{slug}-seed{default.seed}")
+    if not re.fullmatch(r"[\w][\w. +-]*", name):
+        raise UserError(f"{where}: id '{name}' cannot be a file name; use letters, digits, '-', '_' and '.'")
+    if name.endswith("_keyframe"):
+        raise UserError(f"{where}: id '{name}' is reserved for a key frame; choose one that ends otherwise")
+    if "seed" in cells:
+        item = replace(item, seed=int(cells["seed"]), sample_index=0)
+    return replace(item, id=name, image=Path(file or "").parent / cells["image"] if "image" in cells else item.image)
 
 
 def _read_rows(path: str) -> list[dict[str, str]]:
@@ -100,10 +149,10 @@ def _read_rows(path: str) -> list[dict[str, str]]:
         if "prompt" not in columns:
             raise UserError(f"prompts file '{path}' has no column 'prompt'; it has {', '.join(columns) or 'none'}")
         if unknown := sorted(set(columns) - set(COLUMNS)):
-            raise UserError(f"prompts file '{path}': column '{unknown[0]}' is unknown; there are {', '.join(COLUMNS)}")
+            raise UserError(f"prompts file '{path}': column '{unknown[0]}' is unknown; use {', '.join(COLUMNS)}")
         rows = list(reader)
         if any(None in row for row in rows):
-            raise UserError(f"prompts file '{path}': a line has more fields than the header; put quotes round commas")
+            raise UserError(f"prompts file '{path}': a line has more fields than the header; quote fields with commas")
     if not rows:
         raise UserError(f"prompts file '{path}' holds no prompts")
     return rows

@@ -1,31 +1,108 @@
 """Both stages: a prompt becomes a key frame, the key frame a video (arXiv 2311.18829)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline
+from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
+from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, make_keyframe
+from microcinema.pipelines.prompts import PromptItem, broadcast_to_prompts, check_motion_prompt, check_prompts
+from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
+from microcinema.utils.errors import UserError
 
 
 @dataclass
 class TextToVideoOutput(BaseOutput):
-    """Videos and what they were made from.
+    """Videos and their key frames.
 
     Attributes:
         frames: as in `ImageToVideoOutput`.
-        keyframes: one for every video, with its provenance.
+        keyframes: one per video, with its provenance.
     """
 
     frames: Any
     keyframes: list[Keyframe]
 
 
+def keyframe_arguments(
+    source: KeyframePipeline,
+    item: PromptItem,
+    defaults: Mapping[str, Any],
+    video: SamplingSettings,
+    settings: KeyframeSettings,
+) -> dict[str, Any]:
+    """Arguments of `KeyframePipeline.__call__` beside prompt and size.
+
+    For steps and guidance that `settings` leaves open: those in `defaults`, the config of the video pipeline, or else those
+    of the video. Like the negative prompt, they are left out if the text-to-image pipeline has no such argument.
+
+    Args:
+        video: resolved settings of stage 2.
+    """
+    arguments: dict[str, Any] = {"draw_height": settings.height, "draw_width": settings.width}
+    for name in ("num_inference_steps", "guidance_scale"):
+        default = defaults[f"keyframe_{name}"]
+        default = getattr(video, name) if default is None else default
+        value = getattr(settings, name)
+        arguments[name] = default if value is None and source.takes(name) else value
+    if item.negative_prompt and source.takes("negative_prompt"):
+        arguments["negative_prompt"] = item.negative_prompt
+    return arguments
+
+
+def make_item_keyframe(
+    item: PromptItem, source: KeyframePipeline | None, height: int, width: int, **arguments: Any
+) -> Keyframe:
+    """The key frame of one video: its image at the size of the video, or one that `source` draws with `arguments`.
+
+    Raises:
+        UserError: an image that cannot be read, or that is refused by its size; arguments that the pipeline refuses.
+    """
+    if isinstance(item.image, np.ndarray):
+        return make_keyframe(as_pil(item.image), height, width, {"source": "array"})
+    assert source is not None
+    with torch.no_grad():
+        (keyframe,) = source(
+            [item.keyframe_prompt or item.prompt], height, width, [item.generator("keyframe")], **arguments
+        )
+    return keyframe
+
+
+def animate(
+    video: ImageToVideoPipeline,
+    items: Sequence[PromptItem],
+    images: Sequence[PixelImage],
+    settings: SamplingSettings,
+    **arguments: Any,
+) -> ImageToVideoOutput:
+    """Videos of items and their key frames in one batch, each from its own generator.
+
+    Args:
+        arguments: further ones of `ImageToVideoPipeline.__call__`, such as `output_type`.
+
+    Raises:
+        UserError: bad input.
+    """
+    negatives = [item.negative_prompt for item in items]
+    motions = [item.motion_prompt or item.prompt for item in items]
+    return video(
+        [item.prompt for item in items],
+        list(images),
+        motions if any(item.motion_prompt for item in items) else None,
+        negative_prompt=negatives[0] if len(set(negatives)) == 1 else negatives,
+        generator=[item.generator("video") for item in items],
+        **asdict(settings),
+        **arguments,
+    )
+
+
 class TextToVideoPipeline:
-    """A key frame pipeline before an image-to-video pipeline.
+    """A key frame pipeline followed by an image-to-video pipeline.
 
     Args:
         keyframe: stage 1.
@@ -36,11 +113,29 @@ class TextToVideoPipeline:
         self.keyframe = keyframe
         self.video = video
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str, keyframe_model: str | None = None, torch_dtype: torch.dtype = torch.float32
+    ) -> "TextToVideoPipeline":
+        """Loads both stages.
+
+        Args:
+            name: of the video model: an embedded model, a folder or a hub repository.
+            keyframe_model: any text-to-image pipeline of diffusers; None: the base of the video model.
+            torch_dtype: of the weights in memory.
+
+        Raises:
+            UserError: one of them cannot be loaded.
+        """
+        video = load_pipeline(name, torch_dtype=torch_dtype)
+        return cls(load_keyframe_pipeline(video, keyframe_model, torch_dtype=torch_dtype), video)
+
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """All networks: those of stage 2 by their names, those of stage 1 as `keyframe.` and their names."""
-        parts = {**self.video.components, **{f"keyframe.{name}": part for name, part in self.keyframe.networks.items()}}
-        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        """All networks: those of stage 2 by their names, those of stage 1 with the prefix `keyframe.`."""
+        stage1 = {f"keyframe.{name}": network for name, network in self.keyframe.networks.items()}
+        components = {**self.video.components, **stage1}
+        return {name: network for name, network in components.items() if isinstance(network, torch.nn.Module)}
 
     def to(self, device: torch.device | str) -> "TextToVideoPipeline":
         """Moves both stages."""
@@ -48,56 +143,78 @@ class TextToVideoPipeline:
         self.video.to(device)
         return self
 
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Settings of the bars over denoising steps (tqdm's), of both stages."""
+        self.keyframe.set_progress_bar_config(**settings)
+        self.video.set_progress_bar_config(**settings)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
         motion_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        seed: int = 0,
         num_videos_per_prompt: int = 1,
-        generator: Sequence[torch.Generator] | None = None,
-        num_segments: int = 1,
-        window_overlap: int | None = None,
-        keyframe_arguments: dict[str, Any] | None = None,
-        **arguments: Any,
+        sample_index: int = 0,
+        batch_size: int = 1,
+        output_type: str = "pil",
+        keyframe: KeyframeSettings | None = None,
+        **settings: Any,
     ) -> TextToVideoOutput:
-        """Makes videos; each has a key frame of its own.
+        """Makes videos, each from its own key frame: those that the command `sample` makes of the same prompts and seed.
 
         Args:
-            generator: one for every video: it draws first the key frame's noise, then the video's.
-            keyframe_arguments: for `KeyframePipeline.__call__`, such as `guidance_scale` and `draw_height`.
-            arguments: for `ImageToVideoPipeline.__call__`, as all the others are.
+            motion_prompt, negative_prompt: one for all prompts, or one each; see `PromptItem`.
+            seed, sample_index: of the random generators; the prompts are samples `sample_index`, `sample_index` + 1, ...
+            num_videos_per_prompt: videos of one prompt follow one another in the result.
+            batch_size: videos made at once; more than one changes them by rounding.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            keyframe: settings of stage 1.
+            settings: those of `SamplingSettings`.
 
         Raises:
-            UserError: bad input; an empty prompt, sizes, frames and clips are found before the first stage starts.
+            UserError: bad input; it is found before stage 1 starts, unless only the text-to-image pipeline can tell.
         """
-        size_and_length = (height, width, num_frames, fps, num_segments, window_overlap)
-        prompts, height, width, num_frames, fps = self.video.check(prompt, *size_and_length)
-        self.video.check_motion_prompt(motion_prompt)
+        if unknown := sorted(set(settings) - set(SamplingSettings.__dataclass_fields__)):
+            raise UserError(
+                f"argument '{unknown[0]}' is unknown; use {', '.join(SamplingSettings.__dataclass_fields__)}"
+            )
+        if num_videos_per_prompt < 1 or batch_size < 1:
+            raise UserError(
+                f"num_videos_per_prompt={num_videos_per_prompt}, batch_size={batch_size}; both must be >= 1"
+            )
+        prompts = check_prompts(prompt)
+        check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
+        motions = broadcast_to_prompts("motion prompts", motion_prompt, len(prompts))
+        negatives = broadcast_to_prompts("negative prompts", negative_prompt, len(prompts))
+        items = [
+            PromptItem(text, "", motion, None, negative, seed, sample_index + index, video)
+            for index, (text, motion, negative) in enumerate(zip(prompts, motions, negatives, strict=True))
+            for video in range(num_videos_per_prompt)
+        ]
+        resolved = self.video.resolve(SamplingSettings(**settings))
+        keyframes = list(self._keyframes(items, resolved, keyframe or KeyframeSettings()))
+        batches = []
+        for start in range(0, len(items), batch_size):
+            batch = slice(start, start + batch_size)
+            images = [keyframe.image for keyframe in keyframes[batch]]
+            batches.append(animate(self.video, items[batch], images, resolved, output_type=output_type).frames)
+        return TextToVideoOutput(_concatenate(batches), keyframes)
 
-        def for_each_video(texts: str | Sequence[str] | None) -> str | list[str] | None:
-            if texts is None or isinstance(texts, str):
-                return texts
-            return [text for text in texts for _ in range(num_videos_per_prompt)]
+    def _keyframes(
+        self, items: Sequence[PromptItem], video: SamplingSettings, settings: KeyframeSettings
+    ) -> Iterator[Keyframe]:
+        assert video.height is not None and video.width is not None
+        for item in items:
+            arguments = keyframe_arguments(self.keyframe, item, self.video.config, video, settings)
+            yield make_item_keyframe(item, self.keyframe, video.height, video.width, **arguments)
 
-        prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
-        with torch.no_grad():
-            keyframes = self.keyframe(prompts, height, width, generator, **(keyframe_arguments or {}))
-        output = self.video(
-            prompts,
-            [keyframe.image for keyframe in keyframes],
-            for_each_video(motion_prompt),
-            height,
-            width,
-            num_frames,
-            fps,
-            negative_prompt=for_each_video(negative_prompt),
-            generator=generator,
-            num_segments=num_segments,
-            window_overlap=window_overlap,
-            **arguments,
-        )
-        return TextToVideoOutput(output.frames, keyframes)
+
+def _concatenate(batches: list[Any]) -> Any:
+    if isinstance(batches[0], torch.Tensor):
+        return torch.cat(batches)
+    return (
+        np.concatenate(batches)
+        if isinstance(batches[0], np.ndarray)
+        else [video for batch in batches for video in batch]
+    )

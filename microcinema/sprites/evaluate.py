@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,15 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from microcinema.evaluation.generate import Maker, PipelineMaker, Sample, Share, generate, load_sample
+from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.evaluation.statistics import CONFIDENCE
-from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
-from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import metrics, scene
 from microcinema.sprites.judge import SpriteJudge, Verdict, judge_clips
 from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
 from microcinema.sprites.report import write_report
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder
-from microcinema.utils.fingerprint import write_or_verify
-from microcinema.utils.hashing import hash_networks
 from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
@@ -45,61 +42,44 @@ def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialS
         raise UserError("generated_dir=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
     folder = make_folder(config.output_dir)
     judge = SpriteJudge.load(settings.classifier)
-    video = load_pipeline(config.pipeline)
-    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
-    pipeline.to(state.device)
     judge.classifier.to(state.device)
-    for part, name in ((video, "videos"), (pipeline.keyframe, "key frames")):
-        part.set_progress_bar_config(desc=name, unit="step", leave=False, disable=not main)
-    steps = {
-        key: settings[key]
-        for key in ("num_inference_steps", "guidance_scale", "keyframe_guidance_scale", "image_guidance_scale")
-    }
-    maker = PipelineMaker(pipeline, protocol, config.seed, **steps)
-    identity = {
-        "pipeline": str(config.pipeline),
-        "seed": config.seed,
-        **steps,
-        "weights_sha256": hash_networks(pipeline.networks),
-    }
-    if state.num_processes > 1:
-        share = Share(state.process_index, state.num_processes)
-        generate(protocol.tasks(), maker, folder / SAMPLES_FOLDER, identity, config.batch_size, main, share)
-        state.wait_for_everyone()
-        if not main:
-            return
-    results = evaluate(protocol, maker, judge, folder, identity, config.batch_size)
+    # A classifier that does not fit the protocol is refused here, before anything is generated.
+    judge_clips(protocol.tasks()[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, "", False)
+    sampler = protocol_sampler(config, protocol.size, protocol.size, protocol.num_frames, protocol.fps, state)
+    items = [
+        task.item(sampler.uses_motion_caption, protocol.render(task.sprite).frames[0] if task.part == "image" else None)
+        for task in protocol.tasks()
+    ]
+    samples, fingerprint = generate(sampler, items, config.seed, folder / SAMPLES_FOLDER, state)
+    if not main:
+        return
+    results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint)
     print(text_table(results))
     print(folder / REPORT_FILE)
 
 
 def evaluate(
     protocol: SpritesProtocol,
-    make: Maker,
+    load: Callable[[Task], Sample],
     judge: SpriteJudge,
     folder: str | os.PathLike[str],
     identity: Mapping[str, Any],
-    batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs every judge on real clips, makes what is missing of the protocol's clips, runs the judges on these, and writes
-    `results.json` and `report.html` into the folder.
+    """Runs every judge on real clips and on those of a model, and writes `results.json` and `report.html` into the folder.
 
     Args:
-        make: makes clips: a pipeline, or anything else that is to be measured.
-        identity: what the clips depend on beside their tasks, for the record; see `generate`.
+        load: returns the model's clip of a task.
+        identity: what the clips depend on beside their tasks, for the record.
 
     Returns:
         the content of `results.json`.
     """
     folder = make_folder(folder)
     tasks = protocol.tasks()
-    samples = folder / SAMPLES_FOLDER
-    write_or_verify(samples, identity)  # before the first minute is spent
     real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
     other = anew_features(tasks, protocol, judge, progress)
-    generate(tasks, make, samples, identity, batch_size, progress)
-    model = judge_clips(tasks, lambda task: load_sample(samples, task), protocol, judge, "judge model", progress)
+    model = judge_clips(tasks, load, protocol, judge, "judge model", progress)
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
         "model": dict(identity),
@@ -118,7 +98,7 @@ def evaluate(
     }
     with atomic_path(folder / RESULTS_FILE) as path:
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_report(folder / REPORT_FILE, results, [load_sample(samples, task) for task in tasks])
+    write_report(folder / REPORT_FILE, results, [load(task) for task in tasks])
     return results
 
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.detectors import VideoFeatures
-from microcinema.evaluation.generate import Sample
 from microcinema.pipelines.loading import ASSETS
+from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.protocol import SpritesProtocol, Task

@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.sprites import scene
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_json
@@ -37,6 +40,18 @@ class Task:
     def prompt(self) -> str:
         """What a user would type."""
         return scene.combined_caption(self.sprite)
+
+    def item(self, uses_motion_caption: bool, image: np.ndarray | None = None) -> PromptItem:
+        """The clip as an item of the sampler. All models draw the same key frames, from the whole caption.
+
+        Args:
+            uses_motion_caption: whether the model has an encoder of motion captions.
+            image: the key frame, uint8 (h, w, 3); None: stage 1 draws it.
+        """
+        content, motion = self.captions if uses_motion_caption else (self.prompt, None)
+        part, index = self.numbers
+        # Independent of the number of clips of each part, and different for all clips.
+        return PromptItem(content, self.name, motion, self.prompt, sample_index=index * len(PARTS) + part, image=image)
 
     @property
     def captions(self) -> tuple[str, str]:

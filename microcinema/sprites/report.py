@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from microcinema.evaluation.generate import Sample
 from microcinema.evaluation.report import embedded_picture, embedded_video
+from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites.metrics import MEASURES
 from microcinema.sprites.protocol import PARTS
 from microcinema.utils.files import atomic_path

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from microcinema.config.compose import instantiate
-from microcinema.diffusion.schedule import make_sampler, make_scheduler
+from microcinema.diffusion.schedule import make_sampler, make_scheduler, schedule_summary
 from microcinema.pipelines.base_model import Base
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
     """
     prior = instantiate(config.diffusion.noise_prior)
     schedule = make_scheduler(base_scheduler.config, config.diffusion.scheduler)
-    known, new = (describe_schedule(each) | {"prediction_type": None} for each in (base_scheduler, schedule))
+    known, new = (schedule_summary(each) | {"prediction_type": None} for each in (base_scheduler, schedule))
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
         **parts,
         scheduler=make_sampler(schedule),
-        network_schedule=None if known == new else describe_schedule(base_scheduler),
+        network_schedule=None if known == new else schedule_summary(base_scheduler),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
@@ -94,6 +94,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         image_encoder_source=config.model.image_encoder,
         motion_encoder_source=config.model.motion_encoder,
         num_motion_tokens=config.model.num_motion_tokens,
+        **config.sampling,
     )
 
 

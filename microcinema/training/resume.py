@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from microcinema.data.indexed import IndexedDataset
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline, describe_schedule
+from microcinema.diffusion.schedule import schedule_summary
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.fingerprint import differences
@@ -136,7 +137,7 @@ def run_identity(
     """
     fixed = {name: getattr(config, name) for name in FIXED}
     fixed |= {name: pipeline.config[name] for name in PIPELINE}
-    fixed |= describe_schedule(pipeline.training_scheduler)
+    fixed |= schedule_summary(pipeline.training_scheduler)
     fixed["clips"] = clips.fingerprint()
     free = {name: getattr(config, name) for name in FREE}
     free |= {"mixed_precision": mixed_precision, "num_processes": num_processes}

@@ -258,10 +258,8 @@ def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None 
     predict_net = None if teacher is None else PredictNet.for_unet(pipeline.unet)
     validate = None
     if settings.validation_prompts:
-        size = pipeline.config["height"], pipeline.config["width"]
-        validate = Validation(
-            accelerator, build_keyframes(base), settings.validation_prompts, *size, output_dir, settings.seed
-        )
+        keyframes = build_keyframes(base)
+        validate = Validation(accelerator, pipeline, keyframes, settings.validation_prompts, output_dir, settings.seed)
     del base  # its 2D UNet has been copied
 
     def record() -> None:

@@ -1,4 +1,4 @@
-"""Videos of fixed prompts during training: made by all processes together, written to files, sent to the tracker."""
+"""Videos of fixed prompts during training: shared among all processes, written to files, logged to the tracker."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,49 +12,52 @@ from tqdm.auto import tqdm
 
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
-from microcinema.diffusion.rng import generator
 from microcinema.evaluation import video_metrics
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.prompts import PromptItem
+from microcinema.pipelines.sample_folder import to_uint8
+from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
+from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
 
-INFERENCE_STEPS = 25
 FIGURES = ("keyframe_psnr", "keyframe_ssim", "motion_magnitude")
-"""Of each video: its reference frame against the key frame (dB, at most 60, and structural similarity), pixels of optical flow a frame."""
+"""Of each video: PSNR (dB, at most 60) and SSIM of its reference frame to the key frame, and optical flow in pixels per frame."""
 
 
 class Validation:
-    """The same prompts, key frames and starting noise every time, so that only the model differs between steps.
+    """The same prompts, key frames and initial noise every time, so that only the model differs between steps.
 
-    The prompts are dealt out over the processes; so are their key frames, which are drawn here, once.
+    With the weights of a step, the command `sample` makes the same videos of these prompts and this seed.
 
     Args:
-        accelerator: of the run.
+        accelerator: of the run. Each process has a share of the prompts, and draws their key frames here, once.
+        pipeline: the model; its own defaults are used for both stages.
         keyframes: draws an image for a prompt; not needed afterwards.
-        prompts: what to make videos of.
-        height, width: of the videos, pixels.
+        prompts: of the videos.
         output_dir: folder of the run.
-        seed: prompt i is drawn and animated with generator(seed, i).
+        seed: prompt i is sample i of this seed.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
+        pipeline: ImageToVideoPipeline,
         keyframes: KeyframePipeline,
         prompts: Sequence[str],
-        height: int,
-        width: int,
         output_dir: str | Path,
         seed: int = 0,
     ) -> None:
-        self.prompts = list(prompts)
+        self.items = [PromptItem(prompt, seed=seed, sample_index=index) for index, prompt in enumerate(prompts)]
         self.folder = Path(output_dir) / "validation"
-        self.seed = seed
-        mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
+        share = range(accelerator.process_index, len(self.items), accelerator.num_processes)
         keyframes.to(accelerator.device)
+        settings = pipeline.resolve(SamplingSettings())
+        assert settings.height is not None and settings.width is not None
         self.images: dict[int, Image.Image] = {}
-        for i in tqdm(mine, "key frames of validation", disable=not accelerator.is_main_process):
-            (drawn,) = keyframes([self.prompts[i]], height, width, [generator(seed, i)], INFERENCE_STEPS)
-            self.images[i] = drawn.image
+        for i in tqdm(share, "key frames of validation", disable=not accelerator.is_main_process):
+            arguments = keyframe_arguments(keyframes, self.items[i], pipeline.config, settings, KeyframeSettings())
+            keyframe = make_item_keyframe(self.items[i], keyframes, settings.height, settings.width, **arguments)
+            self.images[i] = keyframe.image
 
     def __call__(self, accelerator: Accelerator, pipeline: ImageToVideoPipeline, step: int) -> None:
         """Writes `validation/step-{step}/{i}.mp4` and `.gif` and one contact sheet, and logs them with their means of `FIGURES`.
@@ -62,33 +65,27 @@ class Validation:
         Every process must call it.
         """
         pipeline.set_progress_bar_config(disable=True)
-        made = []
+        results = []
         for i, image in tqdm(self.images.items(), "validation", leave=False, disable=not accelerator.is_main_process):
             with accelerator.autocast():
-                result = pipeline(
-                    self.prompts[i],
-                    image,
-                    num_inference_steps=INFERENCE_STEPS,
-                    generator=[generator(self.seed, i)],
-                    output_type="np",
-                )
-            frames = np.rint(result.frames[0] * 255).astype(np.uint8)
+                output = animate(pipeline, [self.items[i]], [image], SamplingSettings(), output_type="np")
+            frames = to_uint8(output.frames[0], f"the validation video of '{self.items[i].prompt}'")
             reference = frames[keyframe_index(pipeline.keyframe_position, len(frames))]
-            fidelity = video_metrics.image_fidelity(reference, np.asarray(result.keyframes[0]))
-            made.append((i, frames, (*fidelity, _motion(frames))))
-        made = sorted(gather_object(made), key=lambda entry: entry[0])
+            fidelity = video_metrics.image_fidelity(reference, np.asarray(output.keyframes[0]))
+            results.append((i, frames, (*fidelity, _motion(frames))))
+        results = sorted(gather_object(results), key=lambda entry: entry[0])
         if accelerator.is_main_process:
-            clips = [frames for _, frames, _ in made]
+            clips = [frames for _, frames, _ in results]
             self._write(clips, pipeline.config["fps"], self.folder / f"step-{step}")
             self._log(accelerator, clips, step)
-        means = np.mean([figures for *_, figures in made], axis=0)
+        means = np.mean([figures for *_, figures in results], axis=0)
         accelerator.log({f"validation/{name}": float(mean) for name, mean in zip(FIGURES, means, strict=True)}, step)
 
     def _write(self, clips: list[np.ndarray], fps: float, folder: Path) -> None:
         for i, frames in enumerate(clips):
             write_video(folder / f"{i}.mp4", frames, fps)
             write_gif(folder / f"{i}.gif", frames, fps)
-        write_contact_sheet(folder / "contact_sheet.png", clips, self.prompts)
+        write_contact_sheet(folder / "contact_sheet.png", clips, [item.prompt for item in self.items])
 
     def _log(self, accelerator: Accelerator, clips: list[np.ndarray], step: int) -> None:
         files = [self.folder / f"step-{step}" / f"{i}.gif" for i in range(len(clips))]
@@ -101,8 +98,8 @@ class Validation:
                 import wandb
 
                 videos = {
-                    f"validation/{i}": wandb.Video(str(file), caption=prompt, format="gif")
-                    for i, (file, prompt) in enumerate(zip(files, self.prompts, strict=True))
+                    f"validation/{i}": wandb.Video(str(file), caption=item.prompt, format="gif")
+                    for i, (file, item) in enumerate(zip(files, self.items, strict=True))
                 }
                 tracker.log(videos, step=step)
 
@@ -113,9 +110,7 @@ def _motion(frames: np.ndarray) -> float:
 
 
 def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:
-    """A TensorBoard summary of an animated image, which TensorBoard plays as it stands.
-
-    SummaryWriter.add_video would want moviepy to make the same.
+    """A TensorBoard summary of an animated image; SummaryWriter.add_video would need moviepy.
 
     Args:
         shape: of the clip, (f, h, w, 3).

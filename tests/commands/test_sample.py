@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny
-from microcinema.commands import cli, sample
+from microcinema.commands import cli
 from microcinema.data.video_reader import probe, read_clip
+from microcinema.pipelines import sample_folder, sampler
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import save_pipeline
@@ -123,7 +124,7 @@ def test_a_prompt_gives_a_video_with_all_that_belongs_to_it(run, tmp_path, model
         assert (gif.n_frames, gif.size) == (5, (tiny.SIZE, 24))
 
     record = record_of(tmp_path / "out", name)
-    assert (record["prompt"], record["motion_prompt"], record["seed"]) == (PROMPT, None, 3)
+    assert (record["prompt"], record["motion_prompt"], record["generator"]["seed"]) == (PROMPT, None, 3)
     assert (record["num_frames"], record["fps"], record["height"], record["width"]) == (5, 6.0, 24, tiny.SIZE)
     assert record["config"]["guidance_scale"] == record["guidance_scale"] == 3.0
     assert record["schedule"]["class"] == "DDIMScheduler"
@@ -158,7 +159,7 @@ def test_the_same_request_gives_the_same_bytes_alone_or_in_a_file(run, tmp_path)
     assert set(videos) == {"first", "second", "third"}
     assert videos["second"] == digest(alone)
     assert videos["third"] != videos["second"]
-    assert record_of(tmp_path / "out", "first")["generator"] == [5, 0, 0]
+    assert record_of(tmp_path / "out", "first")["generator"] == {"seed": 5, "sample_index": 0, "video_index": 0}
 
 
 def test_longer_videos_say_how_they_are_made(run, tmp_path):
@@ -175,7 +176,7 @@ def test_from_an_image_file(run, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "start.png")
     assert run(f"prompt={PROMPT}", f"image={tmp_path / 'start.png'}", "num_videos_per_prompt=2")[0] == 0
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*seed0-?.json"))]
-    assert [record["generator"] for record in records] == [[0, 0, 0], [0, 0, 1]]
+    assert [record["generator"]["video_index"] for record in records] == [0, 1]
     assert records[0]["keyframe"]["source"] == str(tmp_path / "start.png")
     assert "weights_sha256" not in records[0]["keyframe"]  # nothing was drawn, nothing was loaded for it
     assert np.array_equal(np.array(Image.open(tmp_path / "out" / records[0]["files"]["keyframe"])), pixels)
@@ -192,7 +193,7 @@ def test_all_key_frames_are_drawn_before_the_first_video_and_each_stage_has_the_
     alive = {"load_keyframe_pipeline": [], "load_pipeline": []}
 
     def watched(name, other):
-        opener = getattr(sample, name)
+        opener = getattr(sampler, name)
 
         def call(*arguments, **more):
             assert [reference() for reference in alive[other]] == [None] * len(alive[other])
@@ -204,7 +205,7 @@ def test_all_key_frames_are_drawn_before_the_first_video_and_each_stage_has_the_
         return call
 
     for name, other in zip(alive, reversed(alive), strict=True):
-        monkeypatch.setattr(sample, name, watched(name, other))
+        monkeypatch.setattr(sampler, name, watched(name, other))
     assert run(*four[0])[0] == 0
     assert all(alive.values())
     assert made == both(TEXTS)
@@ -247,13 +248,13 @@ def test_a_revision_and_a_variant_of_stage_1_are_those_of_the_config(run, tmp_pa
 
 def test_memory_settings_reach_both_stages_and_their_provenance(run, tmp_path, monkeypatch):
     applied = []
-    works = sample.apply
+    works = sampler.apply
 
     def apply(pipeline, settings, device):
         works(pipeline, settings, device)
         applied.append((pipeline.unet.dtype, pipeline.vae.use_slicing, pipeline.vae.use_tiling))
 
-    monkeypatch.setattr(sample, "apply", apply)
+    monkeypatch.setattr(sampler, "apply", apply)
     chosen = ["memory.torch_dtype=bfloat16", "memory.vae_slicing=true", "memory.vae_tiling=true"]
     assert run(f"prompt={PROMPT}", *chosen, "keyframe.torch_dtype=float32")[0] == 0
     assert applied == [(torch.float32, True, True), (torch.bfloat16, True, True)]
@@ -278,21 +279,21 @@ def test_what_stands_is_not_made_again_and_said_to_stand(run, tmp_path, four, ma
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     code, said, _ = run(*overrides)
     assert (code, made) == (0, [])
-    assert said.splitlines() == [f"out/{name}.mp4 stands" for name in TEXTS]
+    assert said.splitlines() == [f"out/{name}.mp4 is up to date" for name in TEXTS]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
 
 @pytest.mark.parametrize(
     ("killed", "after", "rest"),
     [
-        ("_write_keyframe", 2, both("abcd")[2:]),
+        ("write_keyframe", 2, both("abcd")[2:]),
         ("write_gif", 1, both("abcd")[5:]),  # a video without the rest of its files
         ("write_json", 6, both("abcd")[6:]),  # all files, but not their provenance
     ],
 )
 def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path, four, made, monkeypatch, killed, after, rest):
     overrides, whole = four
-    home = sample.Sampler if killed.startswith("_") else sample
+    home = sampler.SampleFolder if killed == "write_keyframe" else sample_folder
     works, done = getattr(home, killed), []
 
     def dying(*arguments, **more):
@@ -416,8 +417,8 @@ def test_two_processes_make_the_files_that_one_makes(tmp_path, four):
     command = [*torchrun, str(ROOT / "scripts/sample.py"), *overrides]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    said = sorted(re.findall(r"out/.\.mp4(?: stands)?", done.stdout))
-    assert said == ["out/a.mp4", "out/b.mp4 stands", "out/c.mp4", "out/d.mp4"]
+    said = sorted(re.findall(r"out/.\.mp4(?: is up to date)?", done.stdout))
+    assert said == ["out/a.mp4", "out/b.mp4 is up to date", "out/c.mp4", "out/d.mp4"]
     assert digests(tmp_path / "out") == digests(whole)
 
 
@@ -502,7 +503,7 @@ def test_a_video_that_is_no_numbers_is_not_written(run, tmp_path, model):
     save_file({**weights, "conv_out.bias": torch.full_like(weights["conv_out.bias"], torch.nan)}, path)
     Image.new("RGB", (8, 8)).save(tmp_path / "start.png")
     code, _, said = run(f"prompt={PROMPT}", "image=start.png", f"pipeline={broken}")
-    assert code == 2 and "no numbers, made in float32" in said
+    assert code == 2 and "not finite; use torch_dtype" in said
     assert not list((tmp_path / "out").glob("*.mp4"))
 
 

@@ -15,7 +15,7 @@ from diffusers import (
 
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion import losses
-from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import (
@@ -224,9 +224,9 @@ def test_mean_of_noisy_latents(prediction_type, clip):
 
 def test_sampling_starts_at_the_key_frames_noise(clip):
     _, eps, z_ref = clip
-    z_T = NoisePrior("appearance", 0.03, gamma=0.02).initial(eps, z_ref)
+    z_T = NoisePrior("appearance", 0.03, gamma=0.02).initial_noise(eps, z_ref)
     assert torch.allclose(z_T, eps + 0.05 * z_ref[:, None], atol=1e-14)
-    assert torch.equal(NoisePrior("none").initial(eps, z_ref), eps)
+    assert torch.equal(NoisePrior("none").initial_noise(eps, z_ref), eps)
 
 
 @pytest.mark.parametrize("frames", [1, 6])
@@ -330,13 +330,13 @@ class TrainableModel:
     """p(z, image, text), not linear in anything, which counts its calls and evaluations."""
 
     def __init__(self, guidance):
-        self.cases, self.calls, self.evaluations = guidance.cases, 0, 0
+        self.terms, self.calls, self.evaluations = guidance.terms, 0, 0
 
     def __call__(self, z, t):
         self.calls += 1
-        parts = z.chunk(len(self.cases))
+        parts = z.chunk(len(self.terms))
         self.evaluations += len(parts)
-        return torch.cat([self.at(part, case.image, case.text) for part, case in zip(parts, self.cases, strict=True)])
+        return torch.cat([self.at(part, term.image, term.text) for part, term in zip(parts, self.terms, strict=True)])
 
     @staticmethod
     def at(z, image, text):
@@ -358,7 +358,7 @@ class TrainableModel:
 )
 def test_guidance_is_its_formula_with_no_wasted_evaluation(text, image, evaluations, clip):
     z = clip[0]
-    guidance = Guidance(text, image)
+    guidance = CFG(text, image)
     denoiser = TrainableModel(guidance)
     p00, p10, p11 = TrainableModel.at(z, 0, 0), TrainableModel.at(z, 1, 0), TrainableModel.at(z, 1, 1)
     ours = guidance(denoiser, z, torch.tensor(5))

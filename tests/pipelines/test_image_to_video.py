@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from fixtures import tiny, tiny_sampling
 from fixtures.tiny_sampling import PROMPTS, sample
-from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines.base_model import load_base
+from microcinema.pipelines.denoise import prepare_conditions
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import resolve_model_path
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
@@ -200,11 +201,13 @@ def test_appearance_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, i
 
 
 def test_conditions_are_those_that_guidance_names(pipeline, image):
-    guidance = Guidance(text=7.5, image=1.5)
+    guidance = CFG(text=7.5, image=1.5)
     z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
     text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
     with torch.no_grad():
-        conditions = pipeline.prepare_conditions(guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0)
+        conditions = prepare_conditions(
+            pipeline.condition_encoder, torch.float32, guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0
+        )
         alone = pipeline.condition_encoder(text, z_ref, torch.full((2,), 8.0))
     assert torch.equal(conditions.text, torch.cat([empty, empty, empty, empty, text]))
     for feature, wanted in zip(conditions.appearance, alone.appearance, strict=True):
@@ -222,7 +225,7 @@ def test_sampling_starts_where_the_prior_says(base, image, kind):
     eps = torch.randn(1, 4, tiny.LATENT_CHANNELS, 8, 8, generator=generator(7, 0))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     z_ref = pipeline.encode_image(pixels)
-    assert torch.allclose(seen[0], pipeline.noise_prior.initial(eps, z_ref), atol=1e-5)
+    assert torch.allclose(seen[0], pipeline.noise_prior.initial_noise(eps, z_ref), atol=1e-5)
     assert pipeline.noise_prior.kind == kind
 
 
@@ -284,7 +287,7 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"callback_on_step_end_tensor_inputs": ["text"]}, "no tensor 'text'.*latents, prediction"),
         ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),
         ({"seeds": (1, 2)}, "2 generators for 1"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
         ({"output_type": "gif"}, "gif"),
     ],

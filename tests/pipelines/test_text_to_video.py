@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fixtures import tiny
-from microcinema.diffusion.rng import generator
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_keyframe_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
@@ -21,36 +20,33 @@ def both(tmp_path_factory):
     return pipeline
 
 
-def sample(both, prompt, seeds, **arguments):
-    steps = {"num_inference_steps": 2}
-    arguments = {"output_type": "np", "keyframe_arguments": steps, **steps, **arguments}
-    return both(prompt, generator=[generator(0, seed) for seed in seeds], **arguments)
+def sample(both, prompt, **arguments):
+    return both(prompt, **{"output_type": "np", "num_inference_steps": 2, **arguments})
 
 
 def test_text_to_video_draws_from_the_base_and_keeps_the_key_frames(both):
-    output = sample(both, PROMPTS, range(4), num_videos_per_prompt=2)
+    output = sample(both, PROMPTS, num_videos_per_prompt=2, batch_size=4)
     assert output.frames.shape == (4, 4, tiny.SIZE, tiny.SIZE, 3)
     assert [keyframe.provenance["prompt"] for keyframe in output.keyframes] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert len({keyframe.provenance["sha256_of_pixels"] for keyframe in output.keyframes}) == 4
-    alone = sample(both, PROMPTS[1], [3])
-    assert np.array_equal(alone.keyframes[0].image, output.keyframes[3].image)
-    assert np.abs(alone.frames[0] - output.frames[3]).max() < 1e-3
+    alone = sample(both, PROMPTS[1], num_videos_per_prompt=2, sample_index=1)
+    assert np.array_equal(alone.keyframes[1].image, output.keyframes[3].image)
+    assert np.abs(alone.frames[1] - output.frames[3]).max() < 1e-3
 
 
 def test_texts_of_a_prompt_are_those_of_all_its_videos(both):
-    texts = {"negative_prompt": ["grass", "wood"]}
-    together = sample(both, PROMPTS, range(4), num_videos_per_prompt=2, **texts).frames
-    for number in range(4):
-        own = {key: values[number // 2] for key, values in texts.items()}
-        alone = sample(both, PROMPTS[number // 2], [number], **own).frames[0]
-        assert np.abs(alone - together[number]).max() < 1e-3
-    assert np.abs(sample(both, PROMPTS[0], [0]).frames[0] - together[0]).max() > 1e-3
+    negatives = ["grass", "wood"]
+    together = sample(both, PROMPTS, num_videos_per_prompt=2, negative_prompt=negatives, batch_size=4).frames
+    for index, (prompt, negative) in enumerate(zip(PROMPTS, negatives, strict=True)):
+        alone = sample(both, prompt, num_videos_per_prompt=2, negative_prompt=negative, sample_index=index).frames
+        assert np.abs(alone - together[2 * index : 2 * index + 2]).max() < 1e-3
+    assert np.abs(sample(both, PROMPTS[0]).frames[0] - together[0]).max() > 1e-3
 
 
 def test_clips_go_on_from_the_key_frame(both):
-    output = sample(both, PROMPTS[0], [0], num_segments=2, num_frames=6, window_overlap=1)
+    output = sample(both, PROMPTS[0], num_segments=2, num_frames=6, window_overlap=1)
     assert output.frames.shape[1] == 11
-    one = sample(both, PROMPTS[0], [0], num_frames=6, window_overlap=1)
+    one = sample(both, PROMPTS[0], num_frames=6, window_overlap=1)
     assert np.abs(output.frames[0, :6] - one.frames[0]).max() < 1e-3
 
 
@@ -62,6 +58,9 @@ def test_clips_go_on_from_the_key_frame(both):
         ({"window_overlap": 4}, "window_overlap"),
         ({"width": 30}, "width 30"),
         ({"fps": 0}, "fps"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"steps": 3}, "argument 'steps' is unknown"),
+        ({"motion_prompt": "up"}, "no motion encoder"),
     ],
 )
 def test_bad_calls_are_found_before_anything_is_drawn(both, monkeypatch, bad, words):

@@ -10,7 +10,7 @@ from PIL import Image
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.data.video_writer import write_video
-from microcinema.pipelines.prompts import read_requests
+from microcinema.pipelines.prompts import read_prompt_items
 from microcinema.sprites import scene
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "recipes" / "demo.py"))
@@ -36,7 +36,9 @@ def test_both_papers_get_the_same_scenes_and_key_frames(here: Path):
     image.parent.mkdir()
     for name in DEMO["SCENES"]:
         Image.new("RGB", (8, 8)).save(image.with_name(f"{name}_keyframe.png"))
-    one, two = (read_requests(None, None, str(here / f"{name}.csv"), None, 0, 1) for name in ("prompts", "two_prompts"))
+    one, two = (
+        read_prompt_items(None, None, str(here / f"{name}.csv"), None, 0, 1) for name in ("prompts", "two_prompts")
+    )
     assert [request.id for request in one] == [request.id for request in two] == list(DEMO["SCENES"])
     assert one[0].prompt == "a large red star moving quickly to the left on sand" and one[0].motion_prompt is None
     assert (two[0].prompt, two[0].motion_prompt) == ("a large red star on sand", "moving quickly to the left")

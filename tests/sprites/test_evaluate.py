@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 
 import av
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from microcinema.evaluation.generate import Sample
+from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.evaluate import REPORT_FILE, RESULTS_FILE, evaluate, real_sample, text_table
@@ -34,12 +33,13 @@ def judge() -> SpriteJudge:
     return SpriteJudge(SpriteClassifier(classes, channels=(8, 16, 16), feature_dim=16), batch_size=5)
 
 
-def perfect(tasks: Sequence[Task]) -> list[Sample]:
-    return [real_sample(task.sprite, PROTOCOL) for task in tasks]
+def perfect(task: Task) -> Sample:
+    return real_sample(task.sprite, PROTOCOL)
 
 
-def frozen(tasks: Sequence[Task]) -> list[Sample]:
-    return [Sample(np.repeat(sample.frames[:1], 16, axis=0), sample.keyframe) for sample in perfect(tasks)]
+def frozen(task: Task) -> Sample:
+    sample = perfect(task)
+    return Sample(np.repeat(sample.frames[:1], 16, axis=0), sample.keyframe)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_report_escapes_what_it_is_told(perfect_run):
 
 
 def test_a_clip_of_the_wrong_length_is_named(judge, tmp_path):
-    def short(tasks: Sequence[Task]) -> list[Sample]:
-        return [Sample(sample.frames[:8], sample.keyframe) for sample in perfect(tasks)]
+    def short(task: Task) -> Sample:
+        return Sample(perfect(task).frames[:8], perfect(task).keyframe)
 
     with pytest.raises(UserError, match=r"seen-00000 is \(8, 64, 64, 3\)"):
         evaluate(PROTOCOL, short, judge, tmp_path, {}, progress=False)
@@ -132,7 +132,7 @@ def test_a_clip_of_the_wrong_length_is_named(judge, tmp_path):
 def test_judge_is_saved_loaded_and_independent_of_batches(judge, tmp_path):
     judge.classifier.save_pretrained(tmp_path / "classifier")
     loaded = SpriteJudge.load(tmp_path / "classifier", batch_size=2)
-    clips = np.stack([sample.frames for sample in perfect(PROTOCOL.tasks()[:5])])
+    clips = np.stack([perfect(task).frames for task in PROTOCOL.tasks()[:5]])
     (names, features), (again, others) = judge(clips), loaded(clips)
     assert names == again and set(names[0]) == {"shape", "colour", "size", "background"}
     np.testing.assert_allclose(features, others, atol=1e-5)

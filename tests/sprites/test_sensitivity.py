@@ -9,8 +9,7 @@ import torch
 
 from microcinema.evaluation.detectors import Batch, motion
 from microcinema.evaluation.frechet import Moments, frechet_distance
-from microcinema.evaluation.generate import PipelineMaker
-from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.sample_folder import to_uint8
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
@@ -89,14 +88,14 @@ def test_distance_rises_with_speed(distance, clips):
 
 @pytest.mark.slow
 def test_a_still_video_scores_worse_than_the_model_and_is_exposed_by_its_motion(distance):
-    video = load_pipeline("sprites-microcinema")
-    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
-    for part in (video, pipeline.keyframe):
-        part.set_progress_bar_config(disable=True)
-    protocol = SpritesProtocol(MODEL_CLIPS, 0, 0)
-    made = PipelineMaker(pipeline, protocol, 0, 8, 2.0, 4.0)(protocol.tasks())
-    model = np.stack([sample.frames for sample in made])
-    still = np.repeat(np.stack([sample.keyframe for sample in made])[:, None], 16, axis=1)
+    pipeline = TextToVideoPipeline.from_pretrained("sprites-microcinema")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [task.prompt for task in SpritesProtocol(MODEL_CLIPS, 0, 0).tasks()]
+    settings = {"num_inference_steps": 8, "guidance_scale": 2.0, "batch_size": 8, "output_type": "np"}
+    output = pipeline(prompts, **settings)
+    model = to_uint8(output.frames)
+    keyframes = np.stack([np.asarray(keyframe.image) for keyframe in output.keyframes])
+    still = np.repeat(keyframes[:, None], 16, axis=1)
     assert distance(still) > 1.1 * distance(model)
     moved = motion(Batch(model))["motion_magnitude"].mean()
     assert motion(Batch(still))["motion_magnitude"].max() < 0.02 < 0.1 < moved

@@ -173,7 +173,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "keyframe.png")
     settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 1, "report_to": "wandb"})
     accelerator, keyframes = tiny_training.accelerator(settings), KeyframePipeline(tmp_path / "keyframe.png")
-    validation = Validation(accelerator, keyframes, ["a star"], tiny.SIZE, tiny.SIZE, tmp_path / "run")
+    validation = Validation(accelerator, pipeline(tmp_path), keyframes, ["a star"], tmp_path / "run")
     trainer.train(accelerator, pipeline(tmp_path), LatentClips(), settings, validation)
     assert list(tmp_path.rglob("*.wandb"))
     (media,) = tmp_path.rglob("files/media/videos/validation/*.gif")
@@ -282,9 +282,8 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
         assert accelerator.num_processes == 2
         validate = None
         if validates:
-            validate = Validation(
-                accelerator, KeyframePipeline(own / "keyframe.png"), prompts, tiny.SIZE, tiny.SIZE, folder / name
-            )
+            keyframes = KeyframePipeline(own / "keyframe.png")
+            validate = Validation(accelerator, pipeline(own, seed), keyframes, prompts, folder / name)
         trainer.train(accelerator, pipeline(own, seed), clips(), settings, validate)
 
     run("two", validates=True)

@@ -9,7 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import one_thread  # noqa: F401
 from microcinema.data.video_reader import probe, read_clip
+from microcinema.pipelines import image_to_video
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.sampling_settings import SamplingSettings
+from microcinema.training.build import build_keyframes
 from microcinema.training.settings import Settings
 from microcinema.training.validation import FIGURES, Validation
 
@@ -24,10 +28,8 @@ def validated(tmp_path_factory):
     accelerator.init_trackers("microcinema")
     keyframe = Image.fromarray(np.full((tiny.SIZE, tiny.SIZE, 3), 90, dtype=np.uint8))
     keyframe.save(folder / "keyframe.png")
-    validation = Validation(
-        accelerator, KeyframePipeline(folder / "keyframe.png"), PROMPTS, tiny.SIZE, tiny.SIZE, folder, seed=1
-    )
     model = tiny_training.pipeline(folder)
+    validation = Validation(accelerator, model, KeyframePipeline(folder / "keyframe.png"), PROMPTS, folder, seed=1)
     for step in (7, 8):
         validation(accelerator, model, step)
     accelerator.trackers[0].finish()
@@ -63,17 +65,42 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
     Image.fromarray(keyframe).save(tmp_path / "keyframe.png")
 
     class Known(types.SimpleNamespace):
-        def __call__(self, prompt, image, **_):
-            frames = videos[PROMPTS.index(prompt)] / 255
-            return types.SimpleNamespace(frames=[frames], keyframes=[image])
+        def __call__(self, prompt, image, motion_prompt, **_):
+            frames = videos[PROMPTS.index(prompt[0])] / 255
+            return types.SimpleNamespace(frames=[frames], keyframes=image)
 
     accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
     accelerator.init_trackers("microcinema")
-    validation = Validation(accelerator, KeyframePipeline(tmp_path / "keyframe.png"), PROMPTS, 64, 64, tmp_path)
-    model = Known(set_progress_bar_config=lambda **_: None, keyframe_position="first", config={"fps": 8.0})
+    model = Known(
+        set_progress_bar_config=lambda **_: None,
+        keyframe_position="first",
+        config={"fps": 8.0, "keyframe_num_inference_steps": None, "keyframe_guidance_scale": None},
+        resolve=lambda _: SamplingSettings(64, 64, num_inference_steps=1, guidance_scale=1.0),
+    )
+    validation = Validation(accelerator, model, KeyframePipeline(tmp_path / "keyframe.png"), PROMPTS, tmp_path)
     validation(accelerator, model, 3)
     accelerator.trackers[0].finish()
     found = {name: tiny_training.logged(tmp_path, f"validation/{name}")[3] for name in FIGURES}
     assert found["keyframe_psnr"] == pytest.approx((20 * math.log10(255) + 60) / 2)
     assert 0.99 < found["keyframe_ssim"] <= 1
     assert 0.7 < found["motion_magnitude"] < 1.1  # at the edge what comes in is from the other side
+
+
+def test_both_stages_use_the_model_s_own_defaults(tmp_path, monkeypatch):
+    """Those of a model that was saved with unusual ones; the key frames' guidance is its own, their steps are the video's."""
+    accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
+    accelerator.init_trackers("microcinema")
+    base = load_base(tiny.base_folder(tmp_path / "base"))
+    model = tiny_training.pipeline(
+        tmp_path, num_inference_steps=3, guidance_scale=2.5, image_guidance_scale=1.5, keyframe_guidance_scale=4.5
+    )
+    calls, guidances, draw, make = [], [], KeyframePipeline.__call__, image_to_video.CFG
+    monkeypatch.setattr(KeyframePipeline, "__call__", lambda *a, **k: calls.append(k) or draw(*a, **k))
+    monkeypatch.setattr(image_to_video, "CFG", lambda *scales: guidances.append(scales) or make(*scales))
+    validation = Validation(accelerator, model, build_keyframes(base), PROMPTS[:1], tmp_path)
+    validation(accelerator, model, 1)
+    accelerator.trackers[0].finish()
+    drawn = {key: value for key, value in calls[0].items() if value is not None}
+    assert drawn == {"num_inference_steps": 3, "guidance_scale": 4.5}
+    assert guidances == [(2.5, 1.5)]
+    assert len(model.scheduler.timesteps) == 3

@@ -1,0 +1,44 @@
+"""The components of a video pipeline: those that it was not given are loaded from where its config says."""
+
+from typing import Any
+
+from microcinema.pipelines.base_model import BASE_COMPONENTS, check_compatible, load_base_components
+from microcinema.pipelines.encoders import (
+    IMAGE_ENCODER,
+    MOTION_ENCODER,
+    MOTION_TOKENIZER,
+    load_image_encoder,
+    load_motion_encoder,
+)
+from microcinema.utils.errors import UserError
+
+OPTIONAL_COMPONENTS = (*BASE_COMPONENTS, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER)
+COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "condition_encoder", "scheduler")
+
+
+def load_missing_components(components: dict[str, Any], config: dict[str, Any]) -> None:
+    """Loads the components that are None and that the condition encoder uses, and sets those to None that it does not use.
+
+    Raises:
+        UserError: a component without a source, or components that do not fit together.
+    """
+    dtype, networks = components["unet"].dtype, components["condition_encoder"].config
+    origin = config["base"], config["base_revision"], config["base_variant"]
+    if any(components[name] is None for name in BASE_COMPONENTS):
+        components |= load_base_components(*origin, dtype)
+    check_compatible("the video pipeline", components["vae"], components["text_encoder"], components["unet"])
+    if networks["adapter"] is None:
+        components[IMAGE_ENCODER] = None
+    elif components[IMAGE_ENCODER] is None:
+        if config["image_encoder_source"] is None and config["base"] is None:
+            raise UserError("the adapter has no image encoder, and no base to take it from; give one of the two")
+        loaded = load_image_encoder(config["image_encoder_source"], str(origin[0]), *origin[1:], dtype)
+        components[IMAGE_ENCODER] = loaded.pop(IMAGE_ENCODER)
+        config |= {key: loaded[key] for key in ("image_mean", "image_std")}
+    if networks["motion"] is None:
+        components |= {MOTION_ENCODER: None, MOTION_TOKENIZER: None}
+    elif components[MOTION_ENCODER] is None:
+        if config["motion_encoder_source"] is None:
+            raise UserError("the model uses motion captions, and has no motion encoder; give motion_encoder_source")
+        loaded = load_motion_encoder(config["motion_encoder_source"], dtype)
+        components |= {name: loaded[name] for name in (MOTION_ENCODER, MOTION_TOKENIZER)}

@@ -1,0 +1,113 @@
+"""The conditions and the denoising loop of stage 2. Shapes: latents `b f c h w`, key frame `b c h w`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from einops import repeat
+
+from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.schedule import step_arguments
+from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.long_video import Windows
+from microcinema.utils.errors import UserError
+
+CALLBACK_TENSORS = ("latents", "prediction")
+
+
+class StepCallback:
+    """A user's function that is called after every step, in the manner of diffusers.
+
+    Args:
+        pipeline: first argument of the function.
+        function: called as `function(pipeline, step, t, tensors)`; may return new `latents` in a dictionary; None: nothing is called.
+        tensor_inputs: names of the tensors that it gets, of `CALLBACK_TENSORS`.
+
+    Raises:
+        UserError: an unknown tensor.
+    """
+
+    def __init__(self, pipeline: Any, function: Callable[..., dict[str, Any]] | None, tensor_inputs: Sequence[str]):
+        if unknown := sorted(set(tensor_inputs) - set(CALLBACK_TENSORS)):
+            raise UserError(f"there is no tensor '{unknown[0]}' for callbacks; there are {', '.join(CALLBACK_TENSORS)}")
+        self.pipeline, self.function, self.tensor_inputs = pipeline, function, tuple(tensor_inputs)
+
+    def __call__(self, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The latents with which the loop continues."""
+        if self.function is None:
+            return tensors["latents"]
+        inputs = {name: tensors[name] for name in self.tensor_inputs}
+        return (self.function(self.pipeline, step, t, inputs) or {}).get("latents", tensors["latents"])
+
+
+def prepare_conditions(
+    condition_encoder: ConditionEncoder,
+    dtype: torch.dtype,
+    guidance: CFG,
+    captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    image: Mapping[str, torch.Tensor],
+    fps: float,
+) -> Conditions:
+    """Conditions of all terms of the guidance, in their order, by one run of the condition encoder.
+
+    Args:
+        dtype: of the inputs of the condition encoder.
+        captions: `text`, and `motion_tokens` if the model uses them: of the captions, and of their replacement where guidance
+            drops the text; each (b, n, d), the second also (1, n, d).
+        image: `z_ref` (b, c, h, w), and the output of `ImageToVideoPipeline.encode_pixels`.
+
+    Returns:
+        Conditions of `(k b)` clips, k = number of `guidance.terms`.
+    """
+    terms, z_ref = guidance.terms, image["z_ref"]
+    tokens = {
+        name: torch.cat([caption if term.text else null.expand_as(caption) for term in terms]).to(dtype)
+        for name, (caption, null) in captions.items()
+    }
+    images = {name: repeat(x, "b ... -> (k b) ...", k=len(terms)).to(dtype) for name, x in image.items()}
+    image_mask = torch.tensor([term.image for term in terms], device=z_ref.device).repeat_interleave(len(z_ref))
+    rates = torch.full((len(terms) * len(z_ref),), fps, device=z_ref.device)
+    return condition_encoder(**tokens, **images, fps=rates, image_mask=image_mask)
+
+
+def denoise(
+    unet: VideoUNet,
+    scheduler: SchedulerMixin,
+    z: torch.Tensor,
+    conditions: Conditions,
+    guidance: CFG,
+    windows: Windows,
+    remapped_timesteps: torch.Tensor | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    step_end: StepCallback,
+    bar: Any,
+) -> torch.Tensor:
+    """z0 (b, f, c, h, w) of noise z at unit variance (b, f, c, h, w), along the timesteps that the scheduler has been set to.
+
+    Args:
+        conditions: of `(k b)` clips, for the k terms of the guidance.
+        remapped_timesteps: input of the network for every step of the training schedule, (t,); None: the step itself.
+        generator: of schedulers that add noise.
+        bar: progress bar over steps (tqdm).
+    """
+    z = z * scheduler.init_noise_sigma
+    arguments = step_arguments(scheduler, generator)
+
+    def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t_model = (
+            t
+            if remapped_timesteps is None
+            else float(np.interp(float(t), range(len(remapped_timesteps)), remapped_timesteps))
+        )
+        return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
+
+    for step, t in enumerate(scheduler.timesteps):
+        prediction = guidance(denoiser, scheduler.scale_model_input(z, t), t)
+        z = scheduler.step(prediction, t, z, **arguments).prev_sample
+        z = step_end(step, t, {"latents": z, "prediction": prediction})
+        # Second-order solvers visit a timestep twice; the bar counts steps.
+        bar.update(min(1, bar.total - bar.n))
+    return z

@@ -1,0 +1,238 @@
+"""The two-stage sampler of the command `sample` and of all protocols: first all key frames, then all videos, resumably."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from microcinema.diffusion.schedule import set_timesteps
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import KeyframePipeline, open_image
+from microcinema.pipelines.memory import MemorySettings, apply
+from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
+from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
+from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
+from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
+from microcinema.utils.hashing import hash_networks
+
+_MODEL = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "keyframe_position", "training_schedule")
+
+
+class Sampler:
+    """Makes the samples that a folder does not hold yet. Only one of the two models is in memory at a time.
+
+    A sample depends on neither the other samples nor the number of processes; on the batch size only by rounding.
+
+    Args:
+        pipeline: the video model: an embedded model, a folder or a hub repository.
+        settings: of stage 2.
+        keyframe: of stage 1.
+        memory: of both stages.
+        device: to compute on.
+        scheduler: a scheduler class of diffusers; None: the model's own.
+        batch_size: videos made at once. Key frames are drawn one at a time.
+        progress: show bars.
+
+    Raises:
+        UserError: a video model that cannot be loaded, or settings that do not work with it.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        settings: SamplingSettings,
+        keyframe: KeyframeSettings,
+        memory: MemorySettings,
+        device: torch.device | str,
+        scheduler: str | None = None,
+        batch_size: int = 1,
+        progress: bool = True,
+    ):
+        self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
+        self.scheduler, self.batch_size, self.progress = scheduler, batch_size, progress
+        self.keyframe_memory = replace(memory, torch_dtype=keyframe.torch_dtype or memory.torch_dtype)
+        # Loaded for its checks and hashes before anything long starts, and again once stage 1 has left the memory.
+        video = self._load_video()
+        self.settings = video.resolve(settings)
+        self.defaults = dict(video.config)
+        self.uses_motion_caption = video.uses_motion_caption
+        self.video_record = {
+            **_settings_record(video, self.settings),
+            "memory": asdict(memory),
+            **_model_record(video, self.settings.num_inference_steps or 0),
+        }
+        self._stage1: KeyframePipeline | None = None
+        self._stage1_hashes: dict[str, str] = {}
+
+    def run(
+        self,
+        items: Sequence[PromptItem],
+        folder: SampleFolder,
+        rank: int = 0,
+        num_processes: int = 1,
+        on_done: Callable[[PromptItem, bool], None] = lambda item, is_new: None,
+    ) -> None:
+        """Makes the share of this process: every `num_processes`-th batch. A process waits for no other.
+
+        A batch with a missing video is made whole and the missing ones are written, so that an interruption changes no video.
+
+        Args:
+            on_done: called for every video, with whether it was made now.
+
+        Raises:
+            UserError: an image, a motion prompt or a text-to-image model that does not work, or pixels that are not finite.
+        """
+        for item in items:
+            check_motion_prompt(item.motion_prompt, self.uses_motion_caption)
+        for path in {item.image for item in items if isinstance(item.image, Path)}:
+            open_image(path)
+        starts = range(0, len(items), self.batch_size)[rank::num_processes]
+        batches = [items[start : start + self.batch_size] for start in starts]
+        self._make_keyframes([item for batch in batches for item in batch], folder)
+        self._make_videos(batches, folder, on_done)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What all samples depend on beside their items, resolved. Loads stage 1, which `run` then uses."""
+        source = self._load_stage1()
+        names = ("num_inference_steps", "guidance_scale")
+        stage1 = keyframe_arguments(source, PromptItem(""), self.defaults, self.settings, self.keyframe)
+        return {
+            "pipeline": self.pipeline,
+            **asdict(self.settings),
+            **{f"keyframe_{name}": stage1[name] for name in names},
+            "torch_dtype": self.memory.torch_dtype,
+            "keyframe_model": self.keyframe.pretrained_model_name_or_path,
+            "weights_sha256": self.video_record["weights_sha256"]
+            | {f"keyframe.{name}": sha256 for name, sha256 in self._stage1_hashes.items()},
+        }
+
+    def _load_video(self) -> ImageToVideoPipeline:
+        return load_pipeline(self.pipeline, self.scheduler, self.memory.dtype)
+
+    def _load_stage1(self) -> KeyframePipeline:
+        if self._stage1 is None:
+            model, dtype = self.keyframe, self.keyframe_memory.dtype
+            origin = model.pretrained_model_name_or_path, model.revision, model.variant
+            self._stage1 = load_keyframe_pipeline(self.pipeline, *origin, dtype)
+            self._stage1.resize_mode = model.resize_mode
+            self._stage1_hashes = hash_networks(self._stage1.networks)
+        return self._stage1
+
+    def _make_keyframes(self, items: Sequence[PromptItem], folder: SampleFolder) -> None:
+        height, width = self.settings.height, self.settings.width
+        assert height is not None and width is not None
+        for item in (item for item in items if item.image is not None):
+            source = KeyframePipeline(item.image, self.keyframe.resize_mode) if isinstance(item.image, Path) else None
+            keyframe = make_item_keyframe(item, source, height, width)
+            record = {"id": item.id, **keyframe.provenance}
+            if not folder.keyframe_is_up_to_date(item, record):
+                folder.write_keyframe(item, keyframe.image, record)
+        if drawn := [item for item in items if item.image is None]:
+            self._draw_keyframes(drawn, folder, height, width)
+        if self._stage1 is not None:
+            self._stage1.unload()
+            self._stage1 = None
+
+    def _draw_keyframes(self, items: Sequence[PromptItem], folder: SampleFolder, height: int, width: int) -> None:
+        source, on_device = self._load_stage1(), False
+        source.set_progress_bar_config(desc="key frame", unit="step", leave=False, disable=not self.progress)
+        for item in self._bar(items, "key frames", "image"):
+            arguments = keyframe_arguments(source, item, self.defaults, self.settings, self.keyframe)
+            record = {
+                "id": item.id,
+                "prompt": item.keyframe_prompt or item.prompt,
+                "generator": _generator_record(item),
+                **source.describe(**arguments),
+                "weights_sha256": self._stage1_hashes,
+                "memory": asdict(self.keyframe_memory),
+                "size": {"height": height, "width": width},
+                "resize_mode": self.keyframe.resize_mode,
+            }
+            if folder.keyframe_is_up_to_date(item, record):
+                continue
+            if not on_device:
+                apply(source.source, self.keyframe_memory, self.device)
+                on_device = True
+            keyframe = make_item_keyframe(item, source, height, width, **arguments)
+            folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
+
+    def _make_videos(
+        self,
+        batches: Sequence[Sequence[PromptItem]],
+        folder: SampleFolder,
+        on_done: Callable[[PromptItem, bool], None],
+    ) -> None:
+        video: ImageToVideoPipeline | None = None
+        for batch in self._bar(batches, "videos", "video" if self.batch_size == 1 else "batch"):
+            records = [self._record(item, folder) for item in batch]
+            is_new = [not folder.video_is_up_to_date(*entry) for entry in zip(batch, records, strict=True)]
+            if any(is_new):
+                if video is None:
+                    video = self._load_video()
+                    apply(video, self.memory, self.device)
+                    video.set_progress_bar_config(desc="video", unit="step", leave=False, disable=not self.progress)
+                keyframes = [folder.open_keyframe(item) for item in batch]
+                frames = animate(video, batch, keyframes, self.settings, output_type="np").frames
+                for item, record, clip, missing in zip(batch, records, frames, is_new, strict=True):
+                    if missing:
+                        folder.write_video(item, to_uint8(clip, f"'{item.id}'"), self.settings.fps or 0, record)
+            for item, made in zip(batch, is_new, strict=True):
+                on_done(item, made)
+
+    def _record(self, item: PromptItem, folder: SampleFolder) -> dict[str, Any]:
+        return {
+            "id": item.id,
+            "prompt": item.prompt,
+            "motion_prompt": item.motion_prompt,
+            "negative_prompt": item.negative_prompt,
+            "generator": _generator_record(item),
+            **self.video_record,
+            "video_crf": folder.crf,
+            "keyframe": folder.keyframe_record(item),
+        }
+
+    def _bar(self, sequence: Sequence[Any], label: str, unit: str) -> Any:
+        return tqdm(sequence, label, unit=unit, disable=not self.progress or len(sequence) == 1)
+
+
+def _generator_record(item: PromptItem) -> dict[str, int]:
+    return {"seed": item.seed, "sample_index": item.sample_index, "video_index": item.video_index}
+
+
+def _settings_record(video: ImageToVideoPipeline, settings: SamplingSettings) -> dict[str, Any]:
+    windows = video.windows(settings)
+    return {
+        **asdict(settings),
+        "windows": [[window.start, window.stop] for window in windows.slices],
+        "frames_of_all_clips": settings.num_segments * (windows.frames - 1) + 1,
+    }
+
+
+def _model_record(video: ImageToVideoPipeline, num_inference_steps: int) -> dict[str, Any]:
+    """The model, the VAE that encodes its key frame, and the schedule.
+
+    Raises:
+        UserError: the scheduler cannot make so many steps.
+    """
+    scheduler = video.scheduler
+    set_timesteps(scheduler, num_inference_steps)
+    weights = hash_networks(video.components)
+    return {
+        "source": video.config.get("_name_or_path"),
+        "pipeline": {key: video.config.get(key) for key in _MODEL},
+        "keyframe_encoder": {
+            "class": type(video.vae).__name__,
+            "scaling_factor": video.vae.config["scaling_factor"],
+            "sha256": weights["vae"],
+        },
+        "schedule": {
+            "class": type(scheduler).__name__,
+            "settings": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "timesteps": [float(t) for t in scheduler.timesteps],
+        },
+        "weights_sha256": weights,
+    }

@@ -1,0 +1,104 @@
+"""What a video and its key frame are sampled with, apart from texts, images and seeds. None stands for the model's own value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from microcinema.config.schema import Count, NotNegative
+from microcinema.pipelines.keyframe import ResizeMode
+from microcinema.utils.errors import UserError
+
+_DEFAULTS = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+"""Settings for which None stands for the value in the pipeline's config."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of stage 2. `ImageToVideoPipeline.resolve` fills in the model's own values.
+
+    Args:
+        height, width: pixels; multiples of the model's stride.
+        num_frames: frames of a clip; more than the model was trained with are made in windows, see `Windows`.
+        fps: frames per second.
+        num_inference_steps: denoising steps.
+        guidance_scale, image_guidance_scale: scales of text and key frame, see `CFG`; 1 is no guidance.
+        num_segments: clips of `num_frames` made one after the other, each from the last frame of the one before. That frame is in
+            the video once: `num_segments * (num_frames - 1) + 1` frames.
+        window_overlap: frames that windows share; None: half a window.
+        decode_chunk_size: frames that the VAE decodes at once; None: all frames of a clip.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    num_segments: int = 1
+    window_overlap: int | None = None
+    decode_chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "num_inference_steps", "decode_chunk_size", "num_segments"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; use a number >= 1")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"{name} is {value}; use a number >= 0")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise UserError(f"fps is {self.fps}; use a number > 0")
+
+    def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
+        """The settings with the values of `defaults`, a pipeline's config, in place of None.
+
+        Args:
+            stride: height and width must be multiples of it.
+
+        Raises:
+            UserError: no size, or one that is not a multiple.
+        """
+        settings = replace(self, **{name: defaults[name] for name in _DEFAULTS if getattr(self, name) is None})
+        if settings.height is None or settings.width is None:
+            raise UserError("the model does not say at which size it was trained; give height and width")
+        for name, value in (("height", settings.height), ("width", settings.width)):
+            if value < stride or value % stride:
+                nearest = max(1, round(value / stride)) * stride
+                raise UserError(f"{name} {value} is not a positive multiple of {stride}; use for example {nearest}")
+        return replace(settings, fps=float(settings.fps or 0))
+
+
+@dataclass(frozen=True)
+class KeyframeSettings:
+    """The text-to-image model of stage 1 and its settings: the group `keyframe` of `sample`.
+
+    Args:
+        pretrained_model_name_or_path: of the text-to-image model; None: the base of the video model.
+        revision, variant: of a hub repository; the weight files, such as `fp16`.
+        torch_dtype: of its weights; None: that of stage 2.
+        height, width: size in pixels at which it draws; None: its own.
+        num_inference_steps, guidance_scale: None: those that the video model was saved with for stage 1, or else those of the video.
+        resize_mode: how an image is brought to the size of the video, see `ResizeMode`.
+
+    Raises:
+        UserError: a height without a width, or the reverse.
+    """
+
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    height: Count | None = None
+    width: Count | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: NotNegative | None = None
+    resize_mode: ResizeMode = "crop"
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
