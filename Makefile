@@ -34,7 +34,7 @@ docs: $(DOCS)
 
 $(DOCS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m pip install -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 install: $(INSTALLED)
