@@ -1,27 +1,27 @@
-"""How a pipeline uses memory: type of its numbers, where networks wait, the VAE in parts, kernels of attention, compilation."""
+"""Memory of a pipeline: dtype, offloading, slicing and tiling of the VAE, attention kernels, compilation."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, get_args, get_type_hints
 
 import torch
 from diffusers import DiffusionPipeline
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What to give for memory. Frames stay the same up to rounding, except with `vae_tiling`.
+    """Settings that trade time for memory. Frames stay the same up to rounding, except with `vae_tiling`.
 
     Args:
-        torch_dtype: of the networks; latents and the schedule stay in float32.
-        offload: where networks wait for their turn. `none`: on the device; `model`: in the CPU's memory, each network comes to the
-            device as a whole; `sequential`: each layer comes alone, which needs least memory and takes by far the longest.
-        vae_slicing: the VAE reads and makes one frame at a time.
-        vae_tiling: it does so in overlapping tiles, which are blended, if frames are larger than it was trained with. Its layers
-            that look at whole frames see tiles then, so that this changes frames more than rounding does.
-        attention: `sdpa`, torch's scaled-dot-product attention, or `xformers` in all spatial layers.
+        torch_dtype: of the networks; latents and schedule stay in float32.
+        offload: where networks wait until they are used. `none`: on the device; `model`: in CPU memory, and each network is moved to
+            the device as a whole; `sequential`: the same for each layer, which needs the least memory and is by far the slowest.
+        vae_slicing: the VAE encodes and decodes one frame at a time.
+        vae_tiling: the VAE encodes and decodes frames larger than it was trained with in overlapping tiles, which are blended. Its
+            attention then sees a tile instead of the whole frame, which changes frames by more than rounding.
+        attention: `sdpa`, torch's scaled dot-product attention, or `xformers` in all spatial layers.
         compile: compile the denoiser with torch.compile; the first step takes minutes.
 
     Raises:
@@ -36,56 +36,41 @@ class MemorySettings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in (field.name for field in fields(self)):
-            value, known = getattr(self, name), get_args(hints[name])
-            if known and value not in known:
-                raise UserError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        for name, hint in get_type_hints(type(self)).items():
+            if choices := get_args(hint):
+                check_choice(name, getattr(self, name), choices)
         if self.compile and self.offload == "sequential":
             raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")
 
     @property
     def dtype(self) -> torch.dtype:
-        """`torch_dtype` as torch knows it."""
+        """`torch_dtype` as a dtype of torch."""
         return getattr(torch, self.torch_dtype)
 
 
 def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.device | str) -> None:
-    """Sets up a pipeline of diffusers and brings it to the device; what is not asked for stays as it is.
-
-    Args:
-        pipeline: freshly opened, best in the wanted type already.
-        device: to compute on.
+    """Applies memory settings to a newly opened pipeline of diffusers and moves it to a device.
 
     Raises:
-        UserError: something that this machine or this pipeline does not have.
+        UserError: a setting that this machine or this pipeline does not support.
     """
-    device, name = torch.device(device), type(pipeline).__name__
-    if settings.offload != "none" and device.type == "cpu":
-        raise UserError(
-            f"offload={settings.offload} saves the memory of an accelerator, and there is none; use offload=none"
-        )
-    if settings.attention == "xformers":
-        if find_spec("xformers") is None:
-            raise UserError(
-                'attention=xformers, but xformers is not installed; pip install "microcinema[xformers]", or use attention=sdpa'
-            )
-        if device.type != "cuda":
-            raise UserError(f"attention=xformers runs on CUDA devices alone, not on {device}; use attention=sdpa")
-    networks = {key: part for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    device = torch.device(device)
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     denoiser = networks.get("unet", networks.get("transformer"))
+    _check_device(settings, device)
     if settings.compile and denoiser is None:
-        raise UserError(f"compile=true, but {name} has neither a unet nor a transformer; use compile=false")
-    for part in ("slicing", "tiling"):
-        if getattr(settings, f"vae_{part}") and "vae" in networks:
+        raise UserError(
+            f"compile=true, but {type(pipeline).__name__} has neither a unet nor a transformer; use compile=false"
+        )
+    for option in ("slicing", "tiling"):
+        if getattr(settings, f"vae_{option}") and "vae" in networks:
             try:
-                getattr(networks["vae"], f"enable_{part}")()
+                getattr(networks["vae"], f"enable_{option}")()
             except (AttributeError, NotImplementedError):
-                kind = type(networks["vae"]).__name__
-                raise UserError(f"vae_{part}=true, but the {kind} of {name} cannot; use vae_{part}=false") from None
-
+                vae = type(networks["vae"]).__name__
+                raise UserError(f"vae_{option}=true, but {vae} does not support it; use vae_{option}=false") from None
     for network in networks.values():
-        # Some networks keep a few layers in float32 when they are opened in another type; those are left as they are.
+        # Networks opened in another dtype may keep a few layers in float32; those stay.
         if network.dtype != settings.dtype:
             torch.nn.Module.to(network, settings.dtype)
     if settings.attention == "xformers":
@@ -99,3 +84,17 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
     if settings.compile:
         assert denoiser is not None
         denoiser.compile()
+
+
+def _check_device(settings: MemorySettings, device: torch.device) -> None:
+    if settings.offload != "none" and device.type == "cpu":
+        raise UserError(
+            f"offload={settings.offload} saves memory of a GPU, and the device is the CPU; use offload=none"
+        )
+    if settings.attention == "xformers":
+        if find_spec("xformers") is None:
+            raise UserError(
+                'attention=xformers, but xformers is not installed; pip install "microcinema[xformers]", or use attention=sdpa'
+            )
+        if device.type != "cuda":
+            raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")

@@ -1,4 +1,8 @@
-"""Saved video pipelines: writing them, opening them, and keeping one beside its base without storing the base's parts twice."""
+"""Writing and opening video pipelines, whole or *light*: without what they share with their base.
+
+A light folder has no VAE, text encoder, tokenizer, image or motion encoder, and if `unet_source` is an embedded model, only those
+weights of the UNet that differ from it.
+"""
 
 import json
 import os
@@ -21,6 +25,7 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.loading import (
     INDEX,
+    component_class,
     freeze,
     is_embedded,
     load_components,
@@ -34,7 +39,7 @@ from microcinema.utils.files import atomic_folder
 
 _TRAINED = {"unet": VideoUNet, "condition_encoder": ConditionEncoder}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_READERS: dict[str, Any] = {
+_ENCODERS: dict[str, Any] = {
     IMAGE_ENCODER: CLIPVisionModelWithProjection,
     MOTION_ENCODER: T5EncoderModel,
     MOTION_TOKENIZER: T5TokenizerFast,
@@ -42,87 +47,82 @@ _READERS: dict[str, Any] = {
 
 
 def save_pipeline(pipeline: ImageToVideoPipeline, folder: str | os.PathLike[str], with_base: bool = True) -> None:
-    """Writes the pipeline as a diffusers folder, whole or not at all. Files that are already in the folder are replaced with it.
+    """Writes a pipeline as a diffusers folder, atomically. An existing folder is replaced.
 
     Args:
-        with_base: store all that is not trained too: VAE, text encoder and tokenizer, image and motion encoder; without them, whoever
-            opens it takes them from where the pipeline has them from; and the UNet's frozen weights too, if their `unet_source` is an
-            embedded model (diffusers itself cannot open such a folder, `load_pipeline` can).
+        with_base: store the frozen components too; False: a light folder, which `load_pipeline` opens and diffusers itself does not.
 
     Raises:
-        UserError: the folder cannot be written, or there is no base to leave the parts to.
+        UserError: the folder cannot be written, or a light pipeline names no base.
     """
     with atomic_folder(folder) as temporary:
         write_pipeline(pipeline, temporary, with_base)
 
 
 def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> None:
-    """Writes the pipeline's files into a folder, as in `save_pipeline`."""
-    _write(pipeline, folder, with_base)
+    """Writes a pipeline's files into an existing folder, as `save_pipeline` does."""
+    if with_base:
+        pipeline.save_pretrained(folder)
+    else:
+        _write_light(pipeline, folder)
     for file in (folder / INDEX, *folder.glob("*/config.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        # Where a part was opened from is a path of this machine, and nothing to whoever opens the folder on another.
+        # The path from which a component was opened means nothing on another machine.
         if content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool) -> None:
-    if with_base:
-        pipeline.save_pretrained(folder)
-        return
+def _write_light(pipeline: ImageToVideoPipeline, folder: Path) -> None:
     if pipeline.config["base"] is None:
         raise UserError("the pipeline names no base to take its VAE and text encoder from; save it with them")
-    own = {name: pipeline.config[name] for name in (*BASE_COMPONENTS, *_READERS)}
-    # How diffusers writes down a part that is not there.
-    pipeline.register_to_config(**dict.fromkeys(own, (None, None)))
+    frozen = {name: pipeline.config[name] for name in (*BASE_COMPONENTS, *_ENCODERS)}
+    pipeline.register_to_config(**dict.fromkeys(frozen, (None, None)))  # how diffusers notes a missing component
     try:
         pipeline.save_pretrained(folder)
     finally:
-        pipeline.register_to_config(**own)
+        pipeline.register_to_config(**frozen)
     if (source := pipeline.config["unet_source"]) is not None and is_embedded(source):
-        lent = _unet_weights(source)
+        shared = _embedded_unet_weights(source)
         weights = {
-            name: value
+            name: value.contiguous()
             for name, value in pipeline.unet.state_dict().items()
-            if name not in lent or not torch.equal(lent[name].to(value), value)
+            if name not in shared or not torch.equal(shared[name].to(value), value)
         }
         for file in (folder / "unet").glob("*.safetensors*"):
             file.unlink()
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "unet" / _WEIGHTS)
+        save_file(weights, folder / "unet" / _WEIGHTS)
 
 
-def _unet_weights(embedded: str) -> dict[str, torch.Tensor]:
-    """The UNet's weights of an embedded model."""
-    file = Path(resolve_model_path(embedded), "unet", _WEIGHTS)
+def _embedded_unet_weights(name: str) -> dict[str, torch.Tensor]:
+    file = Path(resolve_model_path(name), "unet", _WEIGHTS)
     if not file.is_file():
-        raise UserError(f"'{file}', which the video model borrows, is not there; complete the model's folder")
+        raise UserError(f"the UNet's weights '{file}' are missing; complete the embedded model's folder")
     return load_file(file)
 
 
-def borrowed_weights(folder: str, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The UNet's weights that a saved pipeline takes from its `unet_source`; none where its folder has all of them.
+def load_source_weights(folder: str, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The UNet weights that a light folder takes from its `unet_source`; empty if the folder has all weights.
 
     Args:
-        index: what `model_index.json` of the folder says.
+        index: contents of the folder's `model_index.json`.
 
     Raises:
-        UserError: the source is not there.
+        UserError: the source is missing.
     """
-    source, light = index.get("unet_source"), not any(Path(folder, part).is_dir() for part in BASE_COMPONENTS)
-    return _unet_weights(source) if light and source is not None and is_embedded(source) else {}
+    source, is_light = index.get("unet_source"), not any(Path(folder, name).is_dir() for name in BASE_COMPONENTS)
+    return _embedded_unet_weights(source) if is_light and source is not None and is_embedded(source) else {}
 
 
-def _complete_unet(folder: Path, borrowed: Mapping[str, torch.Tensor], dtype: torch.dtype) -> VideoUNet:
-    """A UNet whose folder holds only what is not borrowed.
+def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torch.dtype) -> VideoUNet:
+    """The UNet of a light folder, completed by the weights of its source.
 
     Raises:
         UserError: together they are not all of its weights.
     """
     unet = VideoUNet.from_config(VideoUNet.load_config(folder))
-    wanted = unet.state_dict().keys()
-    own = load_file(folder / _WEIGHTS)
-    weights = {name: value for name, value in borrowed.items() if name in wanted} | own
-    check_keys(wanted - weights.keys(), weights.keys() - wanted, f"'{folder}'")
+    expected, stored = unet.state_dict().keys(), load_file(folder / _WEIGHTS)
+    weights = {name: value for name, value in source.items() if name in expected} | stored
+    check_keys(expected - weights.keys(), weights.keys() - expected, f"'{folder}'")
     unet.load_state_dict(weights)
     return freeze(unet, dtype)  # type: ignore[return-value]
 
@@ -134,34 +134,36 @@ def load_pipeline(
 
     Args:
         name: an embedded model, a folder or a hub repository.
-        scheduler: a scheduler class of diffusers for sampling; None: the saved one.
+        scheduler: class name of a diffusers scheduler for sampling; None: the saved one.
         torch_dtype: of the weights in memory, whatever they are stored in.
 
     Raises:
-        UserError: there is no such pipeline, a component is missing, or its keys are not the network's (they are named).
+        UserError: there is no such pipeline, a component is missing, or its keys are not the network's.
     """
-    folder = resolve_snapshot(name, [*_TRAINED, *BASE_COMPONENTS, *_READERS])
+    folder = resolve_snapshot(name, [*_TRAINED, *BASE_COMPONENTS, *_ENCODERS])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(
             f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline that was saved by training"
         )
-    components = {*BASE_COMPONENTS, *_READERS, *_TRAINED, "scheduler"}
-    settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in components}
-    if borrowed := borrowed_weights(folder, index):
-        trained = load_components(folder, {"condition_encoder": ConditionEncoder}, dtype=torch_dtype)
-        trained["unet"] = _complete_unet(Path(folder, "unet"), borrowed, torch_dtype)
-    else:
-        trained = load_components(folder, _TRAINED, dtype=torch_dtype)
-    whole = all((Path(folder) / part).is_dir() for part in BASE_COMPONENTS)
-    lent = load_components(folder, BASE_COMPONENTS, dtype=torch_dtype) if whole else dict.fromkeys(BASE_COMPONENTS)
-    there = {name: kind for name, kind in _READERS.items() if (index.get(name) or [None])[0] is not None}
-    readers = load_components(folder, there, dtype=torch_dtype)
+    source = load_source_weights(folder, index)
+    classes = {key: cls for key, cls in _TRAINED.items() if not (source and key == "unet")}
+    if all(Path(folder, key).is_dir() for key in BASE_COMPONENTS):
+        classes |= BASE_COMPONENTS
+    classes |= {key: cls for key, cls in _ENCODERS.items() if component_class(index, key) is not None}
+    components: dict[str, Any] = {
+        **dict.fromkeys(BASE_COMPONENTS),
+        **load_components(folder, classes, dtype=torch_dtype),
+    }
+    if source:
+        components["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     config = load_scheduler_config(folder)
-    saved = getattr(diffusers, config["_class_name"]).from_config(config)
-    pipeline = ImageToVideoPipeline(
-        **lent, **readers, **trained, scheduler=make_sampler(saved, scheduler) if scheduler else saved, **settings
-    )
+    sampler = getattr(diffusers, config["_class_name"]).from_config(config)
+    if scheduler is not None:
+        sampler = make_sampler(sampler, scheduler)
+    others = {*BASE_COMPONENTS, *_ENCODERS, *_TRAINED, "scheduler"}
+    settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in others}
+    pipeline = ImageToVideoPipeline(**components, scheduler=sampler, **settings)
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
 
@@ -173,14 +175,14 @@ def load_keyframe_pipeline(
     variant: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> KeyframePipeline:
-    """The text-to-image pipeline `name`, or the base that the video model was trained from.
+    """The text-to-image pipeline `name`, or the base of a video model.
 
     Args:
-        video: a video pipeline, or where one is saved; its weights are not read.
+        video: a video pipeline, or the name of a saved one, of which only the index is read.
         the rest: as in `KeyframePipeline.from_pretrained`.
 
     Raises:
-        UserError: neither can be opened.
+        UserError: no name is given and the video pipeline has no base, or it cannot be opened.
     """
     if name is None:
         config = video.config if isinstance(video, ImageToVideoPipeline) else load_index(os.fspath(video))

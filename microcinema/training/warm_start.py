@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from microcinema.pipelines.loading import INDEX, load_index, resolve_snapshot
-from microcinema.pipelines.saving import borrowed_weights
+from microcinema.pipelines.saving import load_source_weights
 from microcinema.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
     for name, network in networks.items():
         found: dict[str, torch.Tensor] = {}
         if name == "unet" and Path(folder, INDEX).is_file():  # a checkpoint has none
-            found = borrowed_weights(folder, load_index(folder))
+            found = load_source_weights(folder, load_index(folder))
         for file in sorted((Path(folder) / name).glob("*.safetensors")):
             try:
                 found |= load_file(file)

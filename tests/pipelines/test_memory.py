@@ -285,9 +285,9 @@ def test_the_denoiser_is_one_graph_and_gives_the_same_frames(pipeline, image):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'.*float32, float16, bfloat16"),
-        ({"offload": "disk"}, "offload is 'disk'.*none, model, sequential"),
-        ({"attention": "flash"}, "attention is 'flash'.*sdpa, xformers"),
+        ({"torch_dtype": "int8"}, "torch_dtype='int8'.*float32, float16, bfloat16"),
+        ({"offload": "disk"}, "offload='disk'.*none, model, sequential"),
+        ({"attention": "flash"}, "attention='flash'.*sdpa, xformers"),
         ({"compile": True, "offload": "sequential"}, "exclude each other"),
     ],
 )
@@ -298,7 +298,7 @@ def test_bad_settings_are_named(bad, words):
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offloading_without_an_accelerator_is_refused(base, offload):
-    with pytest.raises(UserError, match=f"offload={offload} .*there is none; use offload=none"):
+    with pytest.raises(UserError, match=f"offload={offload} .*the device is the CPU; use offload=none"):
         memory.apply(tiny.video_pipeline(base), MemorySettings(offload=offload), "cpu")
 
 
@@ -308,7 +308,7 @@ def test_xformers_that_is_not_there_is_refused(base, monkeypatch):
     with pytest.raises(UserError, match="not installed; pip install"):
         memory.apply(pipeline, settings, "cuda")
     monkeypatch.setattr(memory, "find_spec", lambda name: "there")
-    with pytest.raises(UserError, match="CUDA devices alone, not on cpu"):
+    with pytest.raises(UserError, match="CUDA devices only, not on cpu"):
         memory.apply(pipeline, settings, "cpu")
 
 
@@ -322,7 +322,7 @@ def test_what_a_pipeline_does_not_have_is_refused_or_left_aside(base, tmp_path):
     with pytest.raises(UserError, match="StableDiffusionPipeline has neither a unet nor a transformer"):
         memory.apply(stage1, MemorySettings(compile=True), "cpu")
     stage1.register_modules(vae=stage1.text_encoder)
-    with pytest.raises(UserError, match="vae_tiling=true, but the CLIPTextModel"):
+    with pytest.raises(UserError, match="vae_tiling=true, but CLIPTextModel"):
         memory.apply(stage1, MemorySettings(vae_tiling=True), "cpu")
     stage1.register_modules(vae=None)
     memory.apply(stage1, MemorySettings(vae_tiling=True), "cpu")
