@@ -68,7 +68,8 @@ def test_commands_compose(page: str, line: str):
 
 @pytest.mark.parametrize("page, module, arguments", benchmarks())
 def test_benchmarks_are_there_and_take_these_arguments(page: str, module: str, arguments: str):
-    source = (ROOT / "benchmarks" / f"{module}.py").read_text(encoding="utf-8")
+    files = [ROOT / "benchmarks" / f"{name}.py" for name in (module, "reporting")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     words = shlex.split(arguments)
     options = [word for word in words if word.startswith("--")]
     if "add_subparsers" in source and words:

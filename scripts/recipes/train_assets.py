@@ -48,6 +48,7 @@ from microcinema.utils.files import atomic_path
 
 NUM_FRAMES = 16
 MAX_TOKENS = 32
+ROOT = Path(__file__).parents[2]
 VIDEO_MODELS = ("sprites-microcinema", "sprites-factorized-dreamer")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -588,8 +589,8 @@ def write_card(recipe: Recipe, pool: Pool, assets: Path) -> None:
     checkpoint = max((work / dreamer).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     figures = {
         "results": results,
-        "following": benchmark("following", work / "following.json", "--pipeline", str(assets / dreamer)),
-        "flow": benchmark("flow", work / "flow.json", str(checkpoint)),
+        "following": benchmark("motion_following", work / "following.json", "--pipeline", str(assets / dreamer)),
+        "flow": benchmark("flow_error", work / "flow.json", str(checkpoint)),
         "videos": {name: OmegaConf.load(work / name / "config.yaml") for name in VIDEO_MODELS},
     }
     with atomic_path(assets / "README.md") as path:
@@ -601,7 +602,7 @@ def render_card(recipe: Recipe, parameters: dict[str, int], figures: dict[str, A
 
     Args:
         parameters: of each component.
-        figures: `results` of `evaluate` and the config of training (`videos`) by video model; what the benchmarks `following` and `flow` found.
+        figures: `results` of `evaluate` and the config of training (`videos`) by video model; reports of `motion_following` and `flow_error` of benchmarks.sprites.
     """
     template = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8"))
     turns = {
@@ -623,9 +624,9 @@ def count_parameters(assets: Path) -> dict[str, int]:
 
 
 def benchmark(name: str, figures: Path, *arguments: str) -> dict[str, Any]:
-    """What benchmarks/denoiser.py measures."""
-    script = str(Path(__file__).with_name("benchmark.py"))
-    subprocess.run([sys.executable, script, name, *arguments, "--json", str(figures)], check=True)
+    """The report of a measurement of `benchmarks.sprites`."""
+    command = [sys.executable, "-m", "benchmarks.sprites", "--json", str(figures), name, *arguments]
+    subprocess.run(command, check=True, cwd=ROOT)
     return json.loads(figures.read_text(encoding="utf-8"))
 
 

@@ -1,10 +1,11 @@
 """The plan is what its figures say, by hand and on the published page."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+
+from benchmarks import capacity
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
@@ -33,16 +34,8 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def plan_capacity():
-    spec = importlib.util.spec_from_file_location("plan_capacity", ROOT / "benchmarks" / "capacity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_eight_gpus(plan_capacity):
-    found = plan_capacity.plan(FIGURES, 8, "raw clips", 0.25)
+def test_eight_gpus():
+    found = capacity.plan(FIGURES, 8, "raw clips", 0.25)
     # 8 x 250 TFLOP/s on 10 TFLOP are 200 clips a second, so 5 s a step; 2 x 7/8 x 2 GB at 7 GB/s are half a second more.
     assert found.communication == pytest.approx(0.5)
     assert found.step == pytest.approx(5.5)
@@ -52,25 +45,25 @@ def test_eight_gpus(plan_capacity):
     assert found.reading == pytest.approx(160 * 2.25e6)
 
 
-def test_many_gpus_run_into_the_store_or_into_their_gradients(plan_capacity):
-    raw = plan_capacity.plan(FIGURES, 64, "raw clips", 0.25)
+def test_many_gpus_run_into_the_store_or_into_their_gradients():
+    raw = capacity.plan(FIGURES, 64, "raw clips", 0.25)
     assert (raw.bottleneck, raw.rate) == ("store", 200)
-    cached = plan_capacity.plan(FIGURES, 64, "cached latents", 0.25)
+    cached = capacity.plan(FIGURES, 64, "cached latents", 0.25)
     # 64 x 250 TFLOP/s on 6 TFLOP: 0.375 s; 2 x 63/64 x 2 GB leave a node at 8 GB/s: 0.4921875 s.
     assert cached.step == pytest.approx(0.375 + 0.4921875)
     assert cached.bottleneck == "gradients"
     assert cached.cores == 0 and "decoding" not in cached.limits
 
 
-def test_latents_on_few_gpus_are_bound_by_the_gpus(plan_capacity):
-    found = plan_capacity.plan(FIGURES, 8, "cached latents", 0.25)
+def test_latents_on_few_gpus_are_bound_by_the_gpus():
+    found = capacity.plan(FIGURES, 8, "cached latents", 0.25)
     assert found.bottleneck == "GPUs"
     assert found.rate == pytest.approx(1000 / (3 + 0.5))
 
 
-def test_the_tables_show_it(plan_capacity):
+def test_the_tables_show_it():
     entries = {name: {"value": value, "unit": "u", "kind": "assumed", "source": "s"} for name, value in FIGURES.items()}
-    shown = plan_capacity.render(FIGURES, entries)
+    shown = capacity.render(FIGURES, entries)
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if line.startswith("|")
     ]
@@ -86,32 +79,32 @@ def test_the_tables_show_it(plan_capacity):
     assert ["8", "raw clips", "148 to 160", "GPUs, decoding", "1.74 to 1.88", "13.9 to 15", "27.8 to 30"] in rows
 
 
-def test_the_page_is_what_the_committed_figures_come_to(plan_capacity):
-    figures, entries = plan_capacity.read_figures()
-    text = plan_capacity.PAGE.read_text(encoding="utf-8")
-    assert plan_capacity.page(text, plan_capacity.render(figures, entries)) == text
+def test_the_page_is_what_the_committed_figures_come_to():
+    figures, entries = capacity.read_figures()
+    text = capacity.PAGE.read_text(encoding="utf-8")
+    assert capacity.page(text, capacity.render(figures, entries)) == text
     assert set(figures) == set(FIGURES)
     assert {entry["kind"] for entry in entries.values()} == {"published", "counted", "measured", "assumed"}
     assert all(entry["source"] for entry in entries.values())
 
 
-def test_a_changed_figure_changes_the_page(plan_capacity, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_capacity, "PAGE", tmp_path / "scale.md")
-    monkeypatch.setattr(plan_capacity, "FIGURES", tmp_path / "scale.json")
+def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(capacity, "PAGE", tmp_path / "scale.md")
+    monkeypatch.setattr(capacity, "FIGURES", tmp_path / "scale.json")
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     entries = json.loads((ROOT / "docs" / "scale.json").read_text(encoding="utf-8"))
     entries["clips"]["value"] = 1234567
     (tmp_path / "scale.md").write_text(text)
     (tmp_path / "scale.json").write_text(json.dumps(entries))
-    plan_capacity.main([])
+    capacity.main([])
     changed = (tmp_path / "scale.md").read_text()
     assert "TB for 1.2 million clips" in changed
-    assert changed.partition(plan_capacity.BEGIN)[0] == text.partition(plan_capacity.BEGIN)[0]
-    assert changed.partition(plan_capacity.END)[2] == text.partition(plan_capacity.END)[2]
+    assert changed.partition(capacity.BEGIN)[0] == text.partition(capacity.BEGIN)[0]
+    assert changed.partition(capacity.END)[2] == text.partition(capacity.END)[2]
 
 
-def test_decoding_is_measured_on_a_real_file(plan_capacity, monkeypatch):
-    monkeypatch.setattr(plan_capacity, "WEBVID", (48, 64))
-    few, many = (plan_capacity.measure_decoding(3.0, 2, rate) for rate in (2e4, 2e5))
+def test_decoding_is_measured_on_a_real_file(monkeypatch):
+    monkeypatch.setattr(capacity, "WEBVID", (48, 64))
+    few, many = (capacity.measure_decoding(3.0, 2, rate) for rate in (2e4, 2e5))
     assert 0 < few["decoding_seconds"] < 5
     assert few["bits"] * 1.2 >= 2e4 and few["bits"] < many["bits"]

@@ -1,6 +1,5 @@
 """The estimate of memory against what a process takes, and the table that the guide shows."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,26 +9,30 @@ from pathlib import Path
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import memory
 from microcinema.config.compose import compose
 from microcinema.pipelines.base_model import load_base
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark_memory():
-    spec = importlib.util.spec_from_file_location("benchmark_memory", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
     path, parts = tmp_path / "figures.json", ["sampling", "training"]  # sampling has forward in it
-    command = [sys.executable, str(PATH), "--quick", "--sizes", "64", "--measure", *parts, "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        "--quick",
+        "--sizes",
+        "64",
+        "--measure",
+        *parts,
+        "--json",
+        str(path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     figures = json.loads(path.read_text())
     assert list(figures) == parts
@@ -39,10 +42,10 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
         assert name in done.stdout
 
 
-def test_the_table(benchmark_memory, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark_memory, "RUNS", {"sample": {}})
+def test_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(memory, "RUNS", {"sample": {}})
     path = tmp_path / "figures.json"
-    benchmark_memory.main(["--quick", "--sizes", "64", "128", "--json", str(path)])
+    memory.main(["--quick", "--sizes", "64", "128", "--json", str(path)])
     small, large = json.loads(path.read_text())["sample"].values()
     assert small["weights"] == large["weights"] < small["peak"] < large["peak"]
     lines = capsys.readouterr().out.strip().splitlines()
@@ -50,9 +53,9 @@ def test_the_table(benchmark_memory, monkeypatch, tmp_path, capsys):
     assert lines[2].startswith("| `sample` | 0.")
 
 
-def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
+def test_the_settings_are_those_of_stable_diffusion(tmp_path):
     """Parameters of its published networks."""
-    folder = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
+    folder = memory.settings_of_sd15(tmp_path / "sd15")
     with FakeTensorMode():
         base = load_base(folder, weights=False)
     count = {name: sum(p.numel() for p in getattr(base, name).parameters()) for name in ("unet", "vae", "text_encoder")}
@@ -65,11 +68,11 @@ def test_the_settings_are_those_of_stable_diffusion(benchmark_memory, tmp_path):
     "name",
     ["sample memory.torch_dtype=float16 decode_chunk_size=1", "train trainable_parameters=temporal"],
 )
-def test_the_guide_shows_what_is_estimated_today(benchmark_memory, tmp_path, name):
-    page = (PATH.parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+def test_the_guide_shows_what_is_estimated_today(tmp_path, name):
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(.*)` \| ([\d.]+) \| [\d.]+ \|$", page, re.MULTILINE))
-    assert set(rows) == set(benchmark_memory.RUNS)
-    base = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
+    assert set(rows) == set(memory.RUNS)
+    base = memory.settings_of_sd15(tmp_path / "sd15")
     composed = compose("train", [f"base.pretrained_model_name_or_path={base}", "resolution=256", "num_frames=16"])
-    found = benchmark_memory.estimate(composed, benchmark_memory.RUNS[name])
-    assert found.peak / benchmark_memory.GIB == pytest.approx(float(rows[name]), rel=0.03)
+    found = memory.estimate(composed, memory.RUNS[name])
+    assert found.peak / memory.GIB == pytest.approx(float(rows[name]), rel=0.03)

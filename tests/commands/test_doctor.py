@@ -11,13 +11,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from benchmarks import memory
 from fixtures import tiny
 from microcinema.commands import cli, doctor
 from microcinema.commands.doctor import OK, PROBLEM, WARNING
 from microcinema.config.compose import compose
 from microcinema.profiling.memory_estimate import Estimate
 from microcinema.training.settings import Settings
-from tests.benchmarks.test_memory import benchmark_memory  # noqa: F401
 
 SETTINGS = Settings("runs/x", 100, mixed_precision="no")
 GIB = doctor.GIB
@@ -280,8 +280,8 @@ def test_a_config_that_no_run_could_have_is_a_problem(arguments):
 
 
 @pytest.mark.slow
-def test_stable_diffusion_is_answered_in_seconds_from_its_settings_alone(arguments, benchmark_memory, tmp_path, capfd):  # noqa: F811
-    base = benchmark_memory.settings_of_sd15(tmp_path / "sd15")
+def test_stable_diffusion_is_answered_in_seconds_from_its_settings_alone(arguments, tmp_path, capfd):
+    base = memory.settings_of_sd15(tmp_path / "sd15")
     sizes = ["resolution=512", "num_frames=16", "model=microcinema", "train_batch_size=1"]
     start = time.process_time()
     assert cli.main([*arguments, f"base.pretrained_model_name_or_path={base}", *sizes]) == 1  # it has no weights

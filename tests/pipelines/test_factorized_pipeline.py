@@ -1,14 +1,13 @@
 """Factorized-Dreamer end to end on tiny models: sampling with two captions, saving, training with a flow loss, the commands."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from benchmarks import sprites
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import FRAMES, logged, one_thread, weights  # noqa: F401
 from microcinema.commands import cli
@@ -250,11 +249,10 @@ def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, m
     assert cli.main(["export", f"checkpoint={tmp_path / 'run/checkpoint-1'}", f"output_dir={tmp_path / 'out'}"]) == 0
     schedule = json.loads((tmp_path / "out/model_index.json").read_text())["training_schedule"]
     assert schedule["prediction_type"] == "v_prediction"
-    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/denoiser.py"))["main"]
     capsys.readouterr()
-    assert benchmark(["flow", str(tmp_path / "run/checkpoint-1"), "--clips", "1", "--steps", "20"]) == 0
+    assert sprites.main(["flow_error", str(tmp_path / "run/checkpoint-1"), "--clips", "1", "--timesteps", "20"]) == 0
     assert "places a frame: 1.0" in capsys.readouterr().out  # a step from predicting zero
-    assert benchmark(["flow", str(tmp_path / "run/logs")]) == 2
+    assert sprites.main(["flow_error", str(tmp_path / "run/logs")]) == 2
     assert "predict_net' is not there" in capsys.readouterr().err
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save("key.png")
     asked = [f"pipeline={tmp_path / 'out'}", "image=key.png", "num_inference_steps=2", f"prompt={PROMPT}"]

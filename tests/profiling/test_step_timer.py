@@ -1,18 +1,13 @@
 """The parts of a step are told apart, and add up to it."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixtures import tiny, tiny_training
+from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, one_thread, pipeline  # noqa: F401
-from microcinema.profiling.step_timer import PARTS, Watch, watching
-from microcinema.sprites.dataset import write_dataset
+from microcinema.profiling.step_timer import Watch, watching
 from microcinema.training import trainer
 from microcinema.training.settings import Settings
 
@@ -65,28 +60,3 @@ def test_communication_is_timed_and_changes_no_gradient(tmp_path):
     watch.listen({"checkpoint_seconds": 0.0})
     watch.listen({"loss": 0.0})
     assert 0 < watch.steps[0]["communication"] < 10
-
-
-def test_the_benchmark_puts_runs_beside_one_another(tmp_path, capsys):
-    path = Path(__file__).parents[2] / "benchmarks" / "denoiser.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    write_dataset(tmp_path / "clips", num_videos=2, seed=0)
-    tiny.base_folder(tmp_path / "base")
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
-    overrides = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={tmp_path / 'clips'}"]
-    overrides += [f"resolution={tiny.SIZE}", "num_frames=4", "train_batch_size=1", "dataloader_num_workers=0"]
-    runs = ["--run", "one clip", "--run", "two clips", "gradient_accumulation_steps=2"]
-    figures = tmp_path / "figures.json"
-    benchmark.main(["train", *overrides, *runs, "--steps", "1", "--clock", "cpu", "--json", str(figures)])
-    report = json.loads(figures.read_text())
-    assert report["clock"] == "cpu"
-    assert [run["clips"] for run in report["runs"].values()] == [1, 2]
-    for run in report["runs"].values():
-        assert all(run[part] > 0 for part in PARTS if part != "encoders")  # both captions are known after the warm-up
-        assert sum(run[part] for part in (*PARTS, "other")) == pytest.approx(run["step"])
-        assert 0 <= run["data_wait"] < 1 and run["decoding"] > 0 and run["peak_memory_gib"] > 0
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[0] == "ms for a clip (share of the step)"
-    assert rows[2:] == ["step", *PARTS, "other", "decoding a clip, by one worker", "waiting for workers", "GiB at most"]

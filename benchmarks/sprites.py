@@ -1,0 +1,117 @@
+"""Figures on Moving Sprites that are too slow or too special for `microcinema evaluate`: one command for each.
+
+python -m benchmarks.sprites long_video --prompts 8
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reporting import make_parser, run
+from microcinema.pipelines.saving import load_pipeline
+from microcinema.utils.errors import UserError
+
+FLOW_WORLD_SEED = 20240820
+"""Seed of the clips on which PredictNet is measured; never a training seed."""
+
+
+def long_video(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints how far continued clips and windows of the same length drift from their key frame, clip by clip."""
+    from microcinema.sprites import long_video as measurement
+    from microcinema.sprites.judge import SpriteJudge
+
+    pipeline, judge = load_pipeline(arguments.pipeline), SpriteJudge.load(arguments.classifier)
+    pipeline.set_progress_bar_config(disable=True)
+    names = ("num_segments", "num_inference_steps", "guidance_scale", "window_overlap", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    sprites = measurement.lasting_sprites(arguments.prompts)
+    drift = measurement.measure(measurement.makers(pipeline, **settings), sprites, judge, pipeline.config["height"])
+    print(f"\n{measurement.text_table(drift)}")
+    return {"pipeline": arguments.pipeline, "prompts": arguments.prompts, **settings, "drift": drift}
+
+
+def motion_following(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints how often a video moves as its motion caption says, with key frame and descriptive caption fixed."""
+    from microcinema.sprites import motion_following as measurement
+
+    pipeline = load_pipeline(arguments.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = measurement.scenes(arguments.keyframes)
+    size, fps = pipeline.config["height"], pipeline.config["fps"]
+    settings = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    makers = {"model": measurement.pipeline_maker(pipeline, **settings), "real": measurement.real}
+    figures = {name: measurement.measure(maker, scenes, size, fps) for name, maker in makers.items()}
+    for name, figure in figures.items():
+        motion = figure["motion"]
+        print(f"{name:<8}{motion['value']:>8.1%} of {motion['n']} ({motion['low']:.1%} to {motion['high']:.1%})")
+    for motion, counts in figures["model"]["confusion"].items():
+        print(f"  {motion:<18}" + ", ".join(f"{name or 'nothing'} {count}" for name, count in counts.items()))
+    return {"pipeline": arguments.pipeline, "keyframes": arguments.keyframes, **settings, **figures}
+
+
+def flow_error(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints the end-point errors of a checkpoint's PredictNet and of predicting no motion, on held-out clips.
+
+    Raises:
+        UserError: the checkpoint has no PredictNet.
+    """
+    from microcinema.commands.export import open_checkpoint, read_config
+    from microcinema.models.predict_net import PredictNet
+    from microcinema.sprites import flow_error as measurement
+    from microcinema.sprites.scene import sample_attributes
+    from microcinema.training.checkpoint import load_ema
+    from microcinema.training.loss import TrainableModel
+
+    config = read_config(arguments.checkpoint.parent)
+    folder = arguments.checkpoint / "predict_net"
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is not there; give a checkpoint of a run with model.flow_model")
+    pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
+    predict_net = PredictNet.from_pretrained(folder)
+    if config.use_ema:  # as exported; PredictNet has averaged weights too
+        load_ema(arguments.checkpoint, TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net))
+    sprites = [sample_attributes(FLOW_WORLD_SEED, index, "heldout") for index in range(arguments.clips)]
+    report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
+    for t in arguments.timesteps:
+        errors = report[f"t={t}"] = measurement.flow_error(pipeline, predict_net, sprites, t)
+        ratio = errors["predict_net"] / errors["zero"]
+        print(f"t={t:<6}{errors['predict_net']:.4f} of {errors['zero']:.4f} places a frame: {ratio:.2f}")
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the command line and runs one measurement."""
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--num-inference-steps", type=int, default=25)
+    sampling.add_argument("--guidance-scale", type=float, default=1.5)
+    sampling.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+    command = commands.add_parser("long_video", parents=[sampling], help=long_video.__doc__)
+    command.set_defaults(measure=long_video)
+    command.add_argument("--pipeline", default="sprites-microcinema", help="an embedded or saved pipeline")
+    command.add_argument("--classifier", default="sprites-classifier", help="an embedded classifier, or its folder")
+    command.add_argument("--prompts", type=int, default=20, help="videos of each kind")
+    command.add_argument("--num-segments", type=int, default=4, help="clips in a row")
+    command.add_argument("--window-overlap", type=int, help="frames that windows share; default: half a window")
+
+    command = commands.add_parser("motion_following", parents=[sampling], help=motion_following.__doc__)
+    command.set_defaults(measure=motion_following)
+    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved pipeline")
+    command.add_argument("--keyframes", type=int, default=20)
+
+    command = commands.add_parser("flow_error", help="end-point error of the PredictNet in a training checkpoint")
+    command.set_defaults(measure=flow_error)
+    command.add_argument("checkpoint", type=Path, help="folder of a training checkpoint")
+    command.add_argument("--clips", type=int, default=40)
+    command.add_argument("--timesteps", type=int, nargs="+", default=[20, 100, 300], help="diffusion timesteps")
+
+    arguments = parser.parse_args(argv)
+    return run(arguments.measure, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
