@@ -240,16 +240,16 @@ def _from_folder(
     elif min(numbers) >= 0:
         if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
             raise UserError(
-                f"generated='{name}' has numbered files that are not the {len(samples)} samples 0 to {len(samples) - 1}; "
+                f"generated_dir='{name}' has numbered files that are not the {len(samples)} samples 0 to {len(samples) - 1}; "
                 "number them by the manifest's samples"
             )
         chosen = [samples[number] for number in numbers]
     else:
         if len(videos) > len(samples):
-            raise UserError(f"generated='{name}' holds {len(videos)} videos; the protocol asks for {len(samples)}")
+            raise UserError(f"generated_dir='{name}' holds {len(videos)} videos; the protocol asks for {len(samples)}")
         chosen, known = samples[: len(videos)], len(videos) == len(samples)
     if samples:
-        _enough(len(videos), len(samples), f"videos in generated='{name}'", allow_fewer, shortfalls)
+        _enough(len(videos), len(samples), f"videos in generated_dir='{name}'", allow_fewer, shortfalls)
     first = probe(videos[0].path)
 
     def load(index: int) -> tuple[np.ndarray, None]:

@@ -219,7 +219,7 @@ def test_two_folders_are_compared(run, files, weights, tmp_path):
     write_folder(tmp_path / "a", clips)
     write_folder(tmp_path / "b", clips)
     write_folder(tmp_path / "c", [255 - clip for clip in clips])
-    overrides = {"evaluation": "folders", "generated": tmp_path / "a", "batch_size": 3, **weights}
+    overrides = {"evaluation": "folders", "generated_dir": tmp_path / "a", "batch_size": 3, **weights}
     overrides |= protocol()
     values = {}
     for name in ("b", "c"):
@@ -238,7 +238,7 @@ def test_two_folders_are_compared(run, files, weights, tmp_path):
 
 def test_features_of_real_clips_are_shared_between_runs_and_refused_if_they_are_of_others(run, chosen, whole, tmp_path):
     clips = sample_frames(whole["ucf101"][0])
-    overrides = {**chosen["ucf101"], "generated": write_folder(tmp_path / "videos", clips)}
+    overrides = {**chosen["ucf101"], "generated_dir": write_folder(tmp_path / "videos", clips)}
     reference = tmp_path / "reference"
     assert run(overrides, evaluation__real_features_dir=reference)[0] == 0
     (place,) = reference.iterdir()
@@ -252,7 +252,7 @@ def test_features_of_real_clips_are_shared_between_runs_and_refused_if_they_are_
         "output_dir": tmp_path / "third",
     }
     code, _, told = run(overrides, **other)
-    assert code == 2 and "clip_position was center, now first" in told and "evaluation.real_features_dir" in told
+    assert code == 2 and "clip_position was center and is first" in told and "evaluation.real_features_dir" in told
     assert not (tmp_path / "third" / RESULTS_FILE).exists()
     assert run(overrides, **{**other, "evaluation__real_features_dir": reference})[0] == 0
     assert len(list(reference.iterdir())) == 2
@@ -271,7 +271,7 @@ def test_fewer_real_videos_are_counted_refused_or_marked(run, chosen, whole, fil
     clips = sample_frames(whole["msrvtt"][0])
     root = shutil.copytree(files / "msrvtt", tmp_path / "msrvtt")
     (root / "TestVideo" / "video7011.mp4").unlink()
-    overrides = {**chosen["msrvtt"], "evaluation.root": root, "generated": write_folder(tmp_path / "videos", clips)}
+    overrides = {**chosen["msrvtt"], "evaluation.root": root, "generated_dir": write_folder(tmp_path / "videos", clips)}
     refused(run, overrides, "3 of 4 real videos")
     assert not (tmp_path / "out").exists()
     code, said, _ = run(overrides, evaluation__allow_fewer="true")
@@ -323,7 +323,7 @@ def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
         ({"evaluation__video__sha256": "f" * 64}, "not ffff"),
         ({"evaluation__video__weights": "gone.pt"}, "gone.pt"),
         ({"evaluation__root": "/gone"}, "'/gone/UCF-101'"),
-        ({"generated": "/gone"}, "'/gone' is no folder"),
+        ({"generated_dir": "/gone"}, "'/gone' is no folder"),
         ({"evaluation__protocol__prompts": "caption"}, "prompts=caption"),
         ({"evaluation__protocol__prompts": "poetic"}, "'poetic'"),
         ({"evaluation__torch_dtype": "int8"}, "int8"),
@@ -338,7 +338,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_made(run, chosen, tmp_pat
 def test_without_any_weights_nothing_starts(run, chosen, tmp_path):
     none = {key: value for key, value in chosen["ucf101"].items() if "weights" not in key and "sha256" not in key}
     refused(run, none, "evaluation.video.weights, evaluation.c3d.weights")
-    refused(run, {"evaluation": "sprites", "generated": tmp_path}, "zero-shot protocols")
+    refused(run, {"evaluation": "sprites", "generated_dir": tmp_path}, "zero-shot protocols")
     refused(run, {"evaluation": "folders", "evaluation.root": tmp_path}, "no videos")
 
 
