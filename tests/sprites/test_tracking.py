@@ -140,7 +140,7 @@ def test_mask_follows_the_true_mask():
             + 0.5
             for f in range(16)
         ]
-        np.testing.assert_allclose(track(clip.frames).place, true_places, atol=0.4)
+        np.testing.assert_allclose(track(clip.frames).position, true_places, atol=0.4)
 
 
 def test_a_frozen_clip_stays_still_and_an_empty_scene_has_no_motion():
