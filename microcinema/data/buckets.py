@@ -1,4 +1,4 @@
-"""Clips of several shapes: each in the bucket that suits it, each batch from one bucket."""
+"""Clips of several shapes: each clip in the bucket that suits it best, each batch from one bucket."""
 
 from collections.abc import Sequence
 
@@ -15,33 +15,31 @@ class Buckets:
 
     Args:
         shapes: (num_frames, height, width) of each bucket.
-        choice: the number of its bucket for each clip.
-        bucket_run: numbers in a row from one bucket.
+        assignment: index of the bucket of each clip, (n,).
 
     Raises:
-        UserError: shapes that are none.
+        UserError: invalid shapes.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], choice: np.ndarray, bucket_run: int) -> None:
-        self.shapes = _checked(shapes)
-        self.choice = choice.astype(np.int16)
-        self.bucket_run = bucket_run
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], assignment: np.ndarray) -> None:
+        self.shapes = _check_shapes(shapes)
+        self.assignment = assignment.astype(np.int16)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """(num_frames, height, width) of a clip."""
-        return self.shapes[int(self.choice[index])]
+        return self.shapes[int(self.assignment[index])]
 
     def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
-        """An order for each bucket that has clips, and how many it has."""
-        members = [np.flatnonzero(self.choice == number) for number in range(len(self.shapes))]
+        """An order for each bucket that has clips, and their number."""
+        members = [np.flatnonzero(self.assignment == bucket) for bucket in range(len(self.shapes))]
         return [
-            (ShuffledOrder(len(items), [*key, number], items), len(items))
-            for number, items in enumerate(members)
+            (ShuffledOrder(len(items), [*key, bucket], items), len(items))
+            for bucket, items in enumerate(members)
             if len(items)
         ]
 
     @staticmethod
-    def choose(
+    def assign(
         shapes: Sequence[tuple[int, int, int]],
         fps: float | None,
         height: np.ndarray,
@@ -49,28 +47,27 @@ class Buckets:
         num_frames: np.ndarray,
         duration: np.ndarray,
     ) -> np.ndarray:
-        """For each video the bucket of the nearest aspect ratio, and among those the one of most frames for which it is long enough; -1: none."""
-        shapes = _checked(shapes)
+        """For each video the bucket of the nearest aspect ratio; among several, that of most frames for which the video is long enough; -1: none."""
         best = np.full(len(height), -1)
-        distance, frames = np.full(len(height), np.inf), np.zeros(len(height))
+        best_distance, best_frames = np.full(len(height), np.inf), np.zeros(len(height))
         with np.errstate(invalid="ignore", divide="ignore"):
-            aspect = np.log(width / height)
-            for number, (count, tall, wide) in enumerate(shapes):
-                if fps is None or count == 1:  # a picture has no duration
-                    long_enough = num_frames >= count
+            log_aspect = np.log(width / height)
+            for bucket, (frames, bucket_height, bucket_width) in enumerate(_check_shapes(shapes)):
+                if fps is None or frames == 1:  # a picture has no duration
+                    long_enough = num_frames >= frames
                 else:
-                    long_enough = duration >= (count - 1) / fps + _TICK
-                away = np.abs(aspect - np.log(wide / tall))
-                nearer = (away < distance - 1e-9) | ((away < distance + 1e-9) & (count > frames))
-                better = long_enough & nearer
-                best[better], distance[better], frames[better] = number, away[better], count
+                    long_enough = duration >= (frames - 1) / fps + _TICK
+                distance = np.abs(log_aspect - np.log(bucket_width / bucket_height))
+                as_near = (distance < best_distance + 1e-9) & (frames > best_frames)
+                better = long_enough & ((distance < best_distance - 1e-9) | as_near)
+                best[better], best_distance[better], best_frames[better] = bucket, distance[better], frames
         return best
 
 
-def _checked(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _check_shapes(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
             raise UserError(f"bucket {list(shape)}; give [num_frames, height, width]")
     if not shapes:
         raise UserError("buckets is empty; give at least one [num_frames, height, width], or null")
-    return [(int(count), int(tall), int(wide)) for count, tall, wide in shapes]
+    return [(int(frames), int(height), int(width)) for frames, height, width in shapes]

@@ -1,4 +1,4 @@
-"""From a video or picture file to the pixels of one training clip."""
+"""Reading the pixels of one training clip from a video or picture file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,16 @@ from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
 
 POSITIONS = {"first": 0.0, "center": 0.5}
-RESIZE = "bicubic, antialiased, centre crop"
+RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protocol identifiers
 
 
 class ClipReader:
-    """Reads clips of one transform.
+    """Reads clips with one transform.
 
     Args:
         num_frames, fps, resolution, decoder, clip_position, seed, multiple_of: as in `ClipDataset`.
-        watermark: arguments of `Watermark`; None: none.
-        timeout: seconds for a clip, after which its decoder, in a process of its own, is killed; None: decode here, without end if need be.
+        watermark: arguments of `Watermark`; None: nothing is done about watermarks.
+        timeout: seconds for a clip, after which its decoder, in a process of its own, is killed; None: decode in this process without limit.
 
     Raises:
         UserError: a value out of range.
@@ -53,27 +53,27 @@ class ClipReader:
                 f"clip_position='{clip_position}' is not known; choose one of random, {', '.join(POSITIONS)}"
             )
         self.num_frames, self.fps, self.multiple_of = num_frames, fps, multiple_of
-        self.size = self.checked_size(*sides)
+        self.size = (int(sides[0]), int(sides[1]))
+        self.check_size(*self.size)
         self.decoder, self.clip_position, self.seed = decoder, clip_position, seed
         self.watermark = Watermark(**watermark) if watermark else None
         self.decoder_process = DecoderProcess(timeout) if timeout is not None else None
 
-    def checked_size(self, height: int, width: int) -> tuple[int, int]:
-        """A size that the networks take.
+    def check_size(self, height: int, width: int) -> None:
+        """Checks that the networks accept a size.
 
         Raises:
-            UserError: it does not divide.
+            UserError: it is not divisible by `multiple_of`.
         """
         if min(height, width) < 1 or height % self.multiple_of or width % self.multiple_of:
             raise UserError(
                 f"resolution={height}x{width} (height x width) does not divide by {self.multiple_of}; "
                 f"choose multiples of {self.multiple_of}"
             )
-        return height, width
 
     @property
     def transform(self) -> dict[str, Any]:
-        """What decides a clip and its captions, beside its file; the decoder does not."""
+        """What a clip and its captions depend on beside its file; both decoders give the same."""
         height, width = self.size
         mark = self.watermark
         return {
@@ -93,19 +93,18 @@ class ClipReader:
         epoch: int,
         index: int,
         shape: tuple[int, int, int] | None = None,
-        marked: bool = True,
+        has_watermark: bool = True,
     ) -> tuple[torch.Tensor, float]:
         """The clip of a file: float32 (f, 3, h, w) in [-1, 1], and its frames per second.
 
         Args:
-            epoch, index: what a random place of the clip depends on, beside the seed.
+            epoch, index: on which a random position depends, beside the seed.
             shape: (f, h, w) if other than the reader's own.
-            marked: whether it bears the watermark.
 
         Raises:
-            UserError: a file that is missing, damaged, too short, or took too long.
+            UserError: a file that is missing, damaged or too short, or took too long.
         """
-        num_frames, *size = shape or (self.num_frames, *self.size)
+        num_frames, height, width = shape or (self.num_frames, *self.size)
         if video_reader.is_image(source):
             if num_frames > 1:
                 raise UserError(f"'{source}' is a picture, not a clip of {num_frames} frames; set num_frames=1 for it")
@@ -119,50 +118,40 @@ class ClipReader:
                 position = POSITIONS[self.clip_position]
             frames = self._call("read_clip", source, num_frames, self.fps, position=position, decoder=self.decoder)
             fps = self.fps if self.fps is not None else self._call("probe", source).fps
-        if self.watermark and marked:
-            frames = self.watermark.pixels(frames, (size[0], size[1]))
-        return resize_and_crop(frames, (size[0], size[1])).float() / 127.5 - 1, float(fps)
+        if self.watermark and has_watermark:
+            frames = self.watermark.pixels(frames, (height, width))
+        return resize_and_crop(frames, (height, width)).float() / 127.5 - 1, float(fps)
 
-    def caption(self, text: str, marked: bool = True) -> str:
-        """What the model is told of a clip."""
-        return self.watermark.caption(text) if self.watermark and marked else text
+    def caption(self, text: str, has_watermark: bool = True) -> str:
+        """The caption for the model, which may name the watermark."""
+        return self.watermark.caption(text) if self.watermark and has_watermark else text
 
-    def _call(self, function: str, source: video_reader.Source, *arguments: Any, **more: Any) -> Any:
-        call = self.decoder_process or (lambda name, *a, **k: getattr(video_reader, name)(*a, **k))
-        return call(function, source, *arguments, **more)
+    def _call(self, function: str, *arguments: Any, **keywords: Any) -> Any:
+        if self.decoder_process is not None:
+            return self.decoder_process(function, *arguments, **keywords)
+        return getattr(video_reader, function)(*arguments, **keywords)
 
 
-def cover(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where the centre crop lies: the size to which a frame of `size` is scaled so that it just covers `wanted`, and the crop's corner.
-
-    Args:
-        size, wanted: (height, width).
+def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Scaling and center crop from one (height, width) to another.
 
     Returns:
-        (height, width) of the scaled frame, and (top, left) of the crop in it.
+        (height, width) of the frame scaled so that it just covers the target, and (top, left) of the crop in it.
     """
-    scale = max(wanted[0] / size[0], wanted[1] / size[1])
-    scaled = (max(wanted[0], round(size[0] * scale)), max(wanted[1], round(size[1] * scale)))
-    return scaled, ((scaled[0] - wanted[0]) // 2, (scaled[1] - wanted[1]) // 2)
+    scale = max(target[0] / size[0], target[1] / size[1])
+    scaled = (max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale)))
+    return scaled, ((scaled[0] - target[0]) // 2, (scaled[1] - target[1]) // 2)
 
 
 def resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Frames (f, 3, h, w), uint8, at the size (height, width), by PyTorch's antialiased bicubic interpolation, as Pillow does it."""
+    """Frames (f, 3, h, w), uint8, at another (height, width), by PyTorch's antialiased bicubic interpolation, which equals Pillow's."""
     if tuple(frames.shape[2:]) == size:
         return frames
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
 
 
 def resize_and_crop(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """Scales frames to just cover a size, then crops the centre.
-
-    Args:
-        frames: uint8 (f, h, w, 3).
-        size: (height, width) wanted.
-
-    Returns:
-        uint8 (f, 3, height, width); frames that already have the size are not changed.
-    """
+    """Scales frames to just cover a (height, width) and crops the center: uint8 (f, h, w, 3) to (f, 3, height, width)."""
     video = torch.from_numpy(einops.rearrange(np.ascontiguousarray(frames), "f h w c -> f c h w"))
     scaled, (top, left) = cover((video.shape[2], video.shape[3]), size)
     return resize(video, scaled)[:, :, top : top + size[0], left : left + size[1]].contiguous()

@@ -12,6 +12,11 @@ from microcinema.data.video_reader import Source
 from microcinema.utils.errors import UserError
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices below `length`, evenly spaced from the first to the last."""
+    return np.linspace(0, length - 1, min(length, count)).astype(int).tolist()
+
+
 class ClipSource(Dataset[dict[str, Any]]):
     """Base class of the data sets; a subclass defines `__len__` and `__getitem__` and overrides whatever else it knows better.
 

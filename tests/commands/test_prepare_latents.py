@@ -123,7 +123,7 @@ def test_two_processes_train_from_shards(tmp_path, processes, keys, listing):
                 video = (listing.parent / f"{row['videoid']}.mp4").read_bytes()
                 writer.write({"__key__": row["videoid"], "mp4": video, "txt": row["name"]})
     own = [key for key in keys if not key.startswith("data")]
-    data = ["data=shards", f"data.shards={tmp_path}/{{0..2}}.tar", "data.timeout=null", "data.lanes=2"]
+    data = ["data=shards", f"data.shards={tmp_path}/{{0..2}}.tar", "data.timeout=null", "data.parallel_shards=2"]
     data += ["dataloader_num_workers=0", f"data.cache_dir={tmp_path / 'cache'}"]
     run = ["max_train_steps=3", "lr_warmup_steps=0", "checkpointing_steps=3"]
     losses, quarantined = [], []

@@ -97,15 +97,15 @@ def test_the_bucket_that_suits_a_clip():
     )
     frames = np.array([300, 300, 300, 300, 30, 1, np.nan])
     duration = np.array([10.0, 10, 10, 1.5, 1.0, np.nan, np.nan])
-    chosen = Buckets.choose(shapes, 8.0, height, width, frames, duration)
+    chosen = Buckets.assign(shapes, 8.0, height, width, frames, duration)
     assert chosen.tolist() == [2, 3, 4, 1, 1, 0, -1]
-    assert Buckets.choose(shapes, None, height, width, frames, duration).tolist() == [2, 3, 4, 2, 2, 0, -1]
-    assert Buckets.choose([(16, 80, 48)], 8.0, height, width, frames, duration).tolist() == [0, 0, 0, -1, -1, -1, -1]
+    assert Buckets.assign(shapes, None, height, width, frames, duration).tolist() == [2, 3, 4, 2, 2, 0, -1]
+    assert Buckets.assign([(16, 80, 48)], 8.0, height, width, frames, duration).tolist() == [0, 0, 0, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("shapes, said", [([], "buckets is empty"), ([(16, 64)], "16, 64"), ([(0, 64, 64)], "0, 64")])
 def test_shapes_that_are_none(shapes, said):
     with pytest.raises(UserError, match=said):
-        Buckets(shapes, np.zeros(1), 1)
+        Buckets(shapes, np.zeros(1))
     with pytest.raises(UserError, match="shares .0"):
         MixedOrder([ShuffledOrder(3, [0])], [0], 1, 0)

@@ -93,12 +93,12 @@ def read(data: ShardDataset, start: int, stop: int, processes: int, workers: int
 
 
 def test_processes_workers_and_resuming_change_nothing(folder):
-    whole = read(clips(folder, lanes=2), 0, 40, 1)
+    whole = read(clips(folder, parallel_shards=2), 0, 40, 1)
     assert sorted(whole) == list(range(40))
     first = [whole[number][0] for number in range(18)]
     assert len(set(first)) == 18 and first != sorted(first)
-    assert read(clips(folder, lanes=2), 0, 40, 2, workers=1) == whole
-    assert read(clips(folder, lanes=2), 20, 40, 4) == {number: whole[number] for number in range(20, 40)}
+    assert read(clips(folder, parallel_shards=2), 0, 40, 2, workers=1) == whole
+    assert read(clips(folder, parallel_shards=2), 20, 40, 4) == {number: whole[number] for number in range(20, 40)}
 
 
 def test_a_run_from_shards_resumes_exactly(tmp_path, folder):
@@ -163,8 +163,8 @@ def test_no_shards_and_more_processes_than_shards(folder, tmp_path):
     data.check_processes(4)
     with pytest.raises(UserError, match="5 processes and 4 shards"):
         data.check_processes(5)
-    with pytest.raises(UserError, match="lanes=0"):
-        clips(folder, lanes=0)
+    with pytest.raises(UserError, match="parallel_shards=0"):
+        clips(folder, parallel_shards=0)
 
 
 def test_shards_that_are_none(tmp_path, folder):
@@ -196,7 +196,7 @@ def test_a_manifest_leaves_samples_out(tmp_path, folder):
         [{"id": name, "accepted": name not in rejected} for name in [*ids[:-2], ids[17]]], schema=SCHEMA
     )
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
-    kept = clips(folder, clip_position="first", manifest=tmp_path / "manifest.parquet", lanes=2)
+    kept = clips(folder, clip_position="first", manifest=tmp_path / "manifest.parquet", parallel_shards=2)
     left = [k for k in range(18) if ids[k] not in rejected]
     assert kept.skipped == {"rejected by the manifest": 5}
     assert [kept.id(k) for k in range(len(kept))] == [ids[k] for k in left]
