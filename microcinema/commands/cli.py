@@ -13,7 +13,7 @@ from microcinema.utils.errors import UserError
 
 # Imported when called: each brings torch along.
 BODIES = {
-    "train": ("microcinema.training.trainer", "train the video model"),
+    "train": ("microcinema.commands.train", "train the video model"),
     "sample": ("microcinema.commands.sample", "make videos from prompts or images"),
     "evaluate": ("microcinema.commands.evaluate", "generate videos, measure them, write a report"),
     "prepare": ("microcinema.commands.prepare_sprites", "render a Moving Sprites data set"),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from microcinema.commands import train
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, empty_predict_net, training_memory
-from microcinema.training import trainer
 from microcinema.training.metrics import peak_memory
 from microcinema.training.settings import Settings
 from microcinema.utils.files import make_folder
@@ -92,17 +92,17 @@ def run(config: "DictConfig") -> int:
         changes |= {"max_train_steps": steps, "checkpointing_steps": steps, "validation_steps": steps}
         changes["validation_prompts"] = list(settings.validation_prompts)[:processes]
 
-        def listen(figures: dict[str, float]) -> None:
-            if "loss" in figures:
-                found.steps.append(figures)
-            elif "checkpoint_seconds" in figures:
-                found.checkpoint_seconds = figures["checkpoint_seconds"]
+        def on_metrics(metrics: dict[str, float]) -> None:
+            if "loss" in metrics:
+                found.steps.append(metrics)
+            elif "checkpoint_seconds" in metrics:
+                found.checkpoint_seconds = metrics["checkpoint_seconds"]
                 found.checkpoint_bytes = _size(folder / f"checkpoint-{steps}")
             else:
-                found.validation_seconds = figures["validation_seconds"]
+                found.validation_seconds = metrics["validation_seconds"]
 
         before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-        if status := trainer.run(OmegaConf.merge(config, changes), listen):  # type: ignore[arg-type]
+        if status := train.run(OmegaConf.merge(config, changes), on_metrics):  # type: ignore[arg-type]
             return status  # asked to end
         found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
         if main:
@@ -135,7 +135,7 @@ def describe(settings: Settings, processes: int, found: Measured, run: Predictio
     yield (
         f"step        {clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED}), "
         f"{found.median('data_wait'):.0%} of it waiting for data, "
-        f"{found.median('flop_utilisation'):.0%} of the device's operations"
+        f"{found.median('mfu'):.0%} model FLOP utilization"
     )
     broken = int(max(step["broken_clips"] for step in found.steps))
     if broken:

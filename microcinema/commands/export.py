@@ -19,11 +19,10 @@ from microcinema.pipelines.loading import (
     resolve_snapshot,
 )
 from microcinema.pipelines.saving import load_pipeline, write_pipeline
-from microcinema.training.build import build_pipeline
+from microcinema.training.build import CONFIG, build_pipeline
 from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
-from microcinema.training.trainer import CONFIG
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 from microcinema.utils.hashing import hash_file

@@ -92,7 +92,7 @@ def encode_clips(
     encoder = BatchEncoder(pipeline, accelerator.device)
     if accelerator.is_main_process:
         with accelerator.autocast():
-            empty_tokens = {name: tokens for name, tokens in vars(encoder.dropped()).items() if name in parts}
+            empty_tokens = {name: tokens for name, tokens in vars(encoder.null_conditioning()).items() if name in parts}
         contents = {name: contents[name] for name in ("vae", "clips", *parts)}
         latent_writer.create_folder(folder, layout, contents, empty_tokens)
     accelerator.wait_for_everyone()

@@ -1,10 +1,9 @@
-"""What a run needs of memory, told before it starts: its own code runs once on tensors that have sizes and no data."""
+"""Memory requirements of a run, estimated before it starts: its own code runs once on fake tensors, which have sizes and no data."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from microcinema.models.predict_net import PredictNet
@@ -21,10 +21,10 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline
-from microcinema.training.ema import averaged
-from microcinema.training.loss import TrainableModel, training_loss
+from microcinema.training.ema import ema_weights
+from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.settings import Settings
-from microcinema.training.trainer import make_objective, make_optimizer
+from microcinema.training.trainer import make_optimizer
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,13 +35,13 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of tensors in one process. Phases come one after the other; in each, what is held throughout is included.
+    """Bytes of tensors in one process. Phases are consecutive; each includes what is held throughout.
 
     Attributes:
         weights: of all networks.
-        phases: the most at once, by phase.
-        gradients, optimizer, average: of the trained weights (training alone).
-        activations: what a forward keeps for its backward (training alone).
+        phases: peak by phase.
+        gradients, optimizer, average: of the trained weights (training only).
+        activations: what the forward keeps for the backward (training only).
     """
 
     weights: int
@@ -53,7 +53,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most at once."""
+        """The peak over all phases."""
         return max(self.phases.values())
 
     @property
@@ -63,7 +63,7 @@ class Estimate:
 
 
 def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
-    """The pipeline that a run of `train` would train, of weights without data; of the base only the settings are read.
+    """The pipeline that a run of `train` would train, with weights without data; only the configs of the base are read.
 
     Args:
         config: of the command `train`.
@@ -77,7 +77,7 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         base = load_base(**config.base, weights=False)
         networks = build_networks(config, base, weights=False)
-    # Outside, since schedules are computed and compared in earnest; they are small.
+    # Outside of the mode, since schedules need real values; they are small.
     config = OmegaConf.merge(config, {"fps": config.fps or 8.0})  # type: ignore[assignment]
     pipeline = build_pipeline(
         config,
@@ -85,14 +85,14 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
-        **{name: part.eval() if isinstance(part, nn.Module) else part for name, part in networks.items()},
+        **{name: value.eval() if isinstance(value, nn.Module) else value for name, value in networks.items()},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> PredictNet | None:
-    """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow teacher."""
+    """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow model."""
     if config.model.flow_model is None:
         return None
     with FakeTensorMode():
@@ -100,10 +100,10 @@ def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> P
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:
-    """What one video needs.
+    """Memory of sampling one video.
 
     Args:
-        pipeline: with weights or without data; with weights it is not an estimate but what the tensors really took.
+        pipeline: with weights or without data; with weights the result is measured, not estimated.
         arguments: of the pipeline's call: sizes, guidance, `decode_chunk_size`.
 
     Raises:
@@ -114,17 +114,16 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
         live.watch(tensors(pipeline))
         weights = live.now
 
-        def denoised(*_: Any) -> dict[str, Any]:
-            phases["denoising"] = live.peak
-            live.restart()
+        def end_denoising(*_: Any) -> dict[str, Any]:
+            phases["denoising"] = live.reset_peak()
             return {}
 
-        # One step is as large as many.
+        # One step needs as much as many.
         pipeline(
             PROMPT,
             Image.new("RGB", (64, 64)),
             num_inference_steps=1,
-            callback_on_step_end=denoised,
+            callback_on_step_end=end_denoising,
             output_type="pt",
             **arguments,
         )
@@ -134,84 +133,84 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
 
 def training_memory(
     pipeline: ImageToVideoPipeline,
-    settings: Settings,
+    config: Settings,
     latents: bool = False,
     device: str = "cpu",
     predict_net: PredictNet | None = None,
 ) -> Estimate:
-    """What a step of training needs once the optimiser has its state, and the validation if there is one.
+    """Memory of a training step once the optimizer has its state, and of the validation if there is one.
 
     Args:
         pipeline: from `empty_pipeline`; not to be used afterwards.
-        settings: of the run, with its `mixed_precision`.
-        latents: the clips come encoded.
-        device: type of the device whose rules of mixed precision hold: cpu or cuda.
-        predict_net: as in `train`, without data as the pipeline is.
+        config: of the run, with its `mixed_precision`.
+        latents: whether the clips are cached latents.
+        device: type of the device whose autocast rules apply: cpu or cuda.
+        predict_net: as in `Trainer`, without data.
     """
-    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
-    if settings.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.condition_encoder.enable_gradient_checkpointing()
-    parameters = set_trainable(
-        pipeline.unet, pipeline.condition_encoder, settings.trainable_parameters, settings.trainable_unet_layers
-    )
-    if predict_net is not None:
-        parameters += predict_net.parameters()
+    model, parameters = _trainable(pipeline, config, predict_net)
     gradients = sum(parameter.nbytes for parameter in parameters)
-    objective = make_objective(pipeline, settings)
+    loss_config = make_loss_config(pipeline, config)
     encode = BatchEncoder(pipeline, torch.device("cpu"))
     phases: dict[str, int] = {}
 
-    def denoise(*inputs: torch.Tensor, **read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with autocast(settings.mixed_precision):
-            prediction, flow = denoiser(*inputs, **read)
+    def denoiser(*args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with autocast(config.mixed_precision):
+            prediction, flow = model(*args, **kwargs)
         return prediction.float(), flow
 
-    with LiveMemory() as live, like_cuda() if device == "cuda" else nullcontext():
-
-        def closed(phase: str) -> None:
-            phases[phase] = live.peak
-            live.restart()
-
+    with LiveMemory() as live, CudaAutocast() if device == "cuda" else nullcontext():
         live.watch(tensors(pipeline))
         weights = live.now
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        update = _optimiser(parameters, settings)
+        optimizer_step = _optimizer_step(parameters, config)
         optimizer = live.now - weights - gradients
-        ema = EMAModel(parameters, foreach=True) if settings.use_ema else None
+        ema = EMAModel(parameters, foreach=True) if config.use_ema else None
         average = live.now - weights - gradients - optimizer
-        if settings.gradient_accumulation_steps == 1:
-            _release(parameters)  # else they are there when the next batch begins
-        live.restart()
+        if config.gradient_accumulation_steps == 1:
+            _clear_gradients(parameters)  # otherwise they are held while the next batch is encoded
+        live.reset_peak()
 
-        with autocast(settings.mixed_precision):
-            batch = encode(_items(pipeline, settings.train_batch_size, latents, predict_net is not None))
-            dropped = encode.dropped()
-        closed("encoding")
-        draws = objective.draw(batch.numbers, batch.latents.shape[1:])
+        with autocast(config.mixed_precision):
+            batch = encode(_items(pipeline, config.train_batch_size, latents, predict_net is not None))
+            null = encode.null_conditioning()
+        phases["encoding"] = live.reset_peak()
+        noise = loss_config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:])
         before = live.now
-        loss = training_loss(denoise, batch, draws, dropped, objective).total.mean()
+        loss = training_loss(denoiser, batch, noise, null, loss_config).total.mean()
         activations = live.now - before
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        closed("training")
-        update()
-        _release(parameters)
+        torch.autograd.backward(loss)  # `loss.backward()` would suspend CudaAutocast
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        phases["training"] = live.reset_peak()
+        optimizer_step()
+        _clear_gradients(parameters)
         if ema is not None:
             ema.step(parameters)
-        closed("updating")
-        del batch, draws, loss, dropped
-        if settings.validation_prompts:
-            denoiser.eval()
-            # The weights that the averages stand in for wait in the memory of the processor.
-            with (
-                averaged(ema, parameters) if device == "cpu" else nullcontext(),
-                autocast(settings.mixed_precision),
-            ):
+        phases["updating"] = live.reset_peak()
+        del batch, noise, loss, null
+        if config.validation_prompts:
+            model.eval()
+            # On a GPU the weights that the averages replace are kept in the memory of the CPU.
+            with ema_weights(ema if device == "cpu" else None, parameters), autocast(config.mixed_precision):
                 pipeline(PROMPT, Image.new("RGB", (64, 64)), num_inference_steps=1, output_type="pt")
-            closed("validating")
+            phases["validating"] = live.reset_peak()
     return Estimate(weights, phases, gradients, optimizer, average, activations)
+
+
+def _trainable(
+    pipeline: ImageToVideoPipeline, config: Settings, predict_net: PredictNet | None
+) -> tuple[TrainableModel, list[nn.Parameter]]:
+    """The model of a run and its trained parameters."""
+    model = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.condition_encoder.enable_gradient_checkpointing()
+    parameters = set_trainable(
+        pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
+    )
+    if predict_net is not None:
+        parameters += predict_net.parameters()
+    return model, parameters
 
 
 def tensors(pipeline: ImageToVideoPipeline) -> Iterator[torch.Tensor]:
@@ -222,32 +221,32 @@ def tensors(pipeline: ImageToVideoPipeline) -> Iterator[torch.Tensor]:
             yield from network.buffers()
 
 
-def _optimiser(parameters: list[nn.Parameter], settings: Settings) -> Callable[[], Any]:
-    """The update of an optimiser whose state is there; what it returns holds the state."""
-    if settings.use_8bit_adam:
-        # Its kernels run on real tensors of a GPU alone; it keeps two bytes for each weight, and scales of blocks.
+def _optimizer_step(parameters: list[nn.Parameter], config: Settings) -> Callable[[], Any]:
+    """The step of an optimizer that has its state; the function holds the state."""
+    if config.use_8bit_adam:
+        # Its kernels need real tensors on a GPU; it keeps two bytes for each weight, and scales of blocks.
         state = [torch.empty_like(parameter, dtype=torch.int16) for parameter in parameters]
         return lambda: state
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, config)
     optimizer.step()
     return optimizer.step
 
 
-def _release(parameters: list[nn.Parameter]) -> None:
+def _clear_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
 
 
 def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool) -> dict[str, Any]:
-    """A batch as the loader brings it."""
-    frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
+    """A batch from the loader."""
+    num_frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
     factor = pipeline.vae_scale_factor
     if latents:
         shape = (pipeline.vae.config["latent_channels"], height // factor, width // factor)
     else:
         shape = (3, height, width)
-    # Like a weight: without data where the weights have none.
-    clips = pipeline.unet.conv_in.weight.detach().new_zeros(count, frames, *shape)
+    # Derived from a weight: without data if the weights have none.
+    clips = pipeline.unet.conv_in.weight.detach().new_zeros(count, num_frames, *shape)
     grid = height // factor, width // factor
     return {
         "latents" if latents else "video": clips,
@@ -256,8 +255,8 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
             if latents and pipeline.uses_image_conditioning
             else {}
         ),
-        **({"flow": clips.new_zeros(count, frames - 1, 2, *grid)} if flow else {}),
-        **({"flow_valid": clips.new_zeros(count, frames - 1, *grid, dtype=torch.bool)} if flow else {}),
+        **({"flow": clips.new_zeros(count, num_frames - 1, 2, *grid)} if flow else {}),
+        **({"flow_valid": clips.new_zeros(count, num_frames - 1, *grid, dtype=torch.bool)} if flow else {}),
         **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),
         "fps": torch.full((count,), pipeline.config["fps"]),
         "sample_index": torch.arange(count),
@@ -275,30 +274,20 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def autocast(mixed_precision: str | None) -> torch.autocast:
-    """Mixed precision for tensors of the CPU, within `like_cuda` by the rules of CUDA."""
+    """Mixed precision on the CPU; within `CudaAutocast` by the rules of CUDA."""
     dtype = DTYPES[mixed_precision or "no"]
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
-def like_cuda() -> AbstractContextManager[Any]:
-    """Within it the CPU's autocast does what CUDA's does: it normalises in float32, and enlarges pictures in their own type.
+class CudaAutocast(TorchFunctionMode):
+    """Within it autocast on the CPU follows the rules of CUDA: normalization in float32, interpolation in the input's dtype."""
 
-    By other functions in torch's places, since a mode of torch would not be there when checkpoints run their forward again.
-    """
-
-    def in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def normalise(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if torch.is_autocast_enabled("cpu"):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu"):
+            if func in (functional.group_norm, functional.layer_norm):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-            return function(*args, **kwargs)
-
-        return normalise
-
-    def in_its_type(
-        *args: Any, function: Callable[..., torch.Tensor] = functional.interpolate, **kwargs: Any
-    ) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
-
-    norms: dict[str, Any] = {name: in_float32(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
-    return patch.multiple(functional, **norms, interpolate=in_its_type)
+            elif func is functional.interpolate:
+                with torch.autocast("cpu", enabled=False):
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, and how many were at most: of real tensors and of fake ones, which have sizes and no data."""
+"""Bytes of live tensors and their peak, for real tensors and for fake ones, which have sizes and no data."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,49 +10,50 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within it every operation's results are counted, storage by storage, from their birth to their release.
+    """Within it the results of every operation are counted, storage by storage, from allocation to release.
 
-    Views share a storage, which counts once; what autograd keeps is alive until autograd lets it go. What no tensor holds
-    is not seen: the workspaces of kernels, the slack of allocators, a process's code.
+    Views share a storage, which counts once; what autograd saves is live until autograd releases it. Not included: memory that
+    no tensor holds, such as workspaces of kernels, the slack of allocators, the code of the process.
 
     Attributes:
-        now: bytes alive.
-        peak: the most that were alive at once since the start or the last `restart`.
+        now: live bytes.
+        peak: most live bytes at once since the start or the last `reset_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Counts tensors that were there before, such as a network's weights."""
+        """Counts tensors allocated before, such as a network's weights."""
         for tensor in tensors:
             self._add(tensor)
 
-    def restart(self) -> None:
-        """Lets the peak begin at what is alive now."""
-        self.peak = self.now
+    def reset_peak(self) -> int:
+        """The peak so far; the next one starts at what is alive now."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for part in tree_iter(result):
-            if isinstance(part, torch.Tensor):
-                self._add(part)
+        for output in tree_iter(result):
+            if isinstance(output, torch.Tensor):
+                self._add(output)
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._live:
             return
 
         def released(_: Any) -> None:
             self.now -= size
-            del self._alive[key]
+            del self._live[key]
 
-        # torch keeps a storage's Python object as long as the storage, so this is called when the memory goes back.
-        self._alive[key] = weakref.ref(storage, released)
+        # torch keeps a storage's Python object as long as the storage, so this is called when the memory is freed.
+        self._live[key] = weakref.ref(storage, released)
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -1,141 +1,97 @@
-"""Where the time of a training step goes: a few steps of the trainer itself, with a watch at the doors of its parts."""
+"""Times the parts of training steps, by the regions that the trainer marks."""
 
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from microcinema.data.indexed import IndexedDataset
-from microcinema.data.source import ClipSource
-from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training import trainer
+from microcinema.training.build import build_trainer
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 WARM_UP = 2  # steps
-PARTS = ("VAE", "encoders", "forward", "backward", "optimiser")
-"""What a step does one after the other; what is left of it is all else: drawing noise, clipping, averages, waiting for clips."""
+PARTS = ("VAE", "encoders", "forward", "backward", "optimizer")
+"""Consecutive parts of a step; the rest is everything else: sampling noise, clipping, averages, waiting for clips."""
 
 Clock = Callable[[], float]
 
 
-class Watch:
-    """Seconds of each part of the steps of a run, on one clock.
+class StepTimer:
+    """Seconds of each part of the steps of a run.
 
-    On a GPU it waits at every door for what was begun before, without which a part would be told the time of another.
+    On a GPU it synchronizes at the start and end of every region, so that each part is charged for its own kernels.
+
+    Args:
+        clock: returns seconds.
 
     Attributes:
-        figures: of the steps, as they are logged.
-        steps: one entry for each optimiser step, part to seconds; `step` is the whole. The communication goes on while the backward runs
-            and is a part of it, told by the clock on the wall.
+        metrics: of the steps, as they are logged.
+        steps: one entry for each optimizer step, part to seconds; `step` is the whole. Communication overlaps with backward, is
+            included in it, and is measured by the wall clock.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.steps: list[dict[str, float]] = []
-        self.figures: list[dict[str, float]] = []
-        self._now: dict[str, float] = defaultdict(float)
-        self._open: dict[str, float] = {}
-        self._last: float | None = None
+        self.metrics: list[dict[str, float]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._step_start: float | None = None
 
-    def enter(self, part: str) -> None:
-        """A part begins."""
-        self._open[part] = self._read()
+    @contextmanager
+    def region(self, part: str) -> Iterator[None]:
+        """Adds the time of its body to a part; for the trainer's `region`."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[part] += self._now() - start
 
-    def leave(self, part: str) -> None:
-        """It ends."""
-        self._now[part] += self._read() - self._open.pop(part)
-
-    def listen(self, figures: dict[str, float]) -> None:
-        """Ends a step when its figures are told."""
-        now = self._read()
-        if "loss" in figures:
-            if self._last is not None:  # the first has no beginning that is known
-                self.steps.append({**self._now, "step": now - self._last})
-                self.figures.append(figures)
-            self._now.clear()
-        self._last = now
-
-    def around(self, module: nn.Module | None, part: str) -> None:
-        """Watches the forward of a network."""
-        if module is not None:
-            module.register_forward_pre_hook(lambda *_: self.enter(part))
-            module.register_forward_hook(lambda *_: self.leave(part))
-
-    def calls(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """The function, watched."""
-
-        @wraps(function)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.enter(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.leave(part)
-
-        return watched
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        """Ends a step when its metrics arrive; for the trainer's hook of the same name."""
+        now = self._now()
+        if "loss" in metrics:
+            if self._step_start is not None:  # the first step has no known start
+                self.steps.append({**self._seconds, "step": now - self._step_start})
+                self.metrics.append(metrics)
+            self._seconds.clear()
+        self._step_start = now
 
     def communication(self, _: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Averages a bucket of gradients over the processes as DistributedDataParallel does, and takes the time of it."""
-        began = time.perf_counter()
+        """A communication hook that averages gradients over the ranks as DistributedDataParallel does, and times it."""
+        start = time.perf_counter()
         gradient = bucket.buffer().div_(distributed.get_world_size())
 
-        def done(future: torch.futures.Future[Any]) -> torch.Tensor:
-            self._now["communication"] += time.perf_counter() - began
+        def finished(future: torch.futures.Future[Any]) -> torch.Tensor:
+            self._seconds["communication"] += time.perf_counter() - start
             return future.value()[0]
 
-        return distributed.all_reduce(gradient, async_op=True).get_future().then(done)
+        return distributed.all_reduce(gradient, async_op=True).get_future().then(finished)
 
-    def _read(self) -> float:
+    def _now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self.clock()
 
 
-@contextmanager
-def watching(watch: Watch, accelerator: Accelerator, pipeline: ImageToVideoPipeline) -> Iterator[None]:
-    """Within it the trainer's use of these objects, which are for one run, is watched."""
-    watch.around(pipeline.vae.encoder, "VAE")
-    for encoder in (pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
-        watch.around(encoder, "encoders")
-    prepare = accelerator.prepare
-
-    def prepared(denoiser: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Any:
-        watch.around(denoiser, "forward")
-        optimizer.register_step_pre_hook(lambda *_: watch.enter("optimiser"))
-        optimizer.register_step_post_hook(lambda *_: watch.leave("optimiser"))
-        denoiser, *rest = prepare(denoiser, optimizer, *others)
-        if isinstance(denoiser, DistributedDataParallel):
-            denoiser.register_comm_hook(None, watch.communication)
-        return denoiser, *rest
-
-    backward = watch.calls(accelerator.backward, "backward")
-    with patch.object(accelerator, "prepare", prepared), patch.object(accelerator, "backward", backward):
-        yield
-
-
 def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) -> dict[str, float]:
-    """What a step of a run takes, medians over steps.
+    """Times the training steps of a run; medians over steps. Collective.
 
     Args:
-        config: of the command `train`. What the run writes stays in its output_dir, which is to be a new one.
+        config: of the command `train`; its output_dir should be a new folder.
         steps: to measure, after two that do not count; as many clips are read.
         clock: `time.process_time` for the time of this process alone, on a machine that others use.
 
     Returns:
-        Seconds of the whole `step`, of each of `PARTS`, of `other`, and of `communication` between several processes. Beside these
-        `decoding`, seconds in which one worker reads a clip; `data_wait`, the share of the step that is spent waiting for the workers, by the
-        clock on the wall; `clips` of this process in a step; `peak_memory_gib`.
+        Seconds of the whole `step`, of each of `PARTS`, of `other`, and of `communication` between several processes. Also
+        `decoding`, seconds in which one worker reads a clip; `data_wait`, the share of the step spent waiting for the workers, by
+        the wall clock; `clips` of this process in a step; `peak_memory_gib`.
 
     Raises:
         UserError: as the run would.
@@ -145,24 +101,25 @@ def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) 
     total = WARM_UP + steps
     changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}
     config = OmegaConf.merge(config, changes | {"report_to": None, "resume_from_checkpoint": None})  # type: ignore[assignment]
-    watch, train, read = Watch(clock), trainer.train, [0.0] * total
+    timer = StepTimer(clock)
+    trainer = build_trainer(config, timer.on_metrics, timer.region)
+    if isinstance(trainer.model, DistributedDataParallel):
+        trainer.model.register_comm_hook(None, timer.communication)
+    decoding = []
+    for index in range(total):
+        start = clock()
+        trainer.clips[index]
+        decoding.append(clock() - start)
+    trainer.train()
+    trainer.accelerator.end_training()
 
-    def watched(accelerator: Accelerator, pipeline: ImageToVideoPipeline, dataset: ClipSource, *others: Any) -> Any:
-        numbered = IndexedDataset(dataset, config.seed)
-        for number in range(total):
-            began = clock()
-            numbered[number]
-            read[number] = clock() - began
-        with watching(watch, accelerator, pipeline):
-            return train(accelerator, pipeline, dataset, *others)
-
-    with patch.object(trainer, "train", watched):
-        trainer.run(config, watch.listen)
-    counted = watch.steps[-steps:]
-    parts = ("step", *PARTS, *(["communication"] if "communication" in counted[-1] else []))
-    found = {part: statistics.median(step.get(part, 0.0) for step in counted) for part in parts}
-    found["other"] = max(0.0, found["step"] - sum(found[part] for part in PARTS))
-    found["decoding"] = statistics.median(read[WARM_UP:])
-    found["data_wait"] = statistics.median(figures["data_wait"] for figures in watch.figures[-steps:])
-    found["peak_memory_gib"] = watch.figures[-1]["peak_memory_gib"]
-    return {**found, "clips": config.train_batch_size * config.gradient_accumulation_steps}
+    measured = timer.steps[-steps:]
+    parts = ("step", *PARTS, *(["communication"] if "communication" in measured[-1] else []))
+    seconds = {part: statistics.median(step.get(part, 0.0) for step in measured) for part in parts}
+    seconds["other"] = max(0.0, seconds["step"] - sum(seconds[part] for part in PARTS))
+    seconds["decoding"] = statistics.median(decoding[WARM_UP:])
+    return seconds | {
+        "data_wait": statistics.median(metrics["data_wait"] for metrics in timer.metrics[-steps:]),
+        "peak_memory_gib": timer.metrics[-1]["peak_memory_gib"],
+        "clips": config.train_batch_size * config.gradient_accumulation_steps,
+    }

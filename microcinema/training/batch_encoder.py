@@ -1,23 +1,28 @@
-"""From the items of a data set to what the networks see: latents, text, key frames and flow, by frozen encoders."""
+"""Turns the items of a data set into the networks' inputs, by frozen encoders: latents, text, key frames and flow."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.optical_flow import Flow
 from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.loss import Batch, Dropped
+from microcinema.training.loss import Batch, NullConditioning
 from microcinema.utils.errors import UserError
+
+Region = Callable[[str], AbstractContextManager[Any]]
+"""Marks a named part of the training step, as `torch.profiler.record_function` does."""
 
 
 class TextCache:
-    """Embeddings or tokens of captions, the most recently used kept in memory; small worlds repeat their captions.
+    """Embeddings or tokens of captions, the most recently used kept in memory.
 
-    Captions are encoded one at a time, so that an embedding has the same bits whatever was in memory or in the batch.
+    Captions are encoded one at a time, so that an embedding has the same bits whatever the cache or the batch holds.
 
     Args:
         encode: takes one caption in a list, returns its embedding (1, n, d).
@@ -27,43 +32,49 @@ class TextCache:
     def __init__(self, encode: Callable[[list[str]], torch.Tensor], capacity: int = 4096) -> None:
         self.encode = encode
         self.capacity = capacity
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Embeddings (b, n, d)."""
-        return torch.cat([self._one(caption) for caption in captions])
+        return torch.cat([self._embedding(caption) for caption in captions])
 
-    def _one(self, caption: str) -> torch.Tensor:
-        embedding = self._kept.pop(caption, None)
+    def _embedding(self, caption: str) -> torch.Tensor:
+        embedding = self._embeddings.pop(caption, None)
         if embedding is None:
             with torch.no_grad():
                 embedding = self.encode([caption])
-        self._kept[caption] = embedding
-        if len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+        self._embeddings[caption] = embedding
+        if len(self._embeddings) > self.capacity:
+            self._embeddings.popitem(last=False)
         return embedding
 
 
 class BatchEncoder:
     """Turns a collated batch of items into a `Batch` on the device.
 
-    Items have `sample_index`, `fps`, `caption` (a model that reads motion apart: `description` and `motion`), `video` (f, 3, H, W) or scaled
-    `latents` with, if the model reads pixels, `keyframe` uint8 (3, H, W); and for PredictNet `flow` and `flow_valid` on the latent grid.
-    Where they have `text`, `motion_tokens` or `image_tokens` as well, these are taken, and their encoders not run.
+    Items have `sample_index`, `fps`, `caption` (for a model with a motion encoder: `description` and `motion`), `video` (f, 3, H, W) or
+    scaled `latents` with, if the model uses pixels, `keyframe` uint8 (3, H, W); and for PredictNet `flow` and `flow_valid` on the
+    latent grid. If they have `text`, `motion_tokens` or `image_tokens`, these are used and the encoders do not run.
 
     Args:
-        pipeline: the model, whose frozen encoders are used.
+        pipeline: the model, with its frozen encoders.
         device: to compute on.
-        empty: of `EncodedClips`: tokens of the empty caption, by the names above, where the items bring tokens.
+        empty: of `EncodedClips`: tokens of the empty caption, by the names above, if the items bring tokens.
+        region: marks the regions `VAE` and `encoders` for a profiler.
     """
 
     def __init__(
-        self, pipeline: ImageToVideoPipeline, device: torch.device, empty: Mapping[str, torch.Tensor] | None = None
+        self,
+        pipeline: ImageToVideoPipeline,
+        device: torch.device,
+        empty: Mapping[str, torch.Tensor] | None = None,
+        region: Region = record_function,
     ) -> None:
         self.pipeline = pipeline
         self.device = device
         self.empty = dict(empty or {})
-        # In float32 between the encoders and the loss, whatever the encoders work in.
+        self.region = region
+        # In float32 between the encoders and the loss, whatever dtype the encoders compute in.
         self.embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
         self.embed_motion = TextCache(lambda captions: pipeline.encode_motion(captions).float())
 
@@ -71,70 +82,76 @@ class BatchEncoder:
         """The batch.
 
         Raises:
-            UserError: latents without key frames for a model that reads their pixels.
+            UserError: latents without key frames for a model that uses their pixels.
         """
         flow = None
         if "flow" in items:
-            flow = Flow(self._given(items["flow"]), items["flow_valid"].to(self.device))
+            flow = Flow(self._to_device(items["flow"]), items["flow_valid"].to(self.device))
         return Batch(
             latents=self.latents(items),
             text=self.text(items),
-            fps=self._given(items["fps"]),
-            numbers=items["sample_index"].tolist(),
-            image=self._read_keyframes(items),
+            fps=self._to_device(items["fps"]),
+            indices=items["sample_index"].tolist(),
+            image=self._image_inputs(items),
             motion_tokens=self.motion_tokens(items),
             flow=flow,
         )
 
     def latents(self, items: Mapping[str, Any]) -> torch.Tensor:
-        """Of clips, (b, f, c, h, w), float32."""
+        """Scaled latents of clips, (b, f, c, h, w), float32."""
         if "latents" in items:
-            return self._given(items["latents"])
+            return self._to_device(items["latents"])
         # One clip at a time: bounded memory, and latents that do not depend on the batch.
         video = items["video"].to(self.device, non_blocking=True)
-        return torch.cat([encode_pixels(self.pipeline.vae, clip) for clip in video.split(1)])
+        with self.region("VAE"):
+            return torch.cat([encode_pixels(self.pipeline.vae, clip) for clip in video.split(1)])
 
     def text(self, items: Mapping[str, Any]) -> torch.Tensor:
-        """Of captions, (b, n, d), float32."""
+        """Embeddings of captions, (b, n, d), float32."""
         if "text" in items:
-            return self._given(items["text"])
-        return self.embed(items["description" if self.pipeline.uses_motion_caption else "caption"])
+            return self._to_device(items["text"])
+        with self.region("encoders"):
+            return self.embed(items["description" if self.pipeline.uses_motion_caption else "caption"])
 
     def motion_tokens(self, items: Mapping[str, Any]) -> torch.Tensor | None:
-        """Of motion captions, (b, k, e), float32; None: the model does not read them."""
+        """Tokens of motion captions, (b, k, e), float32; None for a model without a motion encoder."""
         if not self.pipeline.uses_motion_caption:
             return None
-        return self._given(items["motion_tokens"]) if "motion_tokens" in items else self.embed_motion(items["motion"])
+        if "motion_tokens" in items:
+            return self._to_device(items["motion_tokens"])
+        with self.region("encoders"):
+            return self.embed_motion(items["motion"])
 
     def pixels(self, items: Mapping[str, Any]) -> torch.Tensor:
-        """Of key frames, (b, 3, H, W) in [-1, 1].
+        """Pixels of key frames, (b, 3, H, W) in [-1, 1].
 
         Raises:
-            UserError: the items bring none.
+            UserError: the items have none.
         """
         if "video" in items:
             frames = items["video"]
             return frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])].to(self.device)
         if "keyframe" not in items:
             raise UserError(
-                "the model reads the key frames' pixels, which these latents come without; encode them again"
+                "the model uses the key frames' pixels, which these cached latents do not include; encode them again"
             )
-        return self._given(items["keyframe"]) / 127.5 - 1
+        return self._to_device(items["keyframe"]) / 127.5 - 1
 
-    def dropped(self) -> Dropped:
-        """What stands for dropped captions, from the same source as the tokens of the others."""
-        empty = {name: self._given(tokens) for name, tokens in self.empty.items()}
-        nothing = {**empty, **{name: [""] for name in ("caption", "description", "motion")}}
-        return Dropped(self.text(nothing), self.motion_tokens(nothing))
+    def null_conditioning(self) -> NullConditioning:
+        """Replaces dropped captions; from the same source as the tokens of the others."""
+        empty = {name: self._to_device(tokens) for name, tokens in self.empty.items()}
+        items = {**empty, **{name: [""] for name in ("caption", "description", "motion")}}
+        return NullConditioning(self.text(items), self.motion_tokens(items))
 
-    def _given(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, torch.float32, non_blocking=True)
 
     @torch.no_grad()
-    def _read_keyframes(self, items: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, items: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if not self.pipeline.uses_image_conditioning:
             return {}
-        tokens = self._given(items["image_tokens"]) if "image_tokens" in items else None
+        tokens = self._to_device(items["image_tokens"]) if "image_tokens" in items else None
         if tokens is not None and not self.pipeline.uses_keyframe_pixels:
             return {"image_tokens": tokens}
-        return self.pipeline.encode_pixels(self.pixels(items), tokens)
+        with self.region("encoders"):
+            return self.pipeline.encode_pixels(self.pixels(items), tokens)

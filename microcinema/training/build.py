@@ -1,18 +1,104 @@
-"""What a config of the command `train` describes: its networks, and the pipelines around them."""
+"""Builds what a config of the command `train` describes: networks, pipeline, data set and trainer."""
 
+from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from torch.profiler import record_function
 
-from microcinema.config.compose import instantiate
-from microcinema.diffusion.schedule import make_sampler, make_scheduler, schedule_summary
-from microcinema.pipelines.base_model import Base
+from microcinema.config.compose import instantiate, save
+from microcinema.data.flow_clips import FlowClips
+from microcinema.data.latents import EncodedClips
+from microcinema.data.source import ClipSource
+from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler, schedule_summary
+from microcinema.models.predict_net import PredictNet
+from microcinema.pipelines.base_model import Base, load_base
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.training import cached_latents_check
+from microcinema.training.batch_encoder import Region
+from microcinema.training.distributed import make_accelerator
+from microcinema.training.settings import Settings
+from microcinema.training.trainer import Trainer
+from microcinema.training.validation import Validation
+from microcinema.training.warm_start import warm_start, warm_start_summary
+from microcinema.utils.files import make_folder
+from microcinema.utils.provenance import append_record, describe_environment
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"  # one entry for each start of the run
+
+
+def build_trainer(
+    config: "DictConfig",
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+    region: Region = record_function,
+) -> Trainer:
+    """The trainer of the run that the config describes, ready for its first step. Collective.
+
+    Args:
+        on_metrics, region: as in `Trainer`.
+
+    Raises:
+        UserError: the config describes something that cannot be built or trained.
+    """
+    from omegaconf import OmegaConf
+
+    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    output_dir = make_folder(settings.output_dir)
+    accelerator = make_accelerator(settings)
+    set_seed(settings.seed)
+    base = load_base(**config.base)
+    if settings.trainable_parameters == "temporal":
+        check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
+    dataset = build_dataset(config, accelerator, base.vae_scale_factor)
+    if config.fps is None:  # the saved config has to state it
+        config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
+    networks = build_networks(config, base)
+    if config.init_weights_from is not None:
+        trainable = {name: networks[name] for name in ("unet", "condition_encoder")}
+        accelerator.print(warm_start_summary(warm_start(trainable, config.init_weights_from), config.init_weights_from))
+    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
+    pipeline = build_pipeline(config, base.scheduler, **components, **networks)
+    if isinstance(dataset, EncodedClips):
+        cached_latents_check.check(dataset, pipeline, config.model.flow_model)
+    predict_net = None if config.model.flow_model is None else PredictNet.for_unet(pipeline.unet)
+    validation = None
+    if settings.validation_prompts:
+        keyframes = build_keyframes(base)
+        validation = Validation(
+            accelerator, pipeline, keyframes, settings.validation_prompts, output_dir, settings.seed
+        )
+
+    def write_records() -> None:
+        save(config, output_dir / CONFIG)
+        append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
+
+    return Trainer(accelerator, pipeline, dataset, settings, validation, predict_net, on_metrics, write_records, region)
+
+
+def build_dataset(config: "DictConfig", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
+    """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    dataset = instantiate(config.data)
+    if accelerator.is_main_process:
+        for reason, count in dataset.skipped.items():
+            print(f"{count} clips skipped: {reason}")
+    if config.cached_latents is not None:
+        return EncodedClips(config.cached_latents, dataset)
+    if config.model.flow_model is not None:
+        return FlowClips(dataset, config.model.flow_model, vae_scale_factor)
+    return dataset
 
 
 def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> dict[str, Any]:

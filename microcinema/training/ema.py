@@ -1,4 +1,4 @@
-"""A model in training as it would be used: whole, in evaluation, with averaged weights."""
+"""Moving averages of the trained weights, and the model in training as it would be used: unsharded, in evaluation mode, averaged."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,8 @@ from microcinema.training.distributed import gathered_copy, is_sharded, unsharde
 
 
 @contextmanager
-def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it the parameters hold their averages."""
+def ema_weights(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it the parameters hold their averages, if there are any."""
     if ema is None:
         yield
         return
@@ -27,31 +27,32 @@ def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[N
 
 
 @contextmanager
-def evaluated(
+def ema_pipeline(
     accelerator: Accelerator,
     pipeline: ImageToVideoPipeline,
-    denoiser: nn.Module,
+    model: nn.Module,
     ema: EMAModel | None,
     trained: Mapping[str, nn.Parameter],
 ) -> Iterator[ImageToVideoPipeline]:
-    """The pipeline as it would be used, in every process, each for itself: whole, with averaged weights. Every process must enter it.
+    """The pipeline as it would be used, complete on every rank, with averaged weights if there are any. Collective.
 
     Args:
-        denoiser: prepared by the accelerator.
+        model: prepared by the accelerator.
         trained: the parameters that `ema` averages, by name.
     """
-    if not is_sharded(denoiser):
-        denoiser.eval()
+    if not is_sharded(model):
+        model.eval()
         try:
-            with averaged(ema, list(trained.values())):
+            with ema_weights(ema, list(trained.values())):
                 yield pipeline
         finally:
-            denoiser.train()
+            model.train()
         return
     averages = dict(zip(trained, ema.shadow_params, strict=True)) if ema else {}
-    twin = copy.copy(pipeline)
+    full = copy.copy(pipeline)
     for name in ("unet", "condition_encoder"):
-        own = {key.removeprefix(f"{name}."): value for key, value in averages.items() if key.startswith(f"{name}.")}
-        component = getattr(pipeline, name)
-        setattr(twin, name, gathered_copy(component, unsharded_state(component, own)).to(accelerator.device))
-    yield twin
+        prefix = f"{name}."
+        replacements = {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
+        network = getattr(pipeline, name)
+        setattr(full, name, gathered_copy(network, unsharded_state(network, replacements)).to(accelerator.device))
+    yield full

@@ -1,4 +1,7 @@
-"""One training step's mathematics: what is random about a clip, and the loss of a batch. Pure functions of their arguments."""
+"""The loss of a batch, and everything random about its clips. Pure functions of their arguments.
+
+Shapes: latents `b f c h w`, one key frame `b c h w`, tokens `b n d`, time `b`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,29 +19,42 @@ from microcinema.diffusion.rng import generator
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.training.settings import Settings
+
+Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""Called like `TrainableModel.forward`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips as the networks see them, all on one device.
+    """Encoded clips, all on one device.
 
     Attributes:
         latents: scaled VAE latents z0, (b, f, c, h, w), float32.
-        text: embeddings of the captions, (b, n, d).
+        text: caption embeddings, (b, n, d).
         fps: frames per second, (b,).
-        numbers: place of each clip in the global order (training/order.py).
-        image: what the condition encoder reads of the key frames beside their latents: `image_tokens`, `pixels`, or nothing.
+        indices: the clips' indices in the global order (data/ordering.py).
+        image: further inputs of the condition encoder from the key frames: `image_tokens`, `pixels`, or nothing.
         motion_tokens: of the motion captions, (b, k, e), or None.
-        flow: of the teacher, on the latent grid, or None.
+        flow: the flow model's, on the latent grid, or None.
     """
 
     latents: torch.Tensor
     text: torch.Tensor
     fps: torch.Tensor
-    numbers: Sequence[int]
+    indices: Sequence[int]
     image: Mapping[str, torch.Tensor] = field(default_factory=dict)
     motion_tokens: torch.Tensor | None = None
     flow: Flow | None = None
+
+
+@dataclass(frozen=True)
+class NullConditioning:
+    """Replaces dropped captions: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty caption."""
+
+    text: torch.Tensor
+    motion_tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class TrainingNoise:
 
     Attributes:
         noise: independent standard noise eps, (b, f, c, h, w).
-        t: diffusion steps, (b,), integers.
+        t: timesteps, (b,), integers.
         text_mask, image_mask: False where that condition is dropped, (b,), bool.
     """
 
@@ -57,26 +73,39 @@ class TrainingNoise:
     image_mask: torch.Tensor
 
     def to(self, device: torch.device) -> "TrainingNoise":
-        """The same draws on another device."""
+        """The same noise on another device."""
         return TrainingNoise(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class Objective:
+class Losses:
+    """Losses of every clip, (b,), float32.
+
+    Attributes:
+        total: minimized in the mean.
+        flow: PredictNet's part of it, before its weight, or None.
+    """
+
+    total: torch.Tensor
+    flow: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossConfig:
     """What a clip is trained on. The prediction type is the scheduler's.
 
     Attributes:
         scheduler: the training schedule.
-        prior: how the noise of a clip is made.
+        prior: the noise prior.
         keyframe_position: which frame is the key frame: first, center or an index.
-        snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all steps alike.
-        motion_weight: extra weight of the places that change in a clip (`motion_weights`); 0 weighs all places alike.
-        remapped_timesteps: what the network is told for every step, (t,); None: the step.
-        timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which diffusion steps are drawn (arXiv 2403.03206,
-            section 3.1); None draws all steps alike.
-        flow_weight: of PredictNet's flow loss; 0 leaves it out.
+        snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all timesteps alike.
+        motion_weight: extra weight where a clip departs from its key frame (`motion_weights`); 0 for none.
+        timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which timesteps are drawn (arXiv 2403.03206,
+            section 3.1); None draws them uniformly.
+        flow_weight: weight of PredictNet's flow loss.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         seed: of the run.
+        remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
     """
 
     scheduler: SchedulerMixin
@@ -91,38 +120,55 @@ class Objective:
     seed: int
     remapped_timesteps: torch.Tensor | None = None
 
-    def draw(self, numbers: Sequence[int], shape: torch.Size) -> TrainingNoise:
-        """The random choices for the clips with these numbers in the global order, on the CPU.
+    def sample_noise_and_timesteps(self, indices: Sequence[int], shape: torch.Size) -> TrainingNoise:
+        """Noise, timesteps and condition dropout of the clips with these global indices, on the CPU.
 
-        Each clip has its own generator, so its noise depends on neither batch size nor the number of processes. The small
-        choices are drawn before the noise, and so depend on the latents' size neither.
+        Each clip has its own generator, so its noise depends on neither batch size nor number of processes. Timestep and
+        dropout are drawn before the noise, so they do not depend on the size of the latents.
 
         Args:
             shape: of one clip's latents, (f, c, h, w).
         """
-        choices, t, noise = [], [], []
-        for number in numbers:
-            source = generator(self.seed, number)
-            choices.append(torch.rand(2, generator=source))
-            t.append(self._step(source))
-            noise.append(torch.randn(shape, generator=source))
-        keep = torch.stack(choices) >= torch.tensor([self.text_dropout, self.image_dropout])
-        return TrainingNoise(torch.stack(noise), torch.stack(t), keep[:, 0], keep[:, 1])
+        uniform, t, noise = [], [], []
+        for index in indices:
+            rng = generator(self.seed, index)
+            uniform.append(torch.rand(2, generator=rng))
+            t.append(self._sample_timestep(rng))
+            noise.append(torch.randn(shape, generator=rng))
+        mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
+        return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1])
 
-    def _step(self, source: torch.Generator) -> torch.Tensor:
+    def _sample_timestep(self, rng: torch.Generator) -> torch.Tensor:
         steps = self.scheduler.config["num_train_timesteps"]
         if self.timestep_logit_normal is None:
-            return torch.randint(steps, (), generator=source)
+            return torch.randint(steps, (), generator=rng)
         mean, std = self.timestep_logit_normal
-        # The smallest float32 below 1 times T may round up to T.
-        return (steps * torch.sigmoid(mean + std * torch.randn((), generator=source))).long().clamp(max=steps - 1)
+        # The largest float32 below 1, times T, may round up to T.
+        return (steps * torch.sigmoid(mean + std * torch.randn((), generator=rng))).long().clamp(max=steps - 1)
+
+
+def make_loss_config(pipeline: ImageToVideoPipeline, config: Settings) -> LossConfig:
+    """The loss of a run that trains this pipeline with this config."""
+    return LossConfig(
+        scheduler=pipeline.training_scheduler,
+        prior=pipeline.noise_prior,
+        remapped_timesteps=pipeline.remapped_timesteps,
+        keyframe_position=pipeline.keyframe_position,
+        snr_gamma=config.snr_gamma,
+        motion_weight=config.motion_weight,
+        flow_weight=config.flow_weight,
+        timestep_logit_normal=config.timestep_logit_normal,
+        text_dropout=config.text_dropout,
+        image_dropout=config.image_dropout,
+        seed=config.seed,
+    )
 
 
 class TrainableModel(nn.Module):
-    """All that trains as the one module that distributed wrappers want. It has no parameters of its own.
+    """Everything that trains, as the one module that distributed wrappers expect. It has no parameters of its own.
 
     Args:
-        predict_net: reads the decoder's features, or None.
+        predict_net: predicts optical flow from the decoder's features, or None.
     """
 
     def __init__(
@@ -141,7 +187,7 @@ class TrainableModel(nn.Module):
         z_ref: torch.Tensor,
         fps: torch.Tensor,
         image_mask: torch.Tensor,
-        **read: torch.Tensor,
+        **inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prediction at `z_t` (b, f, c, h, w) and `t` (b,), and PredictNet's flow (b, f-1, 2, h, w), or None.
 
@@ -149,60 +195,34 @@ class TrainableModel(nn.Module):
             text: (b, n, d).
             z_ref: (b, c, h, w).
             fps, image_mask: (b,).
-            read: what else the condition encoder reads, by its arguments' names.
+            inputs: further arguments of the condition encoder, by name.
         """
-        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, image_mask, **read))
+        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, image_mask, **inputs))
         prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
         return prediction, None if self.predict_net is None else self.predict_net(features, z_t.shape[1])
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Of every clip, (b,), float32.
-
-    Attributes:
-        total: what is minimised, in the mean.
-        flow: PredictNet's part of it, before its weight, or None.
-    """
-
-    total: torch.Tensor
-    flow: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """What stands for dropped captions: `text` (1, n, d) and `motion_tokens` (1, k, e) of the empty one."""
-
-    text: torch.Tensor
-    motion_tokens: torch.Tensor | None = None
-
-
 def training_loss(
-    denoiser: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    batch: Batch,
-    draws: TrainingNoise,
-    dropped: Dropped,
-    objective: Objective,
+    denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> Losses:
-    """The weighted squared error of every clip, and where PredictNet speaks its flow loss.
+    """The weighted squared error of every clip, plus PredictNet's flow loss if enabled.
 
     Args:
-        denoiser: called like `TrainableModel.forward`.
-        draws: on the batch's device.
+        noise: on the batch's device.
     """
-    z_ref = batch.latents[:, keyframe_index(objective.keyframe_position, batch.latents.shape[1])]
-    noise = objective.prior.noise(draws.noise, z_ref)
-    z_t = add_noise(objective.scheduler, batch.latents, noise, draws.t)
-    text_mask, read = draws.text_mask[:, None, None], dict(batch.image)
-    text = torch.where(text_mask, batch.text, dropped.text)
-    if batch.motion_tokens is not None and dropped.motion_tokens is not None:
-        read["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, dropped.motion_tokens)
-    told = draws.t if objective.remapped_timesteps is None else objective.remapped_timesteps.to(z_t.device)[draws.t]
-    prediction, flow = denoiser(z_t, told, text, z_ref, batch.fps, draws.image_mask, **read)
-    wanted = target(objective.scheduler, batch.latents, noise, draws.t)
-    error = squared_error(prediction, wanted, motion_weights(batch.latents, z_ref, objective.motion_weight))
-    losses = error * loss_weights(objective.scheduler, draws.t, objective.snr_gamma)
+    z_ref = batch.latents[:, keyframe_index(config.keyframe_position, batch.latents.shape[1])]
+    eps = config.prior.noise(noise.noise, z_ref)
+    z_t = add_noise(config.scheduler, batch.latents, eps, noise.t)
+    text_mask, inputs = noise.text_mask[:, None, None], dict(batch.image)
+    text = torch.where(text_mask, batch.text, null.text)
+    if batch.motion_tokens is not None and null.motion_tokens is not None:
+        inputs["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, null.motion_tokens)
+    t_model = noise.t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[noise.t]
+    prediction, flow = denoiser(z_t, t_model, text, z_ref, batch.fps, noise.image_mask, **inputs)
+    expected = target(config.scheduler, batch.latents, eps, noise.t)
+    error = squared_error(prediction, expected, motion_weights(batch.latents, z_ref, config.motion_weight))
+    losses = error * loss_weights(config.scheduler, noise.t, config.snr_gamma)
     if flow is None or batch.flow is None:
         return Losses(losses)
-    of_flow = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
-    return Losses(losses + objective.flow_weight * of_flow, of_flow)
+    flow_losses = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
+    return Losses(losses + config.flow_weight * flow_losses, flow_losses)

@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradient is not finite, and keeps the clips that it met."""
+"""Stops a run whose loss or gradient is not finite, and saves the clips of that step."""
 
 import json
 import math
@@ -16,13 +16,13 @@ from microcinema.utils.files import atomic_path
 FOLDER = "not_finite"
 
 
-class Guard:
-    """Holds what this process trains on in one step of the optimiser until it is known to be sound.
+class NanGuard:
+    """Keeps the clips of this process until their optimizer step is known to be finite.
 
     Args:
-        output_dir: folder of the run; clips are kept in its `not_finite/step-{step}-rank-{rank}.safetensors`: `numbers`, `latents`, `t`
+        output_dir: folder of the run; clips are saved as `not_finite/step-{step}-rank-{rank}.safetensors`: `numbers`, `latents`, `t`
             and `losses` of each, and as metadata `step`, `seed` and `clips`, a JSON list of number, id and caption. Seed and number
-            decide the noise, too.
+            determine the noise, too.
         seed: of the run.
     """
 
@@ -33,53 +33,53 @@ class Guard:
         self._tensors: list[dict[str, torch.Tensor]] = []
         self._clips: list[dict[str, Any]] = []
 
-    def hold(self, items: Mapping[str, Any], latents: torch.Tensor, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Takes a micro-batch.
+    def record(self, items: Mapping[str, Any], latents: torch.Tensor, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Adds a micro-batch.
 
         Args:
-            items: as the loader brought it: `sample_index` and `caption`, `id` if there is one.
+            items: from the loader: `sample_index` and `caption`, `id` if there is one.
             latents: (b, f, c, h, w).
             t, losses: (b,).
         """
-        numbers = items["sample_index"]
-        self._tensors.append({"numbers": numbers, "latents": latents, "t": t, "losses": losses.detach()})
-        ids = items.get("id", [None] * len(numbers))
-        captions = items.get("caption", [None] * len(numbers))
-        for number, clip, caption in zip(numbers.tolist(), ids, captions, strict=True):
-            self._clips.append({"number": number, "id": None if clip is None else str(clip), "caption": caption})
+        indices = items["sample_index"]
+        self._tensors.append({"numbers": indices, "latents": latents, "t": t, "losses": losses.detach()})
+        ids = items.get("id", [None] * len(indices))
+        captions = items.get("caption", [None] * len(indices))
+        for index, clip_id, caption in zip(indices.tolist(), ids, captions, strict=True):
+            self._clips.append({"number": index, "id": None if clip_id is None else str(clip_id), "caption": caption})
 
-    def check(self, step: int, losses: torch.Tensor, norm: float | None) -> None:
-        """Lets go of a step that is sound. Every process must call it, with the same arguments.
+    def assert_finite(self, step: int, losses: torch.Tensor, grad_norm: float | None) -> None:
+        """Discards the clips of a finite step. Collective, with the same arguments on every rank.
 
         Args:
-            step: of the optimiser, counted from 1.
+            step: of the optimizer, counted from 1.
             losses: of every clip, by process, (processes, clips).
-            norm: of the gradient; None where it says nothing, as when a loss scale was too large.
+            grad_norm: None if it tells nothing, as when the loss scale was too large.
 
         Raises:
-            UserError: a loss or the norm is not finite; the clips of the processes that met it, or of all, are kept.
+            UserError: a loss or the norm is not finite; the clips of the ranks that had it, or of all, are saved.
         """
-        finite = losses.isfinite().all(dim=1)
-        if finite.all() and (norm is None or math.isfinite(norm)):
+        is_finite = losses.isfinite().all(dim=1)
+        if is_finite.all() and (grad_norm is None or math.isfinite(grad_norm)):
             self._tensors.clear()
             self._clips.clear()
             return
-        found = f"the loss is {losses.mean().item()}" if not finite.all() else f"the norm of the gradient is {norm}"
-        met = [rank for rank, sound in enumerate(finite.tolist()) if not sound] or list(range(len(finite)))
-        if self.accelerator.process_index in met:
-            self._keep(self._path(step, self.accelerator.process_index), step)
-        self.accelerator.wait_for_everyone()  # the first process that ends takes the others with it
-        more = f" and {len(met) - 1} more" if len(met) > 1 else ""
+        problem = f"the loss is {losses.mean().item()}" if not is_finite.all() else f"the gradient norm is {grad_norm}"
+        ranks = [rank for rank, finite in enumerate(is_finite.tolist()) if not finite] or list(range(len(is_finite)))
+        if self.accelerator.process_index in ranks:
+            self._save(self._path(step, self.accelerator.process_index), step)
+        self.accelerator.wait_for_everyone()  # the first process to exit takes the others with it
+        more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
         raise UserError(
-            f"{found} at step {step}; its clips are kept in '{self._path(step, met[0])}'{more}; "
+            f"{problem} at step {step}; its clips are saved in '{self._path(step, ranks[0])}'{more}; "
             "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
         )
 
     def _path(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step}-rank-{rank:05d}.safetensors"
 
-    def _keep(self, path: Path, step: int) -> None:
-        tensors = {name: torch.cat([part[name].cpu() for part in self._tensors]) for name in self._tensors[0]}
-        about = {"step": str(step), "seed": str(self.seed), "clips": json.dumps(self._clips, ensure_ascii=False)}
+    def _save(self, path: Path, step: int) -> None:
+        tensors = {name: torch.cat([batch[name].cpu() for batch in self._tensors]) for name in self._tensors[0]}
+        metadata = {"step": str(step), "seed": str(self.seed), "clips": json.dumps(self._clips, ensure_ascii=False)}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=about)
+            save_file(tensors, temporary, metadata=metadata)

@@ -1,349 +1,316 @@
-"""The training loop: order of clips, loss, optimiser, averages, checkpoints and reports, each from its own module."""
+"""The training loop. Loss, metrics, moving averages, checkpoints and validation have modules of their own."""
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from microcinema.config.compose import instantiate, save
-from microcinema.data.flow_clips import FlowClips
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
-from microcinema.data.latents import EncodedClips
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.source import ClipSource
-from microcinema.diffusion.schedule import check_keeps_schedule
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import set_trainable
-from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
-from microcinema.training import cached_latents_check
-from microcinema.training.batch_encoder import BatchEncoder
-from microcinema.training.build import build_keyframes, build_networks, build_pipeline
+from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.distributed import broadcast_from_main, has_zero3, make_accelerator
-from microcinema.training.ema import evaluated
-from microcinema.training.loss import Objective, TrainableModel, training_loss
-from microcinema.training.metrics import Meter
-from microcinema.training.nan_guard import Guard
-from microcinema.training.preemption import EXIT_STATUS, Preempted, Preemption, ignore_signals_in_worker
+from microcinema.training.distributed import broadcast_from_main, has_zero3
+from microcinema.training.ema import ema_pipeline
+from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
+from microcinema.training.metrics import StepMetrics
+from microcinema.training.nan_guard import NanGuard
+from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.training.settings import Settings
-from microcinema.training.validation import Validation
-from microcinema.training.warm_start import describe, warm_start
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder, make_folder, sweep
-from microcinema.utils.provenance import append_record, describe_environment
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-CONFIG = "config.yaml"
-ENVIRONMENT = "environment.json"  # one entry for each start of the run
+Items = dict[str, Any]
+"""A collated micro-batch; keys as in data/clips.py."""
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
-def train(
-    accelerator: Accelerator,
-    pipeline: ImageToVideoPipeline,
-    dataset: ClipSource,
-    settings: Settings,
-    validate: Validate | None = None,
-    predict_net: PredictNet | None = None,
-    listen: Callable[[dict[str, float]], None] | None = None,
-    before_first_step: Callable[[], None] | None = None,
-) -> Path:
-    """Trains the pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
+class Trainer:
+    """Trains a pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
 
-    Every process of a distributed run calls it with the same arguments. Clips, their noise and their dropout depend on `settings.seed` and
-    their number alone; interrupted and resumed, a run ends in the same bits.
+    Every process of a distributed run makes one with the same arguments. Clips, their noise and their dropout depend only on the
+    seed and the clips' global indices; a run that is interrupted and resumed ends in the same bits.
 
     Args:
-        accelerator: from `make_accelerator`, for these settings and this call alone.
+        accelerator: from `make_accelerator`, for this config and this run alone.
         pipeline: the model; only its `unet` and `condition_encoder` change.
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
-        predict_net: trained beside the pipeline, and in its checkpoints alone, on the clips' `flow` and `flow_valid`.
-        validate: called every `validation_steps` and after the last step, in all processes, with the step; the pipeline then holds the
-            averaged weights.
-        listen: given all figures that are logged: those of each step, and the seconds of each checkpoint and validation.
-        before_first_step: called in the main process before the first step, when all that can be refused has been checked.
+        config: of the run.
+        validation: called on every rank with accelerator, pipeline and step, every `validation_steps` and after the last step; the
+            pipeline then holds the averaged weights.
+        predict_net: trained beside the pipeline, saved in checkpoints alone; needs clips with `flow` and `flow_valid`.
+        on_metrics: called with all metrics that are logged: those of each step, and the seconds of each checkpoint and validation.
+        before_first_step: called on the main process when everything that can be refused has been checked.
+        region: marks named parts of a step for a profiler: `VAE`, `encoders`, `forward`, `backward`, `optimizer`.
 
-    Returns:
-        output_dir.
+    Attributes:
+        model: everything that trains, as prepared by the accelerator.
+        clips: the data set in its global order.
+        progress: steps done and clips consumed.
 
     Raises:
-        UserError: settings that cannot work, a checkpoint that does not fit, a loss or gradient that is not finite (training/guard.py).
-        Preempted: SIGTERM or SIGUSR1 asked the run to end, and it has saved.
+        UserError: settings that cannot work, or a checkpoint that does not fit.
     """
-    output_dir = make_folder(settings.output_dir)
-    checkpoint = broadcast_from_main(accelerator, lambda: _choose(output_dir, settings.resume_from_checkpoint))
-    device = accelerator.device
 
-    for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
-        if encoder is not None:
-            encoder.requires_grad_(False).eval().to(device)
-    denoiser: nn.Module = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
-    if settings.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.condition_encoder.enable_gradient_checkpointing()
-    set_trainable(
-        pipeline.unet, pipeline.condition_encoder, settings.trainable_parameters, settings.trainable_unet_layers
-    )
-    optimizer = make_optimizer([each for each in denoiser.parameters() if each.requires_grad], settings)
-    lr_schedule = get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-    )
-    denoiser, optimizer, lr_schedule = accelerator.prepare(denoiser, optimizer, lr_schedule)
-    # Only now: FSDP puts others in the place of the parameters that it parts.
-    named = accelerator.unwrap_model(denoiser).named_parameters()
-    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-    parameters = list(trained.values())
-    if settings.use_ema and has_zero3(denoiser):
-        raise UserError(
-            "use_ema=true averages no parameters that ZeRO-3 has parted; use FSDP or ZeRO-2, or use_ema=false"
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: ImageToVideoPipeline,
+        dataset: ClipSource,
+        config: Settings,
+        validation: Validate | None = None,
+        predict_net: PredictNet | None = None,
+        on_metrics: Callable[[dict[str, float]], None] | None = None,
+        before_first_step: Callable[[], None] | None = None,
+        region: Region = record_function,
+    ) -> None:
+        self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
+        self.validation, self.on_metrics, self.region = validation, on_metrics, region
+        self.before_first_step = before_first_step
+        self.output_dir = make_folder(config.output_dir)
+        checkpoint = broadcast_from_main(accelerator, self._choose_checkpoint)
+        self._set_up_model(predict_net)
+        self.clips = IndexedDataset(dataset, config.seed)
+        self.clips_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+        identity = run_identity(config, pipeline, self.clips, accelerator.num_processes, accelerator.mixed_precision)
+        self.checkpoints = Checkpoints(
+            accelerator, self.output_dir, self.model, self.trained, self.ema, config.checkpoints_total_limit, identity
         )
-    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
+        self.progress = self.checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
+        self.loss_config = make_loss_config(pipeline, config)
+        self.encode = BatchEncoder(pipeline, accelerator.device, dataset.empty_tokens, region)
+        self.metrics = StepMetrics(accelerator, self.loss_config.scheduler.config["num_train_timesteps"])
+        self.nan_guard = NanGuard(accelerator, self.output_dir, config.seed)
+        self.errors = ErrorRate(config.max_error_rate)
 
-    clips = IndexedDataset(dataset, settings.seed)
-    identity = run_identity(settings, pipeline, clips, accelerator.num_processes, accelerator.mixed_precision)
-    checkpoints = Checkpoints(
-        accelerator, output_dir, denoiser, trained, ema, settings.checkpoints_total_limit, identity
-    )
-    progress = checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
-    if before_first_step is not None and accelerator.is_main_process:
-        before_first_step()
-    if settings.report_to:
-        accelerator.init_trackers("microcinema", {key: _loggable(value) for key, value in asdict(settings).items()})
+    def train(self) -> Path:
+        """Trains from the current step to the last and saves the pipeline; returns `output_dir`. Collective.
 
-    objective = make_objective(pipeline, settings)
-    encode = BatchEncoder(pipeline, device, dataset.empty_tokens)
-    meter = Meter(accelerator, objective.scheduler.config["num_train_timesteps"])
-    guard = Guard(accelerator, output_dir, settings.seed)
+        Raises:
+            UserError: a loss or gradient that is not finite, too many broken clips, a full disk.
+            Preempted: the run received SIGTERM or SIGUSR1, and has saved a checkpoint.
+        """
+        config, preempted = self.config, False
+        self._start_logging()
+        with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
+            self.metrics.start_step()
+            while self.progress.step < config.max_train_steps and not preempted:
+                metrics = self.step(micro_batches)
+                self._log(metrics)
+                clips_per_second = metrics["clips_per_second"]
+                bar.set_postfix_str(
+                    f"loss {self.metrics.recent_loss:.4f}, {clips_per_second:.1f} clips/s", refresh=False
+                )
+                bar.update()
 
-    def report(figures: dict[str, float]) -> None:
-        accelerator.log(figures, step=progress.step)
-        if listen is not None:
-            listen(figures)
+                step, last = self.progress.step, self.progress.step == config.max_train_steps
+                preempted = preemption.on_any_rank(self.accelerator) and not last
+                if last or preempted or step % config.checkpointing_steps == 0:
+                    self.save()
+                if last or (step % config.validation_steps == 0 and not preempted):
+                    self.validate()
+        if not preempted:
+            self.export()
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if preempted:
+            raise Preempted(f"preempted; saved step {self.progress.step} of {config.max_train_steps}")
+        return self.output_dir
 
-    def loss_of(items: dict[str, Any]) -> torch.Tensor:
-        with accelerator.autocast():
-            batch, dropped = encode(items), encode.dropped()
-        draws = objective.draw(batch.numbers, batch.latents.shape[1:]).to(device)
-        losses = training_loss(denoiser, batch, draws, dropped, objective)
-        meter.add(losses.total, draws.t, losses.flow)
-        guard.hold(items, batch.latents, draws.t, losses.total)
+    def step(self, micro_batches: Iterator[Items]) -> dict[str, float]:
+        """One optimizer step over its micro-batches; returns its metrics. Collective.
+
+        Raises:
+            UserError: the loss or the gradient is not finite.
+        """
+        accelerator, grad_norm = self.accelerator, None
+        for _ in range(self.config.gradient_accumulation_steps):
+            items = next(micro_batches)
+            with accelerator.accumulate(self.model):
+                with self.metrics.count_flops(items):
+                    loss = self.loss(items)
+                    with self.region("backward"):
+                        accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                with self.region("optimizer"):
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+        metrics = {**self.metrics.finish_step(), "lr": self.lr_schedule.get_last_lr()[0]}
+        metrics["broken_clips"] = self.errors.total
+        if grad_norm is not None:
+            metrics["grad_norm"] = float(grad_norm)
+        # A skipped step means that the fp16 loss scale was too large: its gradients overflow, and it does not count.
+        skipped = accelerator.optimizer_step_was_skipped
+        self.nan_guard.assert_finite(
+            self.progress.step + 1, self.metrics.losses, None if skipped else metrics.get("grad_norm")
+        )
+        if not skipped:
+            self.lr_schedule.step()
+            if self.ema is not None:
+                self.ema.step(list(self.trained.values()))
+        self.progress = Progress(self.progress.step + 1, self.progress.clips + self.clips_per_step)
+        return metrics
+
+    def loss(self, items: Items) -> torch.Tensor:
+        """The mean loss of a micro-batch."""
+        with self.accelerator.autocast():
+            batch, null = self.encode(items), self.encode.null_conditioning()
+        noise = self.loss_config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:])
+        noise = noise.to(self.accelerator.device)
+        losses = training_loss(self._forward, batch, noise, null, self.loss_config)
+        self.metrics.add(losses.total, noise.t, losses.flow)
+        self.nan_guard.record(items, batch.latents, noise.t, losses.total)
         return losses.total.mean()
 
-    clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
-    errors = ErrorRate(settings.max_error_rate)
-    micro_batches = meter.waiting(errors.watch(_micro_batches(accelerator, clips, settings, progress)))
-    with (
-        Preemption() as preemption,
-        closing(micro_batches),  # type: ignore[type-var]  # and with them the workers
-        tqdm(
-            total=settings.max_train_steps,
-            initial=progress.step,
+    def save(self) -> None:
+        """Writes a checkpoint. Collective."""
+        with self.metrics.paused():
+            self.checkpoints.save(self.progress)
+        self._log({"checkpoint_seconds": self.metrics.paused_seconds})
+
+    def validate(self) -> None:
+        """Runs the validation, if there is one, with the averaged weights. Collective."""
+        if self.validation is None:
+            return
+        with (
+            self.metrics.paused(),
+            ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline,
+        ):
+            self.validation(self.accelerator, pipeline, self.progress.step)
+        self._log({"validation_seconds": self.metrics.paused_seconds})
+
+    def export(self) -> None:
+        """Saves the pipeline with the averaged weights in the folder of the run. Collective."""
+        with ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline:
+            if self.accelerator.is_main_process:
+                export_pipeline(pipeline, self.output_dir)
+
+    def _choose_checkpoint(self) -> Path | None:
+        sweep(self.output_dir)
+        return choose_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+
+    def _set_up_model(self, predict_net: PredictNet | None) -> None:
+        """Freezes the encoders, selects what trains, and prepares model, optimizer and schedule for the run's processes."""
+        pipeline, config = self.pipeline, self.config
+        for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
+            if encoder is not None:
+                encoder.requires_grad_(False).eval().to(self.accelerator.device)
+        model = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
+        if config.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.condition_encoder.enable_gradient_checkpointing()
+        set_trainable(
+            pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
+        )
+        optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+        lr_schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.model, self.optimizer, self.lr_schedule = self.accelerator.prepare(model, optimizer, lr_schedule)
+        # Only now: FSDP replaces parameters by shards.
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        self.trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        if config.use_ema and has_zero3(self.model):
+            raise UserError(
+                "use_ema=true cannot average parameters that ZeRO-3 shards; use FSDP or ZeRO-2, or use_ema=false"
+            )
+        trained = list(self.trained.values())
+        self.ema = EMAModel(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None
+
+    def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self.region("forward"):
+            return self.model(*args, **kwargs)
+
+    def _micro_batches(self) -> Generator[Items, None, None]:
+        """This process's share of the remaining clips, collated; broken clips are recorded in `output_dir/quarantine`."""
+        accelerator, config, clips = self.accelerator, self.config, self.clips
+        clips.dataset.check_processes(accelerator.num_processes)
+        folder = self.output_dir / "quarantine"
+        if self.progress.clips == 0:  # a new run starts without the records of an earlier one
+            if accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+            accelerator.wait_for_everyone()
+        clips.quarantine = Quarantine(folder, config.clip_retries, accelerator.process_index)
+        remaining_steps = max(0, config.max_train_steps - self.progress.step)
+        sampler = DistributedBatchSampler(
+            self.progress.clips,
+            self.progress.clips + remaining_steps * self.clips_per_step,
+            config.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            clips.same_shape_run,
+        )
+        loader = DataLoader(
+            clips,
+            batch_sampler=sampler,
+            num_workers=config.dataloader_num_workers,
+            worker_init_fn=ignore_signals_in_worker,
+            pin_memory=accelerator.device.type == "cuda",
+            # Seeds of its own: drawn from the global generator, they would differ between a resumed and an uninterrupted run.
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        return self.metrics.timed_iterator(self.errors.watch(iter(loader)))
+
+    def _start_logging(self) -> None:
+        if self.before_first_step is not None and self.accelerator.is_main_process:
+            self.before_first_step()
+        if self.config.report_to:
+            loggable = (int, float, str, bool)
+            values = asdict(self.config).items()
+            settings = {key: value if isinstance(value, loggable) else str(value) for key, value in values}
+            self.accelerator.init_trackers("microcinema", settings)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.max_train_steps,
+            initial=self.progress.step,
             desc="training",
             unit="step",
-            disable=not accelerator.is_main_process,
-        ) as bar,
-    ):
-        meter.start()
-        stopping = False
-        while progress.step < settings.max_train_steps:
-            norm = _optimise(accelerator, denoiser, optimizer, settings, micro_batches, loss_of, meter)
-            figures = {**meter.read(), "lr": lr_schedule.get_last_lr()[0], "broken_clips": errors.total}
-            if norm is not None:
-                figures["grad_norm"] = norm
-            reached = Progress(progress.step + 1, progress.clips + clips_per_step)
-            # A step that was skipped is a loss scale being found, whose gradients overflow.
-            guard.check(reached.step, meter.losses, None if accelerator.optimizer_step_was_skipped else norm)
-            if not accelerator.optimizer_step_was_skipped:
-                lr_schedule.step()
-                if ema:
-                    ema.step(parameters)
-            progress = reached
-            report(figures)
-            bar.set_postfix_str(
-                f"loss {meter.recent_loss:.4f}, {figures['clips_per_second']:.1f} clips/s", refresh=False
-            )
-            bar.update()
+            disable=not self.accelerator.is_main_process,
+        )
 
-            done = progress.step == settings.max_train_steps
-            stopping = preemption.agreed(accelerator) and not done
-            if done or stopping or progress.step % settings.checkpointing_steps == 0:
-                with meter.aside():
-                    checkpoints.save(progress)
-                report({"checkpoint_seconds": meter.seconds_aside})
-            if stopping:
-                break
-            if validate is not None and (done or progress.step % settings.validation_steps == 0):
-                with meter.aside(), evaluated(accelerator, pipeline, denoiser, ema, trained) as whole:
-                    validate(accelerator, whole, progress.step)
-                report({"validation_seconds": meter.seconds_aside})
-
-    if not stopping:
-        with evaluated(accelerator, pipeline, denoiser, ema, trained) as whole:
-            if accelerator.is_main_process:
-                export(whole, output_dir)
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    if stopping:
-        raise Preempted(f"asked to end; saved step {progress.step} of {settings.max_train_steps}")
-    return output_dir
+    def _log(self, metrics: dict[str, float]) -> None:
+        self.accelerator.log(metrics, step=self.progress.step)
+        if self.on_metrics is not None:
+            self.on_metrics(metrics)
 
 
-def run(config: "DictConfig", listen: Callable[[dict[str, float]], None] | None = None) -> int:
-    """The command `train`: makes the objects that its config describes, and trains.
-
-    Args:
-        listen: as in `train`.
-
-    Returns:
-        The exit status: 0, or `EXIT_STATUS` of a run that was asked to end, and goes on with resume_from_checkpoint=latest.
-
-    Raises:
-        UserError: the config describes something that cannot be made or trained.
-    """
-    from omegaconf import OmegaConf
-
-    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
-    output_dir = make_folder(settings.output_dir)
-    accelerator = make_accelerator(settings)
-    set_seed(settings.seed)
-    base = load_base(**config.base)
-    if settings.trainable_parameters == "temporal":
-        check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
-    dataset, teacher = instantiate(config.data), config.model.flow_model
-    if accelerator.is_main_process:
-        for reason, count in dataset.skipped.items():
-            print(f"{count} clips skipped: {reason}")
-    if config.cached_latents is not None:
-        dataset = EncodedClips(config.cached_latents, dataset)
-    elif teacher is not None:
-        dataset = FlowClips(dataset, teacher, base.vae_scale_factor)
-    if config.fps is None:  # the saved config has to know it
-        config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
-    parts = build_networks(config, base)
-    if config.init_weights_from is not None:
-        new = warm_start({name: parts[name] for name in ("unet", "condition_encoder")}, config.init_weights_from)
-        accelerator.print(describe(new, config.init_weights_from))
-    pipeline = build_pipeline(
-        config,
-        base.scheduler,
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        **parts,
-    )
-    if isinstance(dataset, EncodedClips):
-        cached_latents_check.check(dataset, pipeline, teacher)
-    predict_net = None if teacher is None else PredictNet.for_unet(pipeline.unet)
-    validate = None
-    if settings.validation_prompts:
-        keyframes = build_keyframes(base)
-        validate = Validation(accelerator, pipeline, keyframes, settings.validation_prompts, output_dir, settings.seed)
-    del base  # its 2D UNet has been copied
-
-    def record() -> None:
-        save(config, output_dir / CONFIG)
-        append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
-
-    try:
-        train(accelerator, pipeline, dataset, settings, validate, predict_net, listen, record)
-        status = 0
-    except Preempted as stop:
-        accelerator.print(f"{stop}; go on with resume_from_checkpoint=latest")
-        status = EXIT_STATUS
-    accelerator.end_training()
-    return status
-
-
-def export(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
-    """Saves the pipeline among the checkpoints of its run, `model_index.json` last; what is embedded is named, not copied."""
-    sources = (pipeline.config["base"], pipeline.config["unet_source"] or pipeline.config["base"])
-    whole = output_dir / ".pipeline.partial"
-    save_pipeline(pipeline, whole, with_base=any(source is None or not is_embedded(source) for source in sources))
-    for part in sorted(whole.iterdir(), key=lambda path: path.name == INDEX):
-        if part.is_dir():
-            with atomic_folder(output_dir / part.name) as folder:
-                for file in part.iterdir():
-                    os.replace(file, folder / file.name)
-        else:
-            os.replace(part, output_dir / part.name)
-    shutil.rmtree(whole)
-
-
-def make_objective(pipeline: ImageToVideoPipeline, settings: Settings) -> Objective:
-    """What a run with these settings trains the pipeline on."""
-    return Objective(
-        scheduler=pipeline.training_scheduler,
-        prior=pipeline.noise_prior,
-        remapped_timesteps=pipeline.remapped_timesteps,
-        keyframe_position=pipeline.keyframe_position,
-        snr_gamma=settings.snr_gamma,
-        motion_weight=settings.motion_weight,
-        flow_weight=settings.flow_weight,
-        timestep_logit_normal=settings.timestep_logit_normal,
-        text_dropout=settings.text_dropout,
-        image_dropout=settings.image_dropout,
-        seed=settings.seed,
-    )
-
-
-def _optimise(
-    accelerator: Accelerator,
-    denoiser: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    micro_batches: Iterator[dict[str, Any]],
-    loss_of: Callable[[dict[str, Any]], torch.Tensor],
-    meter: Meter,
-) -> float | None:
-    """One step of the optimiser over its micro-batches; returns the norm of the gradient before clipping, if it is told."""
-    norm: torch.Tensor | float | None = None
-    for _ in range(settings.gradient_accumulation_steps):
-        items = next(micro_batches)
-        with accelerator.accumulate(denoiser):
-            with meter.counting(items):
-                accelerator.backward(loss_of(items))
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(denoiser.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return None if norm is None else float(norm)
-
-
-def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, in 8 bits if asked to.
+def make_optimizer(parameters: list[nn.Parameter], config: Settings) -> torch.optim.Optimizer:
+    """AdamW, with 8-bit states if the config says so.
 
     Raises:
         UserError: 8 bits without bitsandbytes.
     """
     arguments: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "weight_decay": settings.adam_weight_decay,
-        "eps": settings.adam_epsilon,
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
     }
-    if not settings.use_8bit_adam:
+    if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **arguments)  # a third of the default's time on a CPU
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
@@ -352,42 +319,16 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.
     return AdamW8bit(parameters, **arguments)
 
 
-def _choose(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    sweep(output_dir)
-    return choose_checkpoint(output_dir, resume_from_checkpoint)
-
-
-def _micro_batches(
-    accelerator: Accelerator, clips: IndexedDataset, settings: Settings, progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """This process's share of the clips that are left, collated; those that cannot be read go to `output_dir/quarantine`."""
-    clips_per_step = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
-    stop = progress.clips + max(0, settings.max_train_steps - progress.step) * clips_per_step
-    clips.dataset.check_processes(accelerator.num_processes)
-    folder = Path(settings.output_dir) / "quarantine"
-    if progress.clips == 0:  # a new run: what an earlier one met there says nothing of this one
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-        accelerator.wait_for_everyone()
-    clips.quarantine = Quarantine(folder, settings.clip_retries, accelerator.process_index)
-    loader = DataLoader(
-        clips,
-        batch_sampler=DistributedBatchSampler(
-            progress.clips,
-            stop,
-            settings.train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            clips.same_shape_run,
-        ),
-        num_workers=settings.dataloader_num_workers,
-        worker_init_fn=ignore_signals_in_worker,
-        pin_memory=accelerator.device.type == "cuda",
-        # Its own source of seeds: taken from the global one, they would differ between a resumed and an uninterrupted run.
-        generator=torch.Generator().manual_seed(settings.seed),
-    )
-    return iter(loader)
-
-
-def _loggable(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bool) else str(value)
+def export_pipeline(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
+    """Saves the pipeline beside the run's checkpoints, `model_index.json` last; embedded components are referenced, not copied."""
+    sources = (pipeline.config["base"], pipeline.config["unet_source"] or pipeline.config["base"])
+    temporary = output_dir / ".pipeline.partial"
+    save_pipeline(pipeline, temporary, with_base=any(source is None or not is_embedded(source) for source in sources))
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
+        if path.is_dir():
+            with atomic_folder(output_dir / path.name) as folder:
+                for file in path.iterdir():
+                    os.replace(file, folder / file.name)
+        else:
+            os.replace(path, output_dir / path.name)
+    shutil.rmtree(temporary)

@@ -69,7 +69,7 @@ def check(shown: str) -> float:
 
 
 FOUND = dry_run.Measured(
-    steps=[{"clips_per_second": rate, "data_wait": 0.1, "flop_utilisation": 0.3, "broken_clips": 0.0} for rate in (1, 1, 4, 5, 3, 4, 9)],
+    steps=[{"clips_per_second": rate, "data_wait": 0.1, "mfu": 0.3, "broken_clips": 0.0} for rate in (1, 1, 4, 5, 3, 4, 9)],
     checkpoint_seconds=7.0,
     validation_seconds=5.0,
     checkpoint_bytes=1000,

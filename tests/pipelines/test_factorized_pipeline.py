@@ -155,7 +155,9 @@ def train(folder, run, clips, teacher=GROUND_TRUTH, **settings):
             PredictNet.for_unet(pipeline.unet),
         )
     settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "trainable_parameters": "all", **settings})
-    tiny_training.trainer.train(tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net)
+    tiny_training.Trainer(
+        tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net
+    ).train()
     return pipeline
 
 
@@ -185,7 +187,7 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
     kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents", GROUND_TRUTH, keep)
     cached_latents_check.check(kept, model, GROUND_TRUTH)
     encode = BatchEncoder(model, torch.device("cpu"))
-    raw, dropped = encode(collated(data)), encode.dropped()
+    raw, null = encode(collated(data)), encode.null_conditioning()
     if keep is None:
         for network in (model.vae, model.text_encoder, model.motion_encoder, model.image_encoder):
             monkeypatch.setattr(network, "forward", None)
@@ -199,8 +201,8 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
     torch.testing.assert_close(batch.motion_tokens, raw.motion_tokens, **close)
     torch.testing.assert_close(batch.image["image_tokens"], raw.image["image_tokens"], **close)
     torch.testing.assert_close(batch.image["pixels"], raw.image["pixels"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(encode.dropped().text, dropped.text, **close)
-    torch.testing.assert_close(encode.dropped().motion_tokens, dropped.motion_tokens, **close)
+    torch.testing.assert_close(encode.null_conditioning().text, null.text, **close)
+    torch.testing.assert_close(encode.null_conditioning().motion_tokens, null.motion_tokens, **close)
     assert torch.equal(batch.flow.valid, raw.flow.valid)
     torch.testing.assert_close(batch.flow.vectors, raw.flow.vectors, **close)
     assert raw.flow.vectors.abs().max() > 0.05
@@ -214,7 +216,7 @@ def test_what_these_latents_are_not(folder, model, clips, tmp_path):
     )
     with pytest.raises(UserError, match="come without flow and keyframe, which this model learns from"):
         cached_latents_check.check(kept, model, "dis")
-    with pytest.raises(UserError, match="come without"):
+    with pytest.raises(UserError, match="do not include"):
         BatchEncoder(model, torch.device("cpu"))(collated(kept))
     model.register_to_config(num_motion_tokens=9)
     with pytest.raises(UserError, match="num_motion_tokens was 32 and is 9; make others"):

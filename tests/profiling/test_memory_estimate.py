@@ -18,8 +18,9 @@ from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
-from microcinema.training import build, trainer
+from microcinema.training import build
 from microcinema.training.settings import Settings
+from microcinema.training.trainer import Trainer
 
 FRAMES = 4
 
@@ -131,9 +132,9 @@ def test_a_run_takes_what_was_estimated(composed, tmp_path, name):
     clips = Clips(latents, tiny.SIZE // tiny.VAE_FACTOR if latents else tiny.SIZE)
     with LiveMemory() as live:
         live.watch(memory_estimate.tensors(pipeline))
-        trainer.train(
+        Trainer(
             accelerator(settings), pipeline, clips, settings, validate if settings.validation_prompts else None
-        )
+        ).train()
     assert live.peak == pytest.approx(estimate.peak, rel=0.02)
 
 
@@ -173,7 +174,7 @@ def test_mixed_precision_follows_the_rules_of_the_device(precision, wanted):
             normed = functional.layer_norm(functional.group_norm(h, 2), (2,))
             return [h.dtype, normed.dtype, functional.interpolate(h, scale_factor=2.0).dtype]
 
-    assert types(memory_estimate.like_cuda()) == [wanted, torch.float32, wanted]
+    assert types(memory_estimate.CudaAutocast()) == [wanted, torch.float32, wanted]
     assert types(nullcontext())[:2] == [wanted, wanted]
 
 
@@ -192,7 +193,7 @@ def test_the_rules_of_cuda_are_those_of_cuda(precision):
 
     with torch.autocast("cuda", memory_estimate.DTYPES[precision]):
         wanted = types("cuda")
-    with memory_estimate.like_cuda(), memory_estimate.autocast(precision):
+    with memory_estimate.CudaAutocast(), memory_estimate.autocast(precision):
         assert types("cpu") == wanted
 
 
@@ -208,5 +209,5 @@ def test_a_step_on_a_gpu_takes_what_was_estimated(composed, tmp_path):
     pipeline = real_pipeline(train)
     clips = Clips(latents=True, side=64 // tiny.VAE_FACTOR, length=16)
     torch.cuda.reset_peak_memory_stats()
-    trainer.train(accelerator(settings), pipeline, clips, settings)
+    Trainer(accelerator(settings), pipeline, clips, settings).train()
     assert torch.cuda.max_memory_allocated() == pytest.approx(estimate.peak, rel=0.15)

@@ -66,7 +66,7 @@ def test_what_autograd_keeps_is_alive_until_backward(live):
 def test_the_peak_can_start_anew(live):
     a = kilobytes(4)
     del a
-    live.restart()
+    assert live.reset_peak() == 4 * KB
     b = kilobytes(2)
     assert (live.now, live.peak) == (2 * KB, 2 * KB)
     del b

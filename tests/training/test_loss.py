@@ -8,12 +8,12 @@ from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, motion_weights, target
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
-from microcinema.training.loss import Batch, Dropped, Objective, TrainingNoise, training_loss
+from microcinema.training.loss import Batch, LossConfig, NullConditioning, TrainingNoise, training_loss
 
 SHAPE = torch.Size((3, 4, 2, 2))
 
 
-def objective(**changes) -> Objective:
+def loss_config(**changes) -> LossConfig:
     settings = {
         "scheduler": DDPMScheduler(clip_sample=False),
         "prior": NoisePrior("appearance", 0.5),
@@ -26,7 +26,7 @@ def objective(**changes) -> Objective:
         "image_dropout": 0.5,
         "seed": 3,
     }
-    return Objective(**{**settings, **changes})
+    return LossConfig(**{**settings, **changes})
 
 
 def batch(size: int = 2) -> Batch:
@@ -36,73 +36,85 @@ def batch(size: int = 2) -> Batch:
 
 
 def test_draws_of_a_clip_depend_on_its_number_alone():
-    together = objective().draw([4, 5, 6], SHAPE)
-    alone = objective().draw([5], SHAPE)
+    together = loss_config().sample_noise_and_timesteps([4, 5, 6], SHAPE)
+    alone = loss_config().sample_noise_and_timesteps([5], SHAPE)
     for name in ("noise", "t", "text_mask", "image_mask"):
         assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
     assert not torch.equal(together.noise[0], together.noise[1])
-    assert not torch.equal(objective(seed=4).draw([5], SHAPE).noise, alone.noise)
+    assert not torch.equal(loss_config(seed=4).sample_noise_and_timesteps([5], SHAPE).noise, alone.noise)
     # Longer or larger clips keep their diffusion step and dropout.
-    assert torch.equal(objective().draw([4, 5, 6], torch.Size((9, 4, 3, 3))).t, together.t)
+    assert torch.equal(loss_config().sample_noise_and_timesteps([4, 5, 6], torch.Size((9, 4, 3, 3))).t, together.t)
 
 
-def test_dropout_is_independent_and_as_frequent_as_asked():
-    draws = objective().draw(range(4000), torch.Size((1, 1, 1, 1)))
-    no_text, no_image = ~draws.text_mask, ~draws.image_mask
+def test_dropout_is_independent_and_as_frequent_as_configured():
+    noise = loss_config().sample_noise_and_timesteps(range(4000), torch.Size((1, 1, 1, 1)))
+    no_text, no_image = ~noise.text_mask, ~noise.image_mask
     assert no_text.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert no_image.float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert (no_text & no_image).float().mean().item() == pytest.approx(0.125, abs=0.02)
-    assert draws.t.float().mean().item() == pytest.approx(499.5, abs=20)
-    assert draws.t.min() < 5 and draws.t.max() > 994
-    kept = objective(text_dropout=0.0, image_dropout=0.0).draw(range(500), torch.Size((1, 1, 1, 1)))
+    assert noise.t.float().mean().item() == pytest.approx(499.5, abs=20)
+    assert noise.t.min() < 5 and noise.t.max() > 994
+    kept = loss_config(text_dropout=0.0, image_dropout=0.0).sample_noise_and_timesteps(
+        range(500), torch.Size((1, 1, 1, 1))
+    )
     assert kept.text_mask.all() and kept.image_mask.all()
-    dropped = objective(text_dropout=1.0, image_dropout=1.0).draw(range(500), torch.Size((1, 1, 1, 1)))
+    dropped = loss_config(text_dropout=1.0, image_dropout=1.0).sample_noise_and_timesteps(
+        range(500), torch.Size((1, 1, 1, 1))
+    )
     assert not dropped.text_mask.any() and not dropped.image_mask.any()
 
 
 def test_diffusion_steps_follow_the_logit_normal_distribution():
-    t = objective(timestep_logit_normal=(0.8, 1.2)).draw(range(4000), torch.Size((1, 1, 1, 1))).t
+    t = (
+        loss_config(timestep_logit_normal=(0.8, 1.2))
+        .sample_noise_and_timesteps(range(4000), torch.Size((1, 1, 1, 1)))
+        .t
+    )
     logit = torch.logit((t + 0.5) / 1000)
     assert logit.mean().item() == pytest.approx(0.8, abs=0.06)
     assert logit.std().item() == pytest.approx(1.2, abs=0.06)
-    far = objective(timestep_logit_normal=(40.0, 1.0)).draw(range(9), torch.Size((1, 1, 1, 1))).t
+    far = (
+        loss_config(timestep_logit_normal=(40.0, 1.0)).sample_noise_and_timesteps(range(9), torch.Size((1, 1, 1, 1))).t
+    )
     assert (far == 999).all()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_a_denoiser_that_knows_the_target_has_no_loss(kind):
-    task = objective(scheduler=DDPMScheduler(prediction_type=kind, clip_sample=False), snr_gamma=5.0)
+    config = loss_config(scheduler=DDPMScheduler(prediction_type=kind, clip_sample=False), snr_gamma=5.0)
     clips = batch()
-    draws = task.draw(clips.numbers, SHAPE)
-    eps_hat = draws.noise + 0.5 * clips.latents[:, 1:2]
+    noise = config.sample_noise_and_timesteps(clips.indices, SHAPE)
+    eps_hat = noise.noise + 0.5 * clips.latents[:, 1:2]
 
     def oracle(z_t, t, text, z_ref, fps, image_mask):
         assert torch.equal(z_ref, clips.latents[:, 1])
-        torch.testing.assert_close(z_t, add_noise(task.scheduler, clips.latents, eps_hat, t))
-        return target(task.scheduler, clips.latents, eps_hat, t), None
+        torch.testing.assert_close(z_t, add_noise(config.scheduler, clips.latents, eps_hat, t))
+        return target(config.scheduler, clips.latents, eps_hat, t), None
 
     torch.testing.assert_close(
-        training_loss(oracle, clips, draws, Dropped(torch.zeros(1, 5, 6)), task).total, torch.zeros(2)
+        training_loss(oracle, clips, noise, NullConditioning(torch.zeros(1, 5, 6)), config).total, torch.zeros(2)
     )
 
 
 def test_the_loss_of_a_silent_denoiser_is_the_weighted_power_of_the_target():
-    clips, draws = batch(), objective().draw([7, 8], SHAPE)
-    power = ((draws.noise + 0.5 * clips.latents[:, 1:2]) ** 2).mean(dim=(1, 2, 3, 4))
+    clips, noise = batch(), loss_config().sample_noise_and_timesteps([7, 8], SHAPE)
+    power = ((noise.noise + 0.5 * clips.latents[:, 1:2]) ** 2).mean(dim=(1, 2, 3, 4))
 
     def silent(z_t, *conditions):
         return torch.zeros_like(z_t), None
 
-    plain = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective()).total
+    plain = training_loss(silent, clips, noise, NullConditioning(torch.zeros(1, 5, 6)), loss_config()).total
     torch.testing.assert_close(plain, power)
-    abar = DDPMScheduler().alphas_cumprod[draws.t]
+    abar = DDPMScheduler().alphas_cumprod[noise.t]
     weight = torch.clamp(5.0 * (1 - abar) / abar, max=1)  # min(snr, 5) / snr
-    weighted = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective(snr_gamma=5.0)).total
+    weighted = training_loss(
+        silent, clips, noise, NullConditioning(torch.zeros(1, 5, 6)), loss_config(snr_gamma=5.0)
+    ).total
     torch.testing.assert_close(weighted, weight * power)
 
 
 def test_what_moves_weighs_more():
-    clips, draws = batch(), objective().draw([7, 8], SHAPE)
+    clips, noise = batch(), loss_config().sample_noise_and_timesteps([7, 8], SHAPE)
     clips.latents[:] = clips.latents[:, 1:2]  # nothing moves
     clips.latents[0, 0, :, 0, 0] += 0.25  # but one place, a little, and another, a lot
     clips.latents[1, 2, :, 1, 1] += 40.0
@@ -113,8 +125,10 @@ def test_what_moves_weighs_more():
     def silent(z_t, *conditions):
         return torch.zeros_like(z_t), None
 
-    power = (draws.noise + 0.5 * clips.latents[:, 1:2]) ** 2
-    weighted = training_loss(silent, clips, draws, Dropped(torch.zeros(1, 5, 6)), objective(motion_weight=4.0)).total
+    power = (noise.noise + 0.5 * clips.latents[:, 1:2]) ** 2
+    weighted = training_loss(
+        silent, clips, noise, NullConditioning(torch.zeros(1, 5, 6)), loss_config(motion_weight=4.0)
+    ).total
     torch.testing.assert_close(weighted, (weights * power).mean(dim=(1, 2, 3, 4)))
 
 
@@ -130,15 +144,15 @@ def test_a_dropped_caption_is_the_empty_one_and_a_dropped_image_is_told():
         seen.update(text=text, fps=fps, image_mask=image_mask)
         return z_t, None
 
-    training_loss(spy, clips, keep, Dropped(empty), objective())
+    training_loss(spy, clips, keep, NullConditioning(empty), loss_config())
     assert torch.equal(seen["text"], torch.stack([clips.text[0], empty[0]]))
     assert seen["image_mask"].tolist() == [False, True]
     assert seen["fps"].tolist() == [8.0, 8.0]
 
 
 def test_the_flow_loss_joins_where_predict_net_speaks():
-    clips, task = batch(), objective(flow_weight=0.5)
-    draws = task.draw(clips.numbers, SHAPE)
+    clips, config = batch(), loss_config(flow_weight=0.5)
+    noise = config.sample_noise_and_timesteps(clips.indices, SHAPE)
     wanted = torch.zeros(2, SHAPE[0] - 1, 2, *SHAPE[2:])
     valid = torch.ones(2, SHAPE[0] - 1, *SHAPE[2:], dtype=torch.bool)
     with_flow = replace(clips, flow=Flow(wanted, valid))
@@ -146,9 +160,9 @@ def test_the_flow_loss_joins_where_predict_net_speaks():
     def denoiser(z_t, *conditions):
         return torch.zeros_like(z_t), torch.full_like(wanted, 3.0)
 
-    dropped = Dropped(torch.zeros(1, 5, 6))
-    plain = training_loss(denoiser, clips, draws, dropped, task)
-    joined = training_loss(denoiser, with_flow, draws, dropped, task)
+    null = NullConditioning(torch.zeros(1, 5, 6))
+    plain = training_loss(denoiser, clips, noise, null, config)
+    joined = training_loss(denoiser, with_flow, noise, null, config)
     assert plain.flow is None
     torch.testing.assert_close(joined.flow, torch.full((2,), 18**0.5), atol=2e-3, rtol=1e-3)  # at any noise
     torch.testing.assert_close(joined.total, plain.total + 0.5 * joined.flow)
@@ -165,6 +179,6 @@ def test_motion_captions_are_dropped_with_the_text():
         seen.update(read)
         return z_t, None
 
-    training_loss(spy, clips, keep, Dropped(torch.zeros(1, 5, 6), torch.full((1, 3, 4), 7.0)), objective())
+    training_loss(spy, clips, keep, NullConditioning(torch.zeros(1, 5, 6), torch.full((1, 3, 4), 7.0)), loss_config())
     assert seen["pixels"] is clips.image["pixels"]
     assert seen["motion_tokens"][:, 0, 0].tolist() == [1, 7]

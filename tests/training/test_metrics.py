@@ -18,47 +18,47 @@ def now(monkeypatch):
     return clock
 
 
-def make(monkeypatch, processes: int = 1) -> metrics.Meter:
+def make(monkeypatch, processes: int = 1) -> metrics.StepMetrics:
     monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 1000.0 if dtype == torch.bfloat16 else 1.0)
     accelerator = types.SimpleNamespace(
         device=torch.device("cpu"), mixed_precision="bf16", num_processes=processes, gather=lambda rows: rows
     )
-    return metrics.Meter(accelerator, num_train_timesteps=1000)
+    return metrics.StepMetrics(accelerator, num_train_timesteps=1000)
 
 
 def test_utilisation_is_operations_over_time_and_the_peak_of_the_precision(monkeypatch, now):
     one = make(monkeypatch)
     layer = nn.Linear(2, 2, bias=False)
     for clips in (3, 5):
-        with one.counting({"latents": torch.zeros(clips, 1)}):
+        with one.count_flops({"latents": torch.zeros(clips, 1)}):
             layer(torch.randn(clips, 2)).sum().backward()  # 8 operations a row in forward, 8 for the weight
-    with one.counting({"latents": torch.zeros(3, 1)}):  # of a shape that is known: nobody looks
+    with one.count_flops({"latents": torch.zeros(3, 1)}):  # of a shape that is known: nobody looks
         pass
     one.add(torch.tensor([1.0, 3.0]), torch.tensor([0, 999]))
     now.time = 0.5
-    figures = one.read()
-    assert figures["flop_utilisation"] == pytest.approx(16 * (3 + 5 + 3) / 0.5 / 1000)
+    figures = one.finish_step()
+    assert figures["mfu"] == pytest.approx(16 * (3 + 5 + 3) / 0.5 / 1000)
     assert figures["clips_per_second"] == 4
     assert (figures["loss"], figures["loss/t1"], figures["loss/t4"]) == (2, 1, 3)
     assert "loss/t2" not in figures
     now.time = 1.0
     one.add(torch.tensor([1.0]), torch.tensor([0]))
-    assert one.read()["flop_utilisation"] == 0  # what was counted was of the step before
+    assert one.finish_step()["mfu"] == 0  # what was counted was of the step before
 
 
 def test_losses_are_told_by_process(monkeypatch, now):
     two = make(monkeypatch, processes=2)
     two.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 0, 0]))
     now.time = 1.0
-    two.read()
+    two.finish_step()
     assert two.losses.tolist() == [[1, 2], [3, 4]]
 
 
 def test_what_is_done_aside_is_no_part_of_a_step(monkeypatch, now):
     one = make(monkeypatch)
-    with one.aside():
+    with one.paused():
         now.time = 7.0
-    assert one.seconds_aside == 7
+    assert one.paused_seconds == 7
     one.add(torch.tensor([1.0]), torch.tensor([0]))
     now.time = 8.0
-    assert one.read()["clips_per_second"] == 1
+    assert one.finish_step()["clips_per_second"] == 1

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, one_thread, pipeline, train  # noqa: F401
-from microcinema.training.nan_guard import Guard
+from microcinema.training.loss import make_loss_config
+from microcinema.training.nan_guard import NanGuard
 from microcinema.training.settings import Settings
-from microcinema.training.trainer import make_objective
 from microcinema.utils.errors import UserError
 
 
@@ -38,9 +38,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_clips(tmp_path):
     assert clip["id"] == "clip-3"
     assert [not math.isfinite(loss) for loss in tensors["losses"]] == [k == place for k in range(2)]
     # What was random about the clips comes from what is kept.
-    objective = make_objective(model, Settings("x", 1, seed=int(about["seed"])))
-    draws = objective.draw(tensors["numbers"].tolist(), tensors["latents"].shape[1:])
-    assert torch.equal(draws.t, tensors["t"])
+    config = make_loss_config(model, Settings("x", 1, seed=int(about["seed"])))
+    noise = config.sample_noise_and_timesteps(tensors["numbers"].tolist(), tensors["latents"].shape[1:])
+    assert torch.equal(noise.t, tensors["t"])
     sound = next(k for k in range(2) if k != place)
     assert torch.equal(
         tensors["latents"][sound], LatentClips()[int(clips[sound]["id"].removeprefix("clip-"))]["latents"]
@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_unless_the_step_was_skipped
         assert logged(run, "grad_norm") == {1: 1.0, 2: math.inf, 3: 1.0}
         assert not (run / "not_finite").exists()
     else:
-        with pytest.raises(UserError, match="the norm of the gradient is inf at step 2"):
+        with pytest.raises(UserError, match="the gradient norm is inf at step 2"):
             train(pipeline(tmp_path), LatentClips(), tmp_path / "run", max_train_steps=3)
         tensors, _ = kept(tmp_path / "run/not_finite/step-2-rank-00000.safetensors")
         assert tensors["numbers"].tolist() == [2, 3] and tensors["losses"].isfinite().all()
@@ -70,13 +70,13 @@ def test_only_the_process_that_met_it_keeps_its_clips(tmp_path):
     losses = torch.tensor([[0.1, 0.2], [0.3, math.nan]])
     messages = []
     for rank in range(2):
-        guard = Guard(types.SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None), tmp_path, seed=0)
-        guard.hold(
+        guard = NanGuard(types.SimpleNamespace(process_index=rank, wait_for_everyone=lambda: None), tmp_path, seed=0)
+        guard.record(
             {"sample_index": torch.arange(2), "caption": ["a", "b"]}, torch.zeros(2, 1), torch.zeros(2), losses[rank]
         )
         with pytest.raises(UserError) as stopped:
-            guard.check(7, losses, norm=math.nan)
+            guard.assert_finite(7, losses, math.nan)
         messages.append(str(stopped.value))
     (path,) = (tmp_path / "not_finite").iterdir()
     assert path.name == "step-7-rank-00001.safetensors"
-    assert messages[0] == messages[1] and f"kept in '{path}'; lower" in messages[0]
+    assert messages[0] == messages[1] and f"saved in '{path}'; lower" in messages[0]

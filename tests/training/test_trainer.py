@@ -21,10 +21,10 @@ from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
-from microcinema.training import trainer
 from microcinema.training.batch_encoder import BatchEncoder, TextCache
-from microcinema.training.loss import Objective, TrainableModel, training_loss
+from microcinema.training.loss import LossConfig, TrainableModel, training_loss
 from microcinema.training.settings import Settings
+from microcinema.training.trainer import Trainer, make_optimizer
 from microcinema.training.validation import Validation
 from microcinema.utils.errors import UserError
 
@@ -64,16 +64,16 @@ class Fuse:
 
 def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
     model, dataset = pipeline(tmp_path), LatentClips(2)
-    objective = Objective(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, 0.0, seed=99)
+    config = LossConfig(model.training_scheduler, model.noise_prior, "first", None, 0.0, None, 0.0, 0.0, 0.0, seed=99)
     encode = BatchEncoder(model, torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:
         items = torch.utils.data.default_collate([{**dataset[k % 2], "sample_index": k} for k in range(16)])
         batch = encode(items)
-        draws = objective.draw(batch.numbers, batch.latents.shape[1:])
+        noise = config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:])
         denoiser = TrainableModel(model.unet, model.condition_encoder)
-        return training_loss(denoiser, batch, draws, encode.dropped(), objective).total.mean().item()
+        return training_loss(denoiser, batch, noise, encode.null_conditioning(), config).total.mean().item()
 
     before = loss()
     train(
@@ -158,7 +158,7 @@ def test_what_is_logged(tmp_path):
     assert logged(run, "grad_norm")[1] > 0
     assert logged(run, "clips_per_second")[2] > 0
     assert 0 <= logged(run, "data_wait")[2] <= 1
-    assert 0 < logged(run, "flop_utilisation")[2] < 1
+    assert 0 < logged(run, "mfu")[2] < 1
     assert 0.05 < logged(run, "peak_memory_gib")[1] <= logged(run, "peak_memory_gib")[2] < 100
 
 
@@ -174,12 +174,12 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 1, "report_to": "wandb"})
     accelerator, keyframes = tiny_training.accelerator(settings), KeyframePipeline(tmp_path / "keyframe.png")
     validation = Validation(accelerator, pipeline(tmp_path), keyframes, ["a star"], tmp_path / "run")
-    trainer.train(accelerator, pipeline(tmp_path), LatentClips(), settings, validation)
+    Trainer(accelerator, pipeline(tmp_path), LatentClips(), settings, validation).train()
     assert list(tmp_path.rglob("*.wandb"))
     (media,) = tmp_path.rglob("files/media/videos/validation/*.gif")
     assert media.read_bytes() == (tmp_path / "run/validation/step-1/0.gif").read_bytes()
     figures = {"loss", "grad_norm", "lr", "clips_per_second", "data_wait", "broken_clips"}
-    figures |= {"flop_utilisation", "peak_memory_gib", "checkpoint_seconds", "validation_seconds", "validation/0"}
+    figures |= {"mfu", "peak_memory_gib", "checkpoint_seconds", "validation_seconds", "validation/0"}
     figures |= {f"validation/{name}" for name in ("keyframe_psnr", "keyframe_ssim", "motion_magnitude")}
     assert figures <= {name for values in sent for name in values}
 
@@ -284,7 +284,7 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
         if validates:
             keyframes = KeyframePipeline(own / "keyframe.png")
             validate = Validation(accelerator, pipeline(own, seed), keyframes, prompts, folder / name)
-        trainer.train(accelerator, pipeline(own, seed), clips(), settings, validate)
+        Trainer(accelerator, pipeline(own, seed), clips(), settings, validate).train()
 
     run("two", validates=True)
     run("two-parts", max_train_steps=2)
@@ -374,16 +374,16 @@ def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, c
         tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
         return cli.main([*command, *overrides])
 
-    optimise = trainer._optimise
+    step = Trainer.step
 
-    def signalled(*arguments: Any) -> float:
+    def signaled(*arguments: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return optimise(*arguments)
+        return step(*arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(trainer, "_optimise", signalled)
+        context.setattr(Trainer, "step", signaled)
         assert call() == 75
-    assert "saved step 1 of 2; go on with resume_from_checkpoint=latest" in capsys.readouterr().out
+    assert "saved step 1 of 2; continue with resume_from_checkpoint=latest" in capsys.readouterr().out
     assert (run / "checkpoint-1").is_dir() and not (run / "model_index.json").exists()
     before = (run / "config.yaml").read_bytes()
     assert call("seed=1") == 2
@@ -439,4 +439,4 @@ def test_8bit_adam_needs_its_library():
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(UserError, match="bitsandbytes"):
-        trainer.make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))
+        make_optimizer([torch.nn.Parameter(torch.zeros(1))], Settings("x", 1, use_8bit_adam=True))

@@ -6,7 +6,7 @@ from fixtures import tiny
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
-from microcinema.training.warm_start import describe, warm_start
+from microcinema.training.warm_start import warm_start, warm_start_summary
 from microcinema.utils.errors import UserError
 
 
@@ -27,8 +27,8 @@ def test_what_has_the_same_name_and_shape_starts_from_the_saved_model(tmp_path):
     # The position tables are of another length, and there was no motion attention.
     assert {name.split(".")[-1] for name in new["unet"] if "motion" not in name} == {"positions"}
     assert all("motion" in name for name in new["condition_encoder"])
-    said = describe(new, "saved")
-    assert "anew: temporal_transformers" in said and "motion_to_kv" in said
+    summary = warm_start_summary(new, "saved")
+    assert "newly initialized: temporal_transformers" in summary and "motion_to_kv" in summary
 
 
 def test_a_folder_without_a_video_model_is_refused(tmp_path):
