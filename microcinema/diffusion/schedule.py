@@ -1,4 +1,7 @@
-"""Noise schedules: diffusers' own schedulers, made for latents, and the proof that sampler and training agree."""
+"""Noise schedules: diffusers' schedulers set up for latents, and checks that sampling and training agree.
+
+`abar` is alpha_bar, the cumulative signal; tensors over the steps of a schedule are `(t,)`.
+"""
 
 import copy
 import inspect
@@ -22,20 +25,20 @@ _SUMMARY = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
-# Several schedulers clamp the predicted sample to [-1, 1] unless told otherwise: right for pixels, the ruin of latents.
+# By default several schedulers clamp the predicted sample to [-1, 1], which is right for pixels and ruins latents.
 _FOR_LATENTS = {"clip_sample": False, "thresholding": False}
 
 
 def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> DDPMScheduler:
-    """The training scheduler of a video model: the base's schedule, with `overrides` on top, never clipping.
+    """The training scheduler of a video model: the base's schedule with overrides, never clipping.
 
     Args:
-        base_config: what a scheduler file of diffusers holds; any class, its betas and prediction type are kept.
-        overrides: scheduler settings that replace the base's, by their diffusers names; None keeps the base's. And `snr_shift`,
-            see `shifted_betas`; the shifted betas are then the schedule's `trained_betas`.
+        base_config: config of a diffusers scheduler of any class, of which betas and prediction type are used.
+        overrides: scheduler settings by their names in diffusers, None for the base's; and `snr_shift`, see `shifted_betas`, which
+            sets the schedule's `trained_betas`.
 
     Raises:
-        UserError: the schedule has no betas (flow matching), an override is unknown, or the prediction type is.
+        UserError: the schedule has no betas (flow matching), or an override or the prediction type is unknown.
     """
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     shift = overrides.pop("snr_shift", 1.0)
@@ -56,7 +59,7 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     if shift == 1.0:
         return scheduler
     betas = shifted_betas(scheduler.alphas_cumprod, shift)
-    # Stable Diffusion's samplers end at the noise of step 0, which the shift has made visible; this makes them end at none.
+    # Stable Diffusion's samplers end at the noise level of step 0, which the shift makes visible; with this they end at zero.
     return DDPMScheduler.from_config({**scheduler.config, "set_alpha_to_one": True}, trained_betas=betas.tolist())
 
 
@@ -69,14 +72,15 @@ def schedule_summary(scheduler: SchedulerMixin) -> dict[str, Any]:
 def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
     """Betas of the schedule whose signal-to-noise ratio is `snr / shift^2` at every step (arXiv 2301.11093, section 3.1).
 
-    Neighbouring frames tell of one another, so a clip needs more noise than an image to lose as much: shift > 1. The new
-    `abar' = abar / (abar + shift^2 (1 - abar))`; where abar is 0 it stays exactly 0.
+        abar' = abar / (abar + shift^2 (1 - abar)), exactly 0 where abar is 0
+
+    Neighboring frames are redundant, so a clip needs more noise than an image to lose as much information: shift > 1.
 
     Args:
-        abar: cumulative signal of every step, (t,).
+        abar: cumulative signal of every step, `(t,)`.
 
     Raises:
-        UserError: a shift that is not positive.
+        UserError: the shift is not positive.
     """
     if not shift > 0:
         raise UserError(f"snr_shift is {shift}; use a number > 0, 1 for no shift")
@@ -85,51 +89,50 @@ def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
     return 1 - shifted / torch.cat([torch.ones(1, dtype=torch.float64), shifted[:-1]])
 
 
-def match_snr_timesteps(schedule: SchedulerMixin, known: SchedulerMixin) -> torch.Tensor:
-    """For every step of `schedule` the time at which `known` has the same signal-to-noise ratio, (t,), float32.
+def match_snr_timesteps(schedule: SchedulerMixin, reference: SchedulerMixin) -> torch.Tensor:
+    """For every step of a schedule, the timestep at which the reference schedule has the same SNR, `(t,)`, float32.
 
-    A network knows noise levels by the times of the schedule that it was trained with. Told these times, a pretrained network goes on at
-    the noise levels that it knows, whatever the new schedule; beyond the last of them, as at zero signal, it is told its last time.
+    With these timesteps as its input, a network that was pretrained with the reference schedule sees noise levels that it knows. More
+    noise than in the reference, such as zero signal, maps to its last timestep.
     """
-    levels = []
-    for scheduler in (schedule, known):
+    log_nsr = []
+    for scheduler in (schedule, reference):
         abar = scheduler.alphas_cumprod.double()
-        levels.append(torch.log1p(-abar) - abar.log())  # rises with t; infinite without signal
-    new, old = (level.numpy() for level in levels)
+        log_nsr.append((torch.log1p(-abar) - abar.log()).numpy())  # rises with t; infinite at zero signal
+    new, old = log_nsr
     finite = np.isfinite(old)
     return torch.from_numpy(np.interp(new, old[finite], np.flatnonzero(finite))).float()
 
 
 def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
-    """Refuses a target that frozen layers were not trained for. Noise levels may change, see `match_snr_timesteps`.
+    """Refuses a prediction type that frozen layers were not trained for. Noise levels may change, see `match_snr_timesteps`.
 
     Args:
         base: the schedule that the frozen layers were trained with.
         overrides: as in `make_scheduler`.
 
     Raises:
-        UserError: names what differs and both values.
+        UserError: the prediction type differs; names both.
     """
-    value, own = overrides.get("prediction_type"), base.config["prediction_type"]
-    if value not in (None, own):
+    value, trained = overrides.get("prediction_type"), base.config["prediction_type"]
+    if value not in (None, trained):
         raise UserError(
-            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {own} and trainable_parameters=temporal leaves its "
-            "layers as they are; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all"
+            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {trained} and "
+            "trainable_parameters=temporal freezes its layers; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all"
         )
 
 
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:
-    """A scheduler of diffusers, by class name, for sampling a model that was trained with `training`.
+    """A scheduler of diffusers, by class name, that samples a model trained with `training`.
 
     Raises:
-        UserError: diffusers has no such scheduler, it does not sample such a model, or the overrides make it disagree with the
-            training schedule.
+        UserError: diffusers has no such scheduler, or it cannot sample such a model; see `check_sampler`.
     """
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        # Where a package is missing, diffusers has something else of that name.
-        needed = ", ".join(getattr(kind, "_backends", ()))
-        missing = f" (it needs {needed})" if needed else ""
+        # If a package is missing, diffusers has a placeholder of that name.
+        packages = ", ".join(getattr(kind, "_backends", ()))
+        missing = f" (it needs {packages})" if packages else ""
         raise UserError(
             f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler or DPMSolverMultistepScheduler"
         )
@@ -142,19 +145,19 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
 
 
 def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
-    """Refuses a scheduler that a model of this training schedule cannot be sampled with.
+    """Refuses a scheduler that cannot sample a model of this training schedule.
 
-    Beside the schedules, which have to agree, it is tried out on one number: some schedulers of diffusers run from the clip to
-    the noise, want more than a prediction, or do not know every prediction type.
+    The schedules must agree, and two trial steps must work: some schedulers of diffusers run from data to noise, need more than a
+    prediction, or do not support every prediction type.
 
     Raises:
-        UserError: it disagrees with the training schedule, or does not sample from plain predictions.
+        UserError: it disagrees with the training schedule, or a trial step fails.
     """
     check_schedules_agree(training, sampling)
     name = type(sampling).__name__
     if "noise_sampler_seed" in sampling.config:
         raise UserError(
-            f"{name} draws noise from a generator of its own, so that a seed would not settle the frames; "
+            f"{name} draws noise from its own generator, so that the seed would not determine the frames; "
             "use for example EulerAncestralDiscreteScheduler"
         )
     trial = copy.deepcopy(sampling)
@@ -167,39 +170,38 @@ def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
     except (TypeError, ValueError, NotImplementedError) as error:
         raise _cannot_sample(name, first_line(error)) from error
     if trial.timesteps[0] < trial.timesteps[-1]:
-        raise _cannot_sample(name, "it runs from the clip to the noise")
+        raise _cannot_sample(name, "it runs from data to noise")
 
 
 def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> None:
-    """Sets the diffusion times of so many steps.
+    """Sets the timesteps of a scheduler for a number of steps.
 
     Raises:
-        UserError: the scheduler cannot make so many.
+        UserError: the scheduler does not support so many.
     """
     name, trained = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
     try:
         scheduler.set_timesteps(steps, device=device)
     except ValueError as error:
         raise UserError(f"{name} cannot make {steps} steps ({error}); ask for fewer") from None
-    if scheduler.timesteps.max() > trained - 1:  # an offset can do that, where every training step is a step
+    if scheduler.timesteps.max() > trained - 1:  # by an offset, with as many steps as in training
         raise UserError(f"{name} cannot make {steps} steps of the {trained} in training; ask for fewer")
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
-    """What `scheduler.step` takes beside prediction, time and latents: the generator, if the scheduler draws noise."""
+    """Further arguments of `scheduler.step`: the generator, if the scheduler draws noise."""
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": generator} if takes_generator else {}
 
 
-def _cannot_sample(name: str, reason: Exception | str) -> UserError:
-    line = reason if isinstance(reason, str) else first_line(reason)
+def _cannot_sample(name: str, reason: str) -> UserError:
     return UserError(
-        f"{name} does not sample this model ({line}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
+        f"{name} does not sample this model ({reason}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
     )
 
 
 def alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:
-    """`abar_t` of every training step, (t,).
+    """`abar_t` of every training step, `(t,)`.
 
     Raises:
         UserError: the scheduler has none (flow matching).
@@ -219,17 +221,17 @@ def snr(scheduler: SchedulerMixin, t: torch.Tensor) -> torch.Tensor:
 def signal_and_noise(
     scheduler: SchedulerMixin, t: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sqrt(abar_t)` and `sqrt(1 - abar_t)` for `t` (b,) or a scalar, shaped for `like` (b ...), at least float32."""
+    """`sqrt(abar_t)` and `sqrt(1 - abar_t)` for `t`, `(b,)` or a scalar, shaped to multiply `like`, `b ...`; at least float32."""
     abar = alphas_cumprod(scheduler).to(like.device, torch.promote_types(like.dtype, torch.float32))
     abar = abar[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
     return abar**0.5, (1 - abar) ** 0.5
 
 
 def check_schedules_agree(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
-    """Refuses a sampler whose noise levels or prediction type differ from the training schedule's.
+    """Refuses a sampler whose noise levels or prediction type differ from those in training.
 
     Raises:
-        UserError: names what differs and both values.
+        UserError: names the difference and both values.
     """
     name = type(sampling).__name__
     for key in ("num_train_timesteps", "prediction_type"):
@@ -237,13 +239,13 @@ def check_schedules_agree(training: SchedulerMixin, sampling: SchedulerMixin) ->
         if trained != sampled:
             raise UserError(
                 f"the model was trained with {key} {trained}, but {name} has {sampled}; "
-                "make it by from_config of the model's scheduler"
+                "create it with from_config of the model's scheduler"
             )
     trained, sampled = alphas_cumprod(training).cpu().double(), alphas_cumprod(sampling).cpu().double()
     if not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-7):
         raise UserError(
             f"the model was trained down to alpha_bar {trained[-1]:.6f}, but {name} goes to {sampled[-1]:.6f}; "
-            "make it by from_config of the model's scheduler"
+            "create it with from_config of the model's scheduler"
         )
     if sampling.config.get("clip_sample") or sampling.config.get("thresholding"):
         raise UserError(

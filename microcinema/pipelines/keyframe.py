@@ -1,4 +1,4 @@
-"""Stage 1: key frames from any text-to-image pipeline of diffusers, from an image file or from a folder of images."""
+"""Stage 1: key frames from any text-to-image pipeline of diffusers, an image file, or a folder of images."""
 
 import inspect
 import os
@@ -18,24 +18,24 @@ from PIL import Image, ImageOps
 
 from microcinema.data.clip_reader import cover, resize
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.hashing import hash_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ResizeMode = Literal["crop", "stretch", "exact"]
-"""How an image comes to the video's size: scaled to cover it and cropped at the centre, as training clips are; scaled in each
-direction by itself; or not at all, so that an image of another size is an error."""
+"""How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
+`stretch` scales each direction separately; `exact` refuses an image of another size."""
 PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""
 
 
 @dataclass(frozen=True)
 class Keyframe:
-    """An image at the video's size and where it comes from.
+    """An image at the video's size.
 
     Attributes:
         image: RGB.
-        provenance: plain values: source, original size, how it came to the video's size, sha256 of its pixels.
+        provenance: JSON values: source, original size, how it was resized, sha256 of its pixels.
     """
 
     image: Image.Image
@@ -43,18 +43,18 @@ class Keyframe:
 
 
 class KeyframePipeline:
-    """Makes or finds one key frame for every prompt.
+    """Provides one key frame for every prompt.
 
-    Its images reach stage 2 as pixels: whatever VAE drew them, the video model's own encodes them.
+    Its images reach stage 2 as pixels, and the VAE of the video model encodes them, whatever VAE they were decoded with.
 
     Args:
-        source: a text-to-image pipeline (it is frozen, and called for every prompt), an image file (the same for every prompt), or a
-            folder of images (one for every prompt, in the order of their names).
-        resize_mode: how its images come to the video's size, see `ResizeMode`.
-        origin: where a pipeline was opened from, for the record.
+        source: a text-to-image pipeline (frozen, called for every prompt), an image file (the same for every prompt), or a folder of
+            images (one for every prompt, in the order of their names).
+        resize_mode: see `ResizeMode`.
+        origin: name, revision and variant of a pipeline, for the provenance.
 
     Raises:
-        UserError: a path that holds neither, or an unknown `resize_mode`.
+        UserError: the path has no images, or `resize_mode` is unknown.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class KeyframePipeline:
         resize_mode: ResizeMode = "crop",
         origin: Mapping[str, str | None] | None = None,
     ):
-        if resize_mode not in get_args(ResizeMode):
-            raise UserError(f"resize_mode '{resize_mode}' is unknown; use one of {', '.join(get_args(ResizeMode))}")
+        check_choice("resize_mode", resize_mode, get_args(ResizeMode))
         self.source: Any = source if isinstance(source, DiffusionPipeline) else Path(source)
         self.resize_mode: ResizeMode = resize_mode
         self.origin = dict(origin or {})
@@ -94,29 +93,30 @@ class KeyframePipeline:
 
         Args:
             name: an embedded model, a folder or a hub repository.
-            revision, variant: of a hub repository; which weight files, such as `fp16`.
+            revision: of a hub repository: a branch, tag or commit.
+            variant: of the weight files, such as `fp16`.
             torch_dtype: of the weights in memory, whatever they are stored in.
 
         Raises:
-            UserError: it cannot be opened, or does not make images from text.
+            UserError: it cannot be opened, or is not a text-to-image pipeline.
         """
         path = resolve_model_path(name)
         index = load_index(path, revision)
         for part in index:
-            refuse_pickles(Path(path, part))  # of a repository, only safetensors are fetched
+            refuse_pickles(Path(path, part))  # from a hub repository only safetensors are downloaded
         settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
-        # Such as Stable Diffusion 3 without its T5: diffusers wants to be told that what is not there shall not be there.
+        # diffusers needs an explicit None for a component that the pipeline was saved without, such as the T5 of Stable Diffusion 3.
         settings |= {part: None for part, kind in index.items() if kind == [None, None]}
         try:
             with warnings.catch_warnings():
-                # Releases of diffusers before 1.0 all take this name, and the later ones warn that there is another.
+                # All releases of diffusers before 1.0 accept this name, and the later ones warn that there is a new one.
                 warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
                 try:
                     pipeline = AutoPipelineForText2Image.from_pretrained(path, **settings)
                 except ValueError as error:
                     if "AutoPipeline can't find" not in str(error):
                         raise
-                    _check_makes_images(path, index.get("_class_name"))
+                    _check_is_text_to_image(path, index.get("_class_name"))
                     pipeline = DiffusionPipeline.from_pretrained(path, **settings)
         except UserError:
             raise
@@ -139,7 +139,7 @@ class KeyframePipeline:
         return is_pipeline and argument in inspect.signature(type(self.source).__call__).parameters
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Settings of the bar over steps (tqdm's); a pipeline shows one."""
+        """Settings (tqdm's) of the progress bar that a pipeline shows over its steps."""
         if isinstance(self.source, DiffusionPipeline):
             self.source.set_progress_bar_config(**settings)
 
@@ -150,7 +150,7 @@ class KeyframePipeline:
         return self
 
     def unload(self) -> None:
-        """Gives the text-to-image pipeline's memory back, for stage 2; the object cannot draw afterwards."""
+        """Frees the memory of the text-to-image pipeline for stage 2; it cannot be called afterwards."""
         if isinstance(self.source, DiffusionPipeline):
             self.source = None
             release_memory()
@@ -167,18 +167,18 @@ class KeyframePipeline:
         draw_height: int | None = None,
         draw_width: int | None = None,
     ) -> list[Keyframe]:
-        """One key frame for every prompt, at the wanted size.
+        """One key frame for every prompt, at the video's size.
 
         Args:
-            prompt: what shall be seen.
-            height, width: of the video, pixels; an image of another size is brought to it as `resize_mode` says.
+            prompt: descriptions of the images.
+            height, width: of the video, in pixels.
             generator: one for every prompt.
-            draw_height, draw_width: the size at which a pipeline draws, pixels; both None: its own.
-            the rest: passed to the pipeline; None leaves its own default.
+            draw_height, draw_width: size in pixels at which the pipeline draws; both None: its own.
+            the rest: passed to the pipeline; None: its own default.
 
         Raises:
-            UserError: a file that is no image, a folder with another number of images than there are prompts, a size or another argument
-                that the pipeline refuses, or one that has been unloaded.
+            UserError: a file is not an image, a folder has not one image per prompt, the pipeline refuses an argument, or it has
+                been unloaded.
         """
         if isinstance(self.source, Path):
             files = self.files or [self.source] * len(prompt)
@@ -190,20 +190,20 @@ class KeyframePipeline:
                 make_keyframe(open_image(file), height, width, {"source": str(file)}, self.resize_mode)
                 for file in files
             ]
-        source = self.describe(num_inference_steps, guidance_scale, negative_prompt, draw_height, draw_width)
-        # One at a time: a batch takes another path through the matrix products, and then the same prompt gives other bits.
+        source = self.provenance(num_inference_steps, guidance_scale, negative_prompt, draw_height, draw_width)
+        # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
         return [
             make_keyframe(
-                self._draw(text, None if generator is None else generator[number], source["arguments"]),
+                self._draw(text, None if generator is None else generator[i], source["arguments"]),
                 height,
                 width,
                 {**source, "prompt": text},
                 self.resize_mode,
             )
-            for number, text in enumerate(prompt)
+            for i, text in enumerate(prompt)
         ]
 
-    def describe(
+    def provenance(
         self,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -211,14 +211,14 @@ class KeyframePipeline:
         draw_height: int | None = None,
         draw_width: int | None = None,
     ) -> dict[str, Any]:
-        """What the provenance of every key frame drawn with these arguments says of the pipeline.
+        """Provenance of the key frames that the pipeline draws with these arguments, apart from prompt and image.
 
         Raises:
-            UserError: the pipeline has been unloaded, or does not know an argument, or only half of a size is given.
+            UserError: the pipeline has been unloaded or does not have an argument, or only one of height and width is given.
         """
         if not isinstance(self.source, DiffusionPipeline):
             raise UserError("the text-to-image pipeline has been unloaded; open it again to draw")
-        if (draw_height is None) != (draw_width is None):  # diffusers would ignore the one that is given
+        if (draw_height is None) != (draw_width is None):  # diffusers would ignore the other one
             raise UserError(f"draw_height={draw_height}, draw_width={draw_width}; give both, or neither")
         name = type(self.source).__name__
         arguments = {
@@ -228,19 +228,21 @@ class KeyframePipeline:
             "height": draw_height,
             "width": draw_width,
         }
-        # Only what was asked for: not every pipeline knows a negative prompt, and each has its own good defaults.
-        given = {name: value for name, value in arguments.items() if value is not None}
-        if unknown := [argument for argument in given if not self.takes(argument)]:
-            raise UserError(f"{name} takes no argument '{unknown[0]}'; leave it out, or take another stage 1")
+        # Not every pipeline has a negative prompt, and each has its own good defaults.
+        arguments = {argument: value for argument, value in arguments.items() if value is not None}
+        if unknown := [argument for argument in arguments if not self.takes(argument)]:
+            raise UserError(
+                f"{name} takes no argument '{unknown[0]}'; leave it out, or use another text-to-image model"
+            )
         return {
             **{"source": self.source.config.get("_name_or_path"), **self.origin},
             "class": name,
             "schedulers": {
-                part: {"class": type(found).__name__, "settings": _plain(found.config)}
-                for part, found in self.source.components.items()
-                if isinstance(found, SchedulerMixin)
+                key: {"class": type(part).__name__, "settings": _public(part.config)}
+                for key, part in self.source.components.items()
+                if isinstance(part, SchedulerMixin)
             },
-            "arguments": given,
+            "arguments": arguments,
         }
 
     def _draw(self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]) -> Image.Image:
@@ -248,50 +250,53 @@ class KeyframePipeline:
         name = type(self.source).__name__
         try:
             images = getattr(self.source(prompt=prompt, generator=generator, **arguments), "images", None)
-        except (ValueError, TypeError, RuntimeError) as error:  # what pipelines refuse a size or a value with
-            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
+        except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
+            settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
             raise UserError(
-                f"stage 1, {name}, does not draw '{prompt}' with {given} ({first_line(error)}); change these"
+                f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)}); change these settings"
             ) from error
         if images is None:
-            raise UserError(f"stage 1, {name}, makes no images; give a text-to-image pipeline")
+            raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")
         return images[0]
 
 
 def make_keyframe(
     image: Image.Image, height: int, width: int, source: Mapping[str, Any], resize_mode: ResizeMode = "crop"
 ) -> Keyframe:
-    """Brings an image to the video's size and records what was done.
+    """The image at the video's size, with its provenance.
+
+    Args:
+        source: first entries of the provenance.
 
     Raises:
-        UserError: a size below one pixel, or an image of another size where `resize_mode` is `exact`.
+        UserError: a size below one pixel, or an image of another size if `resize_mode` is `exact`.
     """
     if min(height, width) < 1:
-        raise UserError(f"key frame of {height}x{width} pixels asked for; give a height and a width of at least 1")
+        raise UserError(f"the key frame's size is {height}x{width}; give a height and a width of at least 1")
     pixels = np.array(image.convert("RGB"))
-    size, wanted = (pixels.shape[0], pixels.shape[1]), (height, width)
-    if resize_mode == "exact" and size != wanted:
+    size, target = (pixels.shape[0], pixels.shape[1]), (height, width)
+    if resize_mode == "exact" and size != target:
         raise UserError(
             f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}; "
             "give one of the video's size, or resize_mode=crop or stretch"
         )
-    scaled, (top, left) = (wanted, (0, 0)) if resize_mode == "stretch" else cover(size, wanted)
+    scaled, (top, left) = (target, (0, 0)) if resize_mode == "stretch" else cover(size, target)
     frame = resize(rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w"), scaled)[0]
-    fitted = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
+    cropped = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
     provenance = {
         **source,
         "original_size": _size(*size),
         "size": _size(height, width),
         "resize_mode": resize_mode,
         "scaled": None if scaled == size else {"method": "bicubic, antialiased", **_size(*scaled)},
-        "cropped": None if scaled == wanted else {"top": top, "left": left, **_size(height, width)},
-        "sha256_of_pixels": hash_array(fitted),
+        "cropped": None if scaled == target else {"top": top, "left": left, **_size(height, width)},
+        "sha256_of_pixels": hash_array(cropped),
     }
-    return Keyframe(Image.fromarray(fitted), provenance)
+    return Keyframe(Image.fromarray(cropped), provenance)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file as RGB, turned as its EXIF data says.
+    """Reads an image file as RGB, rotated according to its EXIF data.
 
     Raises:
         UserError: there is no such file, or it is not an image.
@@ -324,16 +329,16 @@ def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")
 
 
-def _check_makes_images(path: str, name: str | None) -> None:
-    """Refuses a class that the automatic one does not know and that is not of its kind either, before its weights are read."""
-    kind = getattr(diffusers, name or "", None)
-    if kind is None:
+def _check_is_text_to_image(path: str, name: str | None) -> None:
+    """Refuses, by its class and before its weights are read, a pipeline that does not make images from text."""
+    cls = getattr(diffusers, name or "", None)
+    if cls is None:
         raise UserError(
             f"'{path}' holds a {name}, which diffusers {diffusers.__version__} does not know; "
             "give a text-to-image pipeline, or update diffusers"
         )
-    takes = inspect.signature(kind.__call__).parameters
-    if not {"prompt", "height"} <= set(takes) or {"image", "num_frames"} & set(takes):
+    arguments = set(inspect.signature(cls.__call__).parameters)
+    if not {"prompt", "height"} <= arguments or {"image", "num_frames"} & arguments:
         raise UserError(f"'{path}' holds a {name}, which does not make images from text; give a text-to-image pipeline")
 
 
@@ -341,5 +346,5 @@ def _size(height: int, width: int) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -146,7 +146,7 @@ class Sampler:
                 "id": item.id,
                 "prompt": item.keyframe_prompt or item.prompt,
                 "generator": _generator_record(item),
-                **source.describe(**arguments),
+                **source.provenance(**arguments),
                 "weights_sha256": self._stage1_hashes,
                 "memory": asdict(self.keyframe_memory),
                 "size": {"height": height, "width": width},

@@ -170,7 +170,7 @@ def test_the_drawing_size_is_asked_for_and_recorded(base):
 
 
 def test_the_schedule_of_stage_1_is_recorded(sdxl):
-    found = KeyframePipeline.from_pretrained(sdxl).describe()
+    found = KeyframePipeline.from_pretrained(sdxl).provenance()
     assert found["schedulers"]["scheduler"]["class"] == "EulerDiscreteScheduler"
     assert found["schedulers"]["scheduler"]["settings"]["timestep_spacing"] == "leading"
 
@@ -180,7 +180,7 @@ def test_weights_are_of_the_wanted_type_whatever_they_are_stored_in(base, tmp_pa
     for dtype in (torch.float32, torch.bfloat16):
         keyframes = KeyframePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=dtype)
         assert {p.dtype for network in keyframes.networks.values() for p in network.parameters()} == {dtype}
-        assert keyframes.describe()["variant"] == "fp16"
+        assert keyframes.provenance()["variant"] == "fp16"
     own = tiny.base_pipeline(tmp_path).to(torch.bfloat16)
     assert KeyframePipeline(own).networks["unet"].dtype == torch.bfloat16  # what is given is left as it is
 
@@ -274,7 +274,7 @@ class Silent(StableDiffusionPipeline):
 
 def test_arguments_that_a_pipeline_does_not_know_and_results_that_are_no_images_are_named(tmp_path):
     keyframes = KeyframePipeline(Silent(**tiny.base_pipeline(tmp_path).components, requires_safety_checker=False))
-    with pytest.raises(UserError, match="Silent, makes no images"):
+    with pytest.raises(UserError, match="Silent, returns no images"):
         keyframes(PROMPTS[:1], 32, 32)
     assert keyframes.takes("prompt") and not keyframes.takes("guidance_scale")
     with pytest.raises(UserError, match="Silent takes no argument 'guidance_scale'"):

@@ -100,7 +100,7 @@ def test_a_scheduler_that_does_not_draw_from_the_given_generators_is_refused(bas
     pipeline = tiny.video_pipeline(base)
     pipeline.scheduler = make_sampler(pipeline.training_scheduler)
     pipeline.scheduler.register_to_config(noise_sampler_seed=0)
-    with pytest.raises(UserError, match="generator of its own"):
+    with pytest.raises(UserError, match="its own generator"):
         sample(pipeline, PROMPTS[0], image)
 
 
