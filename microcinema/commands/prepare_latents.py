@@ -11,8 +11,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from microcinema.config.compose import instantiate
 from microcinema.data import latent_writer
-from microcinema.data.flow_clips import FlowClips
 from microcinema.data.latents import Layout
+from microcinema.data.optical_flow import FlowClips
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline

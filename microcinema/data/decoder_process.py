@@ -1,8 +1,8 @@
-"""Decoding in a process of its own, which can be killed: what a decoder in C that hangs, or crashes, cannot escape.
+"""Decoding in a child process, which can be killed when a decoder written in C hangs or crashes.
 
-A Python signal or thread cannot interrupt a C function, and a data loader's worker that is killed takes the run with it. So the functions of
-data/video_reader.py are called in a child process, one for each worker, which is used again for as long as it answers in time. It imports no torch:
-it starts in a fraction of a second and takes some 60 MB.
+Python signals and threads cannot interrupt a C function, and killing a data loader's worker ends the run. So each worker calls the functions of
+data/video_reader.py in a child process, which it keeps as long as the child answers in time. The child imports no torch: it starts in a
+fraction of a second and takes some 60 MB.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any
 from microcinema.data import video_reader
 from microcinema.utils.errors import UserError
 
-_STARTUP = 120.0  # seconds within which the child has to be there, on the busiest machine
-_GRACE = 5.0  # seconds after which a child that nobody waits for ends itself
+_STARTUP = 120.0  # seconds until the child must have started, on the busiest machine
+_GRACE = 5.0  # seconds after the timeout in which a child without a parent ends itself
 _LENGTH = struct.Struct("<Q")
 
 
@@ -28,7 +28,7 @@ class DecoderProcess:
     """Calls functions of data/video_reader.py in a child process, at most `timeout` seconds each.
 
     Raises:
-        UserError: the timeout is not positive; from a call: what the function raised, that it took too long, or that the decoder crashed.
+        UserError: the timeout is not positive; from a call, the error of the function, a timeout, or a crash of the decoder.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -38,29 +38,29 @@ class DecoderProcess:
         if not timeout > 0:
             raise UserError(f"timeout={timeout}; give a positive number of seconds, or null for none")
 
-    def __call__(self, function: str, source: video_reader.Source, *arguments: Any, **more: Any) -> Any:
-        """`video_reader.<function>(source, *arguments, **more)`."""
+    def __call__(self, function: str, source: video_reader.Source, *arguments: Any, **keywords: Any) -> Any:
+        """`video_reader.<function>(source, *arguments, **keywords)`."""
         child = self._running()
         try:
-            _send(child.stdin.fileno(), (self.timeout, function, (source, *arguments), more))  # type: ignore[union-attr]
-            fine, answer = self._receive(child, self.timeout)
+            _send(child.stdin.fileno(), (self.timeout, function, (source, *arguments), keywords))  # type: ignore[union-attr]
+            succeeded, answer = self._receive(child, self.timeout)
         except TimeoutError:
             self.close()
             raise UserError(
-                f"video file '{source}' took more than {self.timeout:g} s to decode, and its decoder was ended; "
+                f"video file '{source}' took more than {self.timeout:g} s to decode, and its decoder was killed; "
                 "take it off the list, or raise timeout"
             ) from None
         except (EOFError, OSError):
-            code = self._ended(child)
+            status = self._exit_status(child)
             raise UserError(
-                f"video file '{source}' ended its decoder ({code}); take it off the list, or try the other decoder"
+                f"video file '{source}' crashed its decoder ({status}); take it off the list, or try the other decoder"
             ) from None
-        if not fine:
+        if not succeeded:
             raise UserError(answer)
         return answer
 
     def close(self) -> None:
-        """Ends the child; the next call starts another."""
+        """Kills the child; the next call starts another."""
         child, self._child = self._child, None
         if child is not None and self._owner == os.getpid():
             child.kill()
@@ -69,7 +69,7 @@ class DecoderProcess:
                     with contextlib.suppress(OSError):
                         pipe.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=1)  # one that hangs in the kernel, on a file server that is gone, is not waited for
+                child.wait(timeout=1)  # not longer: it may hang in the kernel, on a file server that is gone
 
     def __del__(self) -> None:
         self.close()
@@ -93,11 +93,11 @@ class DecoderProcess:
             try:
                 self._receive(self._child, _STARTUP)
             except (TimeoutError, EOFError, OSError) as error:
-                code = self._ended(self._child)
-                raise RuntimeError(f"the decoder's process did not start ({code})") from error
+                status = self._exit_status(self._child)
+                raise RuntimeError(f"the decoder's process did not start ({status})") from error
         return self._child
 
-    def _ended(self, child: subprocess.Popen[bytes]) -> str:
+    def _exit_status(self, child: subprocess.Popen[bytes]) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=1)
         code = child.returncode
@@ -109,18 +109,18 @@ class DecoderProcess:
         deadline = time.monotonic() + timeout
         descriptor = child.stdout.fileno()  # type: ignore[union-attr]
 
-        def exactly(count: int) -> bytearray:
+        def read(count: int) -> bytearray:
             data = bytearray()
             while len(data) < count:
                 if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
                     raise TimeoutError
-                part = os.read(descriptor, min(count - len(data), 1 << 20))
-                if not part:
+                chunk = os.read(descriptor, min(count - len(data), 1 << 20))
+                if not chunk:
                     raise EOFError
-                data += part
+                data += chunk
             return data
 
-        return pickle.loads(exactly(_LENGTH.unpack(exactly(_LENGTH.size))[0]))
+        return pickle.loads(read(_LENGTH.unpack(read(_LENGTH.size))[0]))
 
 
 def _send(descriptor: int, message: Any) -> None:
@@ -131,23 +131,23 @@ def _send(descriptor: int, message: Any) -> None:
 
 
 def serve() -> None:
-    """What the child does: answers calls until its parent is gone."""
+    """The child's main loop: answers calls until its parent is gone."""
     answers = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints must not come between the answers
-    # Control-C, and a scheduler that asks every process of a job to end, are the parent's affair.
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    # The parent handles Control-C and the preemption signals that a scheduler sends to every process of a job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     calls = os.fdopen(0, "rb")
     _send(answers, "ready")
     while header := calls.read(_LENGTH.size):
-        timeout, function, arguments, more = pickle.loads(calls.read(_LENGTH.unpack(header)[0]))
-        # Should the parent have died meanwhile, nobody would kill a child that hangs: the kernel does, by the alarm's default action.
+        timeout, function, arguments, keywords = pickle.loads(calls.read(_LENGTH.unpack(header)[0]))
+        # If the parent has died, nobody kills a child that hangs, except the alarm's default action.
         signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
         try:
-            answer = True, getattr(video_reader, function)(*arguments, **more)
+            answer = True, getattr(video_reader, function)(*arguments, **keywords)
         except UserError as error:
             answer = False, str(error)
-        except Exception as error:  # a decoder's own: whatever it is, this file is the cause
+        except Exception as error:  # any error of a decoder: this file is the cause
             answer = False, f"video file '{arguments[0]}' cannot be decoded ({type(error).__name__}: {error})"
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(answers, answer)

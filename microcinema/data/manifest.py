@@ -1,4 +1,4 @@
-"""What `microcinema prepare check` found of each clip, as a Parquet file that training reads."""
+"""The manifest of `microcinema prepare check`: measures and verdict of each clip, in a Parquet file that training reads."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ import pyarrow.parquet
 
 from microcinema.utils.errors import UserError
 
-# One row a clip that was checked. Measures of a clip that could not be decoded are null.
+# One row per checked clip. Measures of a clip that could not be decoded are null.
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -22,38 +22,38 @@ SCHEMA = pa.schema(
         "width": pa.int32(),
         "height": pa.int32(),
         "duration": pa.float32(),  # seconds
-        "motion": pa.float32(),  # mean absolute difference of neighbouring frames, levels of 255
+        "motion": pa.float32(),  # mean absolute difference of neighboring frames, levels of 255
         "static": pa.bool_(),
-        "cut": pa.float32(),  # seconds after the first frame where it cuts to another scene; null: nowhere
-        "watermark": pa.float32(),  # correlation of its lasting edges with those that many clips share, -1 to 1
+        "cut": pa.float32(),  # seconds from the first frame to the strongest cut; null: none
+        "watermark": pa.float32(),  # correlation of its persistent edges with those that many clips share, -1 to 1
         "hashes": pa.list_(pa.uint64()),  # of its first, middle and last frame
-        "duplicate_of": pa.string(),  # id of the first clip that shows the same; null: none
+        "duplicate_of": pa.string(),  # id of the first clip with the same content; null: none
         "accepted": pa.bool_(),
-        "rejected_for": pa.string(),  # all reasons, with commas between
+        "rejected_for": pa.string(),  # all reasons, separated by commas
     }
 )
 
 
 class Manifest:
-    """A manifest beside a list of clips.
+    """A manifest of the clips in a data set.
 
     Args:
         path: the Parquet file.
 
     Raises:
-        UserError: no such file, or no manifest.
+        UserError: the file cannot be read, or is no manifest.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        wanted = ["id", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
+        columns = ["id", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
         try:
-            self.table = pyarrow.parquet.read_table(self.path, columns=wanted)
+            self.table = pyarrow.parquet.read_table(self.path, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"manifest '{self.path}' cannot be read ({error}); make one with `microcinema prepare check`"
             ) from None
-        missing = [name for name in wanted if name not in self.table.column_names]
+        missing = [name for name in columns if name not in self.table.column_names]
         if missing:
             raise UserError(
                 f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with `microcinema prepare check`"
@@ -61,12 +61,12 @@ class Manifest:
 
     def find(self, ids: pa.ChunkedArray) -> np.ndarray:
         """The manifest's row of each id, -1 where it has none."""
-        kind = pa.large_string()
-        found = pc.index_in(ids.cast(kind), value_set=self.table.column("id").cast(kind).combine_chunks())
-        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        manifest_ids = self.table.column("id").cast(pa.large_string()).combine_chunks()
+        rows = pc.index_in(ids.cast(pa.large_string()), value_set=manifest_ids)
+        return pc.fill_null(rows, -1).to_numpy().astype(np.int64)
 
     def column(self, name: str) -> np.ndarray:
-        """A column; numbers that are missing are NaN, truths that are missing False."""
+        """A column; missing numbers are NaN, missing booleans False."""
         values = self.table.column(name)
         if pa.types.is_boolean(values.type):
             return pc.fill_null(values, False).to_numpy()

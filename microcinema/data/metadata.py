@@ -1,7 +1,7 @@
-"""The list of a data set: CSV, TSV, JSONL or Parquet of any column names, in memory column by column.
+"""The list of a data set: CSV, TSV, JSONL or Parquet with any column names, in memory as Arrow columns.
 
 Arrow keeps a column as one block of bytes: ten million rows take about as much memory as their text, are read in seconds, and are shared by the
-worker processes that a data loader forks (a list of dictionaries would take ten times as much, and every worker would copy it).
+forked workers of a data loader (a list of dictionaries would take ten times as much, and every worker would copy it).
 """
 
 import csv
@@ -27,10 +27,10 @@ FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".parquet": None}
 class Rows(Sequence[dict[str, str]]):
     """The rows of a list: `id`, `file` (empty where the list names none), `page_dir`, `caption`, `description`, `motion`.
 
-    `description` (for the key frame) and `motion` stand for themselves where they are there and not empty, else for the caption.
+    Empty or missing `description` (caption of the key frame) and `motion` are replaced by the caption.
 
     Args:
-        table: these columns, as `read_rows` makes them.
+        table: these columns, from `read_rows`.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -56,11 +56,11 @@ class Rows(Sequence[dict[str, str]]):
         return (self[index] for index in range(len(self)))
 
     def ids(self) -> pa.ChunkedArray:
-        """The column `id`, as it is compared with that of a manifest."""
+        """The ids that a manifest uses: column `id`, or else `file`."""
         return self.table.column("id" if "id" in self.table.column_names else "file")
 
     def digest(self) -> str:
-        """sha256 of all that the rows say, whatever the blocks that Arrow keeps them in."""
+        """sha256 of the contents of the rows; it does not depend on how Arrow divides them into chunks."""
         return hash_chunks(self._chunks())
 
     def _chunks(self) -> Iterator[str | np.ndarray | memoryview]:
@@ -69,52 +69,54 @@ class Rows(Sequence[dict[str, str]]):
             yield f"{name} {len(column)} "
             yield pc.binary_length(column).to_numpy().astype("<i8")
             for chunk in filter(len, column.chunks):
-                _, offsets, texts = chunk.buffers()
+                _, offsets, characters = chunk.buffers()
                 ends = np.frombuffer(offsets, "<i8")
-                yield memoryview(texts or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]]
+                yield memoryview(characters or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]]
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
-        """The rows with these numbers, in this order."""
+        """The rows with these indices, in this order."""
         return Rows(self.table.take(pa.array(indices, pa.int64())))
 
 
 def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None) -> Rows:
-    """Reads a list; every value becomes text, a missing one the empty text.
+    """Reads a list; every value becomes a string, a missing one the empty string.
 
     Args:
-        path: .csv, .tsv, .jsonl (one object a line) or .parquet; .csv and .tsv name their columns in the first line.
-        columns: for each of `id`, `file`, `page_dir`, `caption`, `description` and `motion` the name of its column; None, or left out: the column
-            of that very name, if there is one. `caption` and one of `id` and `file` must be there. Default: WebVid's `videoid` and `name`.
+        path: .csv, .tsv, .jsonl (one object per line) or .parquet; .csv and .tsv name their columns in the first line.
+        columns: names of the columns for `id`, `file`, `page_dir`, `caption`, `description` and `motion`; None or omitted: the column of the same
+            name, if it exists. `caption` and one of `id` and `file` are required. Default: WebVid's `videoid` and `name`.
 
     Raises:
-        UserError: a file that cannot be read, has no rows, or lacks a column; those that it has are named.
+        UserError: a file that cannot be read, has no rows, or lacks a column.
     """
-    path, wanted = Path(path), dict(WEBVID if columns is None else columns)
-    unknown = sorted(set(wanted) - set(KEYS))
+    path, columns = Path(path), WEBVID if columns is None else columns
+    unknown = sorted(set(columns) - set(KEYS))
     if unknown:
         raise UserError(f"columns has no '{unknown[0]}'; choose from {', '.join(KEYS)}")
     if path.suffix not in FORMATS:
         raise UserError(f"list '{path}' is of no known format; give one of {', '.join(FORMATS)}")
     try:
-        found = _column_names(path)
-        chosen = {key: wanted.get(key) or key for key in KEYS}
-        missing = [name for key, name in chosen.items() if name not in found and (key == "caption" or wanted.get(key))]
-        if chosen["id"] not in found and chosen["file"] not in found and not missing:
+        available = _column_names(path)
+        names = {key: columns.get(key) or key for key in KEYS}
+        required = {name for key, name in names.items() if key == "caption" or columns.get(key)}
+        missing = [name for name in names.values() if name in required and name not in available]
+        if names["id"] not in available and names["file"] not in available and not missing:
             missing = ["id or file"]
         if missing:
-            have = ", ".join(found) or "none"
-            where = "the first line must name the columns" if FORMATS[path.suffix] else "name them in columns"
-            raise UserError(f"list '{path}' lacks column {' and '.join(missing)} (it has: {have}); {where}")
-        kept = {key: name for key, name in chosen.items() if name in found}
-        table = _read_table(path, sorted(set(kept.values())))
-        texts = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in kept.values()]
+            advice = "the first line must name the columns" if FORMATS[path.suffix] else "name them in columns"
+            raise UserError(
+                f"list '{path}' lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'}); {advice}"
+            )
+        names = {key: name for key, name in names.items() if name in available}
+        table = _read_table(path, sorted(set(names.values())))
+        strings = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in names.values()]
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise UserError(
             f"list '{path}' cannot be read ({error}); give a {path.suffix[1:].upper()} file in UTF-8"
         ) from None
     if table.num_rows == 0:
         raise UserError(f"list '{path}' has no rows; give one with at least one video")
-    return Rows(pa.table(texts, names=list(kept)))
+    return Rows(pa.table(strings, names=list(names)))
 
 
 def _column_names(path: Path) -> list[str]:

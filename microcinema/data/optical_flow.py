@@ -1,15 +1,18 @@
-"""Optical flow between neighbouring frames, from a teacher, and its passage to the latent grid: what PredictNet learns from."""
+"""Optical flow between consecutive frames on the latent grid, computed as clips are read: the target of PredictNet."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from einops import rearrange, reduce
 
+from microcinema.config.compose import instantiate
+from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.utils.errors import UserError
 
 FLOW_MODELS = ("dis", "raft")
@@ -17,10 +20,10 @@ FLOW_MODELS = ("dis", "raft")
 
 @dataclass(frozen=True)
 class Flow:
-    """Forward optical flow of clips and where it can be trusted.
+    """Forward optical flow of clips, and where it is valid.
 
     Attributes:
-        vectors: float32 (..., f-1, 2, h, w): (dx, dy) from each frame to the next, in places of its own grid.
+        vectors: float32 (..., f-1, 2, h, w): (dx, dy) from each frame to the next, in units of its own grid.
         valid: bool (..., f-1, h, w).
     """
 
@@ -28,16 +31,51 @@ class Flow:
     valid: torch.Tensor
 
 
-def estimate(teacher: str, frames: np.ndarray) -> Flow:
-    """Flow of a clip by `dis` or `raft`, in pixels; valid where the way there and back again ends where it began.
+class FlowClips(ClipWrapper):
+    """The items of a data set of clips with `flow` float32 (f-1, 2, h, w) and `flow_valid` bool (f-1, h, w), on the latent grid.
+
+    RAFT uses the GPU only in the main process: set dataloader_num_workers=0, or better, cache the flow.
+
+    Args:
+        flow_model: `dis`, `raft`, or the full name of a class that is constructed from the data set and maps an item to its `Flow` in pixels.
+        factor: pixels per unit of the latent grid.
+
+    Raises:
+        UserError: an unknown flow model, or one that does not know the flow of this data set.
+    """
+
+    def __init__(self, dataset: ClipSource, flow_model: str, factor: int) -> None:
+        super().__init__(dataset)
+        if flow_model not in FLOW_MODELS and "." not in flow_model:
+            raise UserError(
+                f"model.flow_model={flow_model} is unknown; use {', '.join(FLOW_MODELS)} or the full name of a class"
+            )
+        self.factor = factor
+        self.flow: Callable[[dict[str, Any]], Flow] = functools.partial(_estimate_item, flow_model)
+        if flow_model not in FLOW_MODELS:
+            self.flow = instantiate({"_target_": flow_model}, dataset=dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        flow = to_latent_grid(self.flow(item), self.factor)
+        return {**item, "flow": flow.vectors, "flow_valid": flow.valid}
+
+
+def _estimate_item(flow_model: str, item: dict[str, Any]) -> Flow:
+    pixels = ((item["video"] + 1) * 127.5).round().to(torch.uint8)
+    return estimate(flow_model, pixels.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def estimate(flow_model: str, frames: np.ndarray) -> Flow:
+    """Flow of a clip by `dis` or `raft`, in pixels; valid where forward and backward flow cancel.
 
     Args:
         frames: uint8 (f, h, w, 3).
 
     Raises:
-        UserError: no such teacher, or its library or weights are missing.
+        UserError: an unknown model, or its library or weights are missing.
     """
-    method = _method(teacher)
+    method = _method(flow_model)
     pairs = list(pairwise(frames))
     forward = np.stack([method(a, b) for a, b in pairs]) if pairs else np.zeros((0, *frames.shape[1:3], 2), np.float32)
     backward = np.stack([method(b, a) for a, b in pairs]) if pairs else forward
@@ -45,16 +83,16 @@ def estimate(teacher: str, frames: np.ndarray) -> Flow:
 
 
 def exact(flow: np.ndarray) -> Flow:
-    """A flow (f-1, h, w, 2) that is known, valid everywhere."""
+    """A known flow (f-1, h, w, 2), valid everywhere."""
     return Flow(_channels_first(flow), torch.ones(flow.shape[:3], dtype=torch.bool))
 
 
 def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """Where flow there and flow back cancel, bool (f-1, h, w): the occlusion test of arXiv 1711.07837, equation 1.
+    """Where forward and backward flow cancel, bool (f-1, h, w): the occlusion test of arXiv 1711.07837, equation 1.
 
         |F(x) + B(x + F(x))|^2 < 0.01 (|F(x)|^2 + |B(x + F(x))|^2) + 0.5
 
-    Places that flow out of the picture are not valid.
+    Pixels that leave the frame are not valid.
 
     Args:
         forward, backward: (f-1, h, w, 2), pixels.
@@ -62,19 +100,19 @@ def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     height, width = forward.shape[1:3]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     valid = np.zeros(forward.shape[:3], bool)
-    for there, back, out in zip(forward, backward, valid, strict=True):
-        to_x, to_y = x + there[..., 0], y + there[..., 1]
-        returned = cv2.remap(back.astype(np.float32), to_x, to_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        gap = ((there + returned) ** 2).sum(-1)
+    for k, (flow, back) in enumerate(zip(forward, backward.astype(np.float32), strict=True)):
+        to_x, to_y = x + flow[..., 0], y + flow[..., 1]
+        back = cv2.remap(back, to_x, to_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        gap = ((flow + back) ** 2).sum(-1)
         inside = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
-        out[:] = inside & (gap < 0.01 * ((there**2).sum(-1) + (returned**2).sum(-1)) + 0.5)
+        valid[k] = inside & (gap < 0.01 * ((flow**2).sum(-1) + (back**2).sum(-1)) + 0.5)
     return valid
 
 
 def to_latent_grid(flow: Flow, factor: int) -> Flow:
-    """The flow on a grid that is `factor` times coarser: means over the valid pixels of each place, in places of that grid.
+    """The flow on a grid that is `factor` times coarser, in its units: the mean over the valid pixels of each cell.
 
-    A vector of `factor` pixels becomes one of length 1. A place is valid if at least half of its pixels are.
+    A vector of `factor` pixels gets length 1. A cell is valid if at least half of its pixels are.
 
     Raises:
         UserError: the size does not divide by the factor.
@@ -84,10 +122,10 @@ def to_latent_grid(flow: Flow, factor: int) -> Flow:
         raise UserError(
             f"flow of {height}x{width} does not divide by {factor}; use the size that the latents were made at"
         )
-    share = reduce(flow.valid.float(), "... (h p) (w q) -> ... h w", "mean", p=factor, q=factor)
+    valid_share = reduce(flow.valid.float(), "... (h p) (w q) -> ... h w", "mean", p=factor, q=factor)
     masked = torch.where(flow.valid.unsqueeze(-3), flow.vectors, torch.zeros_like(flow.vectors))
     mean = reduce(masked, "... (h p) (w q) -> ... h w", "mean", p=factor, q=factor)
-    return Flow(mean / share.clamp(min=1e-6).unsqueeze(-3) / factor, share >= 0.5)
+    return Flow(mean / valid_share.clamp(min=1e-6).unsqueeze(-3) / factor, valid_share >= 0.5)
 
 
 def _channels_first(flow: np.ndarray) -> torch.Tensor:
@@ -95,36 +133,35 @@ def _channels_first(flow: np.ndarray) -> torch.Tensor:
 
 
 @functools.cache
-def _method(teacher: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    if teacher == "dis":
-        dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # Its default leaves motion finer than four pixels out, which is all the motion that small pictures have.
-        dis.setFinestScale(0)
-
-        def by_dis(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (a, b))
-            return dis.calc(first, second, None)  # type: ignore[call-overload]
-
-        return by_dis
-    if teacher == "raft":
+def _method(flow_model: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if flow_model == "raft":
         return _raft()
-    raise UserError(f"flow teacher '{teacher}' is unknown; use one of {', '.join(FLOW_MODELS)}")
+    if flow_model != "dis":
+        raise UserError(f"flow model '{flow_model}' is unknown; use one of {', '.join(FLOW_MODELS)}")
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis.setFinestScale(0)  # the default misses motion of less than four pixels, which is all that small frames have
+
+    def by_dis(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a, b = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (a, b))
+        return dis.calc(a, b, None)  # type: ignore[call-overload]
+
+    return by_dis
 
 
 def _raft() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """RAFT (arXiv 2003.12039) of torchvision, with its own weights, from torchvision's cache or its download."""
+    """RAFT (arXiv 2003.12039) of torchvision with its own weights, from torchvision's cache or downloaded."""
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large  # type: ignore[import-not-found]
-    except (ImportError, RuntimeError):  # the second: built for another torch
-        raise UserError("flow teacher 'raft' needs torchvision; pip install 'microcinema[flow]', or use dis") from None
+    except (ImportError, RuntimeError):  # RuntimeError: built for another torch
+        raise UserError("flow model 'raft' needs torchvision; pip install 'microcinema[flow]', or use dis") from None
     weights = Raft_Large_Weights.DEFAULT
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = raft_large(weights=weights).eval().to(device)
-    prepare = weights.transforms()
+    preprocess = weights.transforms()
 
     @torch.no_grad()
     def by_raft(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        first, second = prepare(*(rearrange(torch.from_numpy(image.copy()), "h w c -> 1 c h w") for image in (a, b)))
-        return rearrange(network(first.to(device), second.to(device))[-1][0], "c h w -> h w c").cpu().numpy()
+        images = preprocess(*(rearrange(torch.from_numpy(image.copy()), "h w c -> 1 c h w") for image in (a, b)))
+        return rearrange(network(*(image.to(device) for image in images))[-1][0], "c h w -> h w c").cpu().numpy()
 
     return by_raft

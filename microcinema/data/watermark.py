@@ -1,4 +1,4 @@
-"""Watermarks such as WebVid's, whose place is known: cut off, filled in, or named in the caption."""
+"""Watermarks in a known box, such as WebVid's: cropped, inpainted, or named in the caption."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ ACTIONS = ("crop", "mask", "tag")
 
 
 class Watermark:
-    """What is done about a watermark.
+    """Handles the watermark of clips.
 
     Args:
-        action: "crop" keeps the largest part of the frame beside the box, at the aspect ratio wanted; "mask" fills the box from the pixels around it,
-            each frame by itself (OpenCV's inpainting after Telea, 2004); "tag" leaves the frames and adds `tag` to the captions, so that
-            sampling without it, or with it as the negative prompt, turns from the watermark.
+        action: "crop" keeps the largest region beside the box, at the clip's aspect ratio; "mask" inpaints the box frame by frame (OpenCV, after
+            Telea, 2004); "tag" keeps the frames and appends `tag` to the captions, so that sampling without it, or with it as the negative prompt,
+            avoids the watermark.
         box: left, top, right, bottom as fractions of the frame's width and height.
-        tag: words that follow the caption.
+        tag: words that are appended to the caption.
 
     Raises:
-        UserError: an unknown action, a box that is none.
+        UserError: an unknown action, or an invalid box.
     """
 
     def __init__(self, action: str, box: Sequence[float], tag: str = "watermark") -> None:
@@ -32,34 +32,34 @@ class Watermark:
             raise UserError("watermark box covers the whole frame, of which crop leaves nothing; choose a smaller box")
         self.action, self.box, self.tag = action, tuple(float(side) for side in box), tag
 
-    def pixels(self, frames: np.ndarray, wanted: tuple[int, int]) -> np.ndarray:
-        """The frames without it, uint8 (f, h, w, 3); `wanted` is (height, width) of the clip, whose aspect ratio decides what crop keeps."""
+    def pixels(self, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Frames without the watermark, uint8 (f, h, w, 3); `size` is (height, width) of the clip, whose aspect ratio decides what crop keeps."""
         if self.action == "tag":
             return frames
         height, width = frames.shape[1:3]
         left, right = int(self.box[0] * width), -int(-self.box[2] * width // 1)
         top, bottom = int(self.box[1] * height), -int(-self.box[3] * height // 1)
         if self.action == "crop":
-            parts = [(0, top, 0, width), (bottom, height, 0, width), (0, height, 0, left), (0, height, right, width)]
+            regions = [(0, top, 0, width), (bottom, height, 0, width), (0, height, 0, left), (0, height, right, width)]
 
-            def shown(part: tuple[int, int, int, int]) -> float:
-                """Pixels of it that the centre crop to the wanted aspect ratio shows."""
-                tall, wide = part[1] - part[0], part[3] - part[2]
-                return min(tall, wide * wanted[0] / wanted[1]) * min(wide, tall * wanted[1] / wanted[0])
+            def cropped_area(region: tuple[int, int, int, int]) -> float:
+                """Pixels of a region that a center crop to the clip's aspect ratio keeps."""
+                h, w = region[1] - region[0], region[3] - region[2]
+                return min(h, w * size[0] / size[1]) * min(w, h * size[1] / size[0])
 
-            y0, y1, x0, x1 = max(parts, key=shown)
+            y0, y1, x0, x1 = max(regions, key=cropped_area)
             return frames[:, y0:y1, x0:x1]
         import cv2
 
-        # Around the box just what the filling looks at: it is several times faster than on the whole frame.
+        # On the surroundings of the box alone, several times faster than on the whole frame.
         y0, y1, x0, x1 = max(0, top - 8), min(height, bottom + 8), max(0, left - 8), min(width, right + 8)
         mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
         mask[top - y0 : bottom - y0, left - x0 : right - x0] = 1
-        filled = frames.copy()
-        for frame in filled:
+        inpainted = frames.copy()
+        for frame in inpainted:
             frame[y0:y1, x0:x1] = cv2.inpaint(frame[y0:y1, x0:x1], mask, 3, cv2.INPAINT_TELEA)
-        return filled
+        return inpainted
 
     def caption(self, text: str) -> str:
-        """The caption of a clip that bears it."""
+        """The caption of a clip with the watermark."""
         return f"{text}, {self.tag}" if self.action == "tag" else text

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from microcinema.data import video_reader, video_writer
 from microcinema.data.clips import ClipDataset
-from microcinema.data.flow_clips import FlowClips
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.joint import JointDataset
 from microcinema.data.manifest import SCHEMA
+from microcinema.data.optical_flow import FlowClips
 from microcinema.data.shards import ShardDataset
 from microcinema.utils.errors import UserError
 

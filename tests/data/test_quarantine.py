@@ -241,7 +241,7 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_clip_is_read(listing):
     reader("probe", sound)  # the time to start is not counted
     child = psutil.Process(reader._child.pid)
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"took more than 1 s to decode, and its decoder was ended"):
+    with pytest.raises(UserError, match=r"took more than 1 s to decode, and its decoder was killed"):
         reader("probe", tiny_broken.Hanging())
     assert 1 <= time.monotonic() - began < 10
     assert not child.is_running()
@@ -273,7 +273,7 @@ def test_a_decoder_that_crashes_is_told(listing):
     assert reader("probe", listing.parent / "sound0.mp4").num_frames == 16  # found dead, replaced
     reader._child.poll = lambda: None  # dies while it is asked
     os.kill(reader._child.pid, signal.SIGSEGV)
-    with pytest.raises(UserError, match="sound0.mp4' ended its decoder .signal SIGSEGV."):
+    with pytest.raises(UserError, match="sound0.mp4' crashed its decoder .signal SIGSEGV."):
         reader("probe", listing.parent / "sound0.mp4")
 
 

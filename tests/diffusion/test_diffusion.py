@@ -271,7 +271,7 @@ def test_reference_frame():
     assert [keyframe_index(r, 16) for r in ("first", "center", 15)] == [0, 8, 15]
     assert keyframe_index("center", 1) == 0
     for bad in ("last", 16, -1, 1.5, True):
-        with pytest.raises(UserError, match="reference frame"):
+        with pytest.raises(UserError, match="keyframe_position="):
             keyframe_index(bad, 16)
 
 

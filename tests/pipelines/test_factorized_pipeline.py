@@ -12,7 +12,7 @@ from fixtures import tiny, tiny_training
 from fixtures.tiny_training import FRAMES, logged, one_thread, weights  # noqa: F401
 from microcinema.commands import cli
 from microcinema.data.clips import ClipDataset
-from microcinema.data.flow_clips import FlowClips
+from microcinema.data.optical_flow import FlowClips
 from microcinema.diffusion.rng import generator
 from microcinema.models.predict_net import PredictNet
 from microcinema.pipelines.encoders import encode_motion_tokens, load_image_encoder, load_motion_encoder
