@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.profiler import record_function
 
 from microcinema.config.compose import instantiate, save
-from microcinema.data.optical_flow import FlowClips
 from microcinema.data.latents import EncodedClips
+from microcinema.data.optical_flow import FlowClips
 from microcinema.data.source import ClipSource
 from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
