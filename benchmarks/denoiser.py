@@ -25,8 +25,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
-from microcinema.models import ConditionEncoder, VideoUNet, set_trainable
 from microcinema.models.appearance import FUSIONS
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet, set_trainable
 
 REFERENCE = "2D UNet per frame"
 FULL: dict[str, Any] = {

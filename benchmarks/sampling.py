@@ -14,8 +14,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from benchmarks.denoiser import FULL, QUICK, TOKENS, unet_settings
 from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
 from microcinema.diffusion.schedule import make_sampler
-from microcinema.models import ConditionEncoder, VideoUNet
 from microcinema.models.appearance import FUSIONS
+from microcinema.models.conditioning import ConditionEncoder
+from microcinema.models.video_unet import VideoUNet
 
 TINY: dict[str, Any] = QUICK | {"frames": 16, "latents": 16}
 BASELINE = "without AppearanceNet"

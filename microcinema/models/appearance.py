@@ -7,6 +7,8 @@ runs once per clip. docs/method.md compares the two.
 Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, d text width.
 """
 
+from typing import Any
+
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlock2D
@@ -64,9 +66,9 @@ class AppearanceNet(UNet2DBackbone):
     feature needs are not built.
 
     Args:
+        unet2d: constructor arguments of the 2D UNet.
         fusion: `add` (features have the channels of the layer) or `spade` (twice as many: scale and shift).
         inject: into which layers: `encoder`, `decoder` or `both`.
-        the rest: as in UNet2DConditionModel of diffusers.
 
     Raises:
         UserError: an unknown fusion, inject or block type.
@@ -76,27 +78,7 @@ class AppearanceNet(UNet2DBackbone):
     unused_prefixes: tuple[str, ...] = ("conv_norm_out.", "conv_out.")
 
     @register_to_config
-    def __init__(
-        self,
-        sample_size: int | None = None,
-        in_channels: int = 4,
-        flip_sin_to_cos: bool = True,
-        freq_shift: int = 0,
-        down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-        layers_per_block: int = 2,
-        downsample_padding: int = 1,
-        act_fn: str = "silu",
-        norm_num_groups: int = 32,
-        norm_eps: float = 1e-5,
-        cross_attention_dim: int = 1280,
-        attention_head_dim: int | tuple[int, ...] = 8,
-        use_linear_projection: bool = False,
-        upcast_attention: bool = False,
-        fusion: str = "add",
-        inject: str = "both",
-    ):
+    def __init__(self, unet2d: dict[str, Any], fusion: str = "add", inject: str = "both"):
         super().__init__()
         check_choice("fusion", fusion, FUSIONS)
         check_choice("inject", inject, INJECTS)
@@ -105,7 +87,7 @@ class AppearanceNet(UNet2DBackbone):
             self.unused_prefixes = (*self.unused_prefixes, "up_blocks.")
         else:
             modules.append("up_blocks")
-        self._build_unet2d(dict(self.config), modules)
+        self._build_unet2d(unet2d, modules)
         self.injected = injected_layers(self, inject)
         widths = [resnet.out_channels for resnet, _ in self.layers()]
         factor = 2 if fusion == "spade" else 1
@@ -118,9 +100,7 @@ class AppearanceNet(UNet2DBackbone):
         Raises:
             UserError: the UNet is not supported, or its keys do not match.
         """
-        arguments = unet2d_arguments(dict(unet.config))
-        arguments.pop("out_channels", None)
-        net = cls(**arguments, fusion=fusion, inject=inject)
+        net = cls(unet2d_arguments(dict(unet.config)), fusion, inject)
         net.load_unet2d(unet)
         return net
 

@@ -95,18 +95,13 @@ def layer_specs(net: Any) -> list[LayerSpec]:
     """All layers, in order, of a UNet2DConditionModel or of a network built from its blocks."""
     specs: list[LayerSpec] = []
     scale = 1
-
-    def add(block: Any) -> None:
+    for block in (*net.down_blocks, net.mid_block, *net.up_blocks):
         for resnet, transformer in UNet2DBackbone.block_layers(block):
             specs.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
-
-    for block in net.down_blocks:
-        add(block)
-        scale *= 2 if block.downsamplers else 1
-    add(net.mid_block)
-    for block in net.up_blocks:
-        add(block)
-        scale //= 2 if block.upsamplers else 1
+        if getattr(block, "downsamplers", None):
+            scale *= 2
+        if getattr(block, "upsamplers", None):
+            scale //= 2
     return specs
 
 
@@ -265,28 +260,18 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
                 return self._gradient_checkpointing_func(run, *arguments)
             return run(*arguments)
 
-        number = 0
-        skips = [h]
-        for block in down:
+        number, skips = 0, [h]
+        for block in (*down, *mid, *up):
             for resnet, transformer in self.block_layers(block):
-                h = step(number, resnet, transformer, h)
+                h = step(number, resnet, transformer, h, *([skips.pop()] if block in up else ()))
                 yield h
-                skips.append(h)
+                if block in down:
+                    skips.append(h)
                 number += 1
-            for downsampler in block.downsamplers or ():
+            for downsampler in getattr(block, "downsamplers", None) or ():
                 h = downsampler(h)
                 skips.append(h)
-        for block in mid:
-            for resnet, transformer in self.block_layers(block):
-                h = step(number, resnet, transformer, h)
-                yield h
-                number += 1
-        for block in up:
-            for resnet, transformer in self.block_layers(block):
-                h = step(number, resnet, transformer, h, skips.pop())
-                yield h
-                number += 1
-            for upsampler in block.upsamplers or ():
+            for upsampler in getattr(block, "upsamplers", None) or ():
                 h = upsampler(h)
 
     def load_unet2d(self, unet: UNet2DConditionModel) -> None:

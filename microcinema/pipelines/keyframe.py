@@ -161,11 +161,9 @@ class KeyframePipeline:
         height: int,
         width: int,
         generator: Sequence[torch.Generator] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
         draw_height: int | None = None,
         draw_width: int | None = None,
+        **arguments: Any,
     ) -> list[Keyframe]:
         """One key frame for every prompt, at the video's size.
 
@@ -174,7 +172,7 @@ class KeyframePipeline:
             height, width: of the video, in pixels.
             generator: one for every prompt.
             draw_height, draw_width: size in pixels at which the pipeline draws; both None: its own.
-            the rest: passed to the pipeline; None: its own default.
+            arguments: of the pipeline, such as `num_inference_steps`; None: its own default.
 
         Raises:
             UserError: a file is not an image, a folder has not one image per prompt, the pipeline refuses an argument, or it has
@@ -190,7 +188,7 @@ class KeyframePipeline:
                 make_keyframe(open_image(file), height, width, {"source": str(file)}, self.resize_mode)
                 for file in files
             ]
-        source = self.provenance(num_inference_steps, guidance_scale, negative_prompt, draw_height, draw_width)
+        source = self.provenance(draw_height, draw_width, **arguments)
         # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
         return [
             make_keyframe(
@@ -204,12 +202,7 @@ class KeyframePipeline:
         ]
 
     def provenance(
-        self,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        draw_height: int | None = None,
-        draw_width: int | None = None,
+        self, draw_height: int | None = None, draw_width: int | None = None, **arguments: Any
     ) -> dict[str, Any]:
         """Provenance of the key frames that the pipeline draws with these arguments, apart from prompt and image.
 
@@ -221,14 +214,7 @@ class KeyframePipeline:
         if (draw_height is None) != (draw_width is None):  # diffusers would ignore the other one
             raise UserError(f"draw_height={draw_height}, draw_width={draw_width}; give both, or neither")
         name = type(self.source).__name__
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "height": draw_height,
-            "width": draw_width,
-        }
-        # Not every pipeline has a negative prompt, and each has its own good defaults.
+        arguments |= {"height": draw_height, "width": draw_width}
         arguments = {argument: value for argument, value in arguments.items() if value is not None}
         if unknown := [argument for argument in arguments if not self.takes(argument)]:
             raise UserError(

@@ -3,8 +3,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn import functional
 
-from microcinema.models import AppearanceNet
-from microcinema.models.appearance import fuse
+from microcinema.models.appearance import AppearanceNet, fuse
 from microcinema.utils.errors import UserError
 
 torch.set_num_threads(1)

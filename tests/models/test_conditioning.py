@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from microcinema.models import ConditionEncoder, Conditions
+from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.utils.errors import UserError
 
 torch.set_num_threads(1)

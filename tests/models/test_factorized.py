@@ -6,12 +6,13 @@ from einops import rearrange, repeat
 from torch.nn import functional
 
 from microcinema.diffusion.losses import flow_loss
-from microcinema.models import ConditionEncoder, Conditions, VideoUNet
 from microcinema.models.attention import KeyValue, attention
+from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.image_adapter import TextImageAdapter
 from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelPyramid
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.temporal import TemporalTransformer
+from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.utils.errors import UserError
 from tests.models.test_video_unet import base, inputs, per_frame, randomise
 
@@ -145,8 +146,6 @@ def test_saves_and_loads_with_all_parts(tmp_path):
 
 def test_what_is_added_trains_and_the_base_does_not_change():
     video, encoder = nets(base())
-    from microcinema.models import set_trainable
-
     set_trainable(video, encoder, "temporal")
     randomise(video, encoder)
     z_t, t, text, z_ref, fps = inputs(3)

@@ -4,7 +4,8 @@ from diffusers import UNet2DConditionModel
 from einops import rearrange, repeat
 from safetensors.torch import load_file, save_file
 
-from microcinema.models import ConditionEncoder, Conditions, VideoUNet, set_trainable
+from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.utils.errors import UserError
 
 torch.set_num_threads(1)
