@@ -48,7 +48,7 @@ def test_a_noise_prior(examples):
     prior = examples["FadingPrior"](strength=0.5, gamma=0.25, half_life=2.0)
     eps, z_ref = torch.zeros(1, 5, 1, 1, 1), torch.ones(1, 1, 1, 1)
     assert prior.noise(eps, z_ref).flatten().tolist() == pytest.approx([0.5 * 2 ** (-k / 2) for k in range(5)])
-    start = prior.initial(eps, z_ref).flatten()
+    start = prior.initial_noise(eps, z_ref).flatten()
     assert start.tolist() == pytest.approx([0.5 * 2 ** (-k / 2) + 0.25 for k in range(5)])
     noise = torch.randn(2, 5, 4, 8, 8)
     assert torch.equal(examples["FadingPrior"](strength=0.0).noise(noise, torch.randn(2, 4, 8, 8)), noise)
