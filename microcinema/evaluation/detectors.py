@@ -22,11 +22,13 @@ from microcinema.utils.hashing import hash_weights
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips to measure: `frames` uint8 (b, f, h, w, 3); the prompt of each, if it has one; key frames uint8 (b, h, w, 3)."""
+    """Clips to measure: `frames` uint8 (b, f, h, w, 3); the prompt of each, if it has one; key frames uint8 (b, h, w, 3), and the
+    index of the frame that is compared with them."""
 
     frames: np.ndarray
     prompts: Sequence[str] | None = None
     keyframes: np.ndarray | None = None
+    keyframe_index: int = 0
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -240,10 +242,10 @@ def motion(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
-    """`psnr` and `ssim` (b,) of the first frame against the key frame; nothing where there are no key frames."""
+    """`psnr` and `ssim` (b,) of the key frame's own place in the clip against the key frame; empty without key frames."""
     if batch.keyframes is None:
         return {}
-    pairs = zip(batch.frames[:, 0], batch.keyframes, strict=True)
+    pairs = zip(batch.frames[:, batch.keyframe_index], batch.keyframes, strict=True)
     values = np.array([video_metrics.image_fidelity(frame, keyframe) for frame, keyframe in pairs])
     return {"psnr": values[:, 0], "ssim": values[:, 1]}
 

@@ -1,8 +1,8 @@
-"""Clips to what detectors say of them, batch by batch: resumable, by any number of processes, memory the same for any number of clips."""
+"""Features of clips by detectors, batch by batch: resumable, by any number of processes, in constant memory."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,98 +12,114 @@ import numpy as np
 from tqdm import tqdm
 
 from microcinema.evaluation.detectors import Batch, Measure
-from microcinema.evaluation.generate import Share
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 from microcinema.utils.fingerprint import write_or_verify
 
-_READERS = 8  # threads that read clips while the detectors are at work; decoding leaves Python's lock
+_READERS = 8  # threads that decode clips while the detectors run; decoding releases Python's lock
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """The batches of one process: every `num_processes`-th from `rank`, so that batches do not depend on the number of processes."""
+
+    rank: int = 0
+    num_processes: int = 1
+
+    def batches(self, count: int, batch_size: int) -> Iterator[range]:
+        """The indices of each batch."""
+        starts = range(0, count, batch_size)[self.rank :: self.num_processes]
+        return (range(start, min(start + batch_size, count)) for start in starts)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """A set of clips to measure: how many, one by its number, and their prompts, where they have some.
+    """A set of clips to measure.
 
-    `load` gives frames uint8 (f, h, w, 3), all of one shape, and the key frame uint8 (h, w, 3), or None.
+    Attributes:
+        count: number of clips.
+        load: returns a clip's frames uint8 (f, h, w, 3), all of one shape, and its key frame uint8 (h, w, 3), or None.
+        prompts: one for each clip, if they have any.
+        keyframe_index: frame of a clip that is compared with its key frame.
     """
 
     count: int
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
     prompts: Sequence[str] | None = None
+    keyframe_index: int = 0
 
 
-def extract(
+def extract_features(
     clips: Clips,
     measures: Sequence[Measure],
     folder: str | os.PathLike[str],
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     batch_size: int,
-    share: Share,
+    share: RankShare,
     label: str,
     progress: bool = True,
 ) -> None:
-    """Runs every measure on every clip of this process's share, and stores what it says in one file a batch.
+    """Runs every measure on the clips of this process, and stores the features in one file per batch.
 
     Args:
-        identity: what the result depends on, as JSON; kept in the folder.
+        fingerprint: everything that the features depend on; kept in the folder.
         label: of the progress bar.
 
     Raises:
-        UserError: the folder holds another set's result, a clip cannot be read, or a detector refuses it.
+        UserError: the folder holds features with another fingerprint, a clip cannot be read, or a detector refuses it.
     """
-    write_or_verify(folder, identity, "choose another output_dir or evaluation.real_features_dir")
+    write_or_verify(folder, fingerprint, "choose another output_dir or evaluation.real_features_dir")
     missing = [batch for batch in share.batches(clips.count, batch_size) if not _path(folder, batch).exists()]
     total = sum(map(len, missing))
     with (
         ThreadPoolExecutor(_READERS) as pool,
         tqdm(total=total, desc=label, unit="clip", disable=not progress or not total) as bar,
     ):
-        # One batch is read ahead, and no more: what is in memory does not grow with the number of clips.
-        coming = [pool.submit(clips.load, index) for index in missing[0]] if missing else []
+        # One batch is read ahead and no more, so that memory does not grow with the number of clips.
+        def submit(batches: Sequence[range]) -> list[Future[tuple[np.ndarray, np.ndarray | None]]]:
+            return [pool.submit(clips.load, index) for batch in batches[:1] for index in batch]
+
+        pending = submit(missing)
         for number, batch in enumerate(missing):
-            reading, coming = coming, []
-            if number + 1 < len(missing):
-                coming = [pool.submit(clips.load, index) for index in missing[number + 1]]
+            reading, pending = pending, submit(missing[number + 1 :])
             try:
-                found = _measured(clips, batch, [future.result() for future in reading], measures)
+                features = _measure(clips, batch, [future.result() for future in reading], measures)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             with atomic_path(_path(folder, batch)) as path:
-                np.savez(path, **found)  # type: ignore[arg-type]
+                np.savez(path, **features)  # type: ignore[arg-type]
             bar.update(len(batch))
 
 
-def _measured(
-    clips: Clips, batch: range, read: Sequence[tuple[np.ndarray, np.ndarray | None]], measures: Sequence[Measure]
+def _measure(
+    clips: Clips, indices: range, loaded: Sequence[tuple[np.ndarray, np.ndarray | None]], measures: Sequence[Measure]
 ) -> dict[str, np.ndarray]:
-    keyframes = [keyframe for _, keyframe in read if keyframe is not None]
-    together = Batch(
-        np.stack([frames for frames, _ in read]),
-        None if clips.prompts is None else [clips.prompts[index] for index in batch],
+    keyframes = [keyframe for _, keyframe in loaded if keyframe is not None]
+    batch = Batch(
+        np.stack([frames for frames, _ in loaded]),
+        None if clips.prompts is None else [clips.prompts[index] for index in indices],
         np.stack(keyframes) if keyframes else None,
+        clips.keyframe_index,
     )
-    found: dict[str, np.ndarray] = {}
-    for measure in measures:
-        found |= measure(together)
-    return found
+    return {name: values for measure in measures for name, values in measure(batch).items()}
 
 
 @dataclass(frozen=True)
 class Features:
-    """What `extract` stored, in the order of the clips' numbers, whichever process measured them."""
+    """The stored features of a set of clips, in the order of the clips."""
 
     folder: Path
     count: int
     batch_size: int
 
     def batches(self, name: str) -> Iterator[np.ndarray]:
-        """One array (b, ...) after the other.
+        """Yields an array (b, ...) for each batch.
 
         Raises:
             UserError: a file is missing or damaged.
         """
-        for batch in Share().batches(self.count, self.batch_size):
+        for batch in RankShare().batches(self.count, self.batch_size):
             path = _path(self.folder, batch)
             try:
                 with np.load(path, allow_pickle=False) as arrays:
@@ -112,12 +128,12 @@ class Features:
                 raise UserError(f"cannot read the features '{path}' ({error}); delete it and evaluate again") from None
 
     def all(self, name: str) -> np.ndarray:
-        """All of them, (n, ...)."""
+        """The array of all clips, (n, ...)."""
         return np.concatenate(list(self.batches(name)))
 
     @property
     def names(self) -> list[str]:
-        """Of the arrays."""
+        """Names of the arrays."""
         with np.load(_path(self.folder, range(min(self.count, self.batch_size)))) as arrays:
             return list(arrays.files)
 

@@ -1,34 +1,51 @@
-"""Generating the clips of a protocol, by the same sampler as the command `sample`."""
+"""The generated clips of a protocol: from the sampler that the command `sample` uses, or from a folder of videos."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate import PartialState
 
+from microcinema.data.keyframe_index import keyframe_index
+from microcinema.data.video_reader import probe, read_clip
+from microcinema.evaluation.protocol import ZeroShotProtocol
+from microcinema.evaluation.videos import folder_videos, hash_list
 from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
 from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
+from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import write_or_verify
+from microcinema.utils.hashing import hash_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
-class Share:
-    """The batches of one process: every `of`-th from `rank`, so that batches do not depend on the number of processes."""
+class Generated:
+    """Generated clips to measure.
 
-    rank: int = 0
-    of: int = 1
+    Attributes:
+        samples: of the protocol that they are.
+        load: returns a clip's frames uint8 (f, h, w, 3) and its key frame uint8 (h, w, 3), or None.
+        fps: frames per second.
+        fingerprint: everything that the clips depend on.
+        keyframe_index: frame of a clip that is compared with its key frame.
+        has_prompts: whether the prompt of each clip is known.
+        warnings: for the report.
+    """
 
-    def batches(self, count: int, batch_size: int) -> Iterator[range]:
-        """The indices of each batch."""
-        starts = range(0, count, batch_size)[self.rank :: self.of]
-        return (range(start, min(start + batch_size, count)) for start in starts)
+    samples: list[PromptItem]
+    load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
+    fps: float
+    fingerprint: dict[str, Any]
+    keyframe_index: int = 0
+    has_prompts: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 def protocol_sampler(
@@ -86,3 +103,75 @@ def generate(
     sampler.run(seeded, samples, state.process_index, state.num_processes)
     state.wait_for_everyone()
     return samples, fingerprint
+
+
+def sampled_keyframe_index(sampler: Sampler, num_frames: int) -> int:
+    """Frame of a sampler's clips at which the model has the key frame; with several windows, that of the first one."""
+    return keyframe_index(sampler.defaults["keyframe_position"], min(num_frames, sampler.defaults["num_frames"]))
+
+
+def generate_clips(
+    config: "DictConfig",
+    protocol: ZeroShotProtocol,
+    samples: list[PromptItem],
+    folder: str | os.PathLike[str],
+    state: PartialState,
+) -> Generated:
+    """Clips of the pipeline of the config, made if needed.
+
+    Raises:
+        UserError: as in `generate`.
+    """
+    size = config.evaluation.height, config.evaluation.width
+    sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
+    prompts_sha256 = hash_json([sample.prompt for sample in samples])
+    clips, fingerprint = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts_sha256)
+    index = sampled_keyframe_index(sampler, protocol.num_frames)
+
+    def load(number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        clip = clips.load(samples[number].id)
+        return clip.frames, clip.keyframe
+
+    return Generated(samples, load, fingerprint["fps"], {**fingerprint, "keyframe_index": index}, index)
+
+
+def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem]) -> Generated:
+    """Clips from a folder of videos. Numbers as file names are numbers of samples; other files are taken in the order of their names.
+
+    Raises:
+        UserError: no videos, more than samples, numbers of no sample, or (from `load`) videos of several sizes.
+    """
+    videos = folder_videos(name)
+    numbers = [int(video.path.stem) if video.path.stem.isdigit() else -1 for video in videos]
+    has_prompts = bool(samples)
+    if not samples:
+        measured = [PromptItem("", f"{i:05d}", sample_index=i, source=video.name) for i, video in enumerate(videos)]
+    elif min(numbers) >= 0:
+        if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
+            raise UserError(
+                f"generated_dir='{name}' has numbered files that are not the {len(samples)} samples 0 to {len(samples) - 1}; "
+                "number them by the manifest's samples"
+            )
+        measured = [samples[number] for number in numbers]
+    else:
+        if len(videos) > len(samples):
+            raise UserError(f"generated_dir='{name}' holds {len(videos)} videos; the protocol asks for {len(samples)}")
+        measured, has_prompts = samples[: len(videos)], len(videos) == len(samples)
+    first = probe(videos[0].path)
+
+    def load(index: int) -> tuple[np.ndarray, None]:
+        path = videos[index].path
+        frames = read_clip(path, protocol.num_frames)
+        if frames.shape[1:3] != (first.height, first.width):
+            raise UserError(
+                f"'{path}' is {frames.shape[2]}x{frames.shape[1]}, '{videos[0].path}' {first.width}x{first.height}; "
+                "generated videos must all have one size"
+            )
+        return frames, None
+
+    warnings = ["Generated clips were read from compressed videos; compression changes the results."]
+    if not has_prompts and samples:
+        warnings.append("There are fewer videos than samples, and their names are not numbers: prompts are unknown.")
+    fingerprint = {"folder": str(name), "files_sha256": hash_list(videos), "height": first.height, "width": first.width}
+    fingerprint["fps"] = first.fps
+    return Generated(measured, load, first.fps, fingerprint, has_prompts=has_prompts, warnings=tuple(warnings))

@@ -145,6 +145,25 @@ def manifest_entry(item: PromptItem) -> dict[str, Any]:
     return {"index": item.sample_index, "prompt": item.prompt, "source": item.source}
 
 
+def check_count(count: int, expected: int | None, what: str, allow_fewer: bool, detail: str = "") -> list[str]:
+    """A line for the report if there are fewer than the protocol asks for.
+
+    Raises:
+        UserError: there are more; or fewer, and that is not allowed or leaves fewer than two.
+    """
+    if expected is None or count == expected:
+        return []
+    if count > expected:
+        raise UserError(
+            f"{count} {what}, and the protocol asks for {expected}; use selection=draw, or correct the number"
+        )
+    if not allow_fewer or count < 2:
+        raise UserError(
+            f"{count} of {expected} {what} that the protocol asks for{detail}; complete them, or set evaluation.allow_fewer=true"
+        )
+    return [f"{count} of {expected} {what}"]
+
+
 class _Folder:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._videos = folder_videos(root)

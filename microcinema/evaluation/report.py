@@ -28,8 +28,8 @@ _ROWS = (
     ("frame_fid", "Frame FID", "Fréchet distance of single frames", 2, "lower"),
     ("clip_consistency", "CLIP consistency", "CLIP cosine of neighbouring frames; a still video scores 1", 4, ""),
     ("motion_magnitude", "Motion magnitude", "mean optical flow, pixels a frame; near 0: still videos", 3, ""),
-    ("psnr", "Key frame, PSNR", "first frame against the key frame, dB", 1, "higher"),
-    ("ssim", "Key frame, SSIM", "first frame against the key frame", 3, "higher"),
+    ("psnr", "Key frame, PSNR", "the key frame in the clip against the given one, dB", 1, "higher"),
+    ("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", 3, "higher"),
 )
 _WIDTH, _HEIGHT, _MARGIN = 640, 300, 56  # of the figure, pixels
 _VIDEO_CRF = 20

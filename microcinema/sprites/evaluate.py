@@ -1,7 +1,6 @@
 """Running the Moving Sprites protocol: its clips are generated, judged like real ones, and reported with numbers and pictures."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -11,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from microcinema.evaluation.generate import generate, protocol_sampler
+from microcinema.evaluation.generate import generate, protocol_sampler, sampled_keyframe_index
 from microcinema.evaluation.statistics import CONFIDENCE
 from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import metrics, scene
@@ -19,7 +18,7 @@ from microcinema.sprites.judge import SpriteJudge, Verdict, judge_clips
 from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
 from microcinema.sprites.report import write_report
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder
+from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
@@ -44,16 +43,22 @@ def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialS
     judge = SpriteJudge.load(settings.classifier)
     judge.classifier.to(state.device)
     # A classifier that does not fit the protocol is refused here, before anything is generated.
-    judge_clips(protocol.tasks()[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, "", False)
+    judge_clips(
+        protocol.tasks()[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, "", progress=False
+    )
     sampler = protocol_sampler(config, protocol.size, protocol.size, protocol.num_frames, protocol.fps, state)
+    index = sampled_keyframe_index(sampler, protocol.num_frames)
     items = [
-        task.item(sampler.uses_motion_caption, protocol.render(task.sprite).frames[0] if task.part == "image" else None)
+        task.item(
+            sampler.uses_motion_caption,
+            real_sample(task.sprite, protocol, index).keyframe if task.part == "image" else None,
+        )
         for task in protocol.tasks()
     ]
     samples, fingerprint = generate(sampler, items, config.seed, folder / SAMPLES_FOLDER, state)
     if not main:
         return
-    results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint)
+    results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint, index)
     print(text_table(results))
     print(folder / REPORT_FILE)
 
@@ -63,26 +68,32 @@ def evaluate(
     load: Callable[[Task], Sample],
     judge: SpriteJudge,
     folder: str | os.PathLike[str],
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    keyframe_index: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs every judge on real clips and on those of a model, and writes `results.json` and `report.html` into the folder.
 
     Args:
         load: returns the model's clip of a task.
-        identity: what the clips depend on beside their tasks, for the record.
+        fingerprint: what the clips depend on beside their tasks, for the record.
+        keyframe_index: frame of a clip that the key frame is.
 
     Returns:
         the content of `results.json`.
     """
     folder = make_folder(folder)
     tasks = protocol.tasks()
-    real = judge_clips(tasks, lambda task: real_sample(task.sprite, protocol), protocol, judge, "judge real", progress)
+
+    def judged(load: Callable[[Task], Sample], label: str) -> list[Verdict]:
+        return judge_clips(tasks, load, protocol, judge, label, keyframe_index, progress)
+
+    real = judged(lambda task: real_sample(task.sprite, protocol, keyframe_index), "judge real")
     other = anew_features(tasks, protocol, judge, progress)
-    model = judge_clips(tasks, load, protocol, judge, "judge model", progress)
+    model = judged(load, "judge model")
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
-        "model": dict(identity),
+        "model": dict(fingerprint),
         "versions": describe_code(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,
@@ -96,16 +107,15 @@ def evaluate(
         "clips": [verdict.as_json() for verdict in model],
         "real_clips": [verdict.as_json() for verdict in real],
     }
-    with atomic_path(folder / RESULTS_FILE) as path:
-        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RESULTS_FILE, results)
     write_report(folder / REPORT_FILE, results, [load(task) for task in tasks])
     return results
 
 
-def real_sample(sprite: scene.Sprite, protocol: SpritesProtocol) -> Sample:
+def real_sample(sprite: scene.Sprite, protocol: SpritesProtocol, keyframe_index: int = 0) -> Sample:
     """The real clip, as if a perfect model had made it."""
     frames = protocol.render(sprite).frames
-    return Sample(frames, frames[0])
+    return Sample(frames, frames[keyframe_index])
 
 
 def anew_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool) -> np.ndarray:

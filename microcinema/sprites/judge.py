@@ -21,7 +21,7 @@ from microcinema.sprites.tracking import judge_motion
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.hashing import hash_weights
 
-LOOKS = ("shape", "colour", "background", "size")
+OBJECT_ATTRIBUTES = ("shape", "colour", "background", "size")
 
 
 class SpriteJudge:
@@ -115,6 +115,7 @@ def judge_clips(
     protocol: SpritesProtocol,
     judge: SpriteJudge,
     label: str,
+    keyframe_index: int = 0,
     progress: bool = True,
 ) -> list[Verdict]:
     """Runs every judge on every clip.
@@ -122,11 +123,12 @@ def judge_clips(
     Args:
         load: gives the clip of a task; clips are held one batch at a time.
         label: of the progress bar.
+        keyframe_index: frame of a clip that is compared with its key frame.
 
     Raises:
-        UserError: a clip of another length or size than the protocol's, or a classifier that does not know `LOOKS`.
+        UserError: a clip of another length or size than the protocol's, or a classifier that does not know `OBJECT_ATTRIBUTES`.
     """
-    if missing := set(LOOKS) - set(judge.classifier.config["classes"]):
+    if missing := set(OBJECT_ATTRIBUTES) - set(judge.classifier.config["classes"]):
         raise UserError(f"the classifier does not name {', '.join(sorted(missing))}; give one of Moving Sprites")
     verdicts = []
     with tqdm(total=len(tasks), desc=label, unit="clip", disable=not progress) as bar:
@@ -134,9 +136,9 @@ def judge_clips(
             samples = [load(task) for task in batch]
             for task, sample in zip(batch, samples, strict=True):
                 _check_shape(task, sample, protocol)
-            looks, features = judge(np.stack([sample.frames for sample in samples]))
-            for task, sample, look, feature in zip(batch, samples, looks, features, strict=True):
-                verdicts.append(_judge_clip(task, sample, look, feature, protocol))
+            attributes, features = judge(np.stack([sample.frames for sample in samples]))
+            for task, sample, names, feature in zip(batch, samples, attributes, features, strict=True):
+                verdicts.append(_judge_clip(task, sample, names, feature, protocol, keyframe_index))
                 bar.update()
     return verdicts
 
@@ -146,23 +148,30 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
 
 
 def _check_shape(task: Task, sample: Sample, protocol: SpritesProtocol) -> None:
-    wanted = (protocol.num_frames, protocol.size, protocol.size, 3)
-    if sample.frames.shape != wanted:
-        raise UserError(f"clip {task.name} is {sample.frames.shape}; the protocol asks for {wanted} (frames, h, w, 3)")
+    expected = (protocol.num_frames, protocol.size, protocol.size, 3)
+    if sample.frames.shape != expected:
+        raise UserError(
+            f"clip {task.name} is {sample.frames.shape}; the protocol asks for {expected} (frames, h, w, 3)"
+        )
 
 
 def _judge_clip(
-    task: Task, sample: Sample, look: dict[str, str], features: np.ndarray, protocol: SpritesProtocol
+    task: Task,
+    sample: Sample,
+    names: dict[str, str],
+    features: np.ndarray,
+    protocol: SpritesProtocol,
+    keyframe_index: int,
 ) -> Verdict:
     asked = task.sprite
     motion = judge_motion(sample.frames, protocol.fps)
-    judged = {key: look[key] for key in LOOKS} | {"motion": motion.name, "speed": motion.speed}
-    right = {key: judged[key] == getattr(asked, key) for key in (*LOOKS, "motion")}
+    judged = {key: names[key] for key in OBJECT_ATTRIBUTES} | {"motion": motion.name, "speed": motion.speed}
+    right = {key: judged[key] == getattr(asked, key) for key in (*OBJECT_ATTRIBUTES, "motion")}
     right["object"] = right["shape"] and right["colour"] and right["background"]
     if asked.speed and right["motion"]:
         right["speed"] = judged["speed"] == asked.speed
     flow = video_metrics.clip_flow(sample.frames)
-    psnr, ssim = video_metrics.image_fidelity(sample.frames[0], sample.keyframe)
+    psnr, ssim = video_metrics.image_fidelity(sample.frames[keyframe_index], sample.keyframe)
     measures = {
         "psnr": psnr,
         "ssim": ssim,
@@ -170,7 +179,7 @@ def _judge_clip(
         "static": float(video_metrics.is_static(sample.frames)),
         "consistency": video_metrics.frame_consistency(sample.frames, flow),
     }
-    if task.part == "image":  # the same first frame and sprite: the true flow is known
+    if task.part == "image":  # the same key frame and sprite: the true flow is known
         measures |= _flow_errors(asked, sample.frames, protocol)
     return Verdict(task, judged, right, measures, features)
 

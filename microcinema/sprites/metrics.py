@@ -44,8 +44,8 @@ MEASURES = (
     Measure("colour", "Colour", "as asked (classifier)", "share", "%", "higher"),
     Measure("background", "Background", "as asked (classifier)", "share", "%", "higher"),
     Measure("size", "Size", "as asked (classifier)", "share", "%", "higher"),
-    Measure("psnr", "First frame, PSNR", "first frame against the key frame", "mean", "dB", "higher"),
-    Measure("ssim", "First frame, SSIM", "first frame against the key frame", "mean", "", "higher"),
+    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "mean", "dB", "higher"),
+    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "mean", "", "higher"),
     Measure("epe", "Flow error", "end-point error on the object, against the true flow", "mean", "px", "lower"),
     Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "mean", "px"),
     Measure(

@@ -292,16 +292,14 @@ def test_fewer_generated_videos_are_counted_refused_or_marked(run, chosen, whole
     code, said, _ = run(
         chosen["msrvtt"], generated_dir=named, evaluation__allow_fewer="true", output_dir=tmp_path / "b"
     )
-    assert code == 0 and "prompts are not known" in said and "CLIPSIM " not in said.replace("CLIPSIM,", "")
+    assert code == 0 and "prompts are unknown" in said and "CLIPSIM " not in said.replace("CLIPSIM,", "")
     write_folder(tmp_path / "numbered", clips[:1], ["9.mp4"])
     refused(run, chosen["msrvtt"], "samples 0 to 3", generated_dir=numbered)
 
 
 def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):
-    refused(run, chosen["msrvtt"], "4 of 2990 samples", evaluation__protocol__num_samples=2990)
-    refused(
-        run, chosen["msrvtt"], "4 samples to ask for, and the protocol asks for 3", evaluation__protocol__num_samples=3
-    )
+    refused(run, chosen["msrvtt"], "4 of 2990 prompts", evaluation__protocol__num_samples=2990)
+    refused(run, chosen["msrvtt"], "4 prompts, and the protocol asks for 3", evaluation__protocol__num_samples=3)
     refused(run, chosen["msrvtt"], "4 of 2990 real videos", evaluation__protocol__num_real=2990)
 
 

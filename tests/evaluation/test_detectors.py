@@ -124,3 +124,10 @@ def test_motion_and_fidelity_are_those_of_the_frames():
     assert keyframe_fidelity(Batch(still)) == {}
     found = keyframe_fidelity(Batch(still, keyframes=still[:, 0]))
     assert list(found["psnr"]) == [60, 60] and found["ssim"].shape == (2,)
+
+
+def test_fidelity_is_that_of_the_frame_at_which_the_key_frame_stands():
+    clips = noise_clips(2)
+    values = keyframe_fidelity(Batch(clips, keyframes=clips[:, 3], keyframe_index=3))
+    assert list(values["psnr"]) == [60, 60]
+    assert (keyframe_fidelity(Batch(clips, keyframes=clips[:, 3]))["psnr"] < 20).all()

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from microcinema.evaluation.detectors import Batch
-from microcinema.evaluation.features import Clips, Features, extract
-from microcinema.evaluation.generate import Share
+from microcinema.evaluation.features import Clips, Features, RankShare, extract_features
 from microcinema.utils.errors import UserError
 
 BATCH = 3
@@ -32,7 +31,7 @@ class Mean:
 
 def run(folder, count=8, measure=None, share=None, load=clip, batch_size=BATCH, **identity):
     clips = Clips(count, load, [f"prompt {index}" for index in range(count)])
-    extract(clips, [measure or Mean()], folder, identity, batch_size, share or Share(), "", progress=False)
+    extract_features(clips, [measure or Mean()], folder, identity, batch_size, share or RankShare(), "", progress=False)
     return Features(folder, count, batch_size)
 
 
@@ -41,7 +40,7 @@ def test_any_number_of_processes_stores_the_same_in_the_same_batches(tmp_path, p
     seen, prompts = [], []
     for rank in reversed(range(processes)):
         measure = Mean()
-        features = run(tmp_path, measure=measure, share=Share(rank, processes))
+        features = run(tmp_path, measure=measure, share=RankShare(rank, processes))
         seen, prompts = seen + measure.seen, prompts + measure.prompts
     assert sorted(seen) == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert sorted(prompts) == [f"prompt {index}" for index in range(8)]

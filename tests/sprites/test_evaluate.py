@@ -74,6 +74,16 @@ def test_a_model_that_only_repeats_the_key_frame_fails_at_motion(judge, tmp_path
     assert image["epe"]["value"] == pytest.approx(image["epe_of_no_motion"]["value"], abs=1e-6)
 
 
+def test_a_key_frame_in_the_middle_is_compared_with_the_middle_frame(judge, tmp_path):
+    def load(task: Task) -> Sample:
+        return real_sample(task.sprite, PROTOCOL, keyframe_index=8)
+
+    results = evaluate(PROTOCOL, load, judge, tmp_path, {}, keyframe_index=8, progress=False)
+    assert all(part["model"]["psnr"]["value"] == 60 for part in results["parts"].values())
+    results = evaluate(PROTOCOL, load, judge, tmp_path, {}, progress=False)
+    assert all(part["model"]["psnr"]["value"] < 60 for part in results["parts"].values())
+
+
 def test_results_on_disk_are_those_returned(perfect_run):
     folder, results = perfect_run
     stored = json.loads((folder / RESULTS_FILE).read_text())
