@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from fixtures import tiny
-from fixtures.tiny_training import AcceleratorState, one_thread  # noqa: F401
+from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.data.video_reader import probe
@@ -22,7 +22,7 @@ STEPS = "num_inference_steps=2"
 
 
 def call(command: str, *overrides: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=False)
+    reset_accelerator()
     assert cli.main([command, *overrides]) == 0
 
 

@@ -13,7 +13,7 @@ from microcinema.sprites.dataset import write_dataset
 def test_runs_stand_side_by_side(tmp_path, capsys):
     write_dataset(tmp_path / "clips", num_videos=2, seed=0)
     tiny.base_folder(tmp_path / "base")
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     overrides = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={tmp_path / 'clips'}"]
     overrides += [f"resolution={tiny.SIZE}", "num_frames=4", "train_batch_size=1", "dataloader_num_workers=0"]
     runs = ["--run", "one clip", "--run", "two clips", "gradient_accumulation_steps=2"]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from fixtures import tiny, tiny_training
-from fixtures.tiny_training import one_thread  # noqa: F401
 from microcinema.commands import cli, dry_run
 from microcinema.profiling.memory_estimate import Estimate
 from microcinema.sprites.dataset import write_dataset
@@ -37,7 +36,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def test_it_says_what_the_run_takes_and_leaves_nothing(tmp_path, capsys):
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     given = arguments(tmp_path)
     assert cli.main(["train", "--dry-run", *given]) == 0
     check(capsys.readouterr().out)  # how much this process grew says nothing: earlier tests may have left it the memory
@@ -118,7 +117,7 @@ def test_only_training_has_a_dry_run(capsys):
 
 
 def test_a_dry_run_that_fails_leaves_nothing(tmp_path, capsys):
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     given = arguments(tmp_path)
     assert cli.main(["train", "--dry-run", *given, "num_frames=99", "validation_prompts=[]"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")

@@ -12,9 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 
-from fixtures import tiny, tiny_datasets, tiny_detectors
+from fixtures import tiny, tiny_detectors, zero_shot_data
 from microcinema.commands import cli
 from microcinema.data.video_writer import write_video
 from microcinema.evaluation.zero_shot import (
@@ -30,21 +29,12 @@ ROOT = Path(__file__).parents[2]
 SAMPLES, REAL, FRAMES, SIZE = 7, 9, 10, 32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As torchrun gives each process: sums in another order have other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Data sets, a pipeline and detectors."""
     folder = tmp_path_factory.mktemp("zero-shot")
-    tiny_datasets.ucf101(folder / "ucf101")
-    tiny_datasets.msrvtt(folder / "msrvtt")
+    zero_shot_data.ucf101(folder / "ucf101")
+    zero_shot_data.msrvtt(folder / "msrvtt")
     save_pipeline(tiny.video_pipeline(folder / "base"), folder / "model", with_base=False)
     tiny_detectors.clip_folder(folder / "clip")
     return folder
@@ -138,9 +128,9 @@ def test_features_are_those_of_the_clips(whole, files):
 def test_captions_are_asked_for_as_they_stand(whole):
     folder, _ = whole["msrvtt"]
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    texts = {text.strip() for captions in tiny_datasets.CAPTIONS.values() for text in captions}
+    texts = {text.strip() for captions in zero_shot_data.CAPTIONS.values() for text in captions}
     assert {sample["prompt"] for sample in manifest["samples"]} <= texts
-    assert manifest["real"] == list(tiny_datasets.CAPTIONS)
+    assert manifest["real"] == list(zero_shot_data.CAPTIONS)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert manifest["identifier"] in page and "342.86" in page and "weak evidence" in page
 
@@ -215,7 +205,7 @@ def test_a_folder_of_the_same_clips_has_the_same_numbers(run, chosen, whole, tmp
 
 
 def test_two_folders_are_compared(run, files, weights, tmp_path):
-    clips = [tiny_datasets.clip(seed, FRAMES, SIZE, SIZE) for seed in range(8)]
+    clips = [zero_shot_data.clip(seed, FRAMES, SIZE, SIZE) for seed in range(8)]
     write_folder(tmp_path / "a", clips)
     write_folder(tmp_path / "b", clips)
     write_folder(tmp_path / "c", [255 - clip for clip in clips])
@@ -304,7 +294,7 @@ def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):
 
 
 def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
-    clips = [tiny_datasets.clip(seed, FRAMES, SIZE, SIZE) for seed in range(4)]
+    clips = [zero_shot_data.clip(seed, FRAMES, SIZE, SIZE) for seed in range(4)]
     short = write_folder(tmp_path / "short", [*clips[:3], clips[3][:8]])
     refused(run, chosen["msrvtt"], "3.mp4' (8 frames", generated_dir=short)
     mixed = write_folder(tmp_path / "mixed", [*clips[:3], clips[3][:, :16]])

@@ -14,21 +14,17 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny
-from fixtures.tiny_training import AcceleratorState, one_thread, weights  # noqa: F401
+from fixtures.tiny_sampling import PROMPTS, image, sample
+from fixtures.tiny_training import reset_accelerator, weights
 from microcinema.commands import cli, export
 from microcinema.config.compose import compose
-from microcinema.diffusion.rng import generator
 from microcinema.pipelines import ImageToVideoPipeline, load_pipeline
 from microcinema.pipelines.base_model import BASE_COMPONENTS
 from microcinema.sprites.dataset import write_dataset
 from microcinema.utils.errors import UserError
-
-PROMPT = "a red star moving to the left on sand"
-IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def trained(tmp_path_factory) -> Path:
         "dataloader_num_workers=0",
         "diffusion.noise_prior.strength=0.05",
     ]
-    AcceleratorState._reset_state(reset_partial_state=False)
+    reset_accelerator()
     assert cli.main(["train", *overrides]) == 0
     return folder / "run"
 
@@ -99,9 +95,7 @@ def same(one, other) -> bool:
 
 
 def frames(pipeline) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 2, "output_type": "np", "generator": [generator(7, 0)]}
-    return pipeline(PROMPT, IMAGE, **settings).frames
+    return sample(pipeline, PROMPTS[0], image())
 
 
 # Whose weights
@@ -156,14 +150,14 @@ def test_an_earlier_export_is_replaced(trained, exported, tmp_path):
 OPEN_BY_DIFFUSERS = """
 import sys
 import numpy as np
-from tests.commands import test_export
+from fixtures.tiny_sampling import PROMPTS, image, sample
 import microcinema.pipelines
 from diffusers import DiffusionPipeline
 
 for folder in sys.argv[1:]:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert type(pipeline).__name__ == "ImageToVideoPipeline"
-    np.save(f"{folder}.npy", test_export.frames(pipeline))
+    np.save(f"{folder}.npy", sample(pipeline, PROMPTS[0], image()))
 """
 
 
@@ -237,7 +231,7 @@ def test_the_card_says_where_the_weights_come_from(trained, exported):
 def test_what_the_card_tells_to_run_runs(exported, tmp_path, monkeypatch):
     card = (exported / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    IMAGE.save("keyframe.png")
+    image().save("keyframe.png")
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageDraw
 
-from fixtures import tiny_broken
+from fixtures import broken_videos
 from microcinema.commands import cli
 from microcinema.data import quality, video_reader, video_writer
 from microcinema.data.clips import ClipDataset
@@ -48,7 +48,7 @@ def world(tmp_path_factory) -> Path:
     clips["copy"] = np.stack([cv2.resize(frame, (120, 72)) for frame in clips["sound03"]])
     for name, frames in clips.items():
         video_writer.write_video(folder / f"{name}.mp4", frames, 8, crf=30 if name == "copy" else 18)
-    for kind, (make, reason) in tiny_broken.KINDS.items():
+    for kind, (make, reason) in broken_videos.KINDS.items():
         if reason and kind != "one_frame":
             make(folder / f"{kind}.mp4", 0)
             clips[kind] = np.zeros(0)
@@ -207,7 +207,7 @@ def test_survey_sees_the_right_frames(tmp_path):
     np.testing.assert_allclose(times, np.arange(14) / 8, atol=1e-3)
     np.testing.assert_array_equal(small, frames[::3])
     assert len(video_reader.survey(tmp_path / "a.mp4", (24, 40), 8.0, 3)[2]) == 3
-    tiny_broken.rotated(tmp_path / "r.mp4", 0)
+    broken_videos.rotated(tmp_path / "r.mp4", 0)
     info, _, small = video_reader.survey(tmp_path / "r.mp4", (96, 64), 8.0, 100)
     assert (info.height, info.width) == (96, 64)
     np.testing.assert_array_equal(small, video_reader.read_clip(tmp_path / "r.mp4", 16))

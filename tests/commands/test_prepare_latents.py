@@ -9,9 +9,9 @@ import pytest
 import torch
 import webdataset
 
-from fixtures import tiny, tiny_broken, tiny_training
-from fixtures.tiny_processes import Processes
-from fixtures.tiny_training import encode_clips, logged, one_thread, pipeline, train, weights  # noqa: F401
+from fixtures import broken_videos, tiny, tiny_training
+from fixtures.launched_processes import Processes
+from fixtures.tiny_training import encode_clips, logged, pipeline, train, weights
 from microcinema.commands import cli
 from microcinema.data.clips import ClipDataset
 from microcinema.data.latents import QUARANTINE
@@ -30,7 +30,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def listing(tmp_path_factory) -> Path:
-    return tiny_broken.dataset(tmp_path_factory.mktemp("world"), num_sound=SOUND)
+    return broken_videos.dataset(tmp_path_factory.mktemp("world"), num_sound=SOUND)
 
 
 @pytest.fixture(scope="module")

@@ -34,15 +34,6 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accel
 ENDINGS = (".mp4", ".gif", ".png", ".json", "_keyframe.png", "_keyframe.json")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As torchrun gives each process: sums in another order have other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

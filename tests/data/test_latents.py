@@ -15,8 +15,8 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from fixtures import tiny, tiny_broken
-from fixtures.tiny_training import encode_clips, one_thread, pipeline  # noqa: F401
+from fixtures import broken_videos, tiny
+from fixtures.tiny_training import encode_clips, pipeline
 from microcinema.data import video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.joint import JointDataset
@@ -156,10 +156,10 @@ def test_random_clips_have_a_position_for_each_cached_epoch(root, model, tmp_pat
 
 
 def test_broken_clips_are_named_and_not_replaced(model, tmp_path):
-    listing = tiny_broken.dataset(tmp_path / "world", num_sound=2)
+    listing = broken_videos.dataset(tmp_path / "world", num_sound=2)
     source = ClipDataset(listing, listing.parent, 4, 8.0, 32, clip_position="first")
     kept = encode_clips(model, source, tmp_path / "latents", max_error_rate=1.0, num_workers=1)
-    wrong = {name for name, (_, reason) in tiny_broken.KINDS.items() if reason}
+    wrong = {name for name, (_, reason) in broken_videos.KINDS.items() if reason}
     names = [source.id(k) for k in range(len(source))]
     records = read_quarantine(tmp_path / "latents" / QUARANTINE)
     assert {record["id"].partition("-")[0] for record in records} == wrong and len(records) == len(wrong)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fixtures import tiny, tiny_broken, tiny_training
-from fixtures.tiny_training import logged, one_thread, pipeline, train, weights  # noqa: F401
+from fixtures import broken_videos, tiny, tiny_training
+from fixtures.tiny_training import logged, pipeline, train, weights
 from microcinema.data import decoder_process, video_reader
 from microcinema.data.clips import ClipDataset
 from microcinema.data.decoder_process import DecoderProcess
@@ -26,13 +26,13 @@ from microcinema.data.quarantine import MAX_REPLACEMENTS, ErrorRate, Quarantine,
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
 
-BROKEN = {kind: reason for kind, (_, reason) in tiny_broken.KINDS.items() if reason}
+BROKEN = {kind: reason for kind, (_, reason) in broken_videos.KINDS.items() if reason}
 
 
 @pytest.fixture(scope="module")
 def listing(tmp_path_factory) -> Path:
     """40 sound videos and one of each of the ten kinds: a fifth is not as it should be."""
-    return tiny_broken.dataset(tmp_path_factory.mktemp("broken"), num_sound=40)
+    return broken_videos.dataset(tmp_path_factory.mktemp("broken"), num_sound=40)
 
 
 def clips(listing: Path, **arguments) -> ClipDataset:
@@ -242,7 +242,7 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_clip_is_read(listing):
     child = psutil.Process(reader._child.pid)
     began = time.monotonic()
     with pytest.raises(UserError, match=r"took more than 1 s to decode, and its decoder was killed"):
-        reader("probe", tiny_broken.Hanging())
+        reader("probe", broken_videos.Hanging())
     assert 1 <= time.monotonic() - began < 10
     assert not child.is_running()
     assert reader("read_clip", sound, 4).shape[0] == 4
@@ -252,7 +252,7 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
     class Hanging(ClipDataset):
         def __getitem__(self, index):
             if index == 3:
-                self.reader.decoder_process("probe", tiny_broken.Hanging())
+                self.reader.decoder_process("probe", broken_videos.Hanging())
             return super().__getitem__(index)
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
@@ -294,9 +294,9 @@ def test_workers_have_their_own_and_leave_none_behind(listing):
 def test_a_child_without_a_parent_ends_itself():
     """Also in the midst of a call that hangs: by the kernel's alarm."""
     code = (
-        "import os, sys; from fixtures import tiny_broken; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.DecoderProcess(1.0);"
+        "import os, sys; from fixtures import broken_videos; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.DecoderProcess(1.0);"
         "child = reader._running(); print(child.pid, flush=True);"
-        "decoder_process._send(child.stdin.fileno(), (1.0, 'probe', (tiny_broken.Hanging(),), {})); os._exit(0)"
+        "decoder_process._send(child.stdin.fileno(), (1.0, 'probe', (broken_videos.Hanging(),), {})); os._exit(0)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

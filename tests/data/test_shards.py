@@ -15,8 +15,8 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from fixtures import tiny, tiny_broken, tiny_training
-from fixtures.tiny_training import logged, one_thread, pipeline, train, weights  # noqa: F401
+from fixtures import broken_videos, tiny, tiny_training
+from fixtures.tiny_training import logged, pipeline, train, weights
 from microcinema.data import video_reader
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.manifest import SCHEMA
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
         with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
             for k in range(count):
                 path = folder / "one.mp4"
-                tiny_broken.sound(path, seed)
+                broken_videos.sound(path, seed)
                 sample = {"__key__": f"{shard:05d}{k:04d}", "mp4": path.read_bytes()}
                 if seed % 2:
                     sample["txt"] = f"caption {seed}"
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
                     sample["json"] = {"caption": f"caption {seed}", "motion": f"motion {seed}", "videoid": seed}
                 writer.write(sample)
                 seed += 1
-    tiny_broken.sound(folder / "one.mp4", 0)
+    broken_videos.sound(folder / "one.mp4", 0)
     return folder
 
 

@@ -3,7 +3,7 @@ import hashlib
 
 import pytest
 
-from fixtures import tiny_datasets
+from fixtures import zero_shot_data
 from microcinema.data.video_reader import read_clip
 from microcinema.evaluation.msrvtt import CHOICE_FILE, MsrVtt, chosen_caption
 from microcinema.utils.errors import UserError
@@ -11,14 +11,14 @@ from microcinema.utils.errors import UserError
 
 @pytest.fixture(scope="module", params=[False, True], ids=["two lists", "one list"])
 def data(request, tmp_path_factory):
-    return MsrVtt(tiny_datasets.msrvtt(tmp_path_factory.mktemp("msrvtt"), merged=request.param))
+    return MsrVtt(zero_shot_data.msrvtt(tmp_path_factory.mktemp("msrvtt"), merged=request.param))
 
 
 def test_videos_come_by_number_and_captions_by_theirs(data):
     videos = data.videos("test")
     assert [video.name for video in videos] == ["video7010", "video7011", "video7012", "video9999"]
     for video in videos:
-        assert [caption.text for caption in video.captions] == [c.strip() for c in tiny_datasets.CAPTIONS[video.name]]
+        assert [caption.text for caption in video.captions] == [c.strip() for c in zero_shot_data.CAPTIONS[video.name]]
         assert [int(caption.id) for caption in video.captions] == sorted(int(caption.id) for caption in video.captions)
         assert read_clip(video.path, 10).shape[0] == 10
     assert videos[2].path.suffix == ".webm"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures import tiny_datasets
+from fixtures import zero_shot_data
 from microcinema.config.compose import compose, instantiate
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.ucf101 import LISTS, VIDEOS, descriptive_prompts
@@ -68,7 +68,7 @@ def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, 
 
 
 def test_msrvtt_asks_for_one_caption_or_all(tmp_path):
-    data_root = tiny_datasets.msrvtt(tmp_path)
+    data_root = zero_shot_data.msrvtt(tmp_path)
     one, every = preset("msrvtt"), preset("msrvtt_all")
     assert (one.num_samples, one.num_real, every.num_samples) == (2990, 2990, 59800)
     data = one.open(data_root)
@@ -80,7 +80,7 @@ def test_msrvtt_asks_for_one_caption_or_all(tmp_path):
     ]
     assert len(one.samples(data)) == 4 and len(one.real(data)) == 4
     assert [sample.prompt for sample in every.samples(data)] == [
-        text.strip() for captions in tiny_datasets.CAPTIONS.values() for text in captions
+        text.strip() for captions in zero_shot_data.CAPTIONS.values() for text in captions
     ]
     assert every.real(data) == []
 

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from fixtures import tiny_datasets
+from fixtures import zero_shot_data
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt, descriptive_prompts
 from microcinema.utils.errors import UserError
@@ -10,7 +10,7 @@ from microcinema.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tiny_datasets.ucf101(tmp_path_factory.mktemp("ucf101"))
+    return zero_shot_data.ucf101(tmp_path_factory.mktemp("ucf101"))
 
 
 def test_the_official_lists_are_read(root):
@@ -34,7 +34,7 @@ def test_handstand_pushups_have_two_spellings(root):
 
 def test_the_avis_keep_their_rate(root):
     found = probe(Ucf101(root).videos("all")[0].path)
-    assert (found.num_frames, found.fps, found.width, found.height) == (tiny_datasets.FRAMES, 25, 40, 30)
+    assert (found.num_frames, found.fps, found.width, found.height) == (zero_shot_data.FRAMES, 25, 40, 30)
 
 
 def test_prompts_of_every_class(root):

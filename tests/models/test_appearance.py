@@ -6,8 +6,6 @@ from torch.nn import functional
 from microcinema.models.appearance import AppearanceNet, fuse
 from microcinema.utils.errors import UserError
 
-torch.set_num_threads(1)
-
 # With two levels and one layer in each there are 2 down layers, 2 in the mid block and 4 up layers.
 WIDTHS = {"encoder": [16, 32, 32, 32], "decoder": [32, 32, 16, 16], "both": [16, 32, 32, 32, 32, 32, 16, 16]}
 

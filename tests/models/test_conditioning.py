@@ -5,8 +5,6 @@ from diffusers import UNet2DConditionModel
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.utils.errors import UserError
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def unet():

@@ -5,6 +5,7 @@ import torch
 from einops import rearrange, repeat
 from torch.nn import functional
 
+from fixtures.tiny_unet import base, inputs, per_frame, randomise
 from microcinema.diffusion.losses import flow_loss
 from microcinema.models.attention import KeyValue, attention
 from microcinema.models.conditioning import ConditionEncoder, Conditions
@@ -14,9 +15,6 @@ from microcinema.models.predict_net import PredictNet
 from microcinema.models.temporal import TemporalTransformer
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.utils.errors import UserError
-from tests.models.test_video_unet import base, inputs, per_frame, randomise
-
-torch.set_num_threads(1)
 
 PARTS = {
     "adapter": ({"image_attention": True}, {"adapter": "decoupled", "image_width": 20, "num_image_tokens": 3}),

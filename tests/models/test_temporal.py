@@ -7,8 +7,6 @@ from torch.nn import functional
 from microcinema.models.attention import zero_init
 from microcinema.models.temporal import TemporalConv, TemporalTransformer, sinusoids
 
-torch.set_num_threads(1)
-
 
 def randomise(module):
     generator = torch.Generator().manual_seed(0)

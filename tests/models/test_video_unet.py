@@ -1,34 +1,12 @@
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from einops import rearrange, repeat
 from safetensors.torch import load_file, save_file
 
+from fixtures.tiny_unet import base, inputs, per_frame, randomise
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.utils.errors import UserError
-
-torch.set_num_threads(1)
-
-SD1 = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "sample_size": 8,
-    "block_out_channels": (32, 64, 64),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
-}
-SD2 = SD1 | {"attention_head_dim": (2, 4, 4), "use_linear_projection": True, "upcast_attention": True}
-SHAPES = {"sd1": SD1, "sd2": SD2}
-
-
-def base(shape="sd1", **changes):
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**(SHAPES[shape] | changes)).eval()
 
 
 def nets(unet, fusion="add", inject="both", keyframe_concat=False, **options):
@@ -37,32 +15,6 @@ def nets(unet, fusion="add", inject="both", keyframe_concat=False, **options):
     video = VideoUNet.from_unet2d(unet, fusion=fusion, inject=inject, keyframe_channels=channels, **options)
     encoder = ConditionEncoder.from_unet2d(unet, fusion=fusion, inject=inject, keyframe_concat=keyframe_concat)
     return video.eval(), encoder.eval()
-
-
-def inputs(frames, b=2, size=8):
-    generator = torch.Generator().manual_seed(1)
-    z_t = torch.randn(b, frames, 4, size, size, generator=generator)
-    text = torch.randn(b, 7, 24, generator=generator)
-    z_ref = torch.randn(b, 4, size, size, generator=generator)
-    t = torch.tensor([10, 900])[:b]
-    return z_t, t, text, z_ref, torch.full((b,), 8.0)
-
-
-def per_frame(unet, z_t, t, text):
-    f = z_t.shape[1]
-    out = unet(
-        rearrange(z_t, "b f c h w -> (b f) c h w"), t.repeat_interleave(f), repeat(text, "b n d -> (b f) n d", f=f)
-    ).sample
-    return rearrange(out, "(b f) c h w -> b f c h w", f=f)
-
-
-def randomise(*modules):
-    """Takes the networks away from their zero-initialised start, where half of them would not matter."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in modules:
-            for parameter in module.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 16])

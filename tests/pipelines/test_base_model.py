@@ -15,7 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from fixtures import tiny
-from fixtures.tiny_training import AcceleratorState
+from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.diffusion.schedule import check_keeps_schedule
@@ -254,7 +254,7 @@ def test_the_command_line_refuses_it_in_one_line(folders, tmp_path, capsys, make
 
 
 def assert_refused(tmp_path, capsys, said, *overrides):
-    AcceleratorState._reset_state(reset_partial_state=False)
+    reset_accelerator()
     capsys.readouterr()
     assert cli.main(["train", f"output_dir={tmp_path / 'run'}", *overrides]) == 2
     shown = re.sub(r"\r?Loading weights:[^\r\n]*[\r\n]", "", capsys.readouterr().err)

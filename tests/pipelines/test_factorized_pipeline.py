@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import sprites
 from fixtures import tiny, tiny_training
-from fixtures.tiny_training import FRAMES, logged, one_thread, weights  # noqa: F401
+from fixtures.tiny_training import FRAMES, logged, weights
 from microcinema.commands import cli
 from microcinema.data.clips import ClipDataset
 from microcinema.data.optical_flow import FlowClips
@@ -232,7 +232,7 @@ def test_what_these_latents_are_not(folder, model, clips, tmp_path):
 
 @pytest.mark.usefixtures("model")  # which writes the folder
 def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, monkeypatch):
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     monkeypatch.chdir(tmp_path)
     common = [
         f"base.pretrained_model_name_or_path={folder}",
@@ -266,7 +266,7 @@ def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, m
     assert made["still"]["motion_prompt"] == "still"
     assert {"image_encoder", "motion_encoder"} <= made["still"]["weights_sha256"].keys()
     capsys.readouterr()
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     without = [key for key in command if not key.startswith("model.image_encoder")]
     assert cli.main(without) == 2
     assert "has no image encoder" in capsys.readouterr().err

@@ -15,7 +15,6 @@ from microcinema.diffusion.schedule import make_sampler
 from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
 
-torch.set_num_threads(1)
 TRAINED = 4  # frames of the tiny models
 
 

@@ -19,7 +19,6 @@ from microcinema.pipelines.memory import MemorySettings
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.utils.errors import UserError
 
-torch.set_num_threads(1)
 NO_GPU = not torch.cuda.is_available()
 
 

@@ -7,8 +7,7 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from fixtures import tiny, tiny_datasets
-from fixtures.tiny_training import one_thread  # noqa: F401
+from fixtures import tiny, zero_shot_data
 from microcinema.commands import cli
 from microcinema.config.compose import compose, instantiate
 from microcinema.diffusion.rng import sample_generator
@@ -117,7 +116,7 @@ def test_moving_sprites_makes_the_videos_of_the_command(model, command, tmp_path
 
 
 def test_a_zero_shot_protocol_makes_the_videos_of_the_python_api(model, tmp_path):
-    tiny_datasets.msrvtt(tmp_path / "msrvtt")
+    zero_shot_data.msrvtt(tmp_path / "msrvtt")
     overrides = ["evaluation=msrvtt", f"pipeline={model}", "batch_size=1", f"evaluation.protocol.num_frames={FRAMES}"]
     config = compose("evaluate", [*overrides, "evaluation.protocol.fps=null", f"evaluation.root={tmp_path / 'msrvtt'}"])
     protocol = instantiate(config.evaluation.protocol)

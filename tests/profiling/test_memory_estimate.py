@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from fixtures import tiny
-from fixtures.tiny_training import accelerator, one_thread  # noqa: F401
+from fixtures.tiny_training import accelerator
 from microcinema.config.compose import compose
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base

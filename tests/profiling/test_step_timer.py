@@ -6,7 +6,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fixtures import tiny_training
-from fixtures.tiny_training import LatentClips, one_thread, pipeline  # noqa: F401
+from fixtures.tiny_training import LatentClips, pipeline
 from microcinema.profiling.step_timer import StepTimer
 from microcinema.training.settings import Settings
 from microcinema.training.trainer import Trainer

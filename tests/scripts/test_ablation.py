@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from fixtures import tiny
-from fixtures.tiny_training import AcceleratorState, one_thread  # noqa: F401
+from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.pipelines.base_model import load_base
@@ -288,7 +288,7 @@ class InProcess:
 
     def __call__(self, command: str, overrides: list[str], log: Path) -> int:
         self.asked.append((command, overrides))
-        AcceleratorState._reset_state(reset_partial_state=False)
+        reset_accelerator()
         return cli.main([command, *overrides])
 
 

@@ -5,7 +5,6 @@ import itertools
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from microcinema.evaluation.detectors import Batch, motion
 from microcinema.evaluation.frechet import Moments, frechet_distance
@@ -27,10 +26,7 @@ def render(seed: int, count: int = COUNT, faster: float = 1) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def judge():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield SpriteJudge.load("sprites-classifier")
-    torch.set_num_threads(before)
+    return SpriteJudge.load("sprites-classifier")
 
 
 @pytest.fixture(scope="module")

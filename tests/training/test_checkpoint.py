@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny_training
-from fixtures.tiny_training import LatentClips, one_thread, pipeline, train, weights  # noqa: F401
+from fixtures.tiny_training import LatentClips, pipeline, train, weights
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints

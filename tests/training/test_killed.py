@@ -11,8 +11,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixtures import tiny_lives, tiny_training
-from fixtures.tiny_lives import Life
+from fixtures import killed_runs, tiny_training
+from fixtures.killed_runs import Life
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.sprites.dataset import write_dataset
@@ -32,10 +32,10 @@ CLIPS = 2  # in a step
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
     """Eight clips of Moving Sprites: real files, and the same in four shards."""
-    tiny_lives.serve()
+    killed_runs.serve()
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder / "clips", num_videos=8, seed=0)
-    shards = tiny_lives.write_shards(folder / "clips", folder / "shards", 4)
+    shards = killed_runs.write_shards(folder / "clips", folder / "shards", 4)
     return {"clips": str(folder / "clips"), "shards": shards}
 
 

@@ -6,7 +6,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from fixtures import tiny, tiny_training
-from fixtures.tiny_training import one_thread  # noqa: F401
 from microcinema.training.loss import TrainableModel
 from microcinema.training.mfu import ModelFlops, peak_flops
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from fixtures.tiny_training import LatentClips, PoisonedClips, logged, one_thread, pipeline, train  # noqa: F401
+from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train
 from microcinema.training.loss import make_loss_config
 from microcinema.training.nan_guard import NanGuard
 from microcinema.training.settings import Settings

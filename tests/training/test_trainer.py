@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from fixtures import tiny, tiny_training
-from fixtures.tiny_training import LatentClips, PoisonedClips, logged, one_thread, pipeline, train, weights  # noqa: F401
+from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train, weights
 from microcinema.commands import cli
 from microcinema.data.clips import ClipDataset
 from microcinema.diffusion.rng import generator
@@ -328,7 +328,7 @@ def test_captions_are_encoded_once_while_they_are_kept():
 def test_the_command_trains_validates_and_saves(tmp_path, clips):
     tiny.base_folder(tmp_path / "base")
     run = tmp_path / "run"
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     code = cli.main(
         [
             "train",
@@ -371,7 +371,7 @@ def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, c
     command = ["train", *where, *small, "dataloader_num_workers=0", "resume_from_checkpoint=latest", "report_to=null"]
 
     def call(*overrides: str) -> int:
-        tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+        tiny_training.reset_accelerator()
         return cli.main([*command, *overrides])
 
     step = Trainer.step
@@ -395,7 +395,7 @@ def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, c
 
 def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
     tiny.base_folder(tmp_path / "base")
-    tiny_training.AcceleratorState._reset_state(reset_partial_state=False)
+    tiny_training.reset_accelerator()
     arguments = [
         "train",
         f"base.pretrained_model_name_or_path={tmp_path / 'base'}",

@@ -7,7 +7,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixtures import tiny, tiny_training
-from fixtures.tiny_training import one_thread  # noqa: F401
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.pipelines import image_to_video
 from microcinema.pipelines.base_model import load_base
