@@ -4,8 +4,8 @@ Shapes: b clips, n text tokens, d text width, p patch tokens, e width of the ima
 frame or a feature, H W pixels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,51 +43,6 @@ class Conditions:
     image: tuple[KeyValue, ...] | None = None
     pixels: tuple[KeyValue, ...] | None = None
     motion: tuple[KeyValue, ...] | None = None
-
-    def to(self, *args: Any, **kwargs: Any) -> "Conditions":
-        """As `Tensor.to`, for all tensors; masks stay boolean."""
-
-        def move(x: Tensor) -> Tensor:
-            moved = x.to(*args, **kwargs)
-            return moved if x.is_floating_point() else moved.to(x.dtype)
-
-        return Conditions(*(_map(getattr(self, field.name), move) for field in fields(self)))
-
-    @staticmethod
-    def cat(conditions: Sequence["Conditions"]) -> "Conditions":
-        """One batch of several, in order.
-
-        Raises:
-            UserError: a field is None in some of them only.
-        """
-        return Conditions(
-            *(_join(field.name, [getattr(c, field.name) for c in conditions]) for field in fields(Conditions))
-        )
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to every tensor in a tree of tuples and None."""
-    if isinstance(value, tuple):
-        return _like(value, [_map(x, function) for x in value])
-    return None if value is None else function(value)
-
-
-def _join(name: str, values: Sequence[Any]) -> Any:
-    """Concatenates trees of one structure, tensor by tensor."""
-    absent = [value is None for value in values]
-    if all(absent):
-        return None
-    if any(absent):
-        raise UserError(
-            f"cannot join conditions of which only some have '{name}'; give it to all (zero stands for no image)"
-        )
-    if isinstance(values[0], tuple):
-        return _like(values[0], [_join(name, column) for column in zip(*values, strict=True)])
-    return torch.cat(list(values))
-
-
-def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 class ConditionEncoder(ModelMixin, ConfigMixin):
@@ -238,10 +193,14 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         parts = self._encode_keyframe(text, z_ref, image_tokens, pixels)
         if image_mask is not None:
             # where, not a product: a dropped image leaves nothing, not even a NaN, and no gradient.
-            def mask(x: Tensor) -> Tensor:
-                return torch.where(image_mask.reshape(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
+            def mask(value: Any) -> Any:
+                if isinstance(value, KeyValue):
+                    return KeyValue(mask(value.key), mask(value.value))
+                if isinstance(value, tuple):
+                    return tuple(mask(x) for x in value)
+                return torch.where(image_mask.reshape(-1, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
 
-            parts = {name: _map(value, mask) for name, value in parts.items()}
+            parts = {name: mask(value) for name, value in parts.items()}
         if (appended := parts.pop("appended_text", None)) is not None:
             text = torch.cat([text, appended], dim=1)
         if self.motion_to_kv is not None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.conditioning import ConditionEncoder
 from microcinema.utils.errors import UserError
 
 
@@ -84,21 +84,3 @@ def test_gradient_checkpointing_can_be_asked_for_with_and_without_networks(unet,
 def test_load_from_nowhere(tmp_path):
     with pytest.raises(UserError, match="cannot load a network from"):
         ConditionEncoder.from_pretrained(tmp_path / "nowhere")
-
-
-@torch.no_grad()
-def test_cat_and_to(unet):
-    encoder = trained_encoder(unet, keyframe_concat=True)
-    text, z_ref, fps = inputs(3)
-    whole = encoder(text, z_ref, fps)
-    parts = [encoder(text[i : i + 1], z_ref[i : i + 1], fps[i : i + 1]) for i in range(3)]
-    joined = Conditions.cat(parts)
-    assert torch.equal(joined.text, whole.text)
-    assert torch.equal(joined.fps, whole.fps)
-    for x, y in zip((*joined.appearance, joined.keyframe), (*whole.appearance, whole.keyframe), strict=True):
-        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
-    half = whole.to(torch.float16)
-    assert {x.dtype for x in (half.text, half.keyframe, half.fps, *half.appearance)} == {torch.float16}
-    assert Conditions.cat([Conditions(text), Conditions(text)]).appearance is None
-    with pytest.raises(UserError, match="only some have 'fps'"):
-        Conditions.cat([Conditions(text), Conditions(text, fps=fps)])

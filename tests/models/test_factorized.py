@@ -101,23 +101,6 @@ def test_padding_of_the_motion_caption_is_not_read():
     assert torch.allclose(*out, atol=1e-5)
 
 
-@torch.no_grad()
-def test_conditions_keep_masks_when_cast_and_join_in_order():
-    _, encoder = nets(base(), fusion="add")
-    _, _, text, z_ref, fps = inputs(3)
-    whole = encoder(text, z_ref, fps, **given())
-    halves = [
-        encoder(text[k : k + 1], z_ref[k : k + 1], fps[k : k + 1], **{n: v[k : k + 1] for n, v in given().items()})
-        for k in range(2)
-    ]
-    joined = Conditions.cat(halves)
-    for name in ("image", "pixels", "motion"):
-        for a, b in zip(getattr(joined, name), getattr(whole, name), strict=True):
-            assert torch.allclose(a.key, b.key, atol=1e-5) and torch.allclose(a.value, b.value, atol=1e-5)
-    cast = whole.to(torch.bfloat16)
-    assert cast.motion[0].key.dtype == torch.bfloat16 and cast.motion[0].mask.dtype == torch.bool
-
-
 def test_concatenated_tokens_stand_behind_the_text():
     encoder = ConditionEncoder.from_unet2d(
         base(), fusion=None, adapter="concat", image_width=20, num_image_tokens=3

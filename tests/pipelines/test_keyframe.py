@@ -24,6 +24,7 @@ from microcinema.data.clip_reader import resize_and_crop
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines.keyframe import KeyframePipeline, make_keyframe, open_image
 from microcinema.pipelines.memory import MemorySettings, apply
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_array
@@ -128,19 +129,18 @@ def test_key_frames_of_sdxl_animate_under_a_video_model_on_stable_diffusion_15(s
     keyframes, video = open_quietly(sdxl), tiny.video_pipeline(base)
     assert type(keyframes.source) is StableDiffusionXLPipeline
     assert keyframes.source.vae.config.scaling_factor != video.vae.config.scaling_factor
-    arguments = {"num_inference_steps": 2, "output_type": "np"}
-    output = TextToVideoPipeline(keyframes, video)(
-        PROMPTS[0], generator=[generator(0)], keyframe_arguments={"num_inference_steps": 2}, **arguments
-    )
+    arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+    output = TextToVideoPipeline(keyframes, video)(PROMPTS[0], seed=3, **arguments)
     assert output.frames.shape == (1, 4, tiny.SIZE, tiny.SIZE, 3)
     (keyframe,) = output.keyframes
     assert keyframe.provenance["original_size"] == {"height": 64, "width": 64}
     assert keyframe.provenance["scaled"] == {"method": "bicubic, antialiased", "height": 32, "width": 32}
     # The second half of the same by hand: the drawn image, encoded by stage 2's VAE.
-    random = generator(0)
-    drawn = keyframes.source(PROMPTS[0], generator=random, num_inference_steps=2).images[0]
-    fitted = resize_and_crop(np.array(drawn)[None], (32, 32))[0].permute(1, 2, 0).numpy()
-    by_hand = video(PROMPTS[0], fitted, generator=[random], **arguments)
+    item = PromptItem(PROMPTS[0], seed=3)
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    drawn = keyframes.source(PROMPTS[0], generator=item.generator("keyframe"), **settings).images[0]
+    cropped = resize_and_crop(np.array(drawn)[None], (32, 32))[0].permute(1, 2, 0).numpy()
+    by_hand = video(PROMPTS[0], cropped, generator=[item.generator("video")], **arguments)
     assert np.array_equal(by_hand.frames, output.frames)
 
 
