@@ -7,13 +7,10 @@ fraction of a second and takes some 60 MB.
 
 import contextlib
 import os
-import pickle
-import select
 import signal
-import struct
 import subprocess
 import sys
-import time
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from microcinema.data import video_reader
@@ -21,7 +18,6 @@ from microcinema.utils.errors import UserError
 
 _STARTUP = 120.0  # seconds until the child must have started, on the busiest machine
 _GRACE = 5.0  # seconds after the timeout in which a child without a parent ends itself
-_LENGTH = struct.Struct("<Q")
 
 
 class DecoderProcess:
@@ -34,16 +30,17 @@ class DecoderProcess:
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._connection: Any = None
+        self._owner = 0  # process that started the child
         if not timeout > 0:
             raise UserError(f"timeout={timeout}; give a positive number of seconds, or null for none")
 
     def __call__(self, function: str, source: video_reader.Source, *arguments: Any, **keywords: Any) -> Any:
         """`video_reader.<function>(source, *arguments, **keywords)`."""
-        child = self._running()
+        self._start()
         try:
-            _send(child.stdin.fileno(), (self.timeout, function, (source, *arguments), keywords))  # type: ignore[union-attr]
-            succeeded, answer = self._receive(child, self.timeout)
+            self._connection.send((self.timeout, function, (source, *arguments), keywords))
+            succeeded, answer = self._receive(self.timeout)
         except TimeoutError:
             self.close()
             raise UserError(
@@ -51,9 +48,9 @@ class DecoderProcess:
                 "take it off the list, or raise timeout"
             ) from None
         except (EOFError, OSError):
-            status = self._exit_status(child)
             raise UserError(
-                f"video file '{source}' crashed its decoder ({status}); take it off the list, or try the other decoder"
+                f"video file '{source}' crashed its decoder ({self._exit_status()}); "
+                "take it off the list, or try the other decoder"
             ) from None
         if not succeeded:
             raise UserError(answer)
@@ -61,13 +58,10 @@ class DecoderProcess:
 
     def close(self) -> None:
         """Kills the child; the next call starts another."""
-        child, self._child = self._child, None
+        child, connection, self._child, self._connection = self._child, self._connection, None, None
         if child is not None and self._owner == os.getpid():
             child.kill()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            connection.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)  # not longer: it may hang in the kernel, on a file server that is gone
 
@@ -75,79 +69,60 @@ class DecoderProcess:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_child": None}  # a worker process starts its own
+        return {**self.__dict__, "_child": None, "_connection": None}  # a worker process starts its own
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         if self._owner != os.getpid():  # forked: the child is the parent's
-            self._child, self._owner = None, os.getpid()
+            self._child, self._connection, self._owner = None, None, os.getpid()
         if self._child is not None and self._child.poll() is not None:
             self.close()
         if self._child is None:
+            self._connection, remote = Pipe()
             self._child = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                [sys.executable, "-c", f"from {__name__} import serve; serve({remote.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                bufsize=0,
+                pass_fds=[remote.fileno()],
             )
+            remote.close()
             try:
-                self._receive(self._child, _STARTUP)
+                self._receive(_STARTUP)
             except (TimeoutError, EOFError, OSError) as error:
-                status = self._exit_status(self._child)
-                raise RuntimeError(f"the decoder's process did not start ({status})") from error
-        return self._child
+                raise RuntimeError(f"the decoder's process did not start ({self._exit_status()})") from error
 
-    def _exit_status(self, child: subprocess.Popen[bytes]) -> str:
+    def _receive(self, timeout: float) -> Any:
+        if not self._connection.poll(timeout):
+            raise TimeoutError
+        return self._connection.recv()
+
+    def _exit_status(self) -> str:
+        child = self._child
+        assert child is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=1)
-        code = child.returncode
         self.close()
+        code = child.returncode
         return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
-    @staticmethod
-    def _receive(child: subprocess.Popen[bytes], timeout: float) -> Any:
-        deadline = time.monotonic() + timeout
-        descriptor = child.stdout.fileno()  # type: ignore[union-attr]
 
-        def read(count: int) -> bytearray:
-            data = bytearray()
-            while len(data) < count:
-                if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    raise TimeoutError
-                chunk = os.read(descriptor, min(count - len(data), 1 << 20))
-                if not chunk:
-                    raise EOFError
-                data += chunk
-            return data
-
-        return pickle.loads(read(_LENGTH.unpack(read(_LENGTH.size))[0]))
-
-
-def _send(descriptor: int, message: Any) -> None:
-    data = pickle.dumps(message, protocol=5)
-    view = memoryview(_LENGTH.pack(len(data)) + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def serve() -> None:
+def serve(descriptor: int) -> None:
     """The child's main loop: answers calls until its parent is gone."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    connection = Connection(descriptor)
     # The parent handles Control-C and the preemption signals that a scheduler sends to every process of a job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    calls = os.fdopen(0, "rb")
-    _send(answers, "ready")
-    while header := calls.read(_LENGTH.size):
-        timeout, function, arguments, keywords = pickle.loads(calls.read(_LENGTH.unpack(header)[0]))
-        # If the parent has died, nobody kills a child that hangs, except the alarm's default action.
-        signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
-        try:
-            answer = True, getattr(video_reader, function)(*arguments, **keywords)
-        except UserError as error:
-            answer = False, str(error)
-        except Exception as error:  # any error of a decoder: this file is the cause
-            answer = False, f"video file '{arguments[0]}' cannot be decoded ({type(error).__name__}: {error})"
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(answers, answer)
+    connection.send("ready")
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            timeout, function, arguments, keywords = connection.recv()
+            # If the parent has died, nobody kills a child that hangs, except the alarm's default action.
+            signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
+            try:
+                answer = True, getattr(video_reader, function)(*arguments, **keywords)
+            except UserError as error:
+                answer = False, str(error)
+            except Exception as error:  # any error of a decoder: this file is the cause
+                answer = False, f"video file '{arguments[0]}' cannot be decoded ({type(error).__name__}: {error})"
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send(answer)

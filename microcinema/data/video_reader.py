@@ -17,10 +17,9 @@ import numpy as np
 from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
-    import av
-    import av.container
-    import av.video.frame
-    import av.video.stream
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 DECODERS = ("pyav", "decord")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -53,7 +52,7 @@ Source = PathLike | TarMember
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Properties of a video: frames, mean frames per second, size as displayed (rotation applied), seconds from the first frame to the end."""
+    """Frames, mean frames per second, size as displayed (rotated), and seconds from the first frame to the end of a video."""
 
     num_frames: int
     fps: float
@@ -78,8 +77,24 @@ def is_image(source: Source) -> bool:
     return name.lower().endswith(IMAGES)
 
 
+def _size(path: Source) -> int:
+    return path.size if isinstance(path, TarMember) else os.path.getsize(path)
+
+
+def _url(path: Source) -> str:
+    """The name under which FFmpeg opens a file."""
+    if isinstance(path, TarMember):
+        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:{path.archive}"
+    return str(path)
+
+
+def _damaged(path: Source, reason: Any) -> UserError:
+    what = "damaged, truncated or not a video; replace it or take it off the list"
+    return UserError(f"video file '{path}' cannot be decoded: {what} ({reason})")
+
+
 @contextmanager
-def _open(path: Source) -> Iterator[tuple["av.container.InputContainer", "av.video.stream.VideoStream"]]:
+def _open(path: Source) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Opens a file's first video stream; any error of FFmpeg, here or in the body, becomes a UserError that names the file."""
     import av
 
@@ -93,29 +108,10 @@ def _open(path: Source) -> Iterator[tuple["av.container.InputContainer", "av.vid
             if not container.streams.video:
                 raise UserError(f"file '{path}' has no video stream; give a video file")
             stream = container.streams.video[0]
-            # One thread: data-loader workers are the parallelism, and a decoder's own threads would oversubscribe the machine.
-            stream.codec_context.thread_count = 1
+            stream.codec_context.thread_count = 1  # data-loader workers are the parallelism
             yield container, stream
     except (av.FFmpegError, EOFError) as error:
         raise _damaged(path, getattr(error, "strerror", None) or error) from None
-
-
-def _url(path: Source) -> str:
-    """The name under which FFmpeg opens a file."""
-    if isinstance(path, TarMember):
-        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:{path.archive}"
-    return str(path)
-
-
-def _size(path: Source) -> int:
-    return path.size if isinstance(path, TarMember) else os.path.getsize(path)
-
-
-def _damaged(path: Source, reason: Any) -> UserError:
-    return UserError(
-        f"video file '{path}' cannot be decoded: damaged, truncated or not a video; replace it or take it off the list "
-        f"({reason})"
-    )
 
 
 def _read_index(path: Source) -> _Index:
@@ -138,8 +134,7 @@ def _read_index(path: Source) -> _Index:
         time_base = float(stream.time_base or 0)
         times = (np.array(stamps) - stamps[0]) * time_base
         last = max(packets, key=lambda packet: packet.pts or 0)
-        last_duration = (last.duration or 0) * time_base or (1 / rate if rate > 0 else 0.0)
-        end = float(times[-1]) + last_duration
+        end = float(times[-1]) + ((last.duration or 0) * time_base or (1 / rate if rate > 0 else 0.0))
         return _Index(times, stamps, end, fps=rate if rate > 0 else len(packets) / end)
 
 
@@ -165,21 +160,15 @@ def _select_frames(
 ) -> np.ndarray:
     """Indices of the frames of a clip; arguments as in `read_clip`."""
     times = index.times
-    if num_frames < 1:
-        raise UserError(f"num_frames={num_frames} for '{path}'; ask for at least 1 frame")
-    if fps is not None and not fps > 0:
-        raise UserError(f"fps={fps} for '{path}'; give a positive number, or null for the file's own rate")
+    if num_frames < 1 or (fps is not None and not fps > 0):
+        raise UserError(f"num_frames={num_frames}, fps={fps}; give at least 1 frame, and a positive rate or null")
     if start < 0 or not 0 <= position <= 1:
-        raise UserError(
-            f"start={start}, position={position} for '{path}'; start is at least 0 seconds, position lies in [0, 1]"
-        )
-
-    def too_short() -> UserError:
-        clip = f"{num_frames} frames at {f'{fps:g}' if fps else 'its own'} fps from {start:g} s"
-        video = f"{len(times)} frames at {index.fps:g} fps, {index.end:.3f} s"
-        return UserError(
-            f"clip '{path}' ({video}) is shorter than asked ({clip}); ask for fewer frames or take it off the list"
-        )
+        raise UserError(f"start={start}, position={position}; start is at least 0 seconds, position lies in [0, 1]")
+    clip = f"{num_frames} frames at {f'{fps:g}' if fps else 'its own'} fps from {start:g} s"
+    video = f"{len(times)} frames at {index.fps:g} fps, {index.end:.3f} s"
+    too_short = UserError(
+        f"clip '{path}' ({video}) is shorter than asked ({clip}); ask for fewer frames or take it off the list"
+    )
 
     def at_position(starts: np.ndarray) -> Any:
         return starts[min(int(position * len(starts)), len(starts) - 1)]
@@ -187,23 +176,23 @@ def _select_frames(
     if fps is None:
         first = int(nearest_frames(times, start)) if start < index.end else len(times)
         if first + num_frames > len(times):
-            raise too_short()
+            raise too_short
         return at_position(np.arange(first, len(times) - num_frames + 1)) + np.arange(num_frames)
     span = (num_frames - 1) / fps
     if start + span > index.end - _TICK:  # the last moment must still be on screen
-        raise too_short()
+        raise too_short
     # Elsewhere than at `start`, begin exactly on a frame: between two, jitter in the stamps would give an uneven rhythm.
     starts = times[(times > start - _TICK) & (times < times[-1] - span + _TICK)]
     moment = at_position(starts) if position > 0 and len(starts) else start
     return nearest_frames(times, moment + np.arange(num_frames) / fps)
 
 
-def _displayed_size(frame: "av.video.frame.VideoFrame") -> tuple[int, int]:
+def _displayed_size(frame: "VideoFrame") -> tuple[int, int]:
     """(height, width) after rotation."""
     return (frame.width, frame.height) if frame.rotation // 90 % 2 else (frame.height, frame.width)
 
 
-def _to_array(frame: "av.video.frame.VideoFrame", convert: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+def _to_array(frame: "VideoFrame", convert: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     """RGB as displayed, (h, w, 3), scaled to a displayed (height, width) if given; `convert` is a VideoReformatter."""
     scaling: dict[str, Any] = {"threads": 1}
     if size is not None:
@@ -213,11 +202,7 @@ def _to_array(frame: "av.video.frame.VideoFrame", convert: Any, size: tuple[int,
 
 
 def _decode_pyav(
-    path: Source,
-    index: _Index,
-    indices: np.ndarray,
-    convert: Callable[["av.video.frame.VideoFrame"], Any],
-    strict: bool = False,
+    path: Source, index: _Index, indices: np.ndarray, convert: Callable[["VideoFrame"], Any], strict: bool = False
 ) -> list[Any]:
     """`convert` of the frames with these indices; `strict` refuses damaged frames between them as well."""
     needed, last = set(indices.tolist()), int(indices.max())
@@ -316,7 +301,7 @@ def survey(
         properties of the file; seconds after the first frame of each frame kept; the frames, uint8 (n, h, w, 3).
 
     Raises:
-        UserError: as `read_clip`; also if any frame is damaged.
+        UserError: as `read_clip`, and if any frame is damaged.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -324,18 +309,12 @@ def survey(
     index = _read_index(path)
     moments = np.arange(0, index.times[-1] + _TICK, 1 / fps)
     indices = np.unique(nearest_frames(index.times, moments))[:max_frames]
-    frames, sizes = zip(
-        *_decode_pyav(
-            path,
-            index,
-            indices,
-            lambda frame: (_to_array(frame, convert, size), _displayed_size(frame)),
-            strict=True,
-        ),
-        strict=True,
+    results = _decode_pyav(
+        path, index, indices, lambda frame: (_to_array(frame, convert, size), _displayed_size(frame)), strict=True
     )
-    height, width = sizes[-1]
-    return VideoInfo(len(index.times), index.fps, width, height, index.end), index.times[indices], np.stack(frames)
+    height, width = results[-1][1]
+    info = VideoInfo(len(index.times), index.fps, width, height, index.end)
+    return info, index.times[indices], np.stack([frame for frame, _ in results])
 
 
 def read_image(path: Source) -> np.ndarray:

@@ -286,7 +286,7 @@ def test_workers_have_their_own_and_leave_none_behind(listing):
     torch.testing.assert_close(batches[0]["video"][0], data[0]["video"])
     time.sleep(0.5)
     serving = [
-        child.pid for child in psutil.Process().children(recursive=True) if "serve()" in " ".join(child.cmdline())
+        child.pid for child in psutil.Process().children(recursive=True) if "import serve" in " ".join(child.cmdline())
     ]
     assert serving.count(mine) == 1
 
@@ -295,8 +295,8 @@ def test_a_child_without_a_parent_ends_itself():
     """Also in the midst of a call that hangs: by the kernel's alarm."""
     code = (
         "import os, sys; from fixtures import broken_videos; from microcinema.data import decoder_process; decoder_process._GRACE = 0.5; reader = decoder_process.DecoderProcess(1.0);"
-        "child = reader._running(); print(child.pid, flush=True);"
-        "decoder_process._send(child.stdin.fileno(), (1.0, 'probe', (broken_videos.Hanging(),), {})); os._exit(0)"
+        "reader._start(); print(reader._child.pid, flush=True);"
+        "reader._connection.send((1.0, 'probe', (broken_videos.Hanging(),), {})); os._exit(0)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
