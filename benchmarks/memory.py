@@ -103,11 +103,11 @@ def settings_of_sd15(folder: Path, narrow: bool = False) -> Path:
 
 def estimate(composed: Any, run: dict[str, Any]) -> memory_estimate.Estimate:
     """The estimate of an entry of `RUNS`, for one video or one clip at a time, training in bf16 as on CUDA."""
-    if "train" in run:
+    if "trainable_parameters" in run:
         settings = Settings("", 1, train_batch_size=1, mixed_precision="bf16", **run)
         return memory_estimate.training_memory(memory_estimate.empty_pipeline(composed), settings, device="cuda")
     sample = compose("sample")
-    guidance = {key: sample[key] for key in ("guidance_scale", "image_guidance_scale")}
+    guidance = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale")}
     pipeline = memory_estimate.empty_pipeline(composed, run.get("dtype", torch.float32))
     return memory_estimate.sampling_memory(pipeline, **guidance, decode_chunk_size=run.get("decode_chunk_size"))
 
@@ -128,7 +128,7 @@ def forget_peak() -> None:
 
 def real_pipeline(composed: Any) -> ImageToVideoPipeline:
     """The pipeline that `memory_estimate.empty_pipeline` stands for, with random weights."""
-    base = load_base(**composed.base, weights=False)
+    base = load_base(**vars(composed.base), weights=False)
     networks = build.build_networks(composed, base, weights=False)
     parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     pipeline = build.build_pipeline(composed, base.scheduler, **parts, **networks)

@@ -1,4 +1,4 @@
-"""`microcinema prepare` as a script, for `accelerate launch scripts/prepare.py key=value ...`."""
+"""`microcinema prepare` as a script, for `accelerate launch scripts/prepare.py latents key=value ...`."""
 
 import sys
 

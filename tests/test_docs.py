@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from microcinema.commands import cli
-from microcinema.config.compose import COMMANDS, compose
+from microcinema.commands.cli import COMMANDS
+from microcinema.config.compose import compose, plain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,14 +57,14 @@ def benchmarks() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("page, line", commands())
 def test_commands_compose(page: str, line: str):
-    command, *overrides = cli.joined(shlex.split(line))
+    command, *overrides = cli.merge_subcommand(shlex.split(line))
     if "--dry-run" in overrides:
-        assert command in cli.DRY_RUNS
+        assert cli.COMMANDS[command].dry_run
         overrides.remove("--dry-run")
     if command != "--help":
         assert command in COMMANDS
         if "--help" not in overrides:
-            compose(command, overrides)
+            compose(COMMANDS[command].config or command, overrides)
 
 
 @pytest.mark.parametrize("page, module, arguments", benchmarks())
@@ -80,7 +81,7 @@ def test_benchmarks_are_there_and_take_these_arguments(page: str, module: str, a
 def test_there_are_commands_to_check():
     pages = [page for page, _ in commands()]
     assert pages.count("README.md") >= 9 and pages.count("stable_diffusion.md") >= 15
-    assert {cli.joined(line.split())[0] for _, line in commands()} >= set(COMMANDS)
+    assert {cli.merge_subcommand(line.split())[0] for _, line in commands()} >= set(COMMANDS)
     assert len({module for _, module, _ in benchmarks()}) >= 5
 
 
@@ -109,8 +110,8 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
     commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
-    composed = [compose(command) for command in commands]
-    composed += [compose("evaluate", [f"evaluation={protocol}"]) for protocol in ("ucf101", "sprites")]
+    composed = [plain(compose(command)) for command in commands]
+    composed += [plain(compose("evaluate", [f"evaluation={protocol}"])) for protocol in ("ucf101", "sprites")]
     known = {name for one in composed for name in dotted(one)}
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
@@ -128,4 +129,4 @@ def dotted(node, prefix: str = "") -> list[str]:
 
 def test_every_command_has_a_line_in_the_tour():
     tour = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
-    assert all(f"microcinema {command}" in tour for command in cli.BODIES)
+    assert all(f"microcinema {command}" in tour for command in cli.COMMANDS)

@@ -29,7 +29,7 @@ def call(command: str, *overrides: str) -> None:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    call("prepare", f"output_dir={folder}", "num_videos=3")
+    call("prepare", "sprites", f"output_dir={folder}", "num_videos=3")
     return folder
 
 

@@ -3,113 +3,196 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from microcinema import __version__
-from microcinema.config.compose import compose, documented_keys, group_defaults, group_options
+from microcinema.config.help import config_folder, describe_keys
 from microcinema.utils.errors import UserError
 
-# Imported when called: each brings torch along.
-BODIES = {
-    "train": ("microcinema.commands.train", "train the video model"),
-    "sample": ("microcinema.commands.sample", "make videos from prompts or images"),
-    "evaluate": ("microcinema.commands.evaluate", "generate videos, measure them, write a report"),
-    "prepare": ("microcinema.commands.prepare_sprites", "render a Moving Sprites data set"),
-    "prepare check": (
-        "microcinema.commands.prepare_check",
-        "look at the clips of a data set and say what is wrong with them",
+
+@dataclass(frozen=True)
+class Command:
+    """What the table of commands says of one.
+
+    Attributes:
+        meaning: one line of help.
+        module: its function `run` takes the config and returns the exit status (None: 0). Imported when called, since it imports torch.
+        config: the command whose keys it takes; None: it has keys of its own, in `configs/` and in `schema`.
+        dry_run: module for `--dry-run`, if there is one.
+        one_of: keys of which exactly one has to be set.
+        files: keys that name an existing file or folder, if they are set.
+    """
+
+    meaning: str
+    module: str
+    config: str | None = None
+    dry_run: str | None = None
+    one_of: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def check(self, config: Any) -> None:
+        """Refuses missing input before anything heavy is imported.
+
+        Raises:
+            UserError: a key that is not set, or a file that is not there.
+        """
+        values = {key: getattr(config, key) for key in (*self.one_of, *self.files)}
+        if self.one_of and sum(bool((values[key] or "").strip()) for key in self.one_of) != 1:
+            raise UserError(
+                f"give {'one of ' * (len(self.one_of) > 1)}{' and '.join(f'{key}=' for key in self.one_of)}"
+            )
+        for key in self.files:
+            if values[key] is not None and not Path(values[key]).exists():
+                raise UserError(f"{key} '{values[key]}' is not there; check the path")
+
+
+COMMANDS = {
+    "train": Command("train the video model", "microcinema.commands.train", dry_run="microcinema.commands.dry_run"),
+    "sample": Command(
+        "make videos from prompts or images",
+        "microcinema.commands.sample",
+        one_of=("prompt", "prompts"),
+        files=("prompts", "image"),
     ),
-    "prepare preview": (
-        "microcinema.commands.prepare_preview",
-        "draw clips as the model will see them, with their captions",
+    "evaluate": Command(
+        "generate videos, measure them, write a report", "microcinema.commands.evaluate", files=("generated_dir",)
     ),
-    "prepare latents": (
-        "microcinema.commands.prepare_latents",
+    "prepare sprites": Command("render a Moving Sprites data set", "microcinema.commands.prepare_sprites"),
+    "prepare check": Command("check the clips of a data set and report faults", "microcinema.commands.prepare_check"),
+    "prepare preview": Command(
+        "draw clips and captions as the model gets them", "microcinema.commands.prepare_preview"
+    ),
+    "prepare latents": Command(
         "encode the clips of a training run once, with the keys of that run",
+        "microcinema.commands.prepare_latents",
+        one_of=("cached_latents",),
     ),
-    "export": ("microcinema.commands.export", "make a pipeline folder of a training checkpoint"),
-    "doctor": ("microcinema.commands.doctor", "say whether train can run here with the same keys, and what it needs"),
+    "export": Command(
+        "write a pipeline folder from a training checkpoint",
+        "microcinema.commands.export",
+        one_of=("checkpoint",),
+        files=("checkpoint",),
+    ),
+    "doctor": Command(
+        "check whether train can run here with the same keys, and what it needs", "microcinema.commands.doctor", "train"
+    ),
 }
-DRY_RUNS = {"train": "microcinema.commands.dry_run"}
+GRACE_SECONDS = 5.0  # in which a launcher ends the other processes of a run when one has failed
+
+
+def overview(group: str = "") -> str:
+    """The commands, or those that begin with a word such as `prepare`, with their meanings."""
+    names = [name for name in COMMANDS if name.startswith(group)]
+    return "\n".join(["commands:", *(f"  {name:17}{COMMANDS[name].meaning}" for name in names)])
+
+
+def command_help(command: str, overrides: Sequence[str] = ()) -> str:
+    """The keys of a command with values and meanings: the defaults, or those of the composition with overrides.
+
+    Raises:
+        UserError: overrides that do not compose.
+    """
+    entry = COMMANDS[command]
+    dry = "[--dry-run] " if entry.dry_run else ""
+    usage = f"usage: microcinema {command} [key=value ...] {dry}[--print-config] [--traceback]"
+    return "\n".join([usage, "", f"{entry.meaning}.", "", *describe_keys(entry.config or command, overrides)])
+
+
+def merge_subcommand(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a command of two words, such as `prepare check`, as one."""
+    both = " ".join(arguments[:2])
+    return [both, *arguments[2:]] if both in COMMANDS else list(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status, 2 for bad input (one line on stderr) or 130 when interrupted."""
+    arguments = merge_subcommand(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if arguments[:1] == ["prepare"]:
+        print(f"usage: microcinema prepare <what> [key=value ...]\n\n{overview('prepare')}")
+        return 0 if {*arguments} & {"-h", "--help"} else 2
+    options = parser.parse_intermixed_args(arguments)
+    if options.config_dir:
+        print(config_folder())
+        return 0
+    if options.command is None:
+        print(parser.format_help().rstrip())
+        return 0 if options.help else 2
+    if options.dry_run and not COMMANDS[options.command].dry_run:
+        parser.error(f"--dry-run is for {', '.join(name for name in COMMANDS if COMMANDS[name].dry_run)} only")
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:17}{meaning}" for name, (_, meaning) in BODIES.items())
     parser = argparse.ArgumentParser(
         prog="microcinema",
-        usage="microcinema <command> [key=value ...] [--traceback]",
-        description=f"Text-to-video in two steps: text to key frame, key frame to video.\n\ncommands:\n{commands}",
-        epilog="`microcinema <command> --help` lists the keys of a command.",
+        usage="microcinema <command> [key=value ...] [--help] [--print-config] [--traceback]",
+        description=f"Text-to-video in two steps: text to key frame, key frame to video.\n\n{overview()}",
+        epilog="`microcinema <command> key=value ... --help` lists the keys of a command and their values.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("command", nargs="?", choices=BODIES, help=argparse.SUPPRESS, metavar="command")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("-h", "--help", action="store_true", help="show this, or the keys of a command")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="train: a few steps of everything, what the run will take, nothing kept"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    for names, text in {
+        ("-h", "--help"): "show this, or the keys of a command",
+        ("--print-config",): "print the composed config as YAML, and nothing else",
+        ("--config-dir",): "print the folder of the YAML files, which has accelerate/ as well",
+        ("--dry-run",): "train: a few steps of everything, and from them what the run needs; nothing is kept",
+        ("--traceback",): "show where an error came from",
+    }.items():
+        parser.add_argument(*names, action="store_true", help=text)
     parser.add_argument("--version", action="version", version=__version__, help="show the version")
     return parser
 
 
-def command_help(command: str) -> str:
-    """The keys of a command with their defaults and meanings, and those of its groups' default options."""
-    dry = "[--dry-run] " if command in DRY_RUNS else ""
-    lines = [f"usage: microcinema {command} [key=value ...] {dry}[--traceback]", "", f"{BODIES[command][1]}.", ""]
-    groups = group_defaults(command)
-
-    def describe(rows: list[tuple[str, str, str]]) -> None:
-        for key, value, meaning in rows:
-            lines.append(f"  {f'{key}={value}':40} {meaning}")
-        lines.append("")
-
-    rows = list(documented_keys(command))
-    if groups:
-        lines.append("groups:")
-        for key, value, meaning in rows:
-            if key in groups:
-                lines.append(f"  {f'{key}={value}':40} {meaning}: {', '.join(group_options(key))}")
-        lines.append("")
-    lines.append("keys:")
-    describe([row for row in rows if row[0] not in groups])
-    for group, option in groups.items():
-        if option is not None:
-            lines.append(f"keys of {group}={option}:")
-            inside = documented_keys(f"{group}/{option}")
-            describe([(f"{group}.{key}", value, meaning) for key, value, meaning in inside])
-    return "\n".join(lines).rstrip()
-
-
-def joined(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a command of two words, such as `prepare check`, as one."""
-    both = " ".join(arguments[:2])
-    return [both, *arguments[2:]] if both in BODIES else list(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, what `doctor` returns, 2 for bad input (told in one line on stderr) or 130 when interrupted."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(joined(sys.argv[1:] if arguments is None else arguments))
-    if options.help or options.command is None:
-        print(command_help(options.command) if options.command else parser.format_help().rstrip())
-        return 0 if options.help else 2
-    if options.dry_run and options.command not in DRY_RUNS:
-        parser.error(f"--dry-run is for {', '.join(DRY_RUNS)}, not for {options.command}")
-    body = DRY_RUNS[options.command] if options.dry_run else BODIES[options.command][0]
-    # Otherwise transformers warns of each image processor that it would rather have torchvision for.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def _run(options: argparse.Namespace) -> int:
+    command, composed = COMMANDS[options.command], False
     try:
-        composed = compose(options.command, options.overrides)
-        return importlib.import_module(body).run(composed) or 0
+        if options.help:
+            print(command_help(options.command, options.overrides))
+            return 0
+        from microcinema.config.compose import compose, to_yaml
+
+        config = compose(command.config or options.command, options.overrides)
+        if options.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        command.check(config)
+        composed = True
+        # Otherwise transformers warns of each image processor that it would rather have torchvision for.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        module = command.dry_run if options.dry_run and command.dry_run else command.module
+        return importlib.import_module(module).run(config) or 0
     except UserError as error:
-        if options.traceback:
-            traceback.print_exc()
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        _report(error, options.traceback, same_everywhere=not composed)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+
+def _report(error: UserError, with_traceback: bool, same_everywhere: bool) -> None:
+    """Prints an error in one line, once for all processes of a run.
+
+    Every process finds the same fault in a config. Later on, one that is not the main process waits: when that one has failed as
+    well, the launcher ends this one before it prints.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and same_everywhere:
+        return
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_SECONDS)
+    if with_traceback:
+        traceback.print_exc()
+    where = f" (process {rank})" if rank else ""
+    print(f"error{where}:", " ".join(str(error).split()), file=sys.stderr)

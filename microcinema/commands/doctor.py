@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 
 from microcinema import __version__
-from microcinema.config.compose import compose
+from microcinema.config.compose import compose, plain
 from microcinema.pipelines.base_model import check_base_weights
 from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import (
@@ -32,7 +32,8 @@ from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.instantiate import Component
+    from microcinema.config.schema import Train
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
@@ -58,13 +59,13 @@ class Finding:
         return f"{self.status:<8} {self.topic:<11} {self.found}" + (f"; {self.advice}" if self.advice else "")
 
 
-def run(config: "DictConfig") -> int:
+def run(config: "Train") -> int:
     """Prints what was found. Returns 1 if the run cannot work, as 2 is for a config that none could have; else 0.
 
     Raises:
         UserError: settings out of their bounds.
     """
-    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     # As accelerate takes it where the config leaves it open.
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problems = 0
@@ -75,7 +76,7 @@ def run(config: "DictConfig") -> int:
     return 1 if problems else 0
 
 
-def examine(config: "DictConfig", settings: Settings) -> Iterator[Finding]:
+def examine(config: "Train", settings: Settings) -> Iterator[Finding]:
     """All findings, those that take longest last.
 
     Args:
@@ -87,12 +88,12 @@ def examine(config: "DictConfig", settings: Settings) -> Iterator[Finding]:
     yield versions()
     yield from devices(settings, small=is_embedded(config.base.pretrained_model_name_or_path))
     yield from attention()
-    yield modules("decoders", DECODERS, config.data.get("decoder"), "data.decoder")
+    yield modules("decoders", DECODERS, config.data.arguments.get("decoder"), "data.decoder")
     yield modules("trackers", TRACKERS, settings.report_to, "report_to")
     if settings.use_8bit_adam:
         yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
     yield data(config.data, config.cached_latents)
-    found, folder = base(**{key: config.base[key] for key in ("pretrained_model_name_or_path", "revision", "variant")})
+    found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
     if folder is not None:
         yield from needs(config, settings, folder, device)
@@ -186,16 +187,16 @@ def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) ->
     return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
 
 
-def data(node: Any, latents: str | None) -> Finding:
+def data(component: "Component", latents: str | None) -> Finding:
     """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
-    places = dict.fromkeys([*_places(node), *([] if latents is None else [latents])])
+    places = dict.fromkeys([*_places(plain(component.arguments)), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
     if missing == [latents]:
         return Finding(
             "data", f"{latents} not there", PROBLEM, "make it with microcinema prepare latents and the same keys"
         )
     if missing:
-        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare"
+        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
         return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
     return Finding("data", ", ".join(places))
 
@@ -224,18 +225,16 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     return Finding("base", f"{name}, {where}" + ", in the cache" * of_hub), folder
 
 
-def needs(config: "DictConfig", settings: Settings, folder: str, device: torch.device) -> Iterator[Finding]:
+def needs(config: "Train", settings: Settings, folder: str, device: torch.device) -> Iterator[Finding]:
     """Free disk and memory against what the run and sampling from its model need.
 
     Args:
         folder: of the base; its settings are enough.
     """
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.merge(config, {"base": {"pretrained_model_name_or_path": folder, "revision": None}})  # type: ignore[assignment]
+    config = replace(config, base=replace(config.base, pretrained_model_name_or_path=folder, revision=None))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sample = compose("sample")
-    arguments = {key: sample[key] for key in ("guidance_scale", "image_guidance_scale", "decode_chunk_size")}
+    arguments = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale", "decode_chunk_size")}
     with tqdm(total=3, desc="estimating memory", unit="part", delay=2, leave=False) as bar:  # shown from two seconds on
         try:
             pipeline = empty_pipeline(config)

@@ -5,7 +5,7 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from microcinema.training.settings import Settings
 from microcinema.utils.files import make_folder
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Train
 
 WARM_UP, MEASURED = 2, 5  # steps
 GIB = 2**30
@@ -70,7 +70,7 @@ class Prediction:
         return self.steps + self.checkpoints + self.validations
 
 
-def run(config: "DictConfig") -> int:
+def run(config: "Train") -> int:
     """Trains a few steps, saves a checkpoint, makes a validation video in each process; prints what it took and what the run will take.
 
     By every process of a distributed run, as `train` is. Nothing stays in output_dir.
@@ -81,9 +81,7 @@ def run(config: "DictConfig") -> int:
     Raises:
         UserError: as the run would.
     """
-    from omegaconf import OmegaConf
-
-    settings = Settings(**{each.name: config[each.name] for each in fields(Settings)})
+    settings = Settings(**{each.name: getattr(config, each.name) for each in fields(Settings)})
     processes, main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     found = Measured()
     with _scratch(Path(settings.output_dir), main) as folder:
@@ -102,7 +100,7 @@ def run(config: "DictConfig") -> int:
                 found.validation_seconds = metrics["validation_seconds"]
 
         before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-        if status := train.run(OmegaConf.merge(config, changes), on_metrics):  # type: ignore[arg-type]
+        if status := train.run(replace(config, **changes), on_metrics):
             return status  # asked to end
         found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
         if main:
@@ -177,9 +175,9 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _estimate(config: "DictConfig") -> Estimate:
+def _estimate(config: "Train") -> Estimate:
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    given = {each.name: config[each.name] for each in fields(Settings)} | {"mixed_precision": precision}
+    given = {each.name: getattr(config, each.name) for each in fields(Settings)} | {"mixed_precision": precision}
     pipeline = empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     latents = config.cached_latents is not None

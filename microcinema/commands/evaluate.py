@@ -7,7 +7,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from microcinema.config.compose import instantiate
 from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
@@ -15,13 +14,13 @@ from microcinema.sprites.protocol import SpritesProtocol
 from microcinema.utils.logging import quieten_libraries
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Evaluate
 
 DETECTORS = {"sprites": load_video_features}
 _TIMEOUT = timedelta(days=7)  # a process waits for as long as the clips of another take
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "Evaluate") -> None:
     """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path.
 
     Raises:
@@ -30,7 +29,7 @@ def run(config: "DictConfig") -> None:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT)
     try:
-        protocol = instantiate(config.evaluation.protocol)
+        protocol = config.evaluation.protocol.build()
         quieten_libraries()
         if isinstance(protocol, SpritesProtocol):
             run_sprites(config, protocol, state)

@@ -1,11 +1,11 @@
 """The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
+from microcinema.config.compose import load, plain, to_yaml
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -31,20 +31,19 @@ from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import open_template
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Export, Train
 
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "Export") -> None:
     """Writes the pipeline that the config of `export` asks for.
 
     Raises:
         UserError: there is nothing to export, it does not fit together, or the folder holds something else.
     """
-    if config.checkpoint is None:
-        raise UserError("give checkpoint=, the folder of a checkpoint or of a finished run")
+    assert config.checkpoint is not None  # the table of commands requires it
     source, folder = Path(config.checkpoint), Path(config.output_dir)
     check_replaceable(folder)
     quieten_libraries()
@@ -65,7 +64,7 @@ def run(config: "DictConfig") -> None:
     print(folder)
 
 
-def open_checkpoint(folder: Path, config: "DictConfig", use_ema: bool) -> ImageToVideoPipeline:
+def open_checkpoint(folder: Path, config: "Train", use_ema: bool) -> ImageToVideoPipeline:
     """The pipeline that a training checkpoint holds.
 
     Args:
@@ -85,7 +84,7 @@ def open_checkpoint(folder: Path, config: "DictConfig", use_ema: bool) -> ImageT
     return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, **parts)
 
 
-def open_run(folder: Path, config: "DictConfig", use_ema: bool) -> ImageToVideoPipeline:
+def open_run(folder: Path, config: "Train", use_ema: bool) -> ImageToVideoPipeline:
     """The pipeline that a finished run has saved.
 
     Raises:
@@ -124,7 +123,7 @@ def write_card(
     folder: Path,
     files: Path,
     pipeline: ImageToVideoPipeline,
-    config: "DictConfig",
+    config: "Train",
     progress: Progress | None,
     averaged: bool,
 ) -> str:
@@ -137,9 +136,7 @@ def write_card(
         progress: of the run when it was saved; None: it was finished.
         averaged: whether its weights are averages.
     """
-    from omegaconf import OmegaConf
-
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = plain(config)
     base = settings["base"]["pretrained_model_name_or_path"]
     weights = sorted(files.rglob("*.safetensors"))
     return open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
@@ -157,7 +154,7 @@ def write_card(
         hashes={file.relative_to(files).as_posix(): hash_file(file) for file in weights},
         dtype=str(pipeline.unet.dtype).removeprefix("torch."),
         config=settings,
-        config_yaml=yaml.safe_dump(settings, sort_keys=False).strip(),
+        config_yaml=to_yaml(config).strip(),
         step=progress.step if progress else settings["max_train_steps"],
         clips=progress.clips if progress else None,
         averaged=averaged,
@@ -165,19 +162,10 @@ def write_card(
     )
 
 
-def read_config(folder: Path) -> "DictConfig":
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+def read_config(folder: Path) -> "Train":
     path = folder / CONFIG
-    try:
-        config = OmegaConf.load(path)
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"'{path}' is not there; give a checkpoint in the folder of its run, whose config says how the model was built"
-        ) from None
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"'{path}' cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(config, DictConfig) or "base" not in config:
-        raise UserError(f"'{path}' is no config of a training run")
-    return config
+        )
+    return load(path, "train")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet
 
-from microcinema.config.compose import instantiate
 from microcinema.data.manifest import SCHEMA
 from microcinema.data.quality import Thresholds
 from microcinema.data.quality_check import check_clips
@@ -14,18 +13,18 @@ from microcinema.data.quality_report import count_reasons, write_report
 from microcinema.utils.files import atomic_path, make_folder
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import PrepareCheck
 
 MANIFEST, REPORT, CHUNKS = "manifest.parquet", "report.html", "chunks"
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "PrepareCheck") -> None:
     """Checks the data set that the config describes and prints how many clips are rejected, and why.
 
     Raises:
         UserError: a data set that cannot be read or divided, a folder that cannot be written, no Ray.
     """
-    dataset = instantiate(config.data)
+    dataset = config.data.build()
     folder = make_folder(config.output_dir)
     count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from microcinema.config.compose import instantiate
 from microcinema.data import latent_writer
 from microcinema.data.latents import Layout
 from microcinema.data.optical_flow import FlowClips
@@ -22,27 +21,24 @@ from microcinema.training.cached_latents_check import fingerprint
 from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import PrepareLatents
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "PrepareLatents") -> None:
     """Encodes the clips of the run that the config describes into its folder `cached_latents`, and prints their number and size.
 
     Raises:
         UserError: no folder, a config that does not fit its base, and as `encode_clips`.
     """
-    from omegaconf import OmegaConf
-
-    if config.cached_latents is None:
-        raise UserError("cached_latents is null; set it to the folder to write, in training as well")
+    assert config.cached_latents is not None  # the table of commands requires it
     # A finished process waits for the slowest one, which may take long.
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))]
     )
-    dataset = instantiate(config.data)
+    dataset = config.data.build()
     encode_clips(
         accelerator,
-        _pipeline(OmegaConf.merge(config, {"fps": config.fps or 8.0})),  # type: ignore[arg-type]
+        _pipeline(config),
         dataset,
         Path(config.cached_latents),
         config.model.flow_model,
@@ -114,8 +110,8 @@ def encode_clips(
         print(f"cached_latents={folder} trains on them, with the keys of this command")
 
 
-def _pipeline(config: "DictConfig") -> ImageToVideoPipeline:
-    base = load_base(**config.base)
+def _pipeline(config: "PrepareLatents") -> ImageToVideoPipeline:
+    base = load_base(**vars(config.base))
     return build_pipeline(
         config,
         base.scheduler,

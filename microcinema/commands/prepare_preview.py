@@ -4,21 +4,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from microcinema.config.compose import instantiate
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.video_writer import write_contact_sheet
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import PreparePreview
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "PreparePreview") -> None:
     """TrainingNoise clips 0 to `max_samples - 1` in the order of training, with what the model is told of each under it.
 
     Raises:
         UserError: the data set cannot be read, or a clip of it.
     """
-    clips = IndexedDataset(instantiate(config.data), config.seed)
+    clips = IndexedDataset(config.data.build(), config.seed)
     pictures, captions = [], []
     for number in range(config.max_samples):
         item = clips[number]

@@ -7,10 +7,10 @@ from microcinema.sprites.dataset import TRUTH_FILE, write_dataset
 from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import PrepareSprites
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "PrepareSprites") -> None:
     """Renders the data set that the config of `prepare` describes, and prints where it is.
 
     Raises:

@@ -7,25 +7,24 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from microcinema.config.compose import instantiate
+from microcinema.config.compose import plain
+from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
-from microcinema.pipelines.sampling_settings import SamplingSettings
+from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.utils.logging import quieten_libraries
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Sample
 
 
-def run(config: "DictConfig") -> None:
+def run(config: "Sample") -> None:
     """Makes the samples that the config of `sample` describes.
 
     Raises:
         UserError: bad input; nothing has been written then, or only complete files.
     """
-    from omegaconf import OmegaConf
-
     # First of all: a process that fails before it would leave the others waiting for it here.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     try:
@@ -38,9 +37,9 @@ def run(config: "DictConfig") -> None:
             config.num_videos_per_prompt,
             config.negative_prompt,
         )
-        keyframe, memory = instantiate(config.keyframe), instantiate(config.memory)
-        settings = SamplingSettings(**{name: config[name] for name in SamplingSettings.__dataclass_fields__})
-        record = {"config": OmegaConf.to_container(config, resolve=True)}
+        keyframe, memory = KeyframeSettings(**vars(config.keyframe)), MemorySettings(**vars(config.memory))
+        settings = SamplingSettings(**{name: getattr(config, name) for name in SamplingSettings.__dataclass_fields__})
+        record = {"config": plain(config)}
         folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
         quieten_libraries()
         scheduler, progress = config.scheduler, state.is_main_process

@@ -7,10 +7,10 @@ from microcinema.training.build import build_trainer
 from microcinema.training.preemption import EXIT_STATUS, Preempted
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Train
 
 
-def run(config: "DictConfig", on_metrics: Callable[[dict[str, float]], None] | None = None) -> int:
+def run(config: "Train", on_metrics: Callable[[dict[str, float]], None] | None = None) -> int:
     """Builds accelerator, networks, data and trainer, and trains; by every process of a distributed run.
 
     Args:

@@ -1,60 +1,57 @@
-"""Configs: composed from `configs/` and the command line, checked, made into objects, saved.
+"""Configs: composed from `configs/` and the command line, checked against the schema, saved and loaded as YAML.
 
-Hydra composes the groups. `schema` knows the types of the top-level keys; below them the files themselves say which
-keys there are.
+Hydra composes the files; what travels from here on is one frozen object of `schema`. A text of the command line is literal:
+`${...}` refers to another key in the YAML files alone.
 """
 
 import difflib
-import importlib
-import inspect
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from microcinema.utils.errors import UserError
+from microcinema.config.help import config_folder, file_of, group_defaults, group_options
+from microcinema.config.instantiate import Component, convert, reasons
+from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_path
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from pydantic import ValidationError
 
-ALLOWED_PACKAGES = ("microcinema", "torch", "diffusers", "transformers", "accelerate")
-COMMANDS = (
-    "train",
-    "sample",
-    "evaluate",
-    "prepare",
-    "prepare check",
-    "prepare preview",
-    "prepare latents",
-    "export",
-    "doctor",
-)
-# Commands whose keys are in a file of another name.
-KEYS_OF = {
-    "doctor": "train",
-    "prepare": "prepare_sprites",
-    "prepare check": "prepare_check",
-    "prepare preview": "prepare_preview",
-    "prepare latents": "prepare_latents",
-}
+    from microcinema.config import schema
+
+_MARK = "\0{"  # stands for `${` of the command line, which cannot hold a NUL, while references are resolved
 
 
-def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
-    """The config of a command: resolved, checked and read-only.
+@overload
+def compose(command: Literal["train"], overrides: Iterable[str] = ()) -> "schema.Train": ...
+@overload
+def compose(command: Literal["sample"], overrides: Iterable[str] = ()) -> "schema.Sample": ...
+@overload
+def compose(command: Literal["evaluate"], overrides: Iterable[str] = ()) -> "schema.Evaluate": ...
+@overload
+def compose(command: str, overrides: Iterable[str] = ()) -> Any: ...
+def compose(command: str, overrides: Iterable[str] = ()) -> Any:
+    """The config of a command: resolved, checked and frozen.
 
     Args:
-        command: one of `COMMANDS`.
-        overrides: `group=option` or `key=value`. Where a text is wanted the value is taken as it stands, elsewhere it is
-            read as YAML.
+        command: such as `train` or `prepare latents`; its keys are in `configs/prepare_latents.yaml`, their types in
+            `schema.PrepareLatents`.
+        overrides: `group=option` or `key=value`. Strings are taken literally, other values are parsed as YAML.
 
     Raises:
         UserError: an unknown key or option (the nearest one is named), a value of the wrong type, a config that does
             not compose.
     """
+    return compose_with_choices(command, overrides)[0]
+
+
+def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
+    """As `compose`, and the option of each group that was chosen, by an experiment as well."""
     import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -62,162 +59,118 @@ def compose(command: str, overrides: Iterable[str] = ()) -> "DictConfig":
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from microcinema.config import schema
-
-    kinds = typing.get_type_hints(schema.COMMANDS[command], include_extras=True)
-    groups = group_defaults(command)
-    choices: list[str] = []
+    kind, groups = schema_of(command), group_defaults(command)
+    options: list[str] = []
     values: list[tuple[str, str]] = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' is not of the form key=value; `microcinema {command} --help` lists the keys")
-        if key in groups:
-            choices.append(f"{key}={_known_option(key, value)}")
-        else:
+        if key not in groups:
             values.append((key, value))
+        elif value in group_options(key):
+            options.append(f"{key}={value}")
+        elif value != "null" or groups[key] is not None:
+            raise UserError(f"{key} has no option '{value}'; there are {', '.join(group_options(key))}")
     try:
         with initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
-            composed = hydra_compose(config_name=KEYS_OF.get(command, command), overrides=choices)
+            composed = hydra_compose(file_of(command), options, return_hydra_config=True)
+        choices = dict(composed.hydra.runtime.choices)
         tree: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+        del tree["hydra"]
         for key, text in values:
-            _override(tree, key, text, kinds)
+            _override(tree, key, text, kind)
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"the config of {command} does not compose: {_one_line(error)}") from error
-    for key in tree:  # a file of the group `experiment` may hold any key
-        if key not in kinds:
-            _refuse(key, kinds)
-    config = OmegaConf.create({key: _checked(key, tree.get(key), kind) for key, kind in kinds.items()})
-    OmegaConf.set_struct(config, True)
-    OmegaConf.set_readonly(config, True)
-    return config
+        raise UserError(f"the config of {command} does not compose: {first_line(error)}") from error
+    return _checked(_map_strings(tree, lambda text: text.replace(_MARK, "${")), kind), choices
 
 
-def instantiate(node: "DictConfig | Mapping[str, Any]", **extra: Any) -> Any:
-    """The object that a node with `_target_` describes. Constructors get plain values, never a config object.
+def schema_of(command: str) -> type:
+    """The class in `schema` of a command: `PrepareLatents` of `prepare latents`."""
+    from microcinema.config import schema
 
-    Args:
-        node: `_target_` is the dotted name of a class, function or class method in one of `ALLOWED_PACKAGES`; the other
-            keys are its arguments. Nested nodes with a `_target_` are made first.
-        extra: arguments that no config can hold, such as a loaded network; they are passed on as they are.
-
-    Raises:
-        UserError: a name that is not allowed or not there, an unknown or missing argument, a value of the wrong type.
-    """
-    from omegaconf import OmegaConf
-
-    tree = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node))
-    return _build(OmegaConf.to_container(tree, resolve=True), extra)
+    return getattr(schema, command.title().replace(" ", ""))
 
 
-def parameters(target: str) -> dict[str, inspect.Parameter]:
-    """The arguments by name that a `_target_` takes; what would vanish in `**kwargs` is not among them.
+def plain(config: Any) -> Any:
+    """A config, or a part of it, as dicts, lists, strings and numbers; a component has its `_target_` among its arguments."""
+    if isinstance(config, Component):
+        return {"_target_": config.target, **plain(config.arguments)}
+    if is_dataclass(config):
+        return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list | tuple) else config
 
-    Raises:
-        UserError: as in `instantiate`.
-    """
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    signature = inspect.signature(_locate(target))
-    return {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in named}
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML, with its keys in the order of the schema."""
+    import yaml
+
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def save(config: "DictConfig", path: str | os.PathLike[str]) -> None:
-    """Writes the config as YAML."""
-    from omegaconf import OmegaConf
-
+def save(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a config as YAML."""
     with atomic_path(path) as temporary:
-        OmegaConf.save(config, temporary)
+        temporary.write_text(to_yaml(config), encoding="utf-8")
 
 
-# What the files state. Read without Hydra, since `--help` has to answer at once.
+def load(path: str | os.PathLike[str], command: str) -> Any:
+    """A config of a command that `save` wrote.
 
-
-def config_folder() -> Path:
-    """The folder of YAML files: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
-
-
-def group_defaults(command: str) -> dict[str, str | None]:
-    """The groups of a command, and the option that each has unless told otherwise."""
-    import yaml
-
-    found: dict[str, str | None] = {}
-    for entry in yaml.safe_load(_read(command)).get("defaults", []):
-        if isinstance(entry, dict):
-            found |= entry
-        elif entry != "_self_":  # a file that this one builds on
-            found |= group_defaults(entry)
-    return found
-
-
-def group_options(group: str) -> list[str]:
-    """The options of a group, sorted."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-
-
-def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
-    """Dotted key, value and meaning (the comment on its line) of every key in a file such as `train` or `model/plain`.
-
-    Entries of a defaults list come as keys as well: `model`, `microcinema`, `the networks`. A file that builds on another one of its
-    folder has that one's keys too.
+    Raises:
+        UserError: no such file, no YAML, or no config of this command.
     """
     import yaml
 
-    text = _read(name)
-    lines = text.splitlines()
-    below: list[str] = []
-
-    def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str, str]]:
-        if isinstance(node, yaml.SequenceNode):
-            for entry in node.value:
-                yield from walk(entry, prefix)
-        elif isinstance(node, yaml.ScalarNode) and node.value != "_self_" and "@" not in node.value:
-            below.append("".join((*name.rpartition("/")[:2], node.value)))
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == "defaults":
-                    yield from walk(value, prefix)
-                elif key.value.startswith("override "):
-                    continue
-                elif isinstance(value, yaml.MappingNode) and value.value:
-                    yield from walk(value, f"{prefix}{key.value}.")
-                elif key.value != "_target_":
-                    comment = re.search(r"\s#\s*(.*)$", lines[key.start_mark.line])
-                    source = text[value.start_mark.index : value.end_mark.index]
-                    yield prefix + key.value, " ".join(source.split()), comment.group(1) if comment else ""
-
-    own = list(walk(yaml.compose(text), ""))
-    yield from own
-    for other in below:
-        yield from (row for row in documented_keys(other) if row[0] not in {key for key, *_ in own})
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config '{path}' cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' is no config of {command}; it holds no keys")
+    try:
+        return _checked(tree, schema_of(command))
+    except UserError as error:
+        raise UserError(f"'{path}' is no config of {command}: {error}") from None
 
 
-def _read(name: str) -> str:
-    return (config_folder() / f"{KEYS_OF.get(name, name)}.yaml").read_text(encoding="utf-8")
+def _checked(tree: Mapping[str, Any], kind: type) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        _refuse_value(error, tree)
 
 
-# Checks.
+def _refuse_value(error: "ValidationError", tree: Mapping[str, Any]) -> NoReturn:
+    """Names the first key that is wrong, its value, and every type that it may have."""
+    paths = []
+    for detail in error.errors():
+        node: Any = tree
+        path = []
+        for part in detail["loc"]:  # which also names members of unions and indices of lists
+            if isinstance(node, Mapping) and part in node:
+                path.append(str(part))
+                node = node[part]
+        paths.append((".".join(path), node, detail))
+    key, value, first = paths[0]
+    if first["type"] == "unexpected_keyword_argument":
+        _refuse_key(key, (name for name in _dotted(tree) if name != key))
+    if first["type"] == "missing":
+        raise UserError(f"the key '{'.'.join(filter(None, (key, str(first['loc'][-1]))))}' is missing")
+    message = reasons(detail for name, _, detail in paths if name == key)
+    raise UserError(message if isinstance(value, Mapping) else f"{key} is {value!r}, but {message}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _known_option(group: str, option: str) -> str:
-    options = group_options(group)
-    if option not in (*options, "null"):
-        raise UserError(f"{group} has no option '{option}'; there are {', '.join(options)}")
-    return option
-
-
-def _refuse(key: str, known: Iterable[str]) -> NoReturn:
-    """Names the known key that is nearest: one that ends in the same word, or one that is spelled alike."""
-    known = sorted(known, key=lambda name: (name.count("."), name))
-    same_word = [name for name in known if name.endswith(f".{key}")]
-    near = same_word or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def _refuse_key(key: str, names: Iterable[str]) -> NoReturn:
+    """Names the key that is nearest: one that ends in the same word, or one that is spelled alike."""
+    names = sorted(names, key=lambda name: (name.count("."), name))
+    same_word = [name for name in names if name.endswith(f".{key}")]
+    near = same_word or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     raise UserError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"))
 
 
@@ -228,45 +181,42 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{prefix}{key}.")
 
 
-def _override(tree: dict[str, Any], key: str, text: str, kinds: Mapping[str, Any]) -> None:
-    """Sets the value of a dotted key that is there already."""
+def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
+    """Sets the value of a dotted key that the tree has, as the type that the schema declares or, in an open group, of the old value."""
     *path, name = key.split(".")
     node: Any = tree
     for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
+        node, kind = node.get(part) if isinstance(node, dict) else None, _kind_of(kind, part)
+    kind = _kind_of(kind, name)
     if not isinstance(node, dict) or name not in node or name == "_target_":
-        _refuse(key, _dotted(tree))
+        _refuse_key(key, _dotted(tree))
     old = node[name]
     if isinstance(old, dict):
         inside = [name for name in _dotted(old, f"{key}.") if not name.endswith("._target_")]
         raise UserError(f"'{key}' is a group of keys; set one of {', '.join(inside)}")
-    if not path:
-        kind = kinds[key]
-        optional = type(None) in typing.get_args(kind)
-        node[name] = (None if optional and text == "null" else text) if _is_text(kind) else _yaml(key, text)
-    elif isinstance(old, str) and "${" not in old:
-        # Below the top level no type is declared: that of the value in the file stands for it, and a text may give way to
-        # null or a number (`keyframe_position=3`). What the argument really takes is checked in `instantiate`.
-        node[name] = None if text == "null" else int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+    value: Any
+    if kind is not None and _is_text(kind):
+        value = None if type(None) in typing.get_args(kind) and text == "null" else text
+    elif kind is None and isinstance(old, str) and "${" not in old:
+        # A text may give way to null or a number; what the argument really takes is checked where the object is built.
+        value = None if text == "null" else int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
     else:
-        value = _yaml(key, text)
-        known = isinstance(old, bool | int | float | list) and value is not None
-        node[name] = _checked(key, value, type(old)) if known else value
+        value = _parse(key, text)
+        if kind is None and isinstance(old, bool | int | float | list) and value is not None:
+            value = convert(key, value, type(old))
+    node[name] = _map_strings(value, lambda text: text.replace("${", _MARK))
 
 
-def _yaml(key: str, text: str) -> Any:
-    """A value of the command line as YAML, in which OmegaConf takes 1e-4 for a number."""
-    import yaml
-    from omegaconf import OmegaConf
-
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text} is not valid YAML; put quotes round each text in a list") from None
+def _kind_of(kind: Any, key: str) -> Any:
+    """The type of a key of a schema class; None: the class is not of the schema, or has no such key."""
+    closed = is_dataclass(kind) and kind is not Component
+    return typing.get_type_hints(kind, include_extras=True).get(key) if closed else None
 
 
 def _is_text(kind: Any) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _is_text(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return all(argument is type(None) or _is_text(argument) for argument in arguments)
     if origin is typing.Literal:
@@ -274,73 +224,18 @@ def _is_text(kind: Any) -> bool:
     return kind is str
 
 
-def _checked(key: str, value: Any, kind: Any) -> Any:
-    """The value as the type `kind`, converted where nothing is lost (1 for a float, a list for a tuple).
-
-    Raises:
-        UserError: names key, value and the type wanted.
-    """
-    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+def _parse(key: str, text: str) -> Any:
+    import yaml
 
     try:
-        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
-    except PydanticUserError:  # a type that describes itself; its constructor has checked it
-        return value
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        wanted = " or ".join(dict.fromkeys(detail["msg"].removeprefix("Input ") for detail in error.errors()))
-        raise UserError(f"{key} is {value!r}, but {wanted}") from None
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text} is not valid YAML; put quotes round each text in a list") from None
 
 
-# Objects.
-
-
-def _locate(name: str) -> Any:
-    package = name.split(".")[0]
-    if package not in ALLOWED_PACKAGES:
-        raise UserError(f"_target_ '{name}' is not allowed; it has to be in one of {', '.join(ALLOWED_PACKAGES)}")
-    parts = name.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:length])
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name and not module.startswith(error.name):
-                raise UserError(f"_target_ '{name}' needs the package '{error.name}'; install it") from None
-            continue
-        for part in parts[length:]:
-            found = getattr(found, part, None)
-        # The second condition keeps out what an allowed module has merely imported, such as torch.os.system.
-        if callable(found) and str(getattr(found, "__module__", "")).split(".")[0] in ALLOWED_PACKAGES:
-            return found
-        break
-    raise UserError(f"_target_ '{name}' names no class or function; check its spelling")
-
-
-def _build(node: Any, extra: Mapping[str, Any]) -> Any:
+def _map_strings(node: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _map_strings(value, function) for key, value in node.items()}
     if isinstance(node, list):
-        return [_build(item, {}) for item in node]
-    if not isinstance(node, Mapping):
-        return node
-    if "_target_" not in node:
-        return {key: _build(value, {}) for key, value in node.items()}
-    name = node["_target_"]
-    target = _locate(name)
-    takes = parameters(name)
-    try:
-        kinds = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    except NameError:  # annotations of another library that only its type checker can resolve
-        kinds = {}
-    arguments = dict(extra)
-    for key, value in node.items():
-        if key == "_target_":
-            continue
-        if key not in takes:
-            raise UserError(f"'{name}' takes no argument '{key}'; it takes {', '.join(takes)}")
-        value = _build(value, {})
-        arguments[key] = _checked(f"{key} of '{name}'", value, kinds[key]) if key in kinds else value
-    missing = [key for key, taken in takes.items() if taken.default is taken.empty and key not in arguments]
-    if missing:
-        raise UserError(f"'{name}' needs the arguments {', '.join(missing)} as well")
-    return target(**arguments)
+        return [_map_strings(value, function) for value in node]
+    return function(node) if isinstance(node, str) else node

@@ -1,20 +1,79 @@
-"""The top-level keys of each command, their types and bounds. Defaults and meanings are in `configs/<command>.yaml`."""
+"""The keys of each command, their types and bounds: `Train` for `configs/train.yaml`, which has defaults and meanings.
 
-from dataclasses import dataclass
+These objects are frozen and travel as they are; `dataclasses.replace` makes a changed one, and checks it.
+"""
+
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+from microcinema.config.instantiate import Component, components
+
+CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True)
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Group = dict[str, Any]
-"""A node that a config group fills; its keys are the ones that the chosen file holds."""
+Dtype = Literal["float32", "float16", "bfloat16"]
+Resolution = Count | tuple[Count, Count]
+"""Pixels: one number for squares, or (height, width)."""
+Reject = Literal["short", "static", "cut", "duplicate", "watermark"]
+Open = Annotated[Component, BeforeValidator(components)]
+"""An open group: its keys are the arguments of its target."""
 
 
-@dataclass
+def _check_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("should name a file or folder")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Base:
+    pretrained_model_name_or_path: str
+    revision: str | None
+    variant: str | None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Schedule:
+    prediction_type: str | None
+    beta_schedule: str | None
+    rescale_betas_zero_snr: bool | None
+    timestep_spacing: str | None
+    snr_shift: Positive | None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Diffusion:
+    noise_prior: Open
+    scheduler: Schedule
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Model:
+    keyframe_position: Literal["first", "center"] | CountOrZero
+    fusion: str | None
+    inject: str | None
+    keyframe_concat: bool
+    adapter: str | None
+    image_encoder: str | None
+    pixel_scales: list[Count]
+    motion_encoder: str | None
+    num_motion_tokens: Count
+    flow_model: str | None
+    unet: Open
+    condition_encoder: Open
+
+
+@dataclass(frozen=True, config=CONFIG)
 class SamplingDefaults:
     num_inference_steps: Count
     guidance_scale: NotNegative
@@ -23,19 +82,19 @@ class SamplingDefaults:
     keyframe_guidance_scale: NotNegative | None
 
 
-@dataclass
+@dataclass(frozen=True, config=CONFIG)
 class Train:
-    base: Group
-    data: Group
-    cached_latents: str | None
-    diffusion: Group
-    model: Group
-    output_dir: str
-    seed: int
+    base: Base
+    data: Open
+    cached_latents: PathText | None
+    diffusion: Diffusion
+    model: Model
+    output_dir: PathText
+    seed: CountOrZero
     init_weights_from: str | None
     trainable_parameters: Literal["temporal", "all"]
     trainable_unet_layers: list[str]
-    resolution: Count | tuple[Count, Count]
+    resolution: Resolution
     num_frames: Count
     fps: Positive | None
     train_batch_size: Count
@@ -79,17 +138,44 @@ class Train:
     resume_from_checkpoint: str | None
 
 
-@dataclass
+@dataclass(frozen=True, config=CONFIG)
+class Memory:
+    torch_dtype: Dtype
+    offload: Literal["none", "model", "sequential"]
+    vae_slicing: bool
+    vae_tiling: bool
+    attention: Literal["sdpa", "xformers"]
+    compile: bool
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Keyframe:
+    pretrained_model_name_or_path: str | None
+    revision: str | None
+    variant: str | None
+    torch_dtype: Dtype | None
+    height: Count | None
+    width: Count | None
+    num_inference_steps: Count | None
+    guidance_scale: NotNegative | None
+    resize_mode: Literal["crop", "stretch", "exact"]
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Sample:
     prompt: str | None
     motion_prompt: str | None
     image: str | None
     prompts: str | None
     seed: CountOrZero
-    output_dir: str
+    output_dir: PathText
     pipeline: str
-    keyframe: Group
-    memory: Group
+    keyframe: Keyframe
+    memory: Memory
     num_frames: Count | None
     num_segments: Count
     window_overlap: CountOrZero | None
@@ -106,19 +192,66 @@ class Sample:
     video_crf: Annotated[int, Field(ge=0, le=51)]
 
 
-@dataclass
+@dataclass(frozen=True, config=CONFIG)
+class Generation:
+    protocol: Open
+    keyframe_model: str | None
+    torch_dtype: Dtype
+    num_inference_steps: Count | None
+    guidance_scale: NotNegative | None
+    image_guidance_scale: NotNegative | None
+    keyframe_num_inference_steps: Count | None
+    keyframe_guidance_scale: NotNegative | None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class SpritesEvaluation(Generation):
+    classifier: str
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Weights:
+    weights: str | None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ZeroShotEvaluation(Generation):
+    root: str
+    allow_fewer: bool
+    real_features_dir: PathText | None
+    video: Open
+    c3d: Weights
+    clip: Weights
+    inception: Weights
+    height: Count | None
+    width: Count | None
+
+
+def _evaluation_kind(node: Any) -> str:
+    sprites = isinstance(node, SpritesEvaluation) or (isinstance(node, dict) and "classifier" in node)
+    return "sprites" if sprites else "zero_shot"
+
+
+Evaluation = Annotated[
+    Annotated[SpritesEvaluation, Tag("sprites")] | Annotated[ZeroShotEvaluation, Tag("zero_shot")],
+    Discriminator(_evaluation_kind),
+]
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Evaluate:
-    evaluation: Group
+    evaluation: Evaluation
     pipeline: str
     generated_dir: str | None
-    output_dir: str
+    output_dir: PathText
     seed: CountOrZero
     batch_size: Count
 
 
-@dataclass
-class Prepare:
-    output_dir: str
+@dataclass(frozen=True, config=CONFIG)
+class PrepareSprites:
+    output_dir: PathText
     num_videos: Count
     split: Literal["train", "heldout"]
     rotation_weight: Count
@@ -128,59 +261,46 @@ class Prepare:
     fps: Positive
 
 
-@dataclass
-class Latents(Train):
+@dataclass(frozen=True, config=CONFIG)
+class PrepareLatents(Train):
     cached_parts: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
     epochs_cached: Count
     clips_per_shard: Count
 
 
-@dataclass
-class Check:
-    data: Group
-    output_dir: str
+@dataclass(frozen=True, config=CONFIG)
+class PrepareCheck:
+    data: Open
+    output_dir: PathText
     max_samples: Count | None
     num_workers: Count | None
     ray_address: str | None
     timeout: Positive
-    reject: list[Literal["short", "static", "cut", "duplicate", "watermark"]]
+    reject: list[Reject]
     min_motion: NotNegative
     max_watermark_score: float
-    resolution: Count | tuple[Count, Count]
+    resolution: Resolution
     num_frames: Count
     fps: Positive | None
     seed: CountOrZero
 
 
-@dataclass
-class Preview:
-    data: Group
-    output: str
+@dataclass(frozen=True, config=CONFIG)
+class PreparePreview:
+    data: Open
+    output: PathText
     max_samples: Count
     columns: Count | None
-    resolution: Count | tuple[Count, Count]
+    resolution: Resolution
     num_frames: Count
     fps: Positive | None
     seed: CountOrZero
 
 
-@dataclass
+@dataclass(frozen=True, config=CONFIG)
 class Export:
     checkpoint: str | None
-    output_dir: str
+    output_dir: PathText
     use_ema: bool
     with_base: bool
-    torch_dtype: Literal["float32", "float16", "bfloat16"]
-
-
-COMMANDS = {
-    "train": Train,
-    "sample": Sample,
-    "evaluate": Evaluate,
-    "prepare": Prepare,
-    "prepare check": Check,
-    "prepare preview": Preview,
-    "prepare latents": Latents,
-    "export": Export,
-    "doctor": Train,
-}
+    torch_dtype: Dtype

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from einops import rearrange, reduce
 
-from microcinema.config.compose import instantiate
+from microcinema.config.instantiate import Component
 from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.utils.errors import UserError
 
@@ -53,7 +53,7 @@ class FlowClips(ClipWrapper):
         self.factor = factor
         self.flow: Callable[[dict[str, Any]], Flow] = functools.partial(_estimate_item, flow_model)
         if flow_model not in FLOW_MODELS:
-            self.flow = instantiate({"_target_": flow_model}, dataset=dataset)
+            self.flow = Component(flow_model, {}).build(dataset=dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 
+from microcinema.config.schema import Evaluate, ZeroShotEvaluation
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.protocol import ZeroShotProtocol
@@ -20,9 +21,6 @@ from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSe
 from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Generated:
 
 
 def protocol_sampler(
-    config: "DictConfig", height: int | None, width: int | None, num_frames: int, fps: float | None, state: PartialState
+    config: Evaluate, height: int | None, width: int | None, num_frames: int, fps: float | None, state: PartialState
 ) -> Sampler:
     """The sampler of a protocol's clips, with the settings of the config of `evaluate`.
 
@@ -111,7 +109,7 @@ def sampled_keyframe_index(sampler: Sampler, num_frames: int) -> int:
 
 
 def generate_clips(
-    config: "DictConfig",
+    config: Evaluate,
     protocol: ZeroShotProtocol,
     samples: list[PromptItem],
     folder: str | os.PathLike[str],
@@ -122,6 +120,7 @@ def generate_clips(
     Raises:
         UserError: as in `generate`.
     """
+    assert isinstance(config.evaluation, ZeroShotEvaluation)
     size = config.evaluation.height, config.evaluation.width
     sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
     prompts_sha256 = hash_json([sample.prompt for sample in samples])

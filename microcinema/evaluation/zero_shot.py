@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from einops import rearrange
 
-from microcinema.config.compose import instantiate
+from microcinema.config.schema import Evaluate, ZeroShotEvaluation
 from microcinema.data.clip_reader import resize_and_crop
 from microcinema.data.video_reader import read_clip
 from microcinema.evaluation import detectors, statistics
@@ -32,9 +32,6 @@ from microcinema.utils.fingerprint import FINGERPRINT, write_or_verify
 from microcinema.utils.hashing import hash_json
 from microcinema.utils.provenance import describe_code
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manifest.json"
 SAMPLES_FOLDER, FEATURES_FOLDER, REFERENCE_FOLDER = "samples", "features", "reference"
 NUM_PICTURES = 24  # clips that the report shows
@@ -51,7 +48,7 @@ class FeatureSet:
 
 
 def run_zero_shot(
-    config: "DictConfig",
+    config: Evaluate,
     protocol: ZeroShotProtocol,
     state: PartialState,
     video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
@@ -65,6 +62,7 @@ def run_zero_shot(
         UserError: bad input; finished clips and features are kept, and the next run continues from them.
     """
     settings, folder = config.evaluation, Path(config.output_dir)
+    assert isinstance(settings, ZeroShotEvaluation)
     samples, real, shortfalls = select_clips(protocol, settings)
     if protocol.dataset == "folder" and config.generated_dir is None:
         raise UserError("the protocol has no prompts; set generated_dir=folder, the videos to measure")
@@ -136,14 +134,14 @@ def _write(
 
 
 def select_clips(
-    protocol: ZeroShotProtocol, settings: Mapping[str, Any]
+    protocol: ZeroShotProtocol, settings: ZeroShotEvaluation
 ) -> tuple[list[PromptItem], list[Video], list[str]]:
     """Samples to generate, real videos that exist, and a line for each number that is smaller than the protocol's.
 
     Raises:
         UserError: no such data set, or fewer videos than the protocol asks for and `allow_fewer` is false.
     """
-    dataset, expected, allow_fewer = protocol.open(settings["root"]), protocol.expected(), settings["allow_fewer"]
+    dataset, expected, allow_fewer = protocol.open(settings.root), protocol.expected(), settings.allow_fewer
     samples = [] if protocol.dataset == "folder" else protocol.samples(dataset)
     shortfalls = []
     if protocol.dataset != "folder":
@@ -156,7 +154,7 @@ def select_clips(
 
 
 def _feature_sets(
-    config: "DictConfig",
+    config: Evaluate,
     protocol: ZeroShotProtocol,
     generated: Generated,
     real: Sequence[Video],
@@ -170,6 +168,7 @@ def _feature_sets(
     Raises:
         UserError: that folder holds features of other clips, or made otherwise; every difference is named.
     """
+    assert isinstance(config.evaluation, ZeroShotEvaluation)
     size, folder = (protocol.height, protocol.width), Path(config.output_dir)
     preparation = {key: getattr(protocol, key) for key in ("num_frames", "height", "width", "resize")}
     common = {"preparation": preparation, "detectors": detectors_used, "batch_size": config.batch_size}
@@ -206,7 +205,7 @@ def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def load_measures(
-    settings: Mapping[str, Any],
+    settings: ZeroShotEvaluation,
     device: torch.device | str,
     batch_size: int,
     compares: bool,
@@ -225,23 +224,37 @@ def load_measures(
     """
     measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
     missing = {}
-    wanted: list[tuple[str, str, bool, Callable[[Mapping[str, Any]], Measure]]] = [
-        ("video", "FVD, KVD", compares, lambda node: instantiate(node).load(device, batch_size, video_detectors)),
-        ("c3d", "IS", classes, lambda node: detectors.ClassProbabilities(node["weights"], node["sha256"], device)),
-        ("clip", "CLIPSIM, CLIP consistency", True, lambda node: detectors.ClipScores(node["weights"], device)),
-        ("inception", "Frame FID", compares, lambda n: detectors.FrameFeatures(n["weights"], n["sha256"], device)),
+    c3d, inception = settings.c3d, settings.inception
+    video, clip = settings.video.arguments["weights"], settings.clip.weights
+    wanted: list[tuple[str, str, bool, str | None, Callable[[str], Measure]]] = [
+        (
+            "video",
+            "FVD, KVD",
+            compares,
+            video,
+            lambda _: settings.video.build().load(device, batch_size, video_detectors),
+        ),
+        ("c3d", "IS", classes, c3d.weights, lambda name: detectors.ClassProbabilities(name, c3d.sha256, device)),
+        ("clip", "CLIPSIM, CLIP consistency", True, clip, lambda name: detectors.ClipScores(name, device)),
+        (
+            "inception",
+            "Frame FID",
+            compares,
+            inception.weights,
+            lambda name: detectors.FrameFeatures(name, inception.sha256, device),
+        ),
     ]
-    for key, names, applies, load in wanted:
+    for key, names, applies, weights, load in wanted:
         if not applies:
             missing[names] = (
                 "it speaks of the classes of UCF-101" if key == "c3d" else "the protocol has nothing to compare it with"
             )
-        elif settings[key]["weights"] is None:
+        elif weights is None:
             missing[names] = f"evaluation.{key}.weights is not set"
         else:
-            measures.append(load(settings[key]))
+            measures.append(load(weights))
     if len(measures) == 2:
-        keys = ", ".join(f"evaluation.{key}.weights" for key, _, applies, _ in wanted if applies)
+        keys = ", ".join(f"evaluation.{key}.weights" for key, _, applies, _, _ in wanted if applies)
         raise UserError(
             f"no detector has weights; set at least one of {keys} (docs/evaluation.md says how to get them)"
         )

@@ -27,7 +27,7 @@ from microcinema.training.settings import Settings
 from microcinema.training.trainer import make_optimizer
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Train
 
 PROMPT = "a large red star moving quickly to the left on sand"
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ class Estimate:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
+def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
     """The pipeline that a run of `train` would train, with weights without data; only the configs of the base are read.
 
     Args:
@@ -72,13 +72,10 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
     Raises:
         UserError: as the run would.
     """
-    from omegaconf import OmegaConf
-
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
-        base = load_base(**config.base, weights=False)
+        base = load_base(**vars(config.base), weights=False)
         networks = build_networks(config, base, weights=False)
     # Outside of the mode, since schedules need real values; they are small.
-    config = OmegaConf.merge(config, {"fps": config.fps or 8.0})  # type: ignore[assignment]
     pipeline = build_pipeline(
         config,
         base.scheduler,
@@ -91,7 +88,7 @@ def empty_pipeline(config: "DictConfig", dtype: torch.dtype = torch.float32) -> 
     return pipeline
 
 
-def empty_predict_net(config: "DictConfig", pipeline: ImageToVideoPipeline) -> PredictNet | None:
+def empty_predict_net(config: "Train", pipeline: ImageToVideoPipeline) -> PredictNet | None:
     """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow model."""
     if config.model.flow_model is None:
         return None

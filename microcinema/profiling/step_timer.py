@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from microcinema.training.build import build_trainer
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Train
 
 WARM_UP = 2  # steps
 PARTS = ("VAE", "encoders", "forward", "backward", "optimizer")
@@ -80,7 +81,7 @@ class StepTimer:
         return self.clock()
 
 
-def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) -> dict[str, float]:
+def measure(config: "Train", steps: int, clock: Clock = time.perf_counter) -> dict[str, float]:
     """Times the training steps of a run; medians over steps. Collective.
 
     Args:
@@ -96,11 +97,9 @@ def measure(config: "DictConfig", steps: int, clock: Clock = time.perf_counter) 
     Raises:
         UserError: as the run would.
     """
-    from omegaconf import OmegaConf
-
     total = WARM_UP + steps
     changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}
-    config = OmegaConf.merge(config, changes | {"report_to": None, "resume_from_checkpoint": None})  # type: ignore[assignment]
+    config = replace(config, **changes, report_to=None, resume_from_checkpoint=None)
     timer = StepTimer(clock)
     trainer = build_trainer(config, timer.on_metrics, timer.region)
     if isinstance(trainer.model, DistributedDataParallel):

@@ -78,7 +78,7 @@ def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Sprite, in
     """
     path = Path(folder) / TRUTH_FILE
     if not path.is_file():
-        raise UserError(f"'{path}' not found; render the data set with `microcinema prepare`")
+        raise UserError(f"'{path}' not found; render the data set with `microcinema prepare sprites`")
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)

@@ -22,7 +22,7 @@ from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.provenance import describe_code
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Evaluate
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
@@ -30,13 +30,14 @@ SAMPLES_FOLDER = "samples"
 ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
 
 
-def run_sprites(config: "DictConfig", protocol: SpritesProtocol, state: PartialState) -> None:
+def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialState) -> None:
     """The Moving Sprites protocol: all processes make clips, the first one judges them.
 
     Raises:
         UserError: bad input.
     """
-    settings, main = config.evaluation, state.is_main_process
+    settings: Any = config.evaluation
+    main = state.is_main_process
     if config.generated_dir is not None:
         raise UserError("generated_dir=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
     folder = make_folder(config.output_dir)

@@ -1,7 +1,7 @@
 """Builds what a config of the command `train` describes: networks, pipeline, data set and trainer."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.profiler import record_function
 
-from microcinema.config.compose import instantiate, save
+from microcinema.config.compose import save
 from microcinema.data.latents import EncodedClips
 from microcinema.data.optical_flow import FlowClips
 from microcinema.data.source import ClipSource
@@ -30,14 +30,14 @@ from microcinema.utils.files import make_folder
 from microcinema.utils.provenance import append_record, describe_environment
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from microcinema.config.schema import Train
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"  # one entry for each start of the run
 
 
 def build_trainer(
-    config: "DictConfig",
+    config: "Train",
     on_metrics: Callable[[dict[str, float]], None] | None = None,
     region: Region = record_function,
 ) -> Trainer:
@@ -49,18 +49,16 @@ def build_trainer(
     Raises:
         UserError: the config describes something that cannot be built or trained.
     """
-    from omegaconf import OmegaConf
-
-    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     output_dir = make_folder(settings.output_dir)
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
-    base = load_base(**config.base)
+    base = load_base(**vars(config.base))
     if settings.trainable_parameters == "temporal":
-        check_keeps_schedule(base.scheduler, config.diffusion.scheduler)
+        check_keeps_schedule(base.scheduler, vars(config.diffusion.scheduler))
     dataset = build_dataset(config, accelerator, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to state it
-        config = OmegaConf.merge(config, {"fps": dataset[0]["fps"]})  # type: ignore[assignment]
+        config = replace(config, fps=dataset[0]["fps"])
     networks = build_networks(config, base)
     if config.init_weights_from is not None:
         trainable = {name: networks[name] for name in ("unet", "condition_encoder")}
@@ -84,13 +82,13 @@ def build_trainer(
     return Trainer(accelerator, pipeline, dataset, settings, validation, predict_net, on_metrics, write_records, region)
 
 
-def build_dataset(config: "DictConfig", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
+def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
     """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains.
 
     Raises:
         UserError: the data cannot be read.
     """
-    dataset = instantiate(config.data)
+    dataset = config.data.build()
     if accelerator.is_main_process:
         for reason, count in dataset.skipped.items():
             print(f"{count} clips skipped: {reason}")
@@ -101,7 +99,7 @@ def build_dataset(config: "DictConfig", accelerator: Accelerator, vae_scale_fact
     return dataset
 
 
-def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> dict[str, Any]:
+def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:
     """The pipeline's `unet` and `condition_encoder`, as new as a run begins with, and the encoders that the base does not lend.
 
     Args:
@@ -126,15 +124,13 @@ def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> di
         parts |= load_motion_encoder(model.motion_encoder, base.vae.dtype, weights)
         widths["motion"] = parts["motion_encoder"].config.d_model
     motion_attention = model.motion_encoder is not None
-    parts["unet"] = instantiate(
-        model.unet,
+    parts["unet"] = model.unet.build(
         unet=base.unet,
         keyframe_channels=base.unet.config["in_channels"] if model.keyframe_concat else 0,
         image_attention=model.adapter == "decoupled",
         motion_attention=motion_attention,
     )
-    parts["condition_encoder"] = instantiate(
-        model.condition_encoder,
+    parts["condition_encoder"] = model.condition_encoder.build(
         unet=base.unet,
         image_width=widths["image"],
         vae_scale_factor=base.vae_scale_factor,
@@ -144,7 +140,7 @@ def build_networks(config: "DictConfig", base: Base, weights: bool = True) -> di
     return parts
 
 
-def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
+def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
     """The video pipeline of a training run.
 
     Args:
@@ -155,8 +151,8 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
     Raises:
         UserError: settings that cannot work, or parts that do not fit together.
     """
-    prior = instantiate(config.diffusion.noise_prior)
-    schedule = make_scheduler(base_scheduler.config, config.diffusion.scheduler)
+    prior = config.diffusion.noise_prior.build()
+    schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
     known, new = (schedule_summary(each) | {"prediction_type": None} for each in (base_scheduler, schedule))
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
@@ -168,7 +164,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         noise_prior_gamma=prior.gamma,
         keyframe_position=config.model.keyframe_position,
         num_frames=config.num_frames,
-        fps=config.fps,
+        fps=config.fps or 8.0,
         height=height,
         width=width,
         base=config.base.pretrained_model_name_or_path,
@@ -180,7 +176,7 @@ def build_pipeline(config: "DictConfig", base_scheduler: DDPMScheduler, **parts:
         image_encoder_source=config.model.image_encoder,
         motion_encoder_source=config.model.motion_encoder,
         num_motion_tokens=config.model.num_motion_tokens,
-        **config.sampling,
+        **vars(config.sampling),
     )
 
 

@@ -1,6 +1,6 @@
 """The ablation grid: trains and measures every variant of every paper for several seeds, and draws one table and one figure.
 
-    microcinema prepare num_videos=6000 rotation_weight=4
+    microcinema prepare sprites num_videos=6000 rotation_weight=4
     microcinema prepare latents experiment=sprites_factorized_dreamer "cached_parts=[keyframe, flow]"
     python scripts/recipes/ablation.py --workers 2
 
@@ -33,7 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 from scipy import stats
 from yaml import YAMLError
 
-from microcinema.config.compose import compose, config_folder
+from microcinema.config.compose import compose, load, plain
+from microcinema.config.help import config_folder
 from microcinema.pipelines.loading import INDEX
 from microcinema.sprites.evaluate import RESULTS_FILE
 from microcinema.utils.errors import UserError
@@ -189,7 +190,7 @@ def claim_all(grid: Grid, runs: Sequence[Run], steps: int, data: Path, output_di
     Raises:
         UserError: settings that do not compose, or folders with runs of other settings.
     """
-    evaluated = OmegaConf.to_container(compose("evaluate", grid.evaluate))
+    evaluated = plain(compose("evaluate", grid.evaluate))
     variants = {
         (run.paper, run.variant): compose(
             "train", [*grid.train_overrides(run.paper, run.variant), *_common(steps, data)]
@@ -200,7 +201,7 @@ def claim_all(grid: Grid, runs: Sequence[Run], steps: int, data: Path, output_di
         output_dir, {"max_train_steps": steps, "data": str(data), "train": grid.train, "evaluate": grid.evaluate}
     )
     for run in runs:
-        train = OmegaConf.to_container(variants[run.paper, run.variant])
+        train = plain(variants[run.paper, run.variant])
         settings = dict(_dotted({"train": train, "evaluate": evaluated}))
         for key in ("train.output_dir", "train.resume_from_checkpoint", "evaluate.output_dir", "evaluate.pipeline"):
             del settings[key]
@@ -223,7 +224,7 @@ def execute(run: Run, grid: Grid, steps: int, data: Path, output_dir: Path, runn
     if runner("evaluate", overrides, log):
         return False
     results = json.loads((measured / RESULTS_FILE).read_text(encoding="utf-8"))
-    flow_weight = OmegaConf.load(trained / "config.yaml").flow_weight
+    flow_weight = load(trained / "config.yaml", "train").flow_weight
     result = {**pooled(results["parts"]), "loss": final_loss(trained, steps, flow_weight)}
     write_json(folder / RESULT_FILE, {**result, "protocol": results["protocol"], "versions": results["versions"]})
     return True

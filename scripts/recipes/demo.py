@@ -34,7 +34,7 @@ SCENES = {
 STEPS = [
     (
         "Render a small world: clips with captions",
-        ["prepare", f"output_dir={HERE}/data", "num_videos=200"],
+        ["prepare", "sprites", f"output_dir={HERE}/data", "num_videos=200"],
     ),
     (
         "Encode it once, for the run that is to come",

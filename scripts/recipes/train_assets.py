@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from microcinema.commands.cli import main as microcinema
+from microcinema.config.compose import load
 from microcinema.data.clips import ClipDataset
 from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
@@ -591,7 +592,7 @@ def write_card(recipe: Recipe, pool: Pool, assets: Path) -> None:
         "results": results,
         "following": benchmark("motion_following", work / "following.json", "--pipeline", str(assets / dreamer)),
         "flow": benchmark("flow_error", work / "flow.json", str(checkpoint)),
-        "videos": {name: OmegaConf.load(work / name / "config.yaml") for name in VIDEO_MODELS},
+        "videos": {name: load(work / name / "config.yaml", "train") for name in VIDEO_MODELS},
     }
     with atomic_path(assets / "README.md") as path:
         path.write_text(render_card(recipe, count_parameters(assets), figures), encoding="utf-8")

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fixtures import launched_processes
 from microcinema import __version__
 from microcinema.commands import cli
-from microcinema.config.compose import COMMANDS, compose, config_folder, documented_keys, group_defaults, group_options
+from microcinema.commands.cli import COMMANDS
+from microcinema.config.compose import compose, load
+from microcinema.config.help import config_folder, documented_keys, group_defaults, group_options
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "cv2", "av", "decord", "wandb"}
@@ -25,7 +28,6 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(re.search(rf"^  {command} ", shown, re.MULTILINE) for command in COMMANDS)
-    assert set(cli.BODIES) == set(COMMANDS)
     assert cli.main([]) == 2
     assert capsys.readouterr().out == shown
 
@@ -34,7 +36,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture):
 def test_help_of_a_command_lists_every_key_with_default_and_meaning(command: str, capsys: pytest.CaptureFixture):
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
-    for key in compose(command):
+    command = COMMANDS[command].config or command
+    for key in vars(compose(command)):
         assert re.search(rf"^  {key}[=.].* \w+", shown, re.MULTILINE) or key in group_defaults(command), key
     for group in group_defaults(command):
         assert re.search(rf"^  {group}=\S+ +\w.*: .*{group_options(group)[0]}", shown, re.MULTILINE), group
@@ -52,7 +55,7 @@ def test_every_key_in_every_file_has_a_meaning(name: str):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; import microcinema; from microcinema.commands import cli; from microcinema.config.compose import COMMANDS;"
+        "import sys; import microcinema; from microcinema.commands import cli; from microcinema.commands.cli import COMMANDS;"
         "[cli.main([*command, '--help']) for command in ([], *([name] for name in COMMANDS))];"
         f"print('loaded:', *(name for name in {HEAVY} if name in sys.modules))"
     )
@@ -78,8 +81,8 @@ def test_what_argparse_refuses_exits_with_2(arguments: list[str], capsys: pytest
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["prepare", "num_video=3"], "did you mean 'num_videos'?"),
-        (["prepare", "num_videos=three"], "'three'"),
+        (["prepare", "sprites", "num_video=3"], "did you mean 'num_videos'?"),
+        (["prepare", "sprites", "num_videos=three"], "'three'"),
         (["train", "model=nothing"], "there are"),
         (["sample", "num_frames=0"], "num_frames is 0"),
     ],
@@ -94,7 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, 
 
 
 def test_traceback_on_request(capsys: pytest.CaptureFixture):
-    assert cli.main(["prepare", "num_videos=three", "--traceback", "seed=1"]) == 2
+    assert cli.main(["prepare", "sprites", "num_videos=three", "--traceback", "seed=1"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -106,12 +109,119 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setitem(
         sys.modules, "microcinema.commands.prepare_sprites", body
     )  # as if control-C were pressed in the command
-    assert cli.main(["prepare"]) == 130
+    assert cli.main(["prepare", "sprites"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "prepare"])  # those for `accelerate launch`
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "prepare latents"])  # those for `accelerate launch`
 def test_a_script_is_the_command(command: str):
-    done = run(str(ROOT / "scripts" / f"{command}.py"), "no_such_key=1")
+    script, *rest = command.split()
+    done = run(str(ROOT / "scripts" / f"{script}.py"), *rest, "no_such_key=1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: unknown key 'no_such_key'")
+
+
+def test_prepare_alone_shows_what_there_is(capsys: pytest.CaptureFixture):
+    assert cli.main(["prepare", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in ("prepare sprites", "prepare check", "prepare latents"))
+    assert "train" not in re.findall(r"^  (\w+)", shown, re.MULTILINE)
+    assert cli.main(["prepare", "num_videos=3"]) == 2
+    assert capsys.readouterr().out == shown
+
+
+def test_the_module_is_the_command():
+    done = run("-m", "microcinema", "sample", "no_such_key=1")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown key 'no_such_key'")
+
+
+def test_config_dir_is_the_folder_of_the_files(capsys: pytest.CaptureFixture):
+    assert cli.main(["--config-dir"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "accelerate" / "ddp.yaml").is_file()
+
+
+def test_help_of_a_composition_has_its_keys_and_values(capsys: pytest.CaptureFixture):
+    overrides = [
+        "experiment=factorized_dreamer_sd15",
+        "data=joint",
+        "seed=7",
+        "data.parts.videos.watermark={action: tag}",
+    ]
+    assert cli.main(["train", *overrides, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "model=factorized_dreamer +the networks",  # which the experiment chooses
+        "seed=7 +\\w",
+        "trainable_parameters=all ",
+        "keys of diffusion=factorized_dreamer:",
+        "data.parts.videos.watermark={action: tag} ",
+        "data.parts.images.num_frames=1 ",
+    ):
+        assert re.search(line.replace("\\\\", "\\"), shown), line
+    assert cli.main(["train", "model=nothing", "--help"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_print_config_prints_what_a_run_would_save(tmp_path: Path, capsys: pytest.CaptureFixture):
+    overrides = ["data=webvid", "learning_rate=3e-4", f"output_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", *overrides, "--print-config"]) == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    assert load(tmp_path / "config.yaml", "train") == compose("train", overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["sample"], "give one of prompt= and prompts="),
+        (["sample", "prompt= "], "give one of prompt= and prompts="),
+        (["sample", "prompt=a star", "prompts=x.csv"], "give one of prompt= and prompts="),
+        (["sample", "prompts=/nowhere.csv"], "prompts '/nowhere.csv' is not there"),
+        (["sample", "prompt=a star", "image=/nowhere.png"], "image '/nowhere.png' is not there"),
+        (["sample", "prompt=a star", "output_dir="], "output_dir is ''"),
+        (["train", "output_dir= "], "output_dir is ' '"),
+        (["export"], "give checkpoint="),
+        (["export", "checkpoint=/nowhere"], "checkpoint '/nowhere' is not there"),
+        (["evaluate", "generated_dir=/nowhere"], "generated_dir '/nowhere' is not there"),
+        (["prepare", "latents"], "give cached_latents="),
+    ],
+)
+def test_missing_input_is_refused_at_once(arguments: list[str], said: str, capsys: pytest.CaptureFixture):
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {said}") and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_missing_input_is_refused_before_torch_is_imported():
+    heavy = HEAVY - {"hydra", "omegaconf", "pydantic"}
+    code = (
+        "import sys; from microcinema.commands import cli;"
+        "commands = ['sample'], ['sample', 'prompts=/no.csv'], ['train', 'output_dir='], ['export', 'checkpoint=/no'];"
+        "assert [cli.main(command) for command in commands] == [2] * 4;"
+        f"print('loaded:', *(name for name in {heavy} if name in sys.modules))"
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "loaded:", done.stdout[-200:] + done.stderr
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory):
+    server = launched_processes.Processes(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["train", "seed=x"], "seed is 'x'"),  # found in the config
+        (["train", "base.pretrained_model_name_or_path=no-such-model"], "no-such-model"),  # found by the run
+    ],
+)
+def test_an_error_of_two_processes_is_printed_once(
+    arguments: list[str], said: str, processes: launched_processes.Processes, tmp_path: Path
+):
+    ended = processes.run([*arguments, f"output_dir={tmp_path / 'run'}"], processes=2)
+    errors = [line for process in ended for line in process.said.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and said in errors[0], [process.said for process in ended]
+    assert ended[0].status == 2

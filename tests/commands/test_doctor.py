@@ -16,6 +16,7 @@ from fixtures import tiny
 from microcinema.commands import cli, doctor
 from microcinema.commands.doctor import OK, PROBLEM, WARNING
 from microcinema.config.compose import compose
+from microcinema.config.instantiate import components
 from microcinema.profiling.memory_estimate import Estimate
 from microcinema.training.settings import Settings
 
@@ -72,7 +73,7 @@ def test_a_run_that_cannot_is_exit_code_1_and_not_2(arguments, tmp_path, monkeyp
 
 
 def test_it_takes_the_keys_of_train():
-    assert compose("doctor", ["experiment=sprites_demo"]) == compose("train", ["experiment=sprites_demo"])
+    assert cli.COMMANDS["doctor"].config == "train"
     assert cli.command_help("doctor").count("\n") == cli.command_help("train").count("\n")
 
 
@@ -163,21 +164,21 @@ def test_8_bit_adam_needs_its_package(arguments, monkeypatch, capsys):
 def test_all_places_of_a_data_set_have_to_be_there(tmp_path):
     latents = str(tmp_path / "latents")
     node = {
-        "_target_": "x",
+        "_target_": "microcinema.data.joint.JointDataset",
         "parts": {"videos": {"metadata": str(tmp_path), "root": str(tmp_path)}, "images": {"root": None}},
     }
-    found = doctor.data(node, latents)
+    found = doctor.data(components(node), latents)
     assert (
         found.status == PROBLEM
         and found.found == f"{latents} not there"
         and "microcinema prepare latents" in found.advice
     )
     node["parts"]["videos"]["root"] = f"{tmp_path}/videos"
-    found = doctor.data(node, latents)
+    found = doctor.data(components(node), latents)
     assert f"{tmp_path}/videos, {latents} not there" in found.found and "set data.*" in found.advice
     (tmp_path / "videos").mkdir()
     (tmp_path / "latents").mkdir()
-    assert doctor.data(node, latents).status == doctor.data(node, None).status == OK
+    assert doctor.data(components(node), latents).status == doctor.data(components(node), None).status == OK
 
 
 # The base
@@ -263,7 +264,7 @@ def test_what_to_set_where_memory_is_short():
 
 
 def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments, monkeypatch):
-    composed = compose("doctor", arguments[1:])
+    composed = compose("train", arguments[1:])
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     settings = replace(SETTINGS, train_batch_size=1)
     where = composed.base.pretrained_model_name_or_path
@@ -274,7 +275,7 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
 
 
 def test_a_config_that_no_run_could_have_is_a_problem(arguments):
-    composed = compose("doctor", [*arguments[1:], "diffusion.scheduler.prediction_type=nonsense"])
+    composed = compose("train", [*arguments[1:], "diffusion.scheduler.prediction_type=nonsense"])
     (found,) = doctor.needs(composed, SETTINGS, composed.base.pretrained_model_name_or_path, doctor.CPU)
     assert found.status == PROBLEM and "nonsense" in found.found
 

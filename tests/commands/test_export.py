@@ -7,20 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny
 from fixtures.tiny_sampling import PROMPTS, image, sample
 from fixtures.tiny_training import reset_accelerator, weights
 from microcinema.commands import cli, export
-from microcinema.config.compose import compose
+from microcinema.config.compose import compose, load, save
 from microcinema.pipelines import ImageToVideoPipeline, load_pipeline
 from microcinema.pipelines.base_model import BASE_COMPONENTS
 from microcinema.sprites.dataset import write_dataset
@@ -163,7 +163,7 @@ for folder in sys.argv[1:]:
 
 def test_however_it_is_opened_it_gives_the_frames_of_the_pipeline_that_was_saved(trained, tmp_path):
     checkpoint = trained / "checkpoint-2"
-    in_memory = export.open_checkpoint(checkpoint, OmegaConf.load(trained / "config.yaml"), use_ema=True)
+    in_memory = export.open_checkpoint(checkpoint, load(trained / "config.yaml", "train"), use_ema=True)
     wanted = frames(in_memory)
     whole = run_export(checkpoint, tmp_path / "whole")
     light = run_export(checkpoint, tmp_path / "light", "with_base=false")
@@ -254,9 +254,7 @@ def test_the_card_knows_the_licence_of_an_embedded_base_and_links_one_of_the_hub
     pipeline.register_to_config(
         base_revision="v2" if "/" in base else None, base_variant="fp16" if "/" in base else None
     )
-    settings = OmegaConf.merge(
-        OmegaConf.load(trained / "config.yaml"), {"base": {"pretrained_model_name_or_path": base}}
-    )
+    settings = with_base(load(trained / "config.yaml", "train"), base)
     card = export.write_card(Path("video"), tmp_path, pipeline, settings, None, averaged=False)
     found = yaml.safe_load(card.split("---")[1])
     assert {key: found[key] for key in found.keys() & {"license", "base_model"}} == header
@@ -297,7 +295,10 @@ def drop(file: Path, name: str) -> None:
         (lambda run: shutil.rmtree(run / "checkpoint-2/unet"), "cannot load a network.*checkpoint-2/unet"),
         (lambda run: (run / "config.yaml").unlink(), "config.yaml' is not there"),
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml' cannot be read"),
-        (lambda run: (run / "config.yaml").write_text("prompt: a star"), "no config of a training run"),
+        (
+            lambda run: (run / "config.yaml").write_text("prompt: a star"),
+            "config.yaml' is no config of train: unknown key 'prompt'",
+        ),
     ],
 )
 def test_a_broken_checkpoint_is_named_in_one_line(run, tmp_path, capsys, damage, said):
@@ -308,7 +309,8 @@ def test_a_broken_checkpoint_is_named_in_one_line(run, tmp_path, capsys, damage,
 
 def test_what_is_no_checkpoint_is_told_what_would_be(run, tmp_path, capsys):
     assert "give checkpoint=" in refused(capsys)
-    assert "config.yaml' is not there" in refused(capsys, f"checkpoint={tmp_path / 'gone'}")
+    assert "gone' is not there" in refused(capsys, f"checkpoint={tmp_path / 'gone'}")
+    assert "config.yaml' is not there" in refused(capsys, f"checkpoint={tmp_path}")
     (run / "model_index.json").unlink()
     shown = refused(capsys, f"checkpoint={run}", f"output_dir={tmp_path / 'out'}")
     assert f"neither a checkpoint nor a finished run; export a checkpoint, such as '{run / 'checkpoint-4'}'" in shown
@@ -318,8 +320,7 @@ def test_a_finished_run_has_one_kind_of_weights(run, tmp_path, capsys):
     arguments = [f"checkpoint={run}", f"output_dir={tmp_path / 'out'}"]
     shown = refused(capsys, *arguments, "use_ema=false")
     assert "holds the averaged weights" in shown and str(run / "checkpoint-4") in shown
-    settings = OmegaConf.load(run / "config.yaml")
-    OmegaConf.save(OmegaConf.merge(settings, {"use_ema": False}), run / "config.yaml")
+    save(replace(load(run / "config.yaml", "train"), use_ema=False), run / "config.yaml")
     assert "trained without moving averages; set use_ema=false" in refused(capsys, *arguments)
     assert run_export(run, tmp_path / "out", "use_ema=false").is_dir()
 
@@ -338,11 +339,26 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(trained, exported, tmp_
     assert (pictures / "me.png").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    "target, arguments",
+    [("torch.hub.load", {"repo_or_dir": "x", "model": "y"}), ("os.system", {"command": "touch written"})],
+)
+def test_a_config_of_a_run_that_names_other_code_is_refused(run, tmp_path, monkeypatch, capsys, target, arguments):
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["diffusion"]["noise_prior"] = {"_target_": target, **arguments}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    shown = refused(capsys, f"checkpoint={run / 'checkpoint-2'}", f"output_dir={tmp_path / 'out'}")
+    assert f"_target_ '{target}' is not allowed" in shown and "config.yaml" in shown
+    assert not (tmp_path / "out").exists() and not (tmp_path / "written").exists()
+
+
+def with_base(config, name: str):
+    return replace(config, base=replace(config.base, pretrained_model_name_or_path=str(name)))
+
+
 def test_a_base_that_is_gone_is_named(run, tmp_path, capsys):
-    settings = OmegaConf.merge(
-        OmegaConf.load(run / "config.yaml"), {"base": {"pretrained_model_name_or_path": "/gone"}}
-    )
-    OmegaConf.save(settings, run / "config.yaml")
+    save(with_base(load(run / "config.yaml", "train"), "/gone"), run / "config.yaml")
     assert "model '/gone' is neither" in refused(
         capsys, f"checkpoint={run / 'checkpoint-2'}", f"output_dir={tmp_path}/out"
     )

@@ -183,6 +183,6 @@ def test_latents_give_the_loss_of_the_clips_in_the_trainer(tmp_path, listing, mo
 
 def test_it_wants_a_folder(capsys):
     assert cli.main(["prepare", "latents"]) == 2
-    assert "cached_latents is null; set it to the folder to write" in capsys.readouterr().err
+    assert "give cached_latents=" in capsys.readouterr().err
     assert cli.main(["prepare", "latents", "cached_latents=x", "cached_parts=[pixels]"]) == 2
     assert "cached_parts" in capsys.readouterr().err

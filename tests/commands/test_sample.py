@@ -447,7 +447,7 @@ def test_a_process_that_fails_leaves_the_others_working(tmp_path, four):
     ("overrides", "words"),
     [
         ([], "prompt"),
-        (["prompt="], "empty"),
+        (["prompt="], "give one of"),
         ([f"prompt={PROMPT}", "prompts=x.csv"], "one of"),
         ([f"prompt={PROMPT}", "num_frames=0"], "num_frames"),
         ([f"prompt={PROMPT}", "num_segments=0"], "num_segments"),

@@ -1,41 +1,32 @@
-"""Every file under configs/ composes and makes its objects; wrong keys and values are told in one line."""
+"""Every file under configs/ composes and makes its objects; wrong keys and values are named in one line."""
 
 import csv
+import dataclasses
 import shutil
 import subprocess
 import sys
 import tarfile
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf, ReadonlyConfigError
 from webdataset.shardlists import expand_urls
 
 from fixtures import tiny
-from microcinema.config import schema
-from microcinema.config.compose import (
-    COMMANDS,
-    KEYS_OF,
-    compose,
-    config_folder,
-    documented_keys,
-    group_defaults,
-    group_options,
-    instantiate,
-    parameters,
-    save,
-)
+from microcinema.commands.cli import COMMANDS
+from microcinema.config.compose import compose, load, plain, save, schema_of, to_yaml
+from microcinema.config.help import config_folder, documented_keys, file_of, group_defaults, group_options
+from microcinema.config.instantiate import TARGETS, Component, components
 from microcinema.data.clips import ClipDataset
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.pipelines.base_model import load_base
 from microcinema.sprites.dataset import CSV_FILE, write_dataset
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 
-GROUPS = {group: command for command in COMMANDS for group in group_defaults(command)}
+CONFIGS = [name for name, command in COMMANDS.items() if command.config is None]
+GROUPS = {group: command for command in CONFIGS for group in group_defaults(command)}
 OPTIONS = [(command, group, option) for group, command in GROUPS.items() for option in group_options(group)]
 
 
@@ -52,66 +43,63 @@ def told(command: str, *overrides: str) -> str:
     return str(error.value)
 
 
-def targets(node: typing.Any) -> typing.Iterator[DictConfig]:
-    """Nodes with a `_target_`, outermost only."""
-    if isinstance(node, DictConfig) and "_target_" in node:
+def parts(node: typing.Any) -> typing.Iterator[Component]:
+    """The components of a config, outermost only."""
+    if isinstance(node, Component):
         yield node
-    elif isinstance(node, DictConfig | ListConfig):
-        for value in node.values() if isinstance(node, DictConfig) else node:
-            yield from targets(value)
+    elif dataclasses.is_dataclass(node):
+        for field in fields(node):
+            yield from parts(getattr(node, field.name))
 
 
-def test_every_folder_of_configs_is_known():
+def test_every_file_of_configs_belongs_to_a_command_or_group():
     folders = {path.name for path in config_folder().iterdir() if path.is_dir()}
     assert folders == {*GROUPS, "accelerate", "ablation"}
-    assert set(COMMANDS) == set(schema.COMMANDS)
-    files = {path.stem for path in config_folder().glob("*.yaml")}
-    assert files == {KEYS_OF.get(command, command) for command in COMMANDS}
+    assert {path.stem for path in config_folder().glob("*.yaml")} == {file_of(command) for command in CONFIGS}
+    assert all(command.config in (None, *CONFIGS) for command in COMMANDS.values())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_defaults_and_schema_have_the_same_keys(command: str):
+    """So that a new key is three edits: in the YAML, in the schema, and where it is used."""
     in_file = {key.partition(".")[0] for key, _, _ in documented_keys(command)} - {"experiment"}
-    assert in_file == {field.name for field in fields(schema.COMMANDS[command])}
-    assert set(compose(command)) == in_file
+    assert in_file == {field.name for field in fields(schema_of(command))}
 
 
-def stand_in(clips: DictConfig, sprites: Path) -> None:
+def stand_in(clips: typing.Mapping[str, typing.Any], sprites: Path) -> None:
     """Puts the clips of `sprites` where a data set's config says that its own are."""
     if "root" in clips:
-        shutil.copytree(sprites, clips.root)
+        shutil.copytree(sprites, clips["root"])
         if "columns" in clips:
             with open(sprites / CSV_FILE, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
-            columns = {name: column for name, column in clips.columns.items() if column}
-            with open(clips.metadata, "w", encoding="utf-8", newline="") as file:
+            columns = {name: column for name, column in clips["columns"].items() if column}
+            with open(clips["metadata"], "w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow([*columns.values(), "page_dir"])
                 for path, row in zip(sorted(sprites.rglob("*.mp4")), rows, strict=True):
-                    known = {"id": path.stem, "file": path.relative_to(sprites), "caption": row["name"]}
-                    writer.writerow([*(known[name] for name in columns), row["page_dir"]])
+                    values = {"id": path.stem, "file": path.relative_to(sprites), "caption": row["name"]}
+                    writer.writerow([*(values[name] for name in columns), row["page_dir"]])
     elif "shards" in clips:
-        for url in expand_urls(clips.shards):
+        for url in expand_urls(clips["shards"]):
             Path(url).parent.mkdir(parents=True, exist_ok=True)
             with tarfile.open(url, "w") as tar:
                 tar.add(sprites / CSV_FILE, "0.txt")
 
 
 @pytest.mark.parametrize("command, group, option", OPTIONS)
-def test_every_option_composes_and_makes_its_objects(
+def test_every_option_composes_and_builds_its_objects(
     command: str, group: str, option: str, sprites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    composed = compose(command, [f"{group}={option}"])
-    for node in targets(composed):
+    for component in parts(compose(command, [f"{group}={option}"])):
         # The files as they are shipped: real clips stand where each says that they are.
-        for clips in (node, node.get("dataset", {}), *node.get("parts", {}).values()):
-            stand_in(clips, sprites)
-        loaded = {"unet": tiny.unet()} if "unet" in parameters(node._target_) else {}
-        # Read off the encoders that a run opens.
-        loaded |= {"image_width": 24} if node.get("adapter") else {}
-        assert instantiate(node, **loaded) is not None
-    assert command == "train" or group not in composed or composed[group]
+        for data in (component, *component.arguments.get("parts", {}).values()):
+            stand_in(data.arguments, sprites)
+        loaded = {"unet": tiny.unet()} if "unet" in component.parameters() else {}
+        # Known from the encoders that a run opens.
+        loaded |= {"image_width": 24} if component.arguments.get("adapter") else {}
+        assert component.build(**loaded) is not None
 
 
 @pytest.mark.parametrize("option", group_options("base"))
@@ -119,15 +107,7 @@ def test_every_base_that_is_embedded_opens(option: str):
     base = compose("train", [f"base={option}"]).base
     if "/" in base.pretrained_model_name_or_path:
         pytest.skip("a repository of the hub")
-    assert load_base(**base).unet.config["in_channels"] > 0
-
-
-def test_a_run_without_config_has_the_same_defaults():
-    composed = compose("train")
-    for field in fields(Settings):
-        if field.default is not MISSING:
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            assert composed[field.name] == default, field.name
+    assert load_base(**vars(base)).unet.config["in_channels"] > 0
 
 
 @pytest.mark.parametrize("path", sorted((config_folder() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -156,7 +136,7 @@ def test_overrides_arrive_with_their_types():
     )
     assert composed.learning_rate == 3e-4
     assert composed.fps == 12.0 and isinstance(composed.fps, float)
-    assert list(composed.resolution) == [32, 64] == list(composed.data.resolution)
+    assert composed.resolution == (32, 64) and composed.data.arguments["resolution"] == [32, 64]
     assert composed.snr_gamma == 5.0
     assert composed.mixed_precision == "no"
     assert composed.report_to is None
@@ -167,25 +147,48 @@ def test_overrides_arrive_with_their_types():
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a red star, moving: left = right", "it's {odd} [text] #1", "1e-4", "null hypothesis", ""]
+    "prompt",
+    [
+        "a red star, moving: left = right",
+        "it's {odd} [text] #1",
+        "1e-4",
+        "null hypothesis",
+        "",
+        "${oc.env:HOME}",
+        "for ${5}",
+        "${seed} ${nothing} \\${x}",
+    ],
 )
-def test_texts_are_taken_as_they_stand(prompt: str):
-    assert compose("sample", [f"prompt={prompt}"]).prompt == prompt
+def test_strings_are_literal(prompt: str, tmp_path: Path):
+    composed = compose("sample", [f"prompt={prompt}"])
+    assert composed.prompt == prompt
+    save(composed, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml", "sample") == composed
+
+
+def test_strings_in_lists_and_open_groups_are_literal():
+    composed = compose("train", ['validation_prompts=["for ${5}", "${oc.env:HOME}"]', "data.root=/${oc.env:HOME}/x"])
+    assert composed.validation_prompts == ["for ${5}", "${oc.env:HOME}"]
+    assert composed.data.arguments["root"] == "/${oc.env:HOME}/x"
+    assert composed.data.arguments["metadata"] == "/${oc.env:HOME}/x/clips.csv"  # refers to root in the file
 
 
 def test_the_command_line_wins_over_an_experiment():
     assert compose("train", ["experiment=sprites_demo"]).max_train_steps != 7
+    assert compose("train", ["experiment=null"]) == compose("train")
     composed = compose("train", ["max_train_steps=7", "experiment=sprites_demo", "model=plain"])
     assert composed.max_train_steps == 7
     assert composed.model.fusion is None
 
 
-def test_a_config_is_read_only_and_resolved():
+def test_a_config_is_frozen_and_checked_again_when_changed():
     composed = compose("train", ["num_frames=5"])
-    assert composed.data.num_frames == 5
-    assert OmegaConf.to_container(composed, resolve=False) == OmegaConf.to_container(composed, resolve=True)
-    with pytest.raises(ReadonlyConfigError):
+    assert composed.data.arguments["num_frames"] == 5
+    with pytest.raises(dataclasses.FrozenInstanceError):
         composed.seed = 1
+    assert dataclasses.replace(composed, seed=3).seed == 3
+    with pytest.raises(ValueError, match="max_train_steps"):
+        dataclasses.replace(composed, max_train_steps=0)
 
 
 def test_composition_leaves_no_folder_and_no_global_state(tmp_path: Path):
@@ -222,7 +225,10 @@ def test_composition_leaves_no_folder_and_no_global_state(tmp_path: Path):
         ("diffusion.noise_prior.strength=x", ["diffusion.noise_prior.strength", "'x'", "number"]),
         ("validation_prompts=a star", ["validation_prompts", "'a star'", "list"]),
         ("validation_prompts=[a, 'b]", ["validation_prompts", "YAML"]),
-        ("data.num_frames=${nothing}", ["nothing"]),
+        ("num_frames=${nothing}", ["num_frames", "${nothing}", "integer"]),
+        ("output_dir=", ["output_dir", "''", "file or folder"]),
+        ("model.flow=dis", ["did you mean 'model.flow_model'"]),
+        ("data=null", ["data", "'null'", "sprites, webvid"]),
         ("seed", ["seed", "key=value"]),
     ],
 )
@@ -235,41 +241,59 @@ def test_the_nearest_key_is_one_of_the_same_command():
     assert "did you mean 'prompt'" in told("sample", "promt=a star")
 
 
-def test_save_writes_what_compose_made(tmp_path: Path):
-    composed = compose("sample", ["prompt=a star", "fps=8"])
+def test_the_evaluation_that_is_meant_names_its_wrong_value():
+    for option in ("sprites", "ucf101"):
+        message = told("evaluate", f"evaluation={option}", "evaluation.guidance_scale=-1")
+        assert message.startswith("evaluation.guidance_scale is -1")
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path):
+    composed = compose("train", ["data=joint", "experiment=factorized_dreamer_sd15", "timestep_logit_normal=[0, 1]"])
     save(composed, tmp_path / "run" / "config.yaml")
-    assert OmegaConf.load(tmp_path / "run" / "config.yaml") == composed
+    assert load(tmp_path / "run" / "config.yaml", "train") == composed
+    assert yaml.safe_load(to_yaml(composed))["data"]["_target_"] == composed.data.target
 
 
-# instantiate
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"data": {"_target_": "torch.hub.load", "repo_or_dir": "x"}}, "_target_ 'torch.hub.load' is not allowed"),
+        ({"train": "all"}, "unknown key 'train'"),
+        ({"model": {}}, "the key 'model.keyframe_position' is missing"),
+        ({"seed": "${oc.env:HOME}"}, "seed is '${oc.env:HOME}', but"),
+    ],
+)
+def test_a_saved_config_is_checked(tmp_path: Path, change: dict, said: str):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(compose("train")) | change))
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "config.yaml", "train")
+    assert said in str(error.value) and "config.yaml" in str(error.value)
+
+
+# components
 
 
 def prior(**changes: typing.Any) -> dict[str, typing.Any]:
     return {"_target_": "microcinema.diffusion.noise_prior.NoisePrior", **changes}
 
 
-def test_constructors_see_plain_values():
-    node = OmegaConf.create(
-        {
-            "size": 3,
-            "net": {"_target_": "torch.nn.Conv2d", "in_channels": "${size}", "out_channels": 2, "kernel_size": [1, 3]},
-        }
-    )
-    made = instantiate(node.net)
-    assert made.kernel_size == (1, 3) and type(made.kernel_size) is tuple
-    assert made.in_channels == 3
+def test_arguments_are_converted_without_loss():
+    made = components(prior(kind="mixed", strength=1)).build()
+    assert made == NoisePrior("mixed", 1.0) and type(made.strength) is float
 
 
-def test_nested_nodes_are_made_first(sprites: Path):
-    composed = compose("train", [f"data.root={sprites}"])
-    loader = instantiate({"_target_": "torch.utils.data.DataLoader", "dataset": composed.data, "batch_size": 2})
-    assert isinstance(loader.dataset, ClipDataset)
-    assert next(iter(loader))["video"].shape == (2, 16, 3, 64, 64)
+def test_components_within_components_are_built_first(sprites: Path):
+    where = [f"data.parts.{name}.{key}={value}" for name in ("videos", "images") for key, value in
+             {"root": sprites, "metadata": sprites / CSV_FILE}.items()]  # fmt: skip
+    columns = ["data.parts.images.columns.file=null", "data.parts.images.columns.id=videoid"]
+    columns += ["data.parts.images.columns.caption=name"]
+    made = compose("train", ["data=joint", *where, *columns]).data.build()
+    assert all(isinstance(part, ClipDataset) for part in made.parts.values())
 
 
 def test_a_class_method_is_a_target_and_takes_what_no_config_can_hold():
     composed = compose("train", ["model.fusion=spade", "model.inject=decoder"])
-    net = instantiate(composed.model.unet, unet=tiny.unet(), keyframe_channels=4)
+    net = composed.model.unet.build(unet=tiny.unet(), keyframe_channels=4)
     assert net.config.fusion == "spade" and net.config.keyframe_channels == 4
 
 
@@ -277,32 +301,31 @@ def test_a_class_method_is_a_target_and_takes_what_no_config_can_hold():
     "node, said",
     [
         ({"_target_": "os.system", "command": "true"}, ["os.system", "not allowed"]),
-        ({"_target_": "torch.os.system", "command": "true"}, ["torch.os.system"]),
-        ({"_target_": "microcinema.diffusion.noise_prior.NoPrior"}, ["NoPrior", "spelling"]),
-        ({"_target_": "microcinema.nothing.Here"}, ["microcinema.nothing.Here", "spelling"]),
+        ({"_target_": "torch.os.system", "command": "true"}, ["torch.os.system", "not allowed"]),
+        ({"_target_": "torch.hub.load", "repo_or_dir": "x"}, ["torch.hub.load", "not allowed"]),
+        ({"_target_": "microcinema.data.clips.os.system"}, ["not allowed"]),
         (prior(strenth=1.0), ["strenth", "strength"]),
         (prior(strength="much"), ["strength", "'much'", "number"]),
         (prior(strength=-1.0), ["strength", "-1.0"]),
-        ({"_target_": "torch.nn.Linear", "in_features": 2}, ["torch.nn.Linear", "out_features"]),
+        ({"_target_": TARGETS[0], "root": "x"}, ["ClipDataset", "metadata"]),
+        ({"_target_": "microcinema.models.video_unet.VideoUNet.from_unet2d", "max_frame": 3}, ["max_frame"]),
     ],
 )
 def test_a_wrong_node_is_named(node: dict, said: list[str]):
     with pytest.raises(UserError) as error:
-        instantiate(node)
+        components(node).build()
     assert all(part in str(error.value) for part in said), error.value
 
 
-def test_kwargs_do_not_swallow_a_typo():
-    node = {"_target_": "diffusers.DDIMScheduler.from_config", "config": {}, "beta_strat": 0.1}
-    with pytest.raises(UserError, match="beta_strat"):
-        instantiate(node)
+def test_every_target_that_is_allowed_is_there():
+    assert all(callable(Component(target, {})._callable()) for target in TARGETS)
 
 
 def test_configs_reach_their_classes(sprites: Path):
     composed = compose(
         "train", [f"data.root={sprites}", "num_frames=4", "diffusion=mixed", "diffusion.noise_prior.strength=2"]
     )
-    data = instantiate(composed.data)
+    data = composed.data.build()
     assert isinstance(data, ClipDataset)
     assert data[0]["video"].shape == (4, 3, 64, 64)
-    assert instantiate(composed.diffusion.noise_prior) == NoisePrior("mixed", 2.0)
+    assert composed.diffusion.noise_prior.build() == NoisePrior("mixed", 2.0)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from fixtures import zero_shot_data
-from microcinema.config.compose import compose, instantiate
+from microcinema.config.compose import compose
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.ucf101 import LISTS, VIDEOS, descriptive_prompts
 from microcinema.utils.errors import UserError
 
 
 def preset(option: str, **changes) -> ZeroShotProtocol:
-    protocol = instantiate(compose("evaluate", [f"evaluation={option}"]).evaluation.protocol)
+    protocol = compose("evaluate", [f"evaluation={option}"]).evaluation.protocol.build()
     return dataclasses.replace(protocol, **changes)
 
 

@@ -54,7 +54,7 @@ def same_weights(one, other):
 def test_a_base_opens_from_the_cache_while_offline(folders, cache, option, flavour):
     wanted = compose("train", [f"base={option}"]).base
     tiny.into_hub_cache(folders[flavour], cache, wanted.pretrained_model_name_or_path)
-    base, local = load_base(**wanted), load_base(folders[flavour])
+    base, local = load_base(**vars(wanted)), load_base(folders[flavour])
     assert base.scheduler.config["prediction_type"] == wanted.prediction_type
     for part in ("unet", "vae", "text_encoder"):
         assert same_weights(getattr(base, part), getattr(local, part)), part

@@ -40,12 +40,12 @@ def composed(base):
 
 
 def settings_of(composed, **changes: Any) -> Settings:
-    return Settings(**{**{field.name: composed[field.name] for field in fields(Settings)}, **changes})
+    return Settings(**{**{field.name: getattr(composed, field.name) for field in fields(Settings)}, **changes})
 
 
 def real_pipeline(composed) -> ImageToVideoPipeline:
     """As the command `train` makes it."""
-    base = load_base(**composed.base)
+    base = load_base(**vars(composed.base))
     networks = build.build_networks(composed, base)
     pipeline = build.build_pipeline(
         composed, base.scheduler, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, **networks

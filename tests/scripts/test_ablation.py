@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 from scipy import stats
 
 from fixtures import tiny
 from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli
-from microcinema.config.compose import compose
+from microcinema.config.compose import compose, plain
 from microcinema.pipelines.base_model import load_base
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
@@ -85,7 +84,7 @@ def composed(shipped: Any) -> dict[tuple[str, str], Any]:
 
 
 def leaves(ablate: ModuleType, config: Any) -> dict[str, Any]:
-    return dict(ablate._dotted(OmegaConf.to_container(config)))
+    return dict(ablate._dotted(plain(config)))
 
 
 def test_a_variant_changes_exactly_what_it_says(ablate: ModuleType, shipped: Any, composed: dict):
@@ -104,8 +103,9 @@ def test_a_variant_changes_exactly_what_it_says(ablate: ModuleType, shipped: Any
 def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict):
     microcinema, dreamer = composed["microcinema", "full"], composed["factorized_dreamer", "full"]
     assert (microcinema.model.fusion, microcinema.model.inject) == ("add", "both")
-    assert microcinema.diffusion.noise_prior.strength == 0.03 and microcinema.diffusion.noise_prior.kind == "appearance"
-    assert microcinema.model.unet.frame_conditioning and microcinema.motion_weight > 0
+    prior = microcinema.diffusion.noise_prior.arguments
+    assert prior["strength"] == 0.03 and prior["kind"] == "appearance"
+    assert microcinema.model.unet.arguments["frame_conditioning"] and microcinema.motion_weight > 0
     assert dreamer.model.adapter and dreamer.model.pixel_scales and dreamer.model.motion_encoder
     assert dreamer.model.flow_model == "microcinema.sprites.flow.GroundTruthFlow"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
@@ -235,7 +235,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data with flow, an untrained judge, and a grid of two variants, all tiny."""
     folder = tmp_path_factory.mktemp("world")
     base = tiny.base_folder(folder / "base")
-    assert cli.main(["prepare", "num_videos=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"]) == 0
+    assert (
+        cli.main(["prepare", "sprites", "num_videos=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"])
+        == 0
+    )
     train = [
         f"base.pretrained_model_name_or_path={base}",
         f"cached_latents={folder / 'data/latents'}",

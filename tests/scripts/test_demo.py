@@ -25,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_commands_compose():
     for _, step in DEMO["STEPS"]:
-        command, *overrides = cli.joined(step)
+        command, *overrides = cli.merge_subcommand(step)
         composed = compose(command, overrides)
         assert str(DEMO["HERE"]) in str(composed)  # nothing is written elsewhere
 

@@ -1,0 +1,126 @@
+"""Objects from configs: a node with `_target_` becomes a `Component`, and `build` calls its target with its arguments."""
+
+import inspect
+import pkgutil
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from microcinema.utils.errors import UserError
+
+# What a config may name as `_target_`; nothing else is ever imported or called, whoever wrote the config.
+TARGETS = (
+    "microcinema.data.clips.ClipDataset",
+    "microcinema.data.joint.JointDataset",
+    "microcinema.data.shards.ShardDataset",
+    "microcinema.diffusion.noise_prior.NoisePrior",
+    "microcinema.evaluation.detectors.VideoDetectorSettings",
+    "microcinema.evaluation.protocol.ZeroShotProtocol",
+    "microcinema.models.conditioning.ConditionEncoder.from_unet2d",
+    "microcinema.models.video_unet.VideoUNet.from_unet2d",
+    "microcinema.sprites.flow.GroundTruthFlow",
+    "microcinema.sprites.protocol.SpritesProtocol",
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class or function that a config chooses by name, and its arguments.
+
+    Args:
+        target: dotted name, one of `TARGETS`.
+        arguments: plain values by name, or components, which are built first.
+
+    Raises:
+        UserError: a target that is not listed.
+    """
+
+    target: str
+    arguments: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(f"_target_ '{self.target}' is not allowed; use one of {', '.join(TARGETS)}")
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The named parameters of the target; `**kwargs` is not among them, since a misspelled argument would vanish there."""
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        signature = inspect.signature(self._callable())
+        return {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in named}
+
+    def build(self, **extra: Any) -> Any:
+        """Calls the target.
+
+        Args:
+            extra: arguments that no config can hold, such as a loaded network.
+
+        Raises:
+            UserError: an unknown or missing argument, a value of the wrong type, a package that is not installed.
+        """
+        function, parameters = self._callable(), self.parameters()
+        try:
+            hints = typing.get_type_hints(
+                function.__init__ if inspect.isclass(function) else function, include_extras=True
+            )
+        except NameError:  # annotations that only a type checker can resolve
+            hints = {}
+        arguments = dict(extra)
+        for key, node in self.arguments.items():
+            if key not in parameters:
+                raise UserError(f"'{self.target}' has no argument '{key}'; it has {', '.join(parameters)}")
+            value = _build(node)
+            arguments[key] = convert(f"{key} of '{self.target}'", value, hints[key]) if key in hints else value
+        missing = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
+        if missing:
+            raise UserError(f"'{self.target}' needs the arguments {', '.join(missing)} as well")
+        return function(**arguments)
+
+    def _callable(self) -> Any:
+        try:
+            return pkgutil.resolve_name(self.target)
+        except ModuleNotFoundError as error:
+            raise UserError(f"_target_ '{self.target}' needs the package '{error.name}'; install it") from None
+
+
+def components(node: Any) -> Any:
+    """A config node with every mapping that has a `_target_` replaced by its component."""
+    if isinstance(node, Mapping):
+        arguments = {key: components(value) for key, value in node.items() if key != "_target_"}
+        return Component(node["_target_"], arguments) if "_target_" in node else arguments
+    return [components(item) for item in node] if isinstance(node, list) else node
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple).
+
+    Args:
+        name: of the value, for the message.
+
+    Raises:
+        UserError: names the value and the expected type.
+    """
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
+    except PydanticUserError:  # a dataclass or model with settings of its own; its constructor has checked the value
+        return value
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{name} is {value!r}, but {reasons(error.errors())}") from None
+
+
+def reasons(details: typing.Iterable[Any]) -> str:
+    """The messages of pydantic's error details, each once, joined by `or`."""
+    messages = (detail["msg"].removeprefix("Input ").removeprefix("Value error, ") for detail in details)
+    return " or ".join(dict.fromkeys(messages))
+
+
+def _build(node: Any) -> Any:
+    if isinstance(node, Component):
+        return node.build()
+    if isinstance(node, Mapping):
+        return {key: _build(value) for key, value in node.items()}
+    return [_build(item) for item in node] if isinstance(node, list) else node
