@@ -101,8 +101,14 @@ def command_help(command: str, overrides: Sequence[str] = ()) -> str:
     """
     entry = COMMANDS[command]
     dry = "[--dry-run] " if entry.dry_run else ""
+    composition: tuple[Any, ...] = ()
+    if overrides:
+        from microcinema.config.compose import compose_with_choices, plain
+
+        config, choices = compose_with_choices(entry.config or command, overrides)
+        composition = plain(config), choices
     usage = f"usage: microcinema {command} [key=value ...] {dry}[--print-config] [--traceback]"
-    return "\n".join([usage, "", f"{entry.meaning}.", "", *describe_keys(entry.config or command, overrides)])
+    return "\n".join([usage, "", f"{entry.meaning}.", "", *describe_keys(entry.config or command, *composition)])
 
 
 def merge_subcommand(arguments: Sequence[str]) -> list[str]:

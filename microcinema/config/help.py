@@ -1,7 +1,7 @@
 """What the YAML files of `configs/` say of their keys. They are read without Hydra, so that `--help` answers at once."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +77,16 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
                 yield key, value, meaning
 
 
-def describe_keys(command: str, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """Lines with the groups of a command, and its keys with values and meanings: the defaults, or those of a composition.
+def describe_keys(
+    command: str, tree: Mapping[str, Any] | None = None, choices: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Lines with the groups of a command, and its keys with values and meanings.
 
-    Raises:
-        UserError: as in `compose`.
+    Args:
+        tree: the values of a composition, nested by key; None: the defaults.
+        choices: the option of each group in that composition.
     """
-    groups: dict[str, Any] = dict(group_defaults(command))
-    tree: Any = None
-    if overrides:
-        from microcinema.config.compose import compose_with_choices, plain
-
-        config, choices = compose_with_choices(command, overrides)
-        tree, groups = plain(config), groups | {group: choices[group] for group in groups}
+    groups = {group: (choices or {}).get(group, option) for group, option in group_defaults(command).items()}
 
     def line(key: str, value: str, meaning: str) -> str:
         return f"  {f'{key}={value if tree is None else _value(tree, key)}':40} {meaning}"
