@@ -96,8 +96,8 @@ def describe_keys(
         yield "groups:"
         for group, _, meaning in rows:
             if group in groups:
-                option = f"{group}={groups[group] or 'null'}"
-                yield f"  {option:40} {meaning}: {', '.join(group_options(group))}"
+                chosen = f"{group}={groups[group] or 'null'}"
+                yield f"  {chosen:40} {meaning}: {', '.join(group_options(group))}"
         yield ""
     yield "keys:"
     yield from (line(*row) for row in rows if row[0] not in groups)
