@@ -9,10 +9,11 @@ from PIL import Image
 
 from fixtures import tiny, zero_shot_data
 from microcinema.commands import cli
-from microcinema.config.compose import compose, instantiate
+from microcinema.config.compose import compose
 from microcinema.diffusion.rng import sample_generator
 from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.pipelines import sample_folder
+from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.sampler import Sampler
@@ -119,7 +120,7 @@ def test_a_zero_shot_protocol_makes_the_videos_of_the_python_api(model, tmp_path
     zero_shot_data.msrvtt(tmp_path / "msrvtt")
     overrides = ["evaluation=msrvtt", f"pipeline={model}", "batch_size=1", f"evaluation.protocol.num_frames={FRAMES}"]
     config = compose("evaluate", [*overrides, "evaluation.protocol.fps=null", f"evaluation.root={tmp_path / 'msrvtt'}"])
-    protocol = instantiate(config.evaluation.protocol)
+    protocol = config.evaluation.protocol.build()
     items = protocol.samples(protocol.open(config.evaluation.root))[:2]
     sampler = protocol_sampler(config, None, None, FRAMES, None, PartialState(cpu=True))
     clips, _ = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
@@ -146,8 +147,10 @@ def test_none_means_the_model_s_own_defaults_everywhere(plain_model):
     assert video.resolve(SamplingSettings()) == expected
     sample, evaluate = compose("sample"), compose("evaluate", [f"pipeline={plain_model}"])
     settings = SamplingSettings(**{name: sample[name] for name in SamplingSettings.__dataclass_fields__})
-    memory = instantiate(sample.memory)
-    command = Sampler(str(plain_model), settings, instantiate(sample.keyframe), memory, "cpu", progress=False)
+    memory = MemorySettings(**vars(sample.memory))
+    command = Sampler(
+        str(plain_model), settings, KeyframeSettings(**vars(sample.keyframe)), memory, "cpu", progress=False
+    )
     protocol = protocol_sampler(evaluate, None, None, FRAMES, None, PartialState(cpu=True))
     assert command.settings == protocol.settings == expected
     assert command.fingerprint() == protocol.fingerprint()
@@ -168,7 +171,7 @@ def test_clips_are_made_again_if_and_only_if_they_would_differ(plain_model, tmp_
 
     def run(*changes, **settings):
         written.clear()
-        memory = instantiate(compose("sample").memory)
+        memory = MemorySettings(**vars(compose("sample").memory))
         settings = SamplingSettings(**{"num_inference_steps": 1, **settings})
         sampler = Sampler(str(plain_model), settings, KeyframeSettings(), memory, "cpu", batch_size=2, progress=False)
         items = [PromptItem(text, str(index), sample_index=index) for index, text in enumerate(("a", "b", "c"))]
