@@ -10,6 +10,8 @@ PACKAGE = TESTS.parent / "microcinema"
 TESTED_IN = {
     "commands/prepare_preview": "data/test_watermark.py",
     "commands/train": "training/test_trainer.py",
+    "config/help": "commands/test_cli.py",
+    "config/instantiate": "config/test_compose.py",
     "config/schema": "config/test_compose.py",
     "data/buckets": "data/test_ordering.py",
     "data/clip_reader": "data/test_clips.py",
