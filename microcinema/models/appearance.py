@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microcinema.models.attention import zero_init
-from microcinema.models.unet2d import UNet2DBackbone, spatial_transformer, unet2d_arguments
+from microcinema.models.unet2d import (
+    ENCODER_MODULES,
+    UNet2DBackbone,
+    layer_specs,
+    spatial_transformer,
+    unet2d_arguments,
+)
 from microcinema.utils.errors import check_choice
 
 FUSIONS = ("add", "spade")
@@ -27,10 +33,9 @@ INJECTS = ("encoder", "decoder", "both")
 
 def injected_layers(net: UNet2DBackbone, inject: str) -> list[int]:
     """Numbers of the layers with injection: `encoder` is the down and mid layers, `decoder` the up layers."""
-    down, mid, up = (sum(len(net.block_layers(block)) for block in blocks) for blocks in net.blocks())
-    encoder = range(down + mid)
-    decoder = range(down + mid, down + mid + up)
-    return [*(encoder if inject != "decoder" else ()), *(decoder if inject != "encoder" else ())]
+    encoder = sum(len(block.resnets) for block in (*net.down_blocks, net.mid_block))
+    total = len(layer_specs(net))
+    return list(range(encoder if inject == "decoder" else 0, encoder if inject == "encoder" else total))
 
 
 def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
@@ -75,21 +80,15 @@ class AppearanceNet(UNet2DBackbone):
     """
 
     new_prefixes = ("projections.",)
-    unused_prefixes: tuple[str, ...] = ("conv_norm_out.", "conv_out.")
 
     @register_to_config
     def __init__(self, unet2d: dict[str, Any], fusion: str = "add", inject: str = "both"):
         super().__init__()
         check_choice("fusion", fusion, FUSIONS)
         check_choice("inject", inject, INJECTS)
-        modules = ["conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block"]
-        if inject == "encoder":
-            self.unused_prefixes = (*self.unused_prefixes, "up_blocks.")
-        else:
-            modules.append("up_blocks")
-        self._build_unet2d(unet2d, modules)
+        self._build_unet2d(unet2d, ENCODER_MODULES if inject == "encoder" else (*ENCODER_MODULES, "up_blocks"))
         self.injected = injected_layers(self, inject)
-        widths = [resnet.out_channels for resnet, _ in self.layers()]
+        widths = [spec.width for spec in layer_specs(self)]
         factor = 2 if fusion == "spade" else 1
         self.projections = nn.ModuleList(zero_init(nn.Conv2d(widths[i], factor * widths[i], 1)) for i in self.injected)
 

@@ -21,7 +21,7 @@ from microcinema.models.weights import check_keys, load_checked
 from microcinema.utils.errors import UserError
 
 # The config keys of a UNet2DConditionModel that differ among Stable Diffusion 1.x and 2.x; all others must have their defaults.
-UNET2D_ARGUMENTS = (
+UNET2D_ARGUMENTS = [
     "sample_size",
     "in_channels",
     "out_channels",
@@ -39,23 +39,14 @@ UNET2D_ARGUMENTS = (
     "attention_head_dim",
     "use_linear_projection",
     "upcast_attention",
-)
+]
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 # Modules of a UNet2DConditionModel; each keeps its name.
-MODULES = (
-    "conv_in",
-    "time_proj",
-    "time_embedding",
-    "down_blocks",
-    "mid_block",
-    "up_blocks",
-    "conv_norm_out",
-    "conv_act",
-    "conv_out",
-)
+ENCODER_MODULES = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
+MODULES = (*ENCODER_MODULES, "up_blocks", "conv_norm_out", "conv_act", "conv_out")
 
 LayerFunction = Callable[[int, ResnetBlock2D, Transformer2DModel | None, Tensor], Tensor]
 
@@ -77,6 +68,11 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in UNET2D_ARGUMENTS if key in config}
 
 
+def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
+    """The layers of a block, in order."""
+    return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
+
+
 class LayerSpec(NamedTuple):
     """Size of a layer.
 
@@ -95,8 +91,8 @@ def layer_specs(net: Any) -> list[LayerSpec]:
     """All layers, in order, of a UNet2DConditionModel or of a network built from its blocks."""
     specs: list[LayerSpec] = []
     scale = 1
-    for block in (*net.down_blocks, net.mid_block, *net.up_blocks):
-        for resnet, transformer in UNet2DBackbone.block_layers(block):
+    for block in (*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())):
+        for resnet, transformer in block_layers(block):
             specs.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
         if getattr(block, "downsamplers", None):
             scale *= 2
@@ -201,11 +197,9 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
 
     Attributes:
         new_prefixes: of parameters that a 2D UNet does not have.
-        unused_prefixes: of parameters of a 2D UNet that this network does not have.
     """
 
     new_prefixes: tuple[str, ...] = ()
-    unused_prefixes: tuple[str, ...] = ()
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["BasicTransformerBlock", "ResnetBlock2D"]
@@ -226,19 +220,6 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
                 module.set_processor(SharedTextProcessor())
         self.gradient_checkpointing = False
 
-    def blocks(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """The down, mid and up blocks that this network has."""
-        return list(self.down_blocks), [self.mid_block], list(getattr(self, "up_blocks", ()))
-
-    @staticmethod
-    def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-        """The layers of a block, in order."""
-        return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
-
-    def layers(self) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-        """All layers, in order."""
-        return [layer for blocks in self.blocks() for block in blocks for layer in self.block_layers(block)]
-
     def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
         """Time embedding, one row per clip, of a diffusion time: a number or `(b,)`."""
         t = torch.as_tensor(t, device=device).expand(b)
@@ -250,7 +231,7 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
         `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on; skip
         connections and changes of resolution are those of the 2D UNet.
         """
-        down, mid, up = self.blocks()
+        down, up = list(self.down_blocks), list(getattr(self, "up_blocks", ()))
 
         def run(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, *inputs: Tensor) -> Tensor:
             return layer(number, resnet, transformer, torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
@@ -261,8 +242,8 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
             return run(*arguments)
 
         number, skips = 0, [h]
-        for block in (*down, *mid, *up):
-            for resnet, transformer in self.block_layers(block):
+        for block in (*down, self.mid_block, *up):
+            for resnet, transformer in block_layers(block):
                 h = step(number, resnet, transformer, h, *([skips.pop()] if block in up else ()))
                 yield h
                 if block in down:
@@ -278,9 +259,10 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
         """Copies the weights of a 2D UNet, key by key.
 
         Raises:
-            UserError: a key is missing or unexpected, apart from the new and unused prefixes; names all of them.
+            UserError: a key of a module that this network has is missing or unexpected; names all of them.
         """
-        state = {key: value for key, value in unet.state_dict().items() if not key.startswith(self.unused_prefixes)}
+        unused = tuple(f"{name}." for name in MODULES if not hasattr(self, name))
+        state = {key: value for key, value in unet.state_dict().items() if not key.startswith(unused)}
         missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.startswith(self.new_prefixes)]
         check_keys(missing, unexpected, "the base UNet")

@@ -164,19 +164,8 @@ class VideoUNet(UNet2DBackbone):
         Raises:
             UserError: the UNet is not supported, or its keys do not match.
         """
-        net = cls(
-            **unet2d_arguments(dict(unet.config)),
-            max_frames=max_frames,
-            temporal_bottleneck=temporal_bottleneck,
-            keyframe_channels=keyframe_channels,
-            fps_conditioning=fps_conditioning,
-            frame_conditioning=frame_conditioning,
-            fusion=fusion,
-            inject=inject,
-            image_attention=image_attention,
-            pixel_scales=pixel_scales,
-            motion_attention=motion_attention,
-        )
+        options = {name: value for name, value in locals().items() if name not in ("cls", "unet")}
+        net = cls(**unet2d_arguments(dict(unet.config)), **options)
         net.load_unet2d(unet)
         return net
 
