@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,9 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from microcinema.models.predict_net import PredictNet
-from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling.memory_tracker import LiveMemory
@@ -115,15 +114,7 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
             phases["denoising"] = live.reset_peak()
             return {}
 
-        # One step needs as much as many.
-        pipeline(
-            PROMPT,
-            Image.new("RGB", (64, 64)),
-            num_inference_steps=1,
-            callback_on_step_end=end_denoising,
-            output_type="pt",
-            **arguments,
-        )
+        _sample_one_step(pipeline, callback_on_step_end=end_denoising, **arguments)
         phases["decoding"] = live.peak
     return Estimate(weights, phases)
 
@@ -138,13 +129,13 @@ def training_memory(
     """Memory of a training step once the optimizer has its state, and of the validation if there is one.
 
     Args:
-        pipeline: from `empty_pipeline`; not to be used afterwards.
+        pipeline, predict_net: without data; not to be used afterwards.
         config: of the run, with its `mixed_precision`.
         latents: whether the clips are cached latents.
         device: type of the device whose autocast rules apply: cpu or cuda.
-        predict_net: as in `Trainer`, without data.
     """
-    model, parameters = _trainable(pipeline, config, predict_net)
+    model = TrainableModel.for_training(pipeline, config, predict_net)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in parameters)
     loss_config = make_loss_config(pipeline, config)
     encode = BatchEncoder(pipeline, torch.device("cpu"))
@@ -155,7 +146,7 @@ def training_memory(
             prediction, flow = model(*args, **kwargs)
         return prediction.float(), flow
 
-    with LiveMemory() as live, CudaAutocast() if device == "cuda" else nullcontext():
+    with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
         live.watch(tensors(pipeline))
         weights = live.now
         for parameter in parameters:
@@ -165,7 +156,7 @@ def training_memory(
         ema = EMAModel(parameters, foreach=True) if config.use_ema else None
         average = live.now - weights - gradients - optimizer
         if config.gradient_accumulation_steps == 1:
-            _clear_gradients(parameters)  # otherwise they are held while the next batch is encoded
+            model.zero_grad()  # otherwise they are held while the next batch is encoded
         live.reset_peak()
 
         with autocast(config.mixed_precision):
@@ -176,11 +167,11 @@ def training_memory(
         before = live.now
         loss = training_loss(denoiser, batch, noise, null, loss_config).total.mean()
         activations = live.now - before
-        torch.autograd.backward(loss)  # `loss.backward()` would suspend CudaAutocast
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         phases["training"] = live.reset_peak()
         optimizer_step()
-        _clear_gradients(parameters)
+        model.zero_grad()
         if ema is not None:
             ema.step(parameters)
         phases["updating"] = live.reset_peak()
@@ -189,25 +180,14 @@ def training_memory(
             model.eval()
             # On a GPU the weights that the averages replace are kept in the memory of the CPU.
             with ema_weights(ema if device == "cpu" else None, parameters), autocast(config.mixed_precision):
-                pipeline(PROMPT, Image.new("RGB", (64, 64)), num_inference_steps=1, output_type="pt")
+                _sample_one_step(pipeline)
             phases["validating"] = live.reset_peak()
     return Estimate(weights, phases, gradients, optimizer, average, activations)
 
 
-def _trainable(
-    pipeline: ImageToVideoPipeline, config: Settings, predict_net: PredictNet | None
-) -> tuple[TrainableModel, list[nn.Parameter]]:
-    """The model of a run and its trained parameters."""
-    model = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
-    if config.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.condition_encoder.enable_gradient_checkpointing()
-    parameters = set_trainable(
-        pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
-    )
-    if predict_net is not None:
-        parameters += predict_net.parameters()
-    return model, parameters
+def _sample_one_step(pipeline: ImageToVideoPipeline, **arguments: Any) -> None:
+    """Samples one video with one step, which needs as much memory as many."""
+    pipeline(PROMPT, Image.new("RGB", (64, 64)), num_inference_steps=1, output_type="pt", **arguments)
 
 
 def tensors(pipeline: ImageToVideoPipeline) -> Iterator[torch.Tensor]:
@@ -229,35 +209,26 @@ def _optimizer_step(parameters: list[nn.Parameter], config: Settings) -> Callabl
     return optimizer.step
 
 
-def _clear_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-
-
 def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool) -> dict[str, Any]:
     """A batch from the loader."""
     num_frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
-    factor = pipeline.vae_scale_factor
-    if latents:
-        shape = (pipeline.vae.config["latent_channels"], height // factor, width // factor)
-    else:
-        shape = (3, height, width)
-    # Derived from a weight: without data if the weights have none.
-    clips = pipeline.unet.conv_in.weight.detach().new_zeros(count, num_frames, *shape)
-    grid = height // factor, width // factor
-    return {
-        "latents" if latents else "video": clips,
-        **(
-            {"keyframe": clips.new_zeros(count, 3, height, width)}
-            if latents and pipeline.uses_image_conditioning
-            else {}
-        ),
-        **({"flow": clips.new_zeros(count, num_frames - 1, 2, *grid)} if flow else {}),
-        **({"flow_valid": clips.new_zeros(count, num_frames - 1, *grid, dtype=torch.bool)} if flow else {}),
+    grid = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    zeros = pipeline.unet.conv_in.weight.detach().new_zeros  # without data if the weights have none
+    items = {
         **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),
         "fps": torch.full((count,), pipeline.config["fps"]),
         "sample_index": torch.arange(count),
     }
+    if latents:
+        items["latents"] = zeros(count, num_frames, pipeline.vae.config["latent_channels"], *grid)
+        if pipeline.uses_image_conditioning:
+            items["keyframe"] = zeros(count, 3, height, width)
+    else:
+        items["video"] = zeros(count, num_frames, 3, height, width)
+    if flow:
+        items["flow"] = zeros(count, num_frames - 1, 2, *grid)
+        items["flow_valid"] = zeros(count, num_frames - 1, *grid, dtype=torch.bool)
+    return items
 
 
 @contextmanager
@@ -271,20 +242,33 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def autocast(mixed_precision: str | None) -> torch.autocast:
-    """Mixed precision on the CPU; within `CudaAutocast` by the rules of CUDA."""
+    """Mixed precision on the CPU; within `cuda_autocast` by the rules of CUDA."""
     dtype = DTYPES[mixed_precision or "no"]
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Within it autocast on the CPU follows the rules of CUDA: normalization in float32, interpolation in the input's dtype."""
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Within it autocast on the CPU follows the rules of CUDA: normalization in float32, interpolation in the input's dtype.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    The functions themselves are replaced: a mode of torch is suspended in backward, where checkpoints run their forward again.
+    """
+    originals = {name: getattr(functional, name) for name in ("group_norm", "layer_norm", "interpolate")}
+
+    def in_float32(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu"):
-            if func in (functional.group_norm, functional.layer_norm):
-                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-            elif func is functional.interpolate:
-                with torch.autocast("cpu", enabled=False):
-                    return func(*args, **kwargs)
-        return func(*args, **kwargs)
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def in_input_dtype(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    try:
+        for name, function in originals.items():
+            rule = in_input_dtype if name == "interpolate" else in_float32
+            setattr(functional, name, partial(rule, function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(functional, name, function)

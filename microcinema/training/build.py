@@ -100,65 +100,66 @@ def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: i
 
 
 def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:
-    """The pipeline's `unet` and `condition_encoder`, as new as a run begins with, and the encoders that the base does not lend.
+    """The new `unet` and `condition_encoder` of a run, and the encoders that the base does not have.
 
     Args:
         config: of the command `train`.
         base: the weights of its UNet are copied.
-        weights: read those of the encoders, as in `load_base`.
+        weights: whether to load those of the encoders, as in `load_base`.
 
     Returns:
         Arguments of `ImageToVideoPipeline`, by name.
 
     Raises:
-        UserError: settings that cannot work, a UNet that is not supported, or an encoder that is not there.
+        UserError: settings that cannot work, an unsupported UNet, or a missing encoder.
     """
     model = config.model
-    parts: dict[str, Any] = {}
+    networks: dict[str, Any] = {}
     widths: dict[str, int | None] = {"image": None, "motion": None}
     if model.adapter is not None:
-        where = config.base.pretrained_model_name_or_path, config.base.revision, config.base.variant
-        parts |= load_image_encoder(model.image_encoder, *where, base.vae.dtype, weights)
-        widths["image"] = parts["image_encoder"].config.hidden_size
+        source = config.base.pretrained_model_name_or_path, config.base.revision, config.base.variant
+        networks |= load_image_encoder(model.image_encoder, *source, base.vae.dtype, weights)
+        widths["image"] = networks["image_encoder"].config.hidden_size
     if model.motion_encoder is not None:
-        parts |= load_motion_encoder(model.motion_encoder, base.vae.dtype, weights)
-        widths["motion"] = parts["motion_encoder"].config.d_model
+        networks |= load_motion_encoder(model.motion_encoder, base.vae.dtype, weights)
+        widths["motion"] = networks["motion_encoder"].config.d_model
     motion_attention = model.motion_encoder is not None
-    parts["unet"] = model.unet.build(
+    networks["unet"] = model.unet.build(
         unet=base.unet,
         keyframe_channels=base.unet.config["in_channels"] if model.keyframe_concat else 0,
         image_attention=model.adapter == "decoupled",
         motion_attention=motion_attention,
     )
-    parts["condition_encoder"] = model.condition_encoder.build(
+    networks["condition_encoder"] = model.condition_encoder.build(
         unet=base.unet,
         image_width=widths["image"],
         vae_scale_factor=base.vae_scale_factor,
         motion_attention=motion_attention,
         motion_width=widths["motion"],
     )
-    return parts
+    return networks
 
 
-def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **parts: Any) -> ImageToVideoPipeline:
+def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **components: Any) -> ImageToVideoPipeline:
     """The video pipeline of a training run.
 
     Args:
         config: of the command `train`, with `fps`.
-        base_scheduler: the schedule that the base was trained with.
-        parts: the pipeline's components except the scheduler; None for the base's own.
+        base_scheduler: the training schedule of the base.
+        components: of the pipeline, except the scheduler; None for the base's own.
 
     Raises:
-        UserError: settings that cannot work, or parts that do not fit together.
+        UserError: settings that cannot work, or components that do not fit together.
     """
     prior = config.diffusion.noise_prior.build()
     schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
-    known, new = (schedule_summary(each) | {"prediction_type": None} for each in (base_scheduler, schedule))
+    ignored = {"prediction_type": None}  # it does not change the noise levels
+    same_levels = schedule_summary(base_scheduler) | ignored == schedule_summary(schedule) | ignored
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
-        **parts,
+        **components,
         scheduler=make_sampler(schedule),
-        network_schedule=None if known == new else schedule_summary(base_scheduler),
+        network_schedule=None if same_levels else schedule_summary(base_scheduler),
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,
@@ -181,7 +182,7 @@ def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **parts: Any)
 
 
 def build_keyframes(base: Base) -> KeyframePipeline:
-    """Stage 1 of the base itself, for the key frames of validation."""
+    """The base's own text-to-image pipeline, for the key frames of validation."""
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,

@@ -18,7 +18,7 @@ from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.predict_net import PredictNet
-from microcinema.models.video_unet import VideoUNet
+from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.settings import Settings
 
@@ -178,6 +178,19 @@ class TrainableModel(nn.Module):
         self.unet = unet
         self.condition_encoder = condition_encoder
         self.predict_net = predict_net
+
+    @classmethod
+    def for_training(
+        cls, pipeline: ImageToVideoPipeline, config: Settings, predict_net: PredictNet | None = None
+    ) -> "TrainableModel":
+        """The networks of a pipeline in training mode; only what the config names requires gradients."""
+        if config.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.condition_encoder.enable_gradient_checkpointing()
+        set_trainable(
+            pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
+        )
+        return cls(pipeline.unet, pipeline.condition_encoder, predict_net).train()
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation (arXiv 2204.02311, appendix B): the operations that a step takes, and those that the device can do at most."""
+"""Model FLOP utilization (arXiv 2204.02311, appendix B): operations of a step, and the peak throughput of the device."""
 
 import functools
 import time
@@ -9,18 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-_SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices, large enough for a device to reach what it can
+_SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices, large enough to reach the peak throughput
 _SECONDS = {"cpu": 0.1, "cuda": 0.5}
 
 
 class ModelFlops(TorchDispatchMode):
-    """Within it the floating-point operations of forward and backward are counted: matrix products, convolutions, attention.
+    """Counts the floating-point operations of forward and backward: matrix products, convolutions, attention.
 
-    What is computed without gradients, such as frozen encoders, does not count, nor does what gradient checkpointing computes once
-    more: the figure is that of the model, however it is run. A frozen weight has no gradient to compute, and counts so.
+    Computations without gradients, such as frozen encoders, do not count, nor does recomputation by gradient checkpointing: the
+    count is the model's, however it is run. Frozen weights have no weight gradient to count.
 
     Attributes:
-        total: operations, a multiplication and an addition being two.
+        total: operations; one multiply-add is two.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ModelFlops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = _formula(func._overloadpacket)
-        # In backward gradients are on for what is computed once more alone, in forward for what is learned from.
+        # In backward, gradients are enabled for recomputation only; in forward, for what trains.
         in_backward = torch._C._current_graph_task_id() != -1
         if formula is not None and torch.is_grad_enabled() != in_backward:
             self.total += int(formula(*args, **(kwargs or {}), out_val=result))
@@ -38,32 +38,32 @@ class ModelFlops(TorchDispatchMode):
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the largest matrix product that is worth trying, measured once in a process: the most that a network may hope for.
+    """Operations per second of a large matrix product, measured once per process: an upper bound for a network.
 
-    In the settings of the run, such as TF32, on as many threads as it has.
+    Measured with the settings of the run, such as TF32 and the number of threads.
     """
-    return _measured(device, dtype, torch.get_num_threads() if device.type == "cpu" else 0)
+    return _measure_peak_flops(device, dtype, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
 @functools.cache
-def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+def _measure_peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     side = _SIDES.get(device.type, _SIDES["cuda"])
     a, b = (torch.full((side, side), 0.5, device=device, dtype=dtype) for _ in range(2))
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, spent = float("inf"), 0.0
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, total = float("inf"), 0.0
     with torch.no_grad():
-        a @ b  # chooses a kernel
-        wait()
-        while spent < _SECONDS.get(device.type, _SECONDS["cuda"]):
-            began = time.perf_counter()
+        a @ b  # selects a kernel
+        synchronize()
+        while total < _SECONDS.get(device.type, _SECONDS["cuda"]):
+            start = time.perf_counter()
             a @ b
-            wait()
-            taken = time.perf_counter() - began
-            best, spent = min(best, taken), spent + taken
+            synchronize()
+            seconds = time.perf_counter() - start
+            best, total = min(best, seconds), total + seconds
     if device.type == "cuda":
         del a, b
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # that of the run is to be its own
+        torch.cuda.reset_peak_memory_stats(device)  # so that it is the run's alone
     return 2 * side**3 / best
 
 

@@ -21,7 +21,6 @@ from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.source import ClipSource
 from microcinema.models.predict_net import PredictNet
-from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
@@ -215,13 +214,7 @@ class Trainer:
         for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
             if encoder is not None:
                 encoder.requires_grad_(False).eval().to(self.accelerator.device)
-        model = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).train()
-        if config.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-            pipeline.condition_encoder.enable_gradient_checkpointing()
-        set_trainable(
-            pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
-        )
+        model = TrainableModel.for_training(pipeline, config, predict_net)
         optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
         lr_schedule = get_scheduler(
             config.lr_scheduler,

@@ -405,5 +405,5 @@ def test_what_to_keep(root, model, tmp_path):
     assert torch.equal(made.text, model.encode_text(["a star 0", "a star 1"]))  # of the captions
     assert {field.name for field in dataclasses.fields(made)} >= {"latents", "text"}
     assert json.loads((tmp_path / "few" / FINGERPRINT).read_text())["contents"].keys() == {"vae", "clips"}
-    with pytest.raises(UserError, match="come without flow, which this model learns from"):
+    with pytest.raises(UserError, match="come without flow, which this model needs"):
         check(tmp_path / "few", model, root, teacher="dis")

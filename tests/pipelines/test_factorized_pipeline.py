@@ -214,7 +214,7 @@ def test_what_these_latents_are_not(folder, model, clips, tmp_path):
     kept = tiny_training.encode_clips(
         model, dataset(clips), tmp_path / "latents", cached_parts=["text", "motion_tokens"]
     )
-    with pytest.raises(UserError, match="come without flow and keyframe, which this model learns from"):
+    with pytest.raises(UserError, match="come without flow and keyframe, which this model needs"):
         cached_latents_check.check(kept, model, "dis")
     with pytest.raises(UserError, match="do not include"):
         BatchEncoder(model, torch.device("cpu"))(collated(kept))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fixtures import tiny
 from fixtures.tiny_training import accelerator
@@ -174,8 +175,23 @@ def test_mixed_precision_follows_the_rules_of_the_device(precision, wanted):
             normed = functional.layer_norm(functional.group_norm(h, 2), (2,))
             return [h.dtype, normed.dtype, functional.interpolate(h, scale_factor=2.0).dtype]
 
-    assert types(memory_estimate.CudaAutocast()) == [wanted, torch.float32, wanted]
+    assert types(memory_estimate.cuda_autocast()) == [wanted, torch.float32, wanted]
     assert types(nullcontext())[:2] == [wanted, wanted]
+
+
+def test_the_rules_of_cuda_apply_when_a_checkpoint_runs_its_forward_again():
+    x, weight, dtypes = torch.ones(1, 4, 2, 2, requires_grad=True), torch.ones(4, 4, 1, 1), []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        normed = functional.group_norm(functional.conv2d(x, weight), 2)
+        dtypes.append(normed.dtype)
+        return normed.square()  # recomputation ends with the last tensor that is saved
+
+    with memory_estimate.cuda_autocast():
+        with memory_estimate.autocast("bf16"):
+            loss = checkpoint(block, x, use_reentrant=False).sum()
+        loss.backward()
+    assert dtypes == [torch.float32, torch.float32]
 
 
 @pytest.mark.gpu
@@ -193,7 +209,7 @@ def test_the_rules_of_cuda_are_those_of_cuda(precision):
 
     with torch.autocast("cuda", memory_estimate.DTYPES[precision]):
         wanted = types("cuda")
-    with memory_estimate.CudaAutocast(), memory_estimate.autocast(precision):
+    with memory_estimate.cuda_autocast(), memory_estimate.autocast(precision):
         assert types("cpu") == wanted
 
 
