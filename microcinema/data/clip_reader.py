@@ -1,6 +1,7 @@
 """Reading the pixels of one training clip from a video or picture file."""
 
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import einops
@@ -17,73 +18,56 @@ POSITIONS = {"first": 0.0, "center": 0.5}
 RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protocol identifiers
 
 
+@dataclass
 class ClipReader:
-    """Reads clips with one transform.
-
-    Args:
-        num_frames, fps, resolution, decoder, clip_position, seed, multiple_of: as in `ClipDataset`.
-        watermark: arguments of `Watermark`; None: nothing is done about watermarks.
-        timeout: seconds for a clip, after which its decoder, in a process of its own, is killed; None: decode in this process without limit.
+    """Reads clips with one transform; `watermark` holds arguments of `Watermark`, the others are as in `ClipDataset`.
 
     Raises:
         UserError: a value out of range.
     """
 
-    def __init__(
-        self,
-        num_frames: int,
-        fps: float | None,
-        resolution: int | tuple[int, int],
-        decoder: str,
-        clip_position: str,
-        seed: int,
-        multiple_of: int,
-        watermark: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        sides = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    num_frames: int
+    fps: float | None
+    resolution: int | tuple[int, int]
+    decoder: str
+    clip_position: str
+    seed: int
+    multiple_of: int
+    watermark: InitVar[Mapping[str, Any] | None] = None
+    timeout: InitVar[float | None] = None
+
+    def __post_init__(self, watermark: Mapping[str, Any] | None, timeout: float | None) -> None:
+        sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
         if len(sides) != 2:
             raise UserError(f"resolution={list(sides)}; give one number for a square, or [height, width]")
-        if num_frames < 1 or (fps is not None and not fps > 0):
-            raise UserError(f"num_frames={num_frames}, fps={fps}; give at least 1 frame, and a positive rate or null")
-        if decoder not in video_reader.DECODERS:
-            raise UserError(f"decoder='{decoder}' is not known; choose one of {', '.join(video_reader.DECODERS)}")
-        if clip_position not in ("random", *POSITIONS):
+        if self.num_frames < 1 or (self.fps is not None and not self.fps > 0):
             raise UserError(
-                f"clip_position='{clip_position}' is not known; choose one of random, {', '.join(POSITIONS)}"
+                f"num_frames={self.num_frames}, fps={self.fps}; give at least 1 frame, and a positive rate or null"
             )
-        self.num_frames, self.fps, self.multiple_of = num_frames, fps, multiple_of
+        for name, value, values in (
+            ("decoder", self.decoder, video_reader.DECODERS),
+            ("clip_position", self.clip_position, ("random", *POSITIONS)),
+        ):
+            if value not in values:
+                raise UserError(f"{name}='{value}' is not known; choose one of {', '.join(values)}")
         self.size = (int(sides[0]), int(sides[1]))
         self.check_size(*self.size)
-        self.decoder, self.clip_position, self.seed = decoder, clip_position, seed
-        self.watermark = Watermark(**watermark) if watermark else None
+        self.mark = Watermark(**watermark) if watermark else None
         self.decoder_process = DecoderProcess(timeout) if timeout is not None else None
 
     def check_size(self, height: int, width: int) -> None:
-        """Checks that the networks accept a size.
-
-        Raises:
-            UserError: it is not divisible by `multiple_of`.
-        """
+        """Raises a UserError if the size is not divisible by `multiple_of`."""
         if min(height, width) < 1 or height % self.multiple_of or width % self.multiple_of:
-            raise UserError(
-                f"resolution={height}x{width} (height x width) does not divide by {self.multiple_of}; "
-                f"choose multiples of {self.multiple_of}"
-            )
+            raise UserError(f"resolution={height}x{width} (height x width) does not divide by {self.multiple_of}")
 
     @property
     def transform(self) -> dict[str, Any]:
         """What a clip and its captions depend on beside its file; both decoders give the same."""
-        height, width = self.size
-        mark = self.watermark
+        mark, (height, width) = self.mark, self.size
         return {
-            "num_frames": self.num_frames,
-            "fps": self.fps,
-            "height": height,
-            "width": width,
-            "clip_position": self.clip_position,
+            **{name: getattr(self, name) for name in ("num_frames", "fps", "clip_position")},
+            **{"height": height, "width": width, "resize": RESIZE},
             "seed": self.seed if self.clip_position == "random" else None,
-            "resize": RESIZE,
             "watermark": [mark.action, *mark.box, mark.tag if mark.action == "tag" else ""] if mark else None,
         }
 
@@ -118,13 +102,13 @@ class ClipReader:
                 position = POSITIONS[self.clip_position]
             frames = self._call("read_clip", source, num_frames, self.fps, position=position, decoder=self.decoder)
             fps = self.fps if self.fps is not None else self._call("probe", source).fps
-        if self.watermark and has_watermark:
-            frames = self.watermark.pixels(frames, (height, width))
+        if self.mark and has_watermark:
+            frames = self.mark.pixels(frames, (height, width))
         return resize_and_crop(frames, (height, width)).float() / 127.5 - 1, float(fps)
 
     def caption(self, text: str, has_watermark: bool = True) -> str:
         """The caption for the model, which may name the watermark."""
-        return self.watermark.caption(text) if self.watermark and has_watermark else text
+        return self.mark.caption(text) if self.mark and has_watermark else text
 
     def _call(self, function: str, *arguments: Any, **keywords: Any) -> Any:
         if self.decoder_process is not None:

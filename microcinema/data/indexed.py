@@ -22,11 +22,7 @@ _FINGERPRINT_SAMPLES = 256
 class IndexedDataset(Dataset):
     """A data set indexed by sample index; items gain `sample_index`, and `broken`: the number of broken clips that this one replaces.
 
-    The epoch is set right before an item is read, in the worker process that reads it: `set_epoch` in the main process would not
-    reach workers that are already running.
-
-    Args:
-        quarantine: handles clips that cannot be read; None: their error is raised.
+    The epoch is set right before an item is read, in the worker process that reads it. Without a quarantine, errors of broken clips are raised.
 
     Raises:
         UserError: the data set is empty.
@@ -56,10 +52,7 @@ class IndexedDataset(Dataset):
         return {**item, "sample_index": sample_index, "broken": broken}
 
     def fingerprint(self) -> str:
-        """sha256 of the number of clips and of the names of 256 of them, spread over the first epoch in this order.
-
-        Another list, seed or ordering changes it, as a rule; ten million clips take no longer than a few hundred.
-        """
+        """sha256 of the number of clips and of the names of 256 of them, spread over the first epoch in this order."""
         samples = np.linspace(0, self.order.length - 1, _FINGERPRINT_SAMPLES).astype(int).tolist()
         indices = [self.order.epoch_and_index(sample_index)[1] for sample_index in samples]
         lines = (f"{index} {self.dataset.id(index)}\n" for index in indices)
@@ -68,9 +61,6 @@ class IndexedDataset(Dataset):
 
 class DistributedBatchSampler(Sampler[list[int]]):
     """Micro-batches of one process: sample indices from `start` up to `stop`, `batch_size` to each process in turn.
-
-    Args:
-        same_shape_run: consecutive samples whose items have one shape; 1: all have.
 
     Raises:
         ValueError: the range does not divide by the global micro-batch.

@@ -92,19 +92,14 @@ def write_shards(
 
 
 def write_index(folder: Path, layout: Layout) -> int:
-    """Writes the index of all shards, which completes the folder. By one process, after all others have written.
-
-    Returns:
-        Number of rows that could be read.
+    """Writes the index, which completes the folder, and returns the number of sound rows. By one process, after all others have written.
 
     Raises:
-        UserError: none could, a shard is missing, or the index cannot be written.
+        UserError: all rows are broken, a shard is missing, or the index cannot be written.
     """
     if missing := _missing_shards(folder, layout):
-        raise UserError(
-            f"{len(missing)} of {layout.num_shards} shards are missing in '{folder}', the first is {missing[0]}; "
-            "let all processes write into one shared folder, and continue with the same command"
-        )
+        state = f"{len(missing)} of {layout.num_shards} shards are missing in '{folder}', the first is {missing[0]}"
+        raise UserError(f"{state}; let all processes write into one shared folder, and run the command again")
     files = [shard_path(folder, shard).with_suffix(".npy") for shard in range(layout.num_shards)]
     locations = np.concatenate([np.load(file) for file in files])
     count = int(np.count_nonzero(locations["tensors_size"]))
@@ -164,10 +159,8 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
             with atomic_path(path.with_suffix(".npy")) as index:
                 np.save(index, locations)
     except OSError as error:
-        raise UserError(
-            f"shard '{path}' cannot be written ({error.strerror or error}); free disk space and continue with the same "
-            "command: finished shards are kept"
-        ) from None
+        advice = "free disk space and continue with the same command"
+        raise UserError(f"shard '{path}' cannot be written ({error.strerror or error}); {advice}") from None
 
 
 def _members(batch: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:

@@ -56,30 +56,22 @@ class Layout:
         return -(-self.num_rows // self.clips_per_shard)
 
     def rows(self, shard: int) -> range:
-        """The rows of a shard."""
         first = shard * self.clips_per_shard
         return range(first, min(first + self.clips_per_shard, self.num_rows))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a shard."""
     return folder / f"{shard:06d}.tar"
 
 
 def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
-    """The layout of a folder of latents, and what each cached tensor depends on.
-
-    Raises:
-        UserError: the folder holds no latents.
-    """
+    """The layout of a folder of latents, and what each cached tensor depends on; a UserError if it holds none."""
     try:
         record = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
         return Layout(**record["layout"]), record["contents"]
     except FileNotFoundError:
-        raise UserError(
-            f"'{folder}' holds no latents ({FINGERPRINT} is missing); make them with `microcinema prepare latents`, "
-            "or set cached_latents=null"
-        ) from None
+        advice = "make them with `microcinema prepare latents`, or set cached_latents=null"
+        raise UserError(f"'{folder}' holds no latents ({FINGERPRINT} is missing); {advice}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
 
@@ -88,8 +80,7 @@ class EncodedClips(ClipWrapper):
     """The clips of a data set with cached `latents` (f, c, h, w) in place of `video`, in the same order.
 
     Items also have those of `text` (n, d), `motion_tokens` (k, e), `image_tokens` (p, e), `keyframe` uint8 (3, H, W), `flow` (f-1, 2, h, w) and
-    `flow_valid` bool (f-1, h, w) that were cached; all others are float16. An item is read by its location, at the cost of its own bytes;
-    worker processes share the index.
+    `flow_valid` bool (f-1, h, w) that were cached; all others are float16. Reading an item costs its own bytes alone.
 
     Args:
         path: a folder that `microcinema prepare latents` wrote.
@@ -116,7 +107,6 @@ class EncodedClips(ClipWrapper):
         self.empty_tokens = load_file(file) if file.is_file() else {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Selects the cached epoch; after the last one the first follows."""
         self.epoch = epoch % self.layout.epochs_cached
 
     def check_processes(self, count: int) -> None:
@@ -141,9 +131,7 @@ class EncodedClips(ClipWrapper):
             return {**load(data[tensors_start:]), **record, "index": index}
         except (OSError, ValueError, SafetensorError) as error:
             path = shard_path(self.folder, shard)
-            raise UserError(
-                f"clip {row} of '{path}' is damaged ({error}); delete the shard and make it again"
-            ) from None
+            raise UserError(f"clip {row} of '{path}' is damaged ({error}); make the shard again") from None
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
@@ -158,16 +146,15 @@ class EncodedClips(ClipWrapper):
             locations = np.load(self.folder / INDEX, mmap_mode="r")
         except FileNotFoundError:
             finished = sum(shard_path(self.folder, shard).is_file() for shard in range(self.layout.num_shards))
+            state = f"{finished} of {self.layout.num_shards} shards are finished"
             raise UserError(
-                f"latents '{self.folder}' are incomplete: {finished} of {self.layout.num_shards} shards are finished; "
-                "continue with the same `microcinema prepare latents`"
+                f"latents '{self.folder}' are incomplete: {state}; continue `microcinema prepare latents`"
             ) from None
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
         if locations.dtype != LOCATION or len(locations) != self.layout.num_rows:
-            raise UserError(
-                f"'{self.folder / INDEX}' names {len(locations)} clips of {self.layout.num_rows}; make the latents again"
-            )
+            names = f"{len(locations)} clips of {self.layout.num_rows}"
+            raise UserError(f"'{self.folder / INDEX}' names {names}; make the latents again")
         return locations
 
     def _check_shards(self) -> None:
@@ -178,9 +165,8 @@ class EncodedClips(ClipWrapper):
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < expected_size:
                 problem = "missing" if size is None else f"cut off at {size} bytes of {expected_size}"
-                raise UserError(
-                    f"shard '{path}' is {problem}; copy it again, or delete it and continue with `microcinema prepare latents`"
-                )
+                advice = "copy it again, or delete it and continue `microcinema prepare latents`"
+                raise UserError(f"shard '{path}' is {problem}; {advice}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Open and mapped files do not travel to another process; they are opened there.

@@ -13,13 +13,9 @@ from microcinema.utils.errors import UserError
 
 
 class Ordering(Protocol):
-    """An endless order of the items of a data set.
+    """An endless order of the items of a data set."""
 
-    Attributes:
-        length: samples in one epoch.
-    """
-
-    length: int
+    length: int  # samples in one epoch
 
     def epoch_and_index(self, sample_index: int) -> tuple[int, int]:
         """The epoch, and the index of the item in the data set."""
@@ -31,13 +27,7 @@ class Ordering(Protocol):
 
 
 class ShuffledOrder:
-    """Every item once in each epoch, in a new permutation.
-
-    Args:
-        length: number of items.
-        key: seeds of the permutations.
-        items: indices of the items; None for 0 .. length - 1.
-    """
+    """Every item once in each epoch, in a new permutation seeded by `key`; `items` are indices, by default 0 .. length - 1."""
 
     def __init__(self, length: int, key: Sequence[int], items: np.ndarray | None = None) -> None:
         self.length, self.key, self.items = length, list(key), items
@@ -68,7 +58,6 @@ class ShardOrder:
 
     Args:
         counts: samples of each shard; items are numbered through the shards.
-        parallel_shards: number of lanes.
         key: seeds of the permutations.
     """
 
@@ -114,21 +103,13 @@ class MixedOrder:
     floor(E shares[k] / same_shape_run) runs. No ordering is ever rounded away, and all items of an ordering are met equally often. The runs
     of an epoch are shuffled.
 
-    Args:
-        orderings: each with items of one shape.
-        shares: samples of each ordering in an epoch.
-        same_shape_run: consecutive samples from one ordering.
-        seed: of the shuffling.
-
     Raises:
         UserError: no orderings, or a share or run that is not positive.
     """
 
     def __init__(self, orderings: Sequence[Ordering], shares: Sequence[int], same_shape_run: int, seed: int) -> None:
         if same_shape_run < 1 or len(orderings) != len(shares) or min(shares, default=0) < 1:
-            raise UserError(
-                f"mixture of clips with shares {list(shares)} in runs of {same_shape_run}; all must be positive"
-            )
+            raise UserError(f"clips with shares {list(shares)} in runs of {same_shape_run}; all must be positive")
         self.orderings, self.shares = list(orderings), list(shares)
         self.same_shape_run, self.seed = same_shape_run, seed
         self.length = sum(self.shares)

@@ -27,44 +27,26 @@ _JUDGED = ("decodable", "num_frames", "duration", "motion", "cut", "watermark")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits of the checks, and the checks by which clips are rejected.
+    """Limits of the checks, and the names of those by which clips are rejected; broken clips always are."""
 
-    Attributes:
-        num_frames: frames of a training clip.
-        fps: frames per second of a training clip; None: the file's own.
-        min_motion: mean difference of neighboring frames, levels of 255.
-        max_watermark_score: correlation with the watermark template, -1 to 1.
-        reject: names of the checks; broken clips are always rejected.
-    """
-
-    num_frames: int
-    fps: float | None
-    min_motion: float
-    max_watermark_score: float
+    num_frames: int  # of a training clip
+    fps: float | None  # of a training clip; None: the file's own
+    min_motion: float  # mean difference of neighboring frames, levels of 255
+    max_watermark_score: float  # correlation with the watermark template, -1 to 1
     reject: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClipSurvey:
-    """A clip at low resolution and frame rate.
-
-    Attributes:
-        info: properties of the file.
-        times: seconds of each frame after the first one, (n,).
-        frames: uint8 (n, *SIZE, 3).
-    """
+    """A clip at low resolution and frame rate."""
 
     info: video_reader.VideoInfo
-    times: np.ndarray
-    frames: np.ndarray
+    times: np.ndarray  # seconds after the first frame, (n,)
+    frames: np.ndarray  # uint8 (n, *SIZE, 3)
 
 
 def survey_clip(decoder: DecoderProcess, source: video_reader.Source) -> ClipSurvey:
-    """Decodes a video, or a picture as a clip of one frame.
-
-    Raises:
-        UserError: it cannot be decoded, or not in time.
-    """
+    """Decodes a video, or a picture as a clip of one frame; a UserError if it cannot be decoded, or not in time."""
     if video_reader.is_image(source):
         picture = decoder("read_image", source)[0]
         height, width = picture.shape[:2]
@@ -93,16 +75,11 @@ def find_cut(differences: np.ndarray) -> int | None:
 
 def mean_motion(differences: np.ndarray, cut: int | None) -> float | None:
     """Mean frame difference without the one at the cut; None: fewer than two frames."""
-    if not len(differences):
-        return None
-    return float((differences if cut is None else np.delete(differences, cut - 1)).mean())
+    return float((differences if cut is None else np.delete(differences, cut - 1)).mean()) if len(differences) else None
 
 
 def hashes(frames: np.ndarray) -> list[int]:
-    """Difference hashes of the first, middle and last frame: 64 bits each, the sign of the difference of neighboring cells.
-
-    They survive what copies of a video go through: another size, bit rate or codec.
-    """
+    """Difference hashes of the first, middle and last frame, 64 bits each, which survive another size, bit rate or codec."""
     values = []
     for frame in frames[[0, len(frames) // 2, -1]]:
         cells = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA).astype(int)
@@ -119,9 +96,9 @@ def persistent_edges(frames: np.ndarray) -> np.ndarray:
 
 
 def watermark_template(edges: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Median of the persistent edges of many clips, float32 (2, h, w) (Dekel et al., CVPR 2017, section 3.1); None: too few clips.
+    """Strongest twentieth of the median of many clips' persistent edges, float32 (2, h, w), else zero; None: too few clips.
 
-    All but the strongest twentieth, where a watermark would be, is set to zero.
+    After Dekel et al., CVPR 2017, section 3.1.
     """
     if len(edges) < MIN_TEMPLATE_CLIPS:
         return None
@@ -161,12 +138,9 @@ def measure(
 
 
 def first_copies(clip_hashes: np.ndarray) -> np.ndarray:
-    """Index of the first clip that shows the same as each clip, -1 for none.
+    """Index of the first clip that shows the same as each clip, -1 for none, from their hashes, uint64 (n, 3), zeros for none.
 
     Candidates share one of their three hashes exactly; of all bits at most a sixteenth may differ.
-
-    Args:
-        clip_hashes: of all clips, uint64 (n, 3); zeros for none.
     """
     first = np.full(len(clip_hashes), -1)
     for column in range(clip_hashes.shape[1]):

@@ -44,20 +44,16 @@ def check_clips(
     num_workers: int | None = None,
     ray_address: str | None = None,
 ) -> pa.Table:
-    """Examines clips of a data set and judges them.
+    """Examines clips and judges them: a table of the manifest's columns, `index`, `caption` and `thumbnail` (JPEG; null for most).
 
     Args:
-        indices: of the clips.
         folder: for finished chunks and the watermark template; emptied if it holds those of other clips.
         timeout: seconds for a clip, after which its decoder is killed.
         num_workers: processes; None: one per core.
         ray_address: Ray cluster on which they run; None: this machine.
 
-    Returns:
-        A row for each clip with the columns of the manifest, `index`, `caption` and `thumbnail` (JPEG; null for most).
-
     Raises:
-        UserError: a data set that cannot be divided, Ray is not installed or cannot be reached.
+        UserError: a data set that cannot be divided; Ray is not installed or cannot be reached.
     """
     dataset.subset([])
     _remove_other_chunks(folder, dataset, indices, timeout)
@@ -147,11 +143,7 @@ def _check_chunk(
 
 @contextmanager
 def _worker_pool(num_workers: int | None, ray_address: str | None) -> Iterator[Any]:
-    """Processes on this machine or on a Ray cluster, with the interface of `multiprocessing.Pool`.
-
-    Raises:
-        UserError: Ray is not installed, or cannot be reached.
-    """
+    """Processes on this machine or on a Ray cluster, with the interface of `multiprocessing.Pool`."""
     if ray_address is None:
         # Spawned, not forked: this process has threads.
         with multiprocessing.get_context("spawn").Pool(num_workers or os.cpu_count()) as pool:
@@ -165,26 +157,16 @@ def _worker_pool(num_workers: int | None, ray_address: str | None) -> Iterator[A
         raise UserError("ray_address needs Ray; install microcinema[ray], or leave ray_address out") from None
     try:
         address = {"include_dashboard": False} if ray_address == "local" else {"address": ray_address}
-        _check_address(ray_address)
+        host, _, port = ray_address.removeprefix("ray://").rpartition(":")
+        if port.isdigit():  # Ray itself waits for minutes for a cluster that is not there
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**address, log_to_driver=False, logging_level=logging.ERROR)
         ray_pool = Pool(num_workers)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"ray_address='{ray_address}' cannot be used ({error}); give auto, local, host:port or ray://host:port"
-        ) from None
+        forms = "auto, local, host:port or ray://host:port"
+        raise UserError(f"ray_address='{ray_address}' cannot be used ({error}); give {forms}") from None
     try:
         yield ray_pool
     finally:
         ray_pool.terminate()
         ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Connects to a host and port: Ray itself waits for minutes for a cluster that is not there.
-
-    Raises:
-        OSError: no answer.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()

@@ -57,11 +57,7 @@ def histogram(values: np.ndarray) -> dict[str, Any] | None:
 
 
 def encode_thumbnail(survey: ClipSurvey, cut: float | None) -> bytes:
-    """A JPEG of the first, middle and last frame at the clip's own aspect ratio; for a cut, of the first frame and of both its sides.
-
-    Args:
-        cut: seconds after the first frame; None: no cut.
-    """
+    """A JPEG of the first, middle and last frame at the clip's aspect ratio; with a cut (seconds), of the first frame and of both its sides."""
     count = len(survey.frames)
     indices = [0, count // 2, count - 1]
     if cut is not None:
@@ -74,13 +70,7 @@ def encode_thumbnail(survey: ClipSurvey, cut: float | None) -> bytes:
 
 
 def write_report(path: str | os.PathLike[str], table: pa.Table, num_clips: int, skipped: Mapping[str, int]) -> None:
-    """Writes the page, whole or not at all.
-
-    Args:
-        table: as `check_clips` returns it.
-        num_clips: of the data set.
-        skipped: clips that the data set leaves out, by reason.
-    """
+    """Writes the page of a table that `check_clips` returned, for a data set of `num_clips` clips without the skipped ones."""
     columns = {name: table.column(name).cast(pa.float64()).to_numpy() for name in HISTOGRAMS}
     thumbnails: dict[str, list[dict[str, Any]]] = {}
     for row in table.filter(pc.is_valid(table.column("thumbnail"))).to_pylist():

@@ -50,8 +50,7 @@ class Quarantine:
         """`dataset[index]`, or the first replacement that can be read; and the number of broken clips before it.
 
         Args:
-            sample_index: in the global order.
-            replacement: index of the first, second, ... replacement.
+            replacement: gives the index of the first, second, ... replacement.
 
         Raises:
             UserError: all replacements are broken as well.
@@ -70,30 +69,19 @@ class Quarantine:
         """`dataset[index]`, or None if it cannot be read or is recorded under this sample index; `reason` then says why."""
         if (sample_index, index) in self._recorded:
             return None
-        try:
-            return self._retry(dataset, index)
-        except UserError as error:
-            self.reason = str(error)
-            self._record(dataset, sample_index, index)
-            return None
-
-    def _retry(self, dataset: ClipSource, index: int) -> dict[str, Any]:
-        for retry in range(self.retries):
+        for retry in range(1 + self.retries):
             try:
                 return dataset[index]
-            except UserError:
-                time.sleep(_FIRST_PAUSE * 2**retry)
-        return dataset[index]
+            except UserError as error:
+                self.reason = str(error)
+                if retry < self.retries:
+                    time.sleep(_FIRST_PAUSE * 2**retry)
+        self._record(dataset, sample_index, index)
+        return None
 
     def _record(self, dataset: ClipSource, sample_index: int, index: int) -> None:
-        record = {
-            "sample_index": sample_index,
-            "index": index,
-            "id": dataset.id(index),
-            "reason": self.reason,
-            "tries": 1 + self.retries,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+        record = {"sample_index": sample_index, "index": index, "id": dataset.id(index), "reason": self.reason}
+        record |= {"tries": 1 + self.retries, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.folder.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -104,11 +92,7 @@ class Quarantine:
 
 
 def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of all processes; none if the folder does not exist.
-
-    Raises:
-        UserError: a damaged line.
-    """
+    """The records of all processes; none if the folder does not exist; a UserError for a damaged line."""
     records = []
     for path in sorted(Path(folder).glob("rank-*.jsonl")):
         lines = path.read_bytes().split(b"\n")
@@ -145,27 +129,17 @@ class ErrorRate:
         self._recent: deque[bool] = deque(maxlen=window)  # whether each clip was broken
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The same batches; counts their clips and the `broken` ones that these replace.
-
-        Raises:
-            UserError: as `count`.
-        """
+        """The same batches; counts their clips and the `broken` ones that these replace."""
         for batch in batches:
             for broken in batch["broken"].tolist():
                 self.count(broken, 1)
             yield batch
 
     def count(self, broken: int, sound: int) -> None:
-        """Adds clips that were read.
-
-        Raises:
-            UserError: more than `max_error_rate` of the recent clips are broken.
-        """
+        """Adds clips; a UserError if more than `max_error_rate` of the recent ones are broken."""
         self.total += broken
         self._recent.extend([True] * broken + [False] * sound)
         num_clips, num_broken = len(self._recent), sum(self._recent)
         if num_clips >= self.min_clips and num_broken > self.max_error_rate * num_clips:
-            raise UserError(
-                f"{num_broken} of the last {num_clips} clips are broken, more than max_error_rate={self.max_error_rate:g}; "
-                "see the quarantine for the reasons, and exclude them with `microcinema prepare check`"
-            )
+            share = f"{num_broken} of the last {num_clips} clips are broken, more than max_error_rate={self.max_error_rate:g}"
+            raise UserError(f"{share}; see the quarantine, and exclude them with `microcinema prepare check`")

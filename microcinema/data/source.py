@@ -18,7 +18,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 class ClipSource(Dataset[dict[str, Any]]):
-    """Base class of the data sets; a subclass defines `__len__` and `__getitem__` and overrides whatever else it knows better.
+    """Base class of the data sets; a subclass defines `__len__`, `__getitem__` and whatever else it knows better.
 
     An item holds `video` float32 (f, 3, H, W) in [-1, 1] or scaled `latents` (f, c, h, w), `caption`, `fps`, and, where the data set has them,
     `description` and `motion` (captions of the key frame and of the motion), `id`, `index`, `flow` and `flow_valid`.
@@ -38,54 +38,31 @@ class ClipSource(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
-
     def set_epoch(self, epoch: int) -> None:
         """Selects the pass over the data to which the next items belong; a loader's worker process has to call it itself."""
         self.epoch = epoch
 
     def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
-        """Orders whose items have one shape each, with the number of samples that each contributes to a pass.
-
-        Args:
-            key: seeds of the random permutations.
-        """
+        """Orders whose items have one shape each, with their samples per epoch; `key` seeds the permutations."""
         return [(ShuffledOrder(len(self), key), len(self))]
 
     def check_processes(self, count: int) -> None:
-        """Checks that `count` processes can share the data set.
-
-        Raises:
-            UserError: some of them would have nothing to read.
-        """
+        """Raises a UserError if some of `count` processes would have nothing to read."""
 
     def id(self, index: int) -> str:
         """Name of a clip in messages, quarantine and manifest."""
         return str(index)
 
     def file(self, index: int) -> Source:
-        """The video or picture file of a clip, or its member of a tar file.
-
-        Raises:
-            UserError: the clip has none, or it is missing.
-        """
+        """The video or picture of a clip; a UserError if it has none, or it is missing."""
         raise UserError(f"clips of a {type(self).__name__} have no files")
 
     def captions(self, index: int) -> dict[str, str]:
-        """`caption`, `description` and `motion` of a clip.
-
-        Raises:
-            UserError: the clip has no caption.
-        """
+        """`caption`, `description` and `motion` of a clip; a UserError if it has no caption."""
         raise UserError(f"captions of a {type(self).__name__} cannot be read without its items")
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> tuple["ClipSource", Sequence[int] | np.ndarray]:
-        """A data set that holds these clips and is small enough to be sent to another process, and their indices in it.
-
-        Raises:
-            UserError: the data set cannot be divided.
-        """
+        """A data set with these clips, small enough to be sent to another process, and their indices in it; a UserError if there is none."""
         raise UserError(f"data of kind {type(self).__name__} cannot be checked; check the data that it is made of")
 
     def fingerprint(self) -> dict[str, Any]:
