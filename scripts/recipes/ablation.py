@@ -2,7 +2,7 @@
 
     microcinema prepare sprites num_videos=6000 rotation_weight=4
     microcinema prepare latents experiment=sprites_factorized_dreamer "cached_parts=[keyframe, flow]"
-    python scripts/recipes/ablation.py --workers 2
+    python -m scripts.recipes.ablation --workers 2
 
 The grid is `configs/ablation/sprites.yaml`. A run is `train` and then `evaluate`, each a process of its own, in
 `<output-dir>/<paper>/<variant>/seed-<n>`. Started again, the grid goes on: a run whose result stands is skipped, a training that was broken
@@ -23,131 +23,28 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from scipy import stats
-from yaml import YAMLError
 
 from microcinema.config.compose import compose, load, plain
 from microcinema.config.help import config_folder
 from microcinema.pipelines.loading import INDEX
 from microcinema.sprites.evaluate import RESULTS_FILE
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder, write_json
-from microcinema.utils.fingerprint import FINGERPRINT, write_or_verify
+from microcinema.utils.files import make_folder, write_json
+from microcinema.utils.fingerprint import write_or_verify
+from scripts.recipes.ablation_grid import Grid, Run, choose, load_grid
+from scripts.recipes.ablation_report import RESULT_FILE, publish
 
-RESULT_FILE = "result.json"
-FIGURE = "ablation.png"
-CONFIDENCE = 0.95
-FULL = "full"
 INTERRUPTED = 130
+LAUNCHERS = Path(__file__).parents[1]
+"""The folder with a script for each command."""
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """A column of the table: its heading, its unit, and how many units make one."""
-
-    label: str
-    unit: str
-    scale: float = 1.0
-
-
-QUANTITIES = {
-    "object": Quantity("Object", "%", 100),
-    "motion": Quantity("Motion", "%", 100),
-    "psnr": Quantity("PSNR to key frame", "dB"),
-    "loss": Quantity("Final training loss", ""),
-}
-NOTE = (
-    "Mean over seeds with the half-width of its 95 % interval (Student's t over seeds), and in brackets the mean difference to `full` of the same "
-    "seed with that of its own. Object and motion are shares of all measured clips. The loss is the denoiser's, over the last tenth of the "
-    "steps, without PredictNet's; it can be compared only where neither its weights nor what is predicted from what noise changed."
-)
 
 Runner = Callable[[str, Sequence[str], Path], int]
 """Runs a command (`train`, `evaluate`) with overrides, writes what it says to a file, and returns its exit status."""
-
-
-@dataclass
-class Paper:
-    """What all runs of a paper are told to train with, and what each variant is told beside it."""
-
-    train: list[str]
-    variants: dict[str, list[str]]
-
-
-@dataclass
-class Grid:
-    """A grid file; see the comments of the one that is shipped."""
-
-    seeds: list[int]
-    max_train_steps: int
-    train: list[str]
-    evaluate: list[str]
-    papers: dict[str, Paper]
-
-    def train_overrides(self, paper: str, variant: str) -> list[str]:
-        """What a variant's `train` is told, but for seed, steps and folders."""
-        return [*self.papers[paper].train, *self.train, *self.papers[paper].variants[variant]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of the grid."""
-
-    paper: str
-    variant: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.paper}/{self.variant}/seed-{self.seed}"
-
-
-# --- the grid --------------------------------------------------------------------------------------------------------------------
-
-
-def load_grid(path: Path) -> Grid:
-    """A grid file.
-
-    Raises:
-        UserError: no grid, or a paper without the variant `full` that the others are compared with.
-    """
-    try:
-        grid: Grid = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Grid), OmegaConf.load(path)))  # type: ignore[assignment]
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"'{path}' is no grid: {' '.join(str(error).split())}") from None
-    for name, paper in grid.papers.items():
-        if FULL not in paper.variants:
-            raise UserError(f"paper '{name}' of '{path}' has no variant '{FULL}' to compare with")
-    return grid
-
-
-def choose(grid: Grid, papers: Sequence[str] | None, variants: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
-    """The runs of these papers, variants and seeds (None: all), seed by seed, so that a grid that is broken off is narrow, not short.
-
-    Raises:
-        UserError: a name that is not in the grid.
-    """
-    known = {"paper": set(grid.papers), "variant": {v for p in grid.papers.values() for v in p.variants}}
-    for kind, chosen in (("paper", papers), ("variant", variants)):
-        for name in chosen or ():
-            if name not in known[kind]:
-                raise UserError(f"the grid has no {kind} '{name}'; it has {', '.join(sorted(known[kind]))}")
-    return [
-        Run(paper, variant, seed)
-        for seed in seeds
-        for paper, content in grid.papers.items()
-        for variant in content.variants
-        if paper in (papers or known["paper"]) and variant in (variants or known["variant"])
-    ]
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------------------
 
 
 class Processes:
@@ -165,7 +62,7 @@ class Processes:
     def __call__(self, command: str, overrides: Sequence[str], log: Path) -> int:
         if self._stopped:
             return INTERRUPTED
-        script = Path(__file__).with_name(f"{command}.py")
+        script = LAUNCHERS / f"{command}.py"
         with log.open("ab") as file:
             process = subprocess.Popen(
                 [sys.executable, str(script), *overrides], stdout=file, stderr=subprocess.STDOUT, env=self.environment
@@ -184,7 +81,7 @@ class Processes:
             process.terminate()
 
 
-def claim_all(grid: Grid, runs: Sequence[Run], steps: int, data: Path, output_dir: Path) -> None:
+def mark_all(grid: Grid, runs: Sequence[Run], steps: int, data: Path, output_dir: Path) -> None:
     """Composes the settings of every run, and marks its folder with them, and the output directory with what all share.
 
     Raises:
@@ -274,157 +171,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield prefix + key, value
 
 
-# --- the outcome -----------------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and its 95 % interval by Student's t: `mean`, `low`, `high`, `n`; None where there are too few values to say."""
-    n = len(values)
-    mean = float(np.mean(values)) if n else None
-    low = high = None
-    if mean is not None and n > 1:
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-        low, high = mean - half, mean + half
-    return {"mean": mean, "low": low, "high": high, "n": n}
-
-
-def summarise(grid: Grid, output_dir: Path) -> dict[str, Any]:
-    """Everything that is published: for each variant of each paper its seeds, its measures, and their differences to `full`; every
-    variant and seed of the grid is in it, those that have not been run as missing.
-
-    Raises:
-        UserError: nothing has been run here.
-    """
-    if not (output_dir / FINGERPRINT).is_file():
-        raise UserError(f"'{output_dir}' holds no ablation; run one into it first")
-    versions: list[Any] = []
-    papers: dict[str, Any] = {}
-    for paper, content in grid.papers.items():
-        found: dict[str, dict[int, Any]] = {}
-        for variant in content.variants:
-            files = (output_dir / paper / variant).glob(f"seed-*/{RESULT_FILE}")
-            results = {int(file.parent.name.removeprefix("seed-")): json.loads(file.read_text()) for file in files}
-            found[variant] = dict(sorted(results.items()))
-            for result in results.values():
-                if result["versions"] not in versions:
-                    versions.append(result["versions"])
-        rows = {}
-        for variant, results in found.items():
-            measures = {}
-            for key in QUANTITIES:
-                pairs = [results[seed][key] - found[FULL][seed][key] for seed in results if seed in found[FULL]]
-                difference = None if variant == FULL else interval(pairs)
-                values = {seed: result[key] for seed, result in results.items()}
-                measures[key] = {**interval(list(values.values())), "values": values, "difference": difference}
-            rows[variant] = {
-                "overrides": content.variants[variant],
-                "seeds": list(results),
-                "missing": [seed for seed in grid.seeds if seed not in results],
-                "measures": measures,
-            }
-        papers[paper] = rows
-    settings = json.loads((output_dir / FINGERPRINT).read_text(encoding="utf-8"))
-    return {"settings": settings, "confidence": CONFIDENCE, "versions": versions, "papers": papers}
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The page of a summary: its table, beside which the figure is expected."""
-    headings = [f"{q.label}{f', {q.unit}' if q.unit else ''}" for q in QUANTITIES.values()]
-    settings = summary["settings"]
-    lines = [
-        "# Ablation grid",
-        "",
-        f"![Differences of every variant to the whole model of the same seed]({FIGURE})",
-        "",
-    ]
-    lines += [f"{settings['max_train_steps']} steps a run; measured with `{' '.join(settings['evaluate'])}`. {NOTE}"]
-    for paper, rows in summary["papers"].items():
-        lines += ["", f"| {paper} | changes | seeds | {' | '.join(headings)} |"]
-        lines.append("| --- | --- | ---: |" + " ---: |" * len(headings))
-        for variant, row in rows.items():
-            cells = [_cell(row["measures"][key], quantity) for key, quantity in QUANTITIES.items()]
-            changes = ", ".join(f"`{override}`" for override in row["overrides"]) or "nothing"
-            lines.append(f"| {_label(variant)} | {changes} | {len(row['seeds'])} | {' | '.join(cells)} |")
-    missing = [
-        f"{paper}/{variant} (seeds {', '.join(map(str, row['missing']))})"
-        for paper, rows in summary["papers"].items()
-        for variant, row in rows.items()
-        if row["missing"]
-    ]
-    lines += ["", f"Missing: {'; '.join(missing) or 'none'}."]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(measure: Mapping[str, Any], quantity: Quantity) -> str:
-    if measure["mean"] is None:
-        return "missing"
-    digits = 1 if quantity.unit else 4
-
-    def number(of: Mapping[str, Any], sign: str) -> str:
-        text = f"{quantity.scale * of['mean']:{sign}.{digits}f}"
-        return text if of["high"] is None else f"{text} ± {quantity.scale * (of['high'] - of['mean']):.{digits}f}"
-
-    difference = measure["difference"]
-    compared = difference is not None and difference["mean"] is not None
-    return number(measure, "") + (f" ({number(difference, '+')})" if compared else "")
-
-
-def _label(variant: str) -> str:
-    return variant.replace("_", " ")
-
-
-def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """The figure: a row of panels for each paper, a panel for each quantity; differences to `full` of the same seed, which vary much less than
-    the seeds do, with their intervals, seeds as dots.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the figure needs matplotlib; pip install 'microcinema[dev]'") from None
-    papers = summary["papers"]
-    heights = [len(rows) for rows in papers.values()]
-    figure = Figure(figsize=(14, 1.5 + 0.42 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(papers), len(QUANTITIES), sharey="row", squeeze=False, height_ratios=heights)
-    for line, (paper, rows) in zip(panels, papers.items(), strict=True):
-        full, others = rows[FULL]["measures"], [variant for variant in rows if variant != FULL]
-        for panel, (key, quantity) in zip(line, QUANTITIES.items(), strict=True):
-            for place, variant in enumerate(others):
-                measure = rows[variant]["measures"][key]
-                difference = measure["difference"]
-                if difference["mean"] is None:
-                    # Across the panel, which has no scale for what is not there.
-                    panel.text(0.5, place, "missing", transform=panel.get_yaxis_transform(), ha="center", va="center")
-                    continue
-                mean = quantity.scale * difference["mean"]
-                half = 0.0 if difference["high"] is None else quantity.scale * difference["high"] - mean
-                panel.errorbar(mean, place, xerr=half or None, fmt="o", color="tab:blue", capsize=3)
-                of_full, values = full[key]["values"], measure["values"]
-                pairs = [quantity.scale * (values[seed] - of_full[seed]) for seed in values if seed in of_full]
-                panel.plot(pairs, [place] * len(pairs), ".", color="grey", markersize=4)
-            panel.axvline(0, color="black", linewidth=0.8, linestyle=":")
-            panel.set_xlabel(f"{quantity.label}{f', {quantity.unit}' if quantity.unit else ''}")
-            whole = "missing" if full[key]["mean"] is None else f"{quantity.scale * full[key]['mean']:.3g}"
-            panel.set_title(f"difference to full: {whole}", fontsize="medium")
-        line[0].set_yticks(range(len(others)), [_label(variant) for variant in others])
-        line[0].set_ylim(len(others) - 0.5, -0.5)
-        line[0].set_ylabel(paper)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-
-
-def publish(grid: Grid, output_dir: Path) -> None:
-    """Writes the table, as JSON and as Markdown, and the figure."""
-    summary = summarise(grid, output_dir)
-    write_json(output_dir / "ablation.json", summary)
-    with atomic_path(output_dir / "ablation.md") as temporary:
-        temporary.write_text(markdown(summary), encoding="utf-8")
-    draw(summary, output_dir / FIGURE)
-    print(output_dir / "ablation.md")
-
-
 # --- the command line ------------------------------------------------------------------------------------------------------------
 
 
@@ -478,9 +224,9 @@ def run_all(
     """Does every run whose result does not stand, so many at once, and returns how many failed.
 
     Raises:
-        UserError: as `claim_all`; then nothing has been run.
+        UserError: as `mark_all`; then nothing has been run.
     """
-    claim_all(grid, runs, steps, data, make_folder(output_dir))
+    mark_all(grid, runs, steps, data, make_folder(output_dir))
     processes = Processes(workers)
     begun, failed = time.monotonic(), 0
     with ThreadPoolExecutor(workers) as pool:

@@ -1,7 +1,7 @@
 """The recipe of the embedded Moving Sprites models: renders the data and trains every model, each stage on the ones before it.
 
-    python scripts/recipes/train_assets.py                 # all stages that are not done yet
-    python scripts/recipes/train_assets.py stages=[vae]    # one stage
+    python -m scripts.recipes.train_assets                 # all stages that are not done yet
+    python -m scripts.recipes.train_assets stages=[vae]    # one stage
 
 A stage whose output stands is skipped; an interrupted stage goes on where its last snapshot was. Work files go to `work`, the models to `assets`.
 """

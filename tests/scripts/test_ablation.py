@@ -1,12 +1,9 @@
 """The ablation grid: what its variants change, that it goes on where it stopped, and what is published of it."""
 
-import importlib.util
 import json
-import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,8 +21,8 @@ from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.training.build import build_networks
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.utils.errors import UserError
+from scripts.recipes import ablation, ablation_grid, ablation_report
 
-PATH = Path(__file__).parents[2] / "scripts" / "recipes" / "ablation.py"
 NONE = {"diffusion.noise_prior.kind": "none", "diffusion.noise_prior.strength": 0.0}
 WITHOUT_APPEARANCE = dict.fromkeys(
     [f"model.{part}{key}" for part in ("", "unet.", "condition_encoder.") for key in ("fusion", "inject")]
@@ -58,17 +55,8 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def ablate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablate", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablate"] = module  # where dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def shipped(ablate: ModuleType) -> Any:
-    return ablate.load_grid(ablate.config_folder() / "ablation" / "sprites.yaml")
+def shipped() -> Any:
+    return ablation_grid.load_grid(ablation.config_folder() / "ablation" / "sprites.yaml")
 
 
 # the grid
@@ -83,19 +71,19 @@ def composed(shipped: Any) -> dict[tuple[str, str], Any]:
     }
 
 
-def leaves(ablate: ModuleType, config: Any) -> dict[str, Any]:
-    return dict(ablate._dotted(plain(config)))
+def leaves(config: Any) -> dict[str, Any]:
+    return dict(ablation._dotted(plain(config)))
 
 
-def test_a_variant_changes_exactly_what_it_says(ablate: ModuleType, shipped: Any, composed: dict):
+def test_a_variant_changes_exactly_what_it_says(shipped: Any, composed: dict):
     assert len(shipped.seeds) >= 3
     assert {paper: set(content.variants) - {"full"} for paper, content in shipped.papers.items()} == {
         paper: set(variants) for paper, variants in CHANGES.items()
     }
     for paper, variants in CHANGES.items():
-        full = leaves(ablate, composed[paper, "full"])
+        full = leaves(composed[paper, "full"])
         for variant, expected in variants.items():
-            other = leaves(ablate, composed[paper, variant])
+            other = leaves(composed[paper, variant])
             assert full.keys() == other.keys()
             assert {key: value for key, value in other.items() if value != full[key]} == expected, variant
 
@@ -143,10 +131,10 @@ LEFT = "without_schedule"
 
 
 @pytest.fixture
-def results(ablate: ModuleType, shipped: Any, tmp_path: Path) -> Path:
+def results(shipped: Any, tmp_path: Path) -> Path:
     """Results as runs leave them: three whole variants of Factorized-Dreamer, one seed of a fourth, nothing else."""
     settings = {"max_train_steps": 1200, "evaluate": shipped.evaluate, "train": shipped.train, "data": "data"}
-    ablate.write_or_verify(tmp_path, settings)
+    ablation.write_or_verify(tmp_path, settings)
     for variant, values in VALUES.items():
         for seed, value in enumerate(values):
             result = {
@@ -156,21 +144,23 @@ def results(ablate: ModuleType, shipped: Any, tmp_path: Path) -> Path:
                 "loss": value / 10,
                 "versions": {"v": 1},
             }
-            ablate.write_json(tmp_path / "factorized_dreamer" / variant / f"seed-{seed}" / ablate.RESULT_FILE, result)
+            ablation_report.write_json(
+                tmp_path / "factorized_dreamer" / variant / f"seed-{seed}" / ablation_report.RESULT_FILE, result
+            )
     return tmp_path
 
 
-def test_intervals_are_students(ablate: ModuleType):
+def test_intervals_are_students():
     expected = stats.ttest_1samp(VALUES["full"], 0).confidence_interval(0.95)
-    found = ablate.interval(VALUES["full"])
+    found = ablation_report.interval(VALUES["full"])
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
     assert found["mean"] == pytest.approx(sum(VALUES["full"]) / 3) and found["n"] == 3
-    assert ablate.interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
-    assert ablate.interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
+    assert ablation_report.interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
+    assert ablation_report.interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
-def test_differences_are_of_the_same_seed(ablate: ModuleType, shipped: Any, results: Path):
-    rows = ablate.summarise(shipped, results)["papers"]["factorized_dreamer"]
+def test_differences_are_of_the_same_seed(shipped: Any, results: Path):
+    rows = ablation_report.summarise(shipped, results)["papers"]["factorized_dreamer"]
     paired = stats.ttest_rel(VALUES["without_t5"], VALUES["full"]).confidence_interval(0.95)
     difference = rows["without_t5"]["measures"]["object"]["difference"]
     assert (difference["low"], difference["high"]) == pytest.approx((paired.low, paired.high))
@@ -179,9 +169,7 @@ def test_differences_are_of_the_same_seed(ablate: ModuleType, shipped: Any, resu
     assert rows["full"]["measures"]["object"]["difference"] is None
 
 
-def test_the_table_and_the_figure_tell_what_is_missing(
-    ablate: ModuleType, shipped: Any, results: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_table_and_the_figure_tell_what_is_missing(shipped: Any, results: Path, monkeypatch: pytest.MonkeyPatch):
     def nothing(*arguments: Any) -> int:
         raise AssertionError("--table runs nothing")
 
@@ -190,12 +178,12 @@ def test_the_table_and_the_figure_tell_what_is_missing(
 
     text = Axes.text
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: (drawn.append(s), text(self, x, y, s, **k))[1])
-    assert ablate.main(["--table", "--output-dir", str(results)], nothing) == 0
+    assert ablation.main(["--table", "--output-dir", str(results)], nothing) == 0
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (results / "ablation.md").read_text().splitlines()
     ]
     table = {row[0]: row[2:] for row in rows if len(row) == 7}
-    low, mean = ablate.interval(VALUES["full"])["low"], sum(VALUES["full"]) / 3
+    low, mean = ablation_report.interval(VALUES["full"])["low"], sum(VALUES["full"]) / 3
     assert table["full"][:2] == ["3", f"{100 * mean:.1f} ± {100 * (mean - low):.1f}"]
     assert table["without t5"][1].startswith("68.3 ± ") and "(-20.0 ± " in table["without t5"][1]
     assert table["without adapter"] == ["1", "50.0 (-40.0)", "50.0 (+40.0)", "15.0 (-12.0)", "0.0500 (-0.0400)"]
@@ -211,20 +199,20 @@ def test_the_table_and_the_figure_tell_what_is_missing(
 
     cells = sum(len(paper.variants) for paper in shipped.papers.values())
     found, whole = len(VALUES) - 1, len(shipped.papers)  # `full` is what the others are drawn beside
-    assert drawn.count("missing") == (cells - whole - found) * len(ablate.QUANTITIES)
+    assert drawn.count("missing") == (cells - whole - found) * len(ablation_report.QUANTITIES)
     assert (results / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_loss_is_of_the_last_tenth_without_that_of_flow(ablate: ModuleType, tmp_path: Path):
+def test_the_loss_is_of_the_last_tenth_without_that_of_flow(tmp_path: Path):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path / "logs" / "microcinema")) as writer:
         for step in [*range(1, 20), 19, 20]:  # broken off, and one step done again
             writer.add_scalar("loss", 2.0 * step, step)
             writer.add_scalar("loss/flow", 10.0, step)
-    assert ablate.final_loss(tmp_path, 20, 0.1) == pytest.approx((38 + 40) / 2 - 1)
+    assert ablation.final_loss(tmp_path, 20, 0.1) == pytest.approx((38 + 40) / 2 - 1)
     with pytest.raises(UserError, match="steps 28 to 30"):
-        ablate.final_loss(tmp_path, 30, 0.1)
+        ablation.final_loss(tmp_path, 30, 0.1)
 
 
 # runs
@@ -301,7 +289,7 @@ def arguments(world: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_grid_goes_on_where_it_stopped(
-    ablate: ModuleType, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     out = tmp_path / "out"
     command = arguments(world, "--output-dir", str(out))
@@ -314,12 +302,12 @@ def test_the_grid_goes_on_where_it_stopped(
     with monkeypatch.context() as context:
         context.setattr(Checkpoints, "save", save_and_break_off)
         broken = InProcess()
-        assert ablate.main([*command, "--variants", "full"], broken) == 1
+        assert ablation.main([*command, "--variants", "full"], broken) == 1
     assert [name for name, _ in broken.asked] == ["train"]
     assert "paper/full/seed-5: failed; see" in capsys.readouterr().out
 
     runner = InProcess()
-    assert ablate.main(command, runner) == 0
+    assert ablation.main(command, runner) == 0
     assert [name for name, _ in runner.asked] == ["train", "evaluate"] * 2
     results = {v: json.loads((out / "paper" / v / "seed-5" / "result.json").read_text()) for v in ("full", "without")}
     evaluated = json.loads((out / "paper" / "full" / "seed-5" / "evaluate" / "results.json").read_text())
@@ -336,20 +324,20 @@ def test_the_grid_goes_on_where_it_stopped(
     # An evaluation that is lost is made again without training; what stands is left alone.
     (out / "paper" / "without" / "seed-5" / "result.json").unlink()
     runner = InProcess()
-    assert ablate.main(command, runner) == 0
+    assert ablation.main(command, runner) == 0
     assert [name for name, _ in runner.asked] == ["evaluate"]
     runner = InProcess()
-    assert ablate.main(command, runner) == 0 and not runner.asked
+    assert ablation.main(command, runner) == 0 and not runner.asked
     assert {v: json.loads((out / "paper" / v / "seed-5" / "result.json").read_text()) for v in results} == results
 
     # Other settings do not come into the same folder: neither those that all share nor those of a variant.
     capsys.readouterr()
-    assert ablate.main([*command, "--steps", "3"], runner) == 2
+    assert ablation.main([*command, "--steps", "3"], runner) == 2
     assert "max_train_steps was 2, now 3" in capsys.readouterr().err
     grid = yaml.safe_load((world / "grid.yaml").read_text())
     grid["papers"]["paper"]["variants"]["without"].append("motion_weight=1")
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(grid))
-    assert ablate.main([*command, "--grid", str(tmp_path / "other.yaml")], runner) == 2
+    assert ablation.main([*command, "--grid", str(tmp_path / "other.yaml")], runner) == 2
     assert "train.motion_weight was 0.0, now 1.0" in capsys.readouterr().err
     assert not runner.asked
 
@@ -362,15 +350,15 @@ def logged_steps(trained: Path) -> list[int]:
     return [event.step for event in log.Scalars("loss")]
 
 
-def test_a_choice_of_the_grid(ablate: ModuleType, shipped: Any):
-    names = [str(run) for run in ablate.choose(shipped, ["microcinema"], ["full", "without_t5"], [7, 8])]
+def test_a_choice_of_the_grid(shipped: Any):
+    names = [str(run) for run in ablation_grid.choose(shipped, ["microcinema"], ["full", "without_t5"], [7, 8])]
     assert names == ["microcinema/full/seed-7", "microcinema/full/seed-8"]
-    everything = ablate.choose(shipped, None, None, shipped.seeds)
+    everything = ablation_grid.choose(shipped, None, None, shipped.seeds)
     assert len(everything) == len(set(everything)) == 3 * sum(len(p.variants) for p in shipped.papers.values())
     assert [run.seed for run in everything] == sorted(run.seed for run in everything)
 
 
-def test_a_failure_is_alone(ablate: ModuleType, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_failure_is_alone(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Two at once; one fails, the other comes through as far as its own failure, and nothing is published as zero."""
     together = threading.Barrier(2, timeout=30)
 
@@ -380,12 +368,12 @@ def test_a_failure_is_alone(ablate: ModuleType, world: Path, tmp_path: Path, cap
         return 2 if command == "evaluate" or "model.flow_model=null" in overrides else 0
 
     out = tmp_path / "out"
-    assert ablate.main(arguments(world, "--output-dir", str(out), "--workers", "2"), runner) == 1
+    assert ablation.main(arguments(world, "--output-dir", str(out), "--workers", "2"), runner) == 1
     assert capsys.readouterr().out.count("failed; see") == 2
-    assert (out / "ablation.md").read_text().count("missing") == 2 * len(ablate.QUANTITIES)
+    assert (out / "ablation.md").read_text().count("missing") == 2 * len(ablation_report.QUANTITIES)
 
 
-def test_bad_input_ends_in_one_line(ablate: ModuleType, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_bad_input_ends_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "list.yaml").write_text("papers: 3")
     (tmp_path / "short.yaml").write_text("seeds: [0]\npapers: {a: {train: [], variants: {}}}")
     half = yaml.safe_load((world / "grid.yaml").read_text())
@@ -403,20 +391,20 @@ def test_bad_input_ends_in_one_line(ablate: ModuleType, world: Path, tmp_path: P
         (["--table"], "holds no ablation"),
     ]
     for more, said in cases:
-        assert ablate.main(arguments(world, "--output-dir", str(tmp_path / "out"), *more), InProcess()) == 2
+        assert ablation.main(arguments(world, "--output-dir", str(tmp_path / "out"), *more), InProcess()) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and told.startswith("error: ") and said in told, told
 
 
 @pytest.fixture
-def sleeper(ablate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of `train`: says its threads and what it was told, sleeps as long as the first of that says, and fails."""
     code = "import os, sys, time; print(os.environ['OMP_NUM_THREADS'], *sys.argv[1:], flush=True); "
     (tmp_path / "train.py").write_text(
         code + "time.sleep(float(sys.argv[1]) if sys.argv[1].isdigit() else 60); sys.exit(2)"
     )
-    monkeypatch.setattr(ablate, "__file__", str(tmp_path / "ablate.py"))
-    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(ablation, "LAUNCHERS", tmp_path)
+    monkeypatch.setattr(ablation.os, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -427,8 +415,12 @@ def wait_for(text: str, log: Path) -> None:
         time.sleep(0.01)
 
 
-def test_commands_are_processes(ablate: ModuleType, sleeper: None, tmp_path: Path):
-    run, log = ablate.Processes(2), tmp_path / "log.txt"
+def test_each_command_of_a_run_has_a_launcher():
+    assert all((ablation.LAUNCHERS / f"{command}.py").is_file() for command in ("train", "evaluate"))
+
+
+def test_commands_are_processes(sleeper: None, tmp_path: Path):
+    run, log = ablation.Processes(2), tmp_path / "log.txt"
     assert run("train", ["0", "a=b c"], log) == 2
     assert log.read_text() == "3 0 a=b c\n"
     ended: list[int] = []
@@ -438,11 +430,11 @@ def test_commands_are_processes(ablate: ModuleType, sleeper: None, tmp_path: Pat
     run.stop()
     thread.join(timeout=20)
     assert len(ended) == 1 and ended[0] < 0
-    assert run("train", ["60"], log) == ablate.INTERRUPTED
+    assert run("train", ["60"], log) == ablation.INTERRUPTED
 
 
 def test_interrupted_it_ends_its_runs_and_begins_no_other(
-    ablate: ModuleType, world: Path, sleeper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, sleeper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "out"
 
@@ -450,8 +442,8 @@ def test_interrupted_it_ends_its_runs_and_begins_no_other(
         wait_for("seed=5", out / "paper" / "full" / "seed-5" / "log.txt")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablate, "as_completed", interrupt)
+    monkeypatch.setattr(ablation, "as_completed", interrupt)
     begun = time.monotonic()
-    assert ablate.main(arguments(world, "--output-dir", str(out))) == ablate.INTERRUPTED
+    assert ablation.main(arguments(world, "--output-dir", str(out))) == ablation.INTERRUPTED
     assert time.monotonic() - begun < 50  # less than the run would have slept
     assert [path.parent.parent.name for path in out.rglob("log.txt")] == ["full"]

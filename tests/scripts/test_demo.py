@@ -1,6 +1,5 @@
 """What the demo hands from one command to the next, and what it makes of the videos."""
 
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +11,33 @@ from microcinema.config.compose import compose
 from microcinema.data.video_writer import write_video
 from microcinema.pipelines.prompts import read_prompt_items
 from microcinema.sprites import scene
-
-DEMO = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "recipes" / "demo.py"))
+from scripts.recipes import demo
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    DEMO["HERE"].mkdir(parents=True)
-    return tmp_path / DEMO["HERE"]
+    demo.HERE.mkdir(parents=True)
+    return tmp_path / demo.HERE
 
 
 def test_commands_compose():
-    for _, step in DEMO["STEPS"]:
+    for _, step in demo.STEPS:
         command, *overrides = cli.merge_subcommand(step)
         composed = compose(command, overrides)
-        assert str(DEMO["HERE"]) in str(composed)  # nothing is written elsewhere
+        assert str(demo.HERE) in str(composed)  # nothing is written elsewhere
 
 
 def test_both_papers_get_the_same_scenes_and_key_frames(here: Path):
-    DEMO["write_prompts"]()
+    demo.write_prompts()
     image = here / "microcinema" / "star_keyframe.png"
     image.parent.mkdir()
-    for name in DEMO["SCENES"]:
+    for name in demo.SCENES:
         Image.new("RGB", (8, 8)).save(image.with_name(f"{name}_keyframe.png"))
     one, two = (
         read_prompt_items(None, None, str(here / f"{name}.csv"), None, 0, 1) for name in ("prompts", "two_prompts")
     )
-    assert [request.id for request in one] == [request.id for request in two] == list(DEMO["SCENES"])
+    assert [request.id for request in one] == [request.id for request in two] == list(demo.SCENES)
     assert one[0].prompt == "a large red star moving quickly to the left on sand" and one[0].motion_prompt is None
     assert (two[0].prompt, two[0].motion_prompt) == ("a large red star on sand", "moving quickly to the left")
     assert two[0].image is not None and two[0].image.resolve() == image.resolve()
@@ -53,11 +51,11 @@ def test_both_papers_videos_are_shown_one_above_the_other(here: Path):
     shades = {"microcinema": 40, "factorized_dreamer": 200}
     clip = np.arange(0, 40, 10, np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
     for paper, shade in shades.items():
-        for name in DEMO["SCENES"]:
+        for name in demo.SCENES:
             write_video(here / paper / f"{name}.mp4", clip + np.uint8(shade), 8.0, lossless=True)
-    DEMO["show_both"]()
+    demo.show_both()
     with Image.open(here / "both_papers" / "all.gif") as gif:
-        assert gif.n_frames == 4 and gif.size == (4 * 64 * DEMO["SCALE"], 2 * 64 * DEMO["SCALE"])
+        assert gif.n_frames == 4 and gif.size == (4 * 64 * demo.SCALE, 2 * 64 * demo.SCALE)
         above, below = (gif.convert("RGB").getpixel((5, y))[0] for y in (10, gif.height - 10))
     assert abs(above - 40) < 4 and abs(below - 200) < 4
     assert {path.name for path in (here / "both_papers").iterdir()} == {"all.gif", "sheet.png"}

@@ -1,6 +1,5 @@
 """The recipe of the embedded models, with next to no data and steps: every stage writes what the next one reads, and is skipped once done."""
 
-import runpy
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,16 +11,24 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from microcinema.sprites.judge import SpriteJudge
+from scripts.recipes import train_assets
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "recipes" / "train_assets.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_the_recipe_makes_a_stable_diffusion_and_a_judge(tmp_path):
     counts = ["train_clips=16", "clip_steps=2", "vae_steps=2", "unet_steps=2", "classifier_steps=2"]
     places = [f"work={tmp_path / 'work'}", f"assets={tmp_path / 'assets'}"]
-    command = [sys.executable, str(SCRIPT), *places, *counts, "stages=[clip,vae,unet,classifier]"]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.recipes.train_assets",
+        *places,
+        *counts,
+        "stages=[clip,vae,unet,classifier]",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=ROOT)
     base = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "sprites-base", torch_dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
     assert base.vae.config.scaling_factor != 0.18215  # diffusers' default; the VAE's own must have been stored
@@ -34,13 +41,11 @@ def test_the_recipe_makes_a_stable_diffusion_and_a_judge(tmp_path):
     assert set(names[0]) >= {"shape", "colour", "background"} and features.shape == (1, 128)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=ROOT)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
 
 
 def test_the_card_tells_what_was_measured_of_both_video_models():
-    script = runpy.run_path(str(SCRIPT))
-
     def result(object_share: float) -> dict:
         measure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
         model = defaultdict(lambda: measure, object={**measure, "value": object_share})
@@ -52,15 +57,15 @@ def test_the_card_tells_what_was_measured_of_both_video_models():
         ]
         return {"parts": {"seen": part}, "protocol": {"identifier": "sprites-1"}, "model": told, "clips": clips}
 
-    names = script["VIDEO_MODELS"]
+    names = train_assets.VIDEO_MODELS
     trained = {
         "max_train_steps": 77,
         "learning_rate": 0.002,
         "timestep_logit_normal": [0.5, 3.0],
         "trainable_unet_layers": ["a", "b"],
     }
-    card = script["render_card"](
-        script["Recipe"](),
+    card = train_assets.render_card(
+        train_assets.Recipe(),
         {"sprites-base/unet": 1234567},
         {
             "results": dict(zip(names, map(result, (0.915, 0.825)), strict=True)),
