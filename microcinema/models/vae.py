@@ -22,7 +22,7 @@ def vae_scale_factor(vae: AutoencoderKL) -> int:
 
 
 def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents of the VAE as the denoiser sees them: shifted, then scaled."""
+    """Latents as the denoiser sees them: shifted, then scaled."""
     return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
 
 

@@ -74,9 +74,7 @@ class KeyframePipeline:
             if self.source.is_dir():
                 self.files = sorted(file for file in self.source.iterdir() if file.suffix.lower() in SUFFIXES)
                 if not self.files:
-                    raise UserError(
-                        f"folder '{self.source}' holds no images; give one with files {', '.join(SUFFIXES)}"
-                    )
+                    raise UserError(f"folder '{self.source}' has no images ({', '.join(SUFFIXES)}); give another")
         for network in self.networks.values():
             network.eval().requires_grad_(False)
 
@@ -217,14 +215,12 @@ class KeyframePipeline:
         arguments |= {"height": draw_height, "width": draw_width}
         arguments = {argument: value for argument, value in arguments.items() if value is not None}
         if unknown := [argument for argument in arguments if not self.takes(argument)]:
-            raise UserError(
-                f"{name} takes no argument '{unknown[0]}'; leave it out, or use another text-to-image model"
-            )
+            raise UserError(f"{name} takes no argument '{unknown[0]}'; leave it out, or use another model")
         return {
             **{"source": self.source.config.get("_name_or_path"), **self.origin},
             "class": name,
             "schedulers": {
-                key: {"class": type(part).__name__, "settings": _public(part.config)}
+                key: {"class": type(part).__name__, "settings": {k: v for k, v in part.config.items() if k[0] != "_"}}
                 for key, part in self.source.components.items()
                 if isinstance(part, SchedulerMixin)
             },
@@ -330,7 +326,3 @@ def _check_is_text_to_image(path: str, name: str | None) -> None:
 
 def _size(height: int, width: int) -> dict[str, int]:
     return {"height": height, "width": width}
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}

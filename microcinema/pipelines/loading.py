@@ -95,10 +95,9 @@ def download_snapshot(
         UserError: it is neither cached nor available; the message says how to download it.
     """
     weights = f"*model.{variant}" if variant else "*model"
-    patterns = ["*.json", "*.txt", "*spiece.model"]
-    for name in components:
-        folder = "" if name == "." else f"{name}/"
-        patterns += [f"{folder}{weights}.safetensors", f"{folder}{weights}-*.safetensors"]
+    folders = ["" if name == "." else f"{name}/" for name in components]
+    patterns = [f"{folder}{weights}{end}.safetensors" for folder in folders for end in ("", "-*")]
+    patterns += ["*.json", "*.txt", "*spiece.model"]
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:  # from several libraries: no connection, no such repository, disk full
@@ -118,10 +117,7 @@ def _download_error(title: str, command: str, error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         reason = "the hub is offline (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         cache = os.path.expanduser(constants.HF_HUB_CACHE)
-        return (
-            f"{title} is not a folder and not complete in the hub's cache '{cache}', and {reason}; with a connection, run: "
-            f"{command}"
-        )
+        return f"{title} is not a folder and not complete in the hub's cache '{cache}', and {reason}; run: {command}"
     return f"cannot download {title} from the hub ({first_line(error)}); try again, or run: {command}"
 
 
@@ -135,9 +131,8 @@ def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(folder))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a saved diffusers pipeline"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"cannot read '{folder}/{INDEX}' ({reason}); give a saved diffusers pipeline") from None
 
 
 def component_class(index: Mapping[str, Any], name: str) -> str | None:
@@ -232,8 +227,7 @@ def load_component(
 
 def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The network in evaluation mode, without gradients, with its weights in this dtype."""
-    # Not by an argument of from_pretrained, whose name differs between releases of these libraries, and not by diffusers' own
-    # `to`, which warns about layers that must stay float32 even where there are none.
+    # diffusers' own `to` warns about layers that must stay float32 even where there are none.
     return torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
 
 

@@ -81,8 +81,7 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
         pipeline.to(device)
-    if settings.compile:
-        assert denoiser is not None
+    if settings.compile and denoiser is not None:
         denoiser.compile()
 
 
