@@ -35,8 +35,7 @@ class Batch:
 
 
 Measure = Callable[[Batch], dict[str, np.ndarray]]
-"""Says something of every clip of a batch, by name: arrays whose first axis is the batch's."""
-
+"""Maps a batch to named arrays with one entry per clip."""
 
 DETECTORS = ("i3d", "i3d_torchscript")
 _NO_DETECTORS: Mapping[str, Any] = MappingProxyType({})
@@ -44,17 +43,17 @@ _NO_DETECTORS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class VideoDetectorSettings:
-    """Which network gives the features of the Fréchet video distance, and how frames come to it.
+    """The network whose features the Fréchet video distance compares, and the preprocessing of its frames.
 
     Args:
         detector: `i3d` (implemented in `i3d.py`), `i3d_torchscript`, or one that the command adds.
-        weights: path or URL; None: nothing that needs it is measured. An added detector may take a name or a folder.
-        sha256: of the file; required for a URL, and for TorchScript, which is code.
-        preparation: one of `PREPARATIONS`; `own` for the TorchScript's own resizing. Added detectors ignore it.
+        weights: path or URL; a name or folder for some added detectors; None: not measured.
+        sha256: required for a URL, and for TorchScript, which is code.
+        preparation: one of `PREPARATIONS`; `own`: by the TorchScript itself. Added detectors ignore it.
         batch_norm_eps: of `i3d`: 1e-3 for `rgb_imagenet.pt`, 1e-5 for `i3d_pretrained_400.pt`.
 
     Raises:
-        UserError: a preparation that does not go with the detector.
+        UserError: a preparation that the detector does not have.
     """
 
     detector: str
@@ -65,15 +64,12 @@ class VideoDetectorSettings:
 
     def __post_init__(self) -> None:
         if self.preparation == "own" and self.detector == "i3d":
-            raise UserError(f"preparation=own is not known to i3d; choose one of {', '.join(PREPARATIONS)}")
+            raise UserError(f"preparation=own is unknown to i3d; use one of {', '.join(PREPARATIONS)}")
 
     def load(
         self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader]" = _NO_DETECTORS
     ) -> "VideoFeatures":
-        """Opens the weights.
-
-        Args:
-            added: further detectors by name.
+        """Opens the weights; `added` are further detectors by name.
 
         Raises:
             UserError: an unknown detector, or weights that are missing or another network's.
@@ -102,13 +98,12 @@ class VideoDetectorSettings:
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """`features` (b, d) of clips. `record`: what they depend on, for the identity of a measurement."""
+    """`features` (b, d) of clips by `network`; `record` is everything that they depend on."""
 
     network: Callable[[np.ndarray], np.ndarray]
     record: dict[str, Any]
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Of every clip."""
         return {"features": np.asarray(self.network(batch.frames), np.float32)}
 
 
@@ -130,73 +125,64 @@ def _with_preparation(
             frames = PREPARATIONS[preparation](frames)
         video = rearrange(frames, "(b f) c h w -> b c f h w", b=len(clips))
         with _unfused():
-            found = network(video)
-        # The public TorchScript drops the batch axis of a single clip.
-        return found.reshape(len(clips), -1).float().cpu().numpy()
+            output = network(video)
+        return output.reshape(len(clips), -1).float().cpu().numpy()  # the public TorchScript drops a batch axis of one
 
     return features
 
 
 class ClassProbabilities:
-    """`probabilities` (b, 101) of UCF-101's classes by C3D as TorchScript: uint8 (b, 3, f, h, w) in, probabilities out.
-
-    Args:
-        weights, sha256: `c3d_ucf101.pt`.
+    """`probabilities` (b, 101) of UCF-101's classes by C3D, from a TorchScript such as `c3d_ucf101.pt` on uint8 (b, 3, f, h, w).
 
     Raises:
-        UserError: the file is not there, or another one; and from a call, if what comes out is not probabilities.
+        UserError: no such file, or another one; from a call: outputs that are not probabilities.
     """
 
     def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
         self.device = device
-        self.network, found = load_torchscript(weights, sha256, "evaluation.c3d", device)
-        self.record = {"detector": "c3d", "sha256": found}
+        self.network, sha256 = load_torchscript(weights, sha256, "evaluation.c3d", device)
+        self.record = {"detector": "c3d", "sha256": sha256}
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Of every clip."""
         video = rearrange(_on(batch.frames, self.device), "b f h w c -> b c f h w")
         with _unfused():
-            found = self.network(video).reshape(len(batch), -1).double()
-        if (found < 0).any() or not torch.allclose(found.sum(dim=1), torch.ones(1).to(found), atol=1e-3):
+            output = self.network(video).reshape(len(batch), -1).double()
+        if (output < 0).any() or not torch.allclose(output.sum(dim=1), torch.ones(1).to(output), atol=1e-3):
             raise UserError("evaluation.c3d.weights gives no probabilities; give the classifier with its softmax")
-        return {"probabilities": found.float().cpu().numpy()}
+        return {"probabilities": output.float().cpu().numpy()}
 
 
 class FrameFeatures:
-    """`frame_features` (b, f, d) of single frames by a TorchScript: uint8 (n, 3, h, w) in, and `return_features=True`, as Inception v3 has
-    it that NVIDIA's generators are measured with.
-
-    Args:
-        weights, sha256: such as `inception-2015-12-05.pt`.
+    """`frame_features` (b, f, d) of single frames by a TorchScript that takes uint8 (n, 3, h, w) and `return_features=True`, as NVIDIA's
+    Inception v3 (`inception-2015-12-05.pt`) does.
 
     Raises:
-        UserError: the file is not there, or another one.
+        UserError: no such file, or another one.
     """
 
     def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
         self.device = device
-        self.network, found = load_torchscript(weights, sha256, "evaluation.inception", device)
-        self.record = {"detector": "frames", "sha256": found}
+        self.network, sha256 = load_torchscript(weights, sha256, "evaluation.inception", device)
+        self.record = {"detector": "frames", "sha256": sha256}
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Of every frame of every clip."""
         frames = rearrange(_on(batch.frames, self.device), "b f h w c -> (b f) c h w")
         with _unfused():
-            found = self.network(frames, return_features=True).reshape(len(frames), -1)
-        return {"frame_features": rearrange(found.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
+            output = self.network(frames, return_features=True).reshape(len(frames), -1)
+        return {"frame_features": rearrange(output.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
 
 
 class ClipScores:
-    """By CLIP (arXiv 2103.00020): `clipsim` (b,), the mean over frames of the cosine of text and frame (arXiv 2104.14806), where
-    there are prompts; `clip_consistency` (b,), the mean cosine of neighbouring frames.
+    """By CLIP (arXiv 2103.00020): `clipsim` (b,), the mean cosine of prompt and frame (arXiv 2104.14806), if there are prompts;
+    `clip_consistency` (b,), the mean cosine of neighboring frames.
 
     Args:
         name: a folder, or a repository of the hub, such as `openai/clip-vit-base-patch32`.
 
     Raises:
-        UserError: it is not there, or not CLIP.
+        UserError: not found, or not CLIP.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -206,39 +192,33 @@ class ClipScores:
             self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
             self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot open evaluation.clip.weights='{name}' as CLIP ({reason}); give a folder, or fetch it with hf download"
-            ) from None
+            reason = f"cannot open evaluation.clip.weights='{name}' as CLIP ({' '.join(str(error).split())[:200]})"
+            raise UserError(f"{reason}; give a folder, or fetch it with hf download") from None
         self.device = device
         self.record = {"detector": "clip", "sha256": hash_weights(self.network)}
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Of every clip."""
         frames = list(rearrange(batch.frames, "b f h w c -> (b f) h w c"))
         pixels = self.images(frames, return_tensors="pt")["pixel_values"].to(self.device)
         images = rearrange(self._embedded(self.network.get_image_features(pixels)), "(b f) d -> b f d", b=len(batch))
-        neighbours = (images[:, 1:] * images[:, :-1]).sum(-1).mean(1)
-        found = {"clip_consistency": neighbours.float().cpu().numpy()}
+        neighbors = (images[:, 1:] * images[:, :-1]).sum(-1).mean(1)
+        scores = {"clip_consistency": neighbors.float().cpu().numpy()}
         if batch.prompts is not None:
             words = self.tokens(list(batch.prompts), padding=True, truncation=True, return_tensors="pt")
             texts = self._embedded(self.network.get_text_features(**words.to(self.device)))
-            found["clipsim"] = (images * texts[:, None]).sum(-1).mean(1).float().cpu().numpy()
-        return found
+            scores["clipsim"] = (images * texts[:, None]).sum(-1).mean(1).float().cpu().numpy()
+        return scores
 
     def _embedded(self, output: Any) -> Tensor:
-        """Of length one; transformers 5 returns the embedding as `pooler_output`."""
+        """Unit vectors; transformers 5 returns the embedding as `pooler_output`."""
         return functional.normalize(getattr(output, "pooler_output", output), dim=-1)
 
 
 def motion(batch: Batch) -> dict[str, np.ndarray]:
     """`motion_magnitude` (b,): mean length of the optical flow, in pixels a frame."""
-    return {
-        "motion_magnitude": np.array(
-            [video_metrics.motion_magnitude(video_metrics.clip_flow(clip)) for clip in batch.frames]
-        )
-    }
+    values = [video_metrics.motion_magnitude(video_metrics.clip_flow(clip)) for clip in batch.frames]
+    return {"motion_magnitude": np.array(values)}
 
 
 def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
@@ -253,23 +233,22 @@ def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
 def load_torchscript(
     weights: str, sha256: str | None, key: str, device: torch.device | str
 ) -> tuple[torch.jit.ScriptModule, str]:
-    """A TorchScript in evaluation mode, and its sha256, which has to be given: the file is a program.
+    """A TorchScript in evaluation mode, and its sha256, which is required since the file is a program.
 
     Raises:
         UserError: no sha256 or another one, no such file, or no TorchScript.
     """
+    path, actual = weight_file(weights, sha256, key)
     if sha256 is None:
-        path, found = weight_file(weights, None, key)
-        raise UserError(f"'{path}' is TorchScript, which is code; if it is what you trust, set {key}.sha256={found}")
-    path, found = weight_file(weights, sha256, key)
+        raise UserError(f"'{path}' is TorchScript, which is code; if you trust it, set {key}.sha256={actual}")
     try:
-        return torch.jit.load(str(path), map_location=device).eval(), found
+        return torch.jit.load(str(path), map_location=device).eval(), actual
     except RuntimeError as error:
         raise UserError(f"'{path}' is no TorchScript ({' '.join(str(error).split())[:120]})") from None
 
 
 def _unfused() -> Any:
-    """The public files were made for releases of torch whose fuser gave them other numbers; `torch.jit.fuser("none")` itself warns by now."""
+    """Without the fuser, which changes the numbers of the public files; `torch.jit.fuser("none")` is deprecated."""
     return torch.jit.optimized_execution(False)
 
 

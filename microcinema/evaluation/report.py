@@ -1,4 +1,4 @@
-"""The page of a zero-shot measurement: numbers with their protocol, the curve of FVD against N, what others published, videos."""
+"""The HTML report of a zero-shot protocol: numbers, the curve of FVD over N, published values, videos."""
 
 import base64
 import csv
@@ -37,22 +37,22 @@ _VIDEO_CRF = 20
 
 @dataclass(frozen=True)
 class Picture:
-    """A clip to show: `frames` uint8 (f, h, w, 3), its key frame if there is one."""
+    """A clip to show: its caption, `frames` uint8 (f, h, w, 3) and key frame, if there is one."""
 
-    words: str
+    caption: str
     frames: np.ndarray
     keyframe: np.ndarray | None
     fps: float
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Label, meaning, value, details and the value of real clips of every number that was measured."""
-    found = []
+    """Label, meaning, value, details and the value of real clips, for every measure in the results."""
+    table = []
     for key, label, meaning, digits, better in _ROWS:
         if key not in results["values"]:
             continue
         entry = results["values"][key]
-        found.append(
+        table.append(
             {
                 "label": label,
                 "meaning": f"{meaning}; {better} is better" if better else meaning,
@@ -61,7 +61,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 "real": f"{entry['real']:.{digits}f}" if "real" in entry else "",
             }
         )
-    return found
+    return table
 
 
 def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
@@ -79,7 +79,7 @@ def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
 
 
 def text_table(results: Mapping[str, Any]) -> str:
-    """For a terminal: a line for each number, with the protocol's identifier beside it, and everything that was not as it should be."""
+    """For a terminal: a line per measure with the protocol's identifier, then everything missing or doubtful."""
     identifier = results["protocol"]["identifier"]
     lines = []
     for row in rows(results):
@@ -92,21 +92,16 @@ def text_table(results: Mapping[str, Any]) -> str:
 
 
 def published() -> list[dict[str, str]]:
-    """What papers state, as they state it; empty where one states nothing."""
+    """Values that papers state, as they state them; empty where one states nothing."""
     with open(PUBLISHED_FILE, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
-    """Writes the page, whole or not at all. Nothing in it is loaded from elsewhere.
-
-    Args:
-        results: the content of `results.json`.
-        pictures: clips to show.
-    """
+    """Writes the page for the content of `results.json`; it loads nothing from elsewhere."""
     shown = [
         {
-            "words": picture.words,
+            "caption": picture.caption,
             "video": embedded_video(picture.frames, picture.fps),
             "keyframe": None if picture.keyframe is None else embedded_picture(picture.keyframe),
         }
@@ -125,7 +120,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
 
 
 def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Places in an SVG of the curve of FVD over 1/N, and of the line that leads to infinite N."""
+    """SVG coordinates of the curve of FVD over 1/N, and of the line that extrapolates it to infinite N."""
     if fvd is None or len(fvd["curve"]) < 2:
         return None
     counts, values = np.array(fvd["curve"], float).T
