@@ -40,10 +40,10 @@ def write_dataset(
     """
     if num_videos < 1:
         raise UserError(f"num_videos={num_videos}: render at least one clip")
-    with atomic_folder(folder) as place_to_write:
+    with atomic_folder(folder) as partial:
         with (
-            open(place_to_write / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
-            open(place_to_write / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
+            open(partial / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
+            open(partial / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
         ):
             table = csv.writer(table_file)
             table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
@@ -52,21 +52,15 @@ def write_dataset(
                 first = index - index % _CLIPS_PER_FOLDER
                 page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"
                 video_id = f"{index:06d}"
-                video = place_to_write / "videos" / page / f"{video_id}.mp4"
+                video = partial / "videos" / page / f"{video_id}.mp4"
                 video.parent.mkdir(parents=True, exist_ok=True)
                 write_video(video, render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
                 duration = f"PT00H00M{round(num_frames / fps):02d}S"
                 table.writerow(
                     [video_id, "", duration, page, combined_caption(sprite), describe(sprite), describe_motion(sprite)]
                 )
-                truth = {
-                    "videoid": video_id,
-                    "num_frames": num_frames,
-                    "size": size,
-                    "fps": fps,
-                    "sprite": dataclasses.asdict(sprite),
-                }
-                truth_file.write(json.dumps(truth) + "\n")
+                truth = {"videoid": video_id, "num_frames": num_frames, "size": size, "fps": fps}
+                truth_file.write(json.dumps({**truth, "sprite": dataclasses.asdict(sprite)}) + "\n")
     return Path(folder)
 
 

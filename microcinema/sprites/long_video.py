@@ -1,5 +1,6 @@
-"""How far long videos of Moving Sprites drift from their key frame: clips that continue one another, beside windows over one latent."""
+"""Drift of long videos from their key frame: clips that continue one another, and windows over one latent."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from microcinema.utils.errors import UserError
 MOTIONS = ("still", "clockwise", "counterclockwise", "bouncing")
 """Those that stay in view however long they go on."""
 
-_LOOKS = ("shape", "colour", "background")
+_ATTRIBUTES = ("shape", "colour", "background")
 _LABELS = {"object": "object as asked for", "background_psnr": "background, dB"}
 _WORLD_SEED = 231118830  # never a training seed
 _MARGIN = 5.0  # scene units round an object that are not counted as background: its shadow falls there
@@ -27,15 +28,9 @@ Maker = Callable[[scene.Sprite, np.ndarray], np.ndarray]
 
 
 def lasting_sprites(count: int) -> list[scene.Sprite]:
-    """The first `count` sprites of the world of this measurement whose motion stays in view."""
-    found: list[scene.Sprite] = []
-    index = 0
-    while len(found) < count:
-        sprite = scene.sample_attributes(_WORLD_SEED, index)
-        index += 1
-        if sprite.motion in MOTIONS:
-            found.append(sprite)
-    return found
+    """The first `count` sprites of this measurement's world whose motion stays in view."""
+    sprites = (scene.sample_attributes(_WORLD_SEED, index) for index in itertools.count())
+    return list(itertools.islice((sprite for sprite in sprites if sprite.motion in MOTIONS), count))
 
 
 def makers(
@@ -73,43 +68,38 @@ def makers(
 
 
 def measure(
-    makers: Mapping[str, Maker], shown: Sequence[scene.Sprite], judge: SpriteJudge, size: int, progress: bool = True
+    makers: Mapping[str, Maker], sprites: Sequence[scene.Sprite], judge: SpriteJudge, size: int, progress: bool = True
 ) -> dict[str, list[dict[str, float]]]:
-    """What becomes of the objects and of the backgrounds, clip by clip.
+    """Fidelity of objects and backgrounds, clip by clip.
 
     Args:
-        makers: kinds of videos; the clips of a video share the frame between them, and have as many as the judge reads.
-        shown: what videos are made of.
-        size: of their key frames, pixels.
+        makers: by kind of video; consecutive clips share a frame and have as many frames as the judge's.
+        sprites: one for each video.
+        size: of the key frames, pixels.
 
     Returns:
-        for each kind and each clip of its videos: `object`, the share of clips in which the judge sees the shape, the colour and the
-        background that were asked for, and `background_psnr`, the mean over frames of how near they are to the key frame, in dB.
+        for each kind and clip: `object`, the proportion of clips with the right shape, colour and background, and `background_psnr`, the
+        mean PSNR of their frames to the key frame, dB.
 
     Raises:
-        UserError: nothing to show.
+        UserError: no sprites.
     """
-    if not shown:
-        raise UserError("there is no prompt to measure drift with; ask for at least one")
+    if not sprites:
+        raise UserError("no sprites to measure drift with; use at least one")
     length = judge.classifier.config["num_frames"]
     values: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in makers}
-    with tqdm(total=len(shown) * len(makers), desc="drift", unit="video", disable=not progress) as bar:
-        for sprite in shown:
+    with tqdm(total=len(sprites) * len(makers), desc="drift", unit="video", disable=not progress) as bar:
+        for sprite in sprites:
             keyframe = scene.render(sprite, 1, size).frames[0]
             for kind, make in makers.items():
                 video = make(sprite, keyframe)
                 starts = range(0, len(video) - 1, length - 1)
                 clips = np.stack([video[start : start + length] for start in starts])
                 names, _ = judge(clips)
-                values[kind].append(
-                    [
-                        {
-                            "object": float(all(name[key] == getattr(sprite, key) for key in _LOOKS)),
-                            "background_psnr": background_psnr(clip, keyframe),
-                        }
-                        for name, clip in zip(names, clips, strict=True)
-                    ]
-                )
+                objects = [float(all(name[key] == getattr(sprite, key) for key in _ATTRIBUTES)) for name in names]
+                fidelity = [background_psnr(clip, keyframe) for clip in clips]
+                rows = zip(objects, fidelity, strict=True)
+                values[kind].append([{"object": value, "background_psnr": decibels} for value, decibels in rows])
                 bar.update()
     return {
         kind: [

@@ -1,9 +1,8 @@
 """Moving Sprites: a small rendered world of captioned clips with ground truth.
 
-One object (shape, colour, size) does one named motion at one named speed before one textured background. The scene is 64 units wide and high,
-whatever the resolution; x points right, y down, angles are clockwise as seen. Everything about a clip follows from (seed, index), and the truth (attributes, masks, optical flow) is exact.
-
-Objects are saturated and backgrounds muted (see `COLOURS` and `_BACKGROUND_TONES` of the backgrounds), so that an object can be tracked without a network.
+One object (shape, colour, size) with one named motion and speed on one textured background. The scene is 64 units wide and high, x points
+right, y down, angles are clockwise. (seed, index) determine a clip, and the ground truth (attributes, masks, optical flow) is exact.
+Objects are saturated and backgrounds muted, so that an object can be tracked without a network.
 """
 
 import dataclasses
@@ -40,16 +39,8 @@ BOUNCE_HEIGHT = 12.0  # scene units
 _NOMINAL_DURATION = 15 / 8  # seconds; the start leaves room for a motion of this length
 
 # One shape and one colour each: seen in training apart, never together.
-HELD_OUT = frozenset(
-    {
-        ("circle", "blue"),
-        ("square", "purple"),
-        ("triangle", "red"),
-        ("star", "orange"),
-        ("heart", "yellow"),
-        ("moon", "green"),
-    }
-)
+_HELD_OUT_COLOURS = ("blue", "purple", "red", "orange", "yellow", "green")
+HELD_OUT = frozenset(zip(("circle", "square", "triangle", "star", "heart", "moon"), _HELD_OUT_COLOURS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,8 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A clip and its truth: `frames` uint8 (f, h, w, 3); `masks` float32 (f, h, w), the object's coverage of each pixel in [0, 1];
-    `flow` float32 (f-1, h, w, 2), the forward optical flow (dx, dy) in pixels, zero outside the object."""
+    """A clip and its ground truth: `frames` uint8 (f, h, w, 3); `masks` float32 (f, h, w), the object's coverage of each pixel;
+    `flow` float32 (f-1, h, w, 2), forward (dx, dy) in pixels, zero outside the object."""
 
     frames: np.ndarray
     masks: np.ndarray
@@ -111,8 +102,8 @@ def sample_attributes(seed: int, index: int, split: str = "train", rotation_weig
     """The sprite of clip number `index` of the world with this `seed`.
 
     Args:
-        split: `train` never draws a pair of `HELD_OUT`, `heldout` draws nothing else.
-        rotation_weight: how many times as often each rotation is drawn as each other motion. Turning is what a video model learns last.
+        split: `train` excludes the pairs of `HELD_OUT`, `heldout` has no others.
+        rotation_weight: how many times as often each rotation is drawn as each other motion, since models learn rotation last.
 
     Raises:
         UserError: unknown split, or a weight below 1.
@@ -139,24 +130,13 @@ def sample_attributes(seed: int, index: int, split: str = "train", rotation_weig
 def place(
     rng: np.random.Generator, shape: str, colour: str, size: str, background: str, motion: str, speed: str
 ) -> Sprite:
-    """A sprite with the named attributes at a random place from which its motion has room: whole at the start, its centre well inside at the end."""
+    """A sprite with these attributes at a random position: whole at the start, its center well inside at the end of its motion."""
     radius = SIZES[size] * rng.uniform(0.94, 1.06)
     pace = rng.uniform(0.9, 1.1)
     low, high = np.full(2, radius + 1.5), np.full(2, WORLD - radius - 1.5)
-    sprite = Sprite(
-        shape,
-        colour,
-        size,
-        background,
-        motion,
-        speed,
-        0.0,
-        0.0,
-        radius,
-        rng.uniform(-0.12, 0.12),
-        pace,
-        int(rng.integers(2**31)),
-    )
+    angle, variation = rng.uniform(-0.12, 0.12), int(rng.integers(2**31))
+    names = (shape, colour, size, background, motion, speed)
+    sprite = Sprite(*names, x=0.0, y=0.0, radius=radius, angle=angle, pace=pace, variation=variation)
     x, y, last_radius, _ = poses(sprite, np.array([_NOMINAL_DURATION]))[0]
     if motion in TRANSLATIONS:
         travel, margin = np.array([x, y]), 8.0
@@ -166,8 +146,8 @@ def place(
     else:
         room = max(0.9 * last_radius, radius + 1.5)
         low, high = np.full(2, room), np.full(2, WORLD - room)
-    start = rng.uniform(low, high)
-    return dataclasses.replace(sprite, x=float(start[0]), y=float(start[1]))
+    x, y = rng.uniform(low, high).tolist()
+    return dataclasses.replace(sprite, x=x, y=y)
 
 
 # --- captions ------------------------------------------------------------------------------------------------------------------------
