@@ -150,7 +150,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     @property
     def noise_prior(self) -> NoisePrior:
         """The noise that the model was trained with and from which sampling starts."""
-        return NoisePrior(*(self.config[f"noise_prior{part}"] for part in ("", "_strength", "_gamma")))
+        return NoisePrior(*(self.config[f"noise_prior{suffix}"] for suffix in ("", "_strength", "_gamma")))
 
     @property
     def keyframe_position(self) -> str | int:
@@ -192,30 +192,29 @@ class ImageToVideoPipeline(DiffusionPipeline):
         )
 
     def encode_pixels(self, image: torch.Tensor, image_tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """What the condition encoder reads of key frames (b, 3, H, W) in [-1, 1] beside their latents, by its arguments' names.
+        """Inputs of the condition encoder, by name, from the pixels of key frames (b, 3, H, W) in [-1, 1].
 
         Args:
-            image_tokens: of the image encoder, (b, p, e); None: they are made.
+            image_tokens: of the image encoder, (b, p, e); None: computed here, if the model has one.
         """
-        made = {}
-        image = image.to(self._execution_device)
+        image, inputs = image.to(self._execution_device), {}
         if self.image_encoder is not None:
-            colours = self.config["image_mean"], self.config["image_std"]
             if image_tokens is None:
-                image_tokens = encode_image_tokens(self.image_encoder, image, *colours)
-            made["image_tokens"] = image_tokens
+                colors = self.config["image_mean"], self.config["image_std"]
+                image_tokens = encode_image_tokens(self.image_encoder, image, *colors)
+            inputs["image_tokens"] = image_tokens
         if self.uses_keyframe_pixels:
-            made["pixels"] = image
-        return made
+            inputs["pixels"] = image
+        return inputs
 
     @property
     def uses_keyframe_pixels(self) -> bool:
-        """Whether pixel-aware attention looks at the key frame itself."""
+        """Whether pixel-aware attention uses the pixels of the key frame."""
         return self.condition_encoder.config["pixels"] is not None
 
     @property
     def uses_image_conditioning(self) -> bool:
-        """Whether the condition encoder reads more of a key frame than its latents."""
+        """Whether the condition encoder uses more of a key frame than its latents."""
         return any(self.condition_encoder.config[part] is not None for part in ("adapter", "pixels"))
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
@@ -290,9 +289,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         Raises:
             UserError: bad input.
         """
-        given = {key: value for key, value in locals().items() if key in SamplingSettings.__dataclass_fields__}
+        own = {key: value for key, value in locals().items() if key in SamplingSettings.__dataclass_fields__}
         prompts = check_prompts(prompt)
-        settings, videos = self.resolve(SamplingSettings(**given)), len(prompts) * num_videos_per_prompt
+        settings, videos = self.resolve(SamplingSettings(**own)), len(prompts) * num_videos_per_prompt
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt={num_videos_per_prompt}; use a number >= 1")
         if output_type not in OUTPUT_TYPES:

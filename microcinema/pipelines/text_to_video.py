@@ -130,13 +130,6 @@ class TextToVideoPipeline:
         video = load_pipeline(name, torch_dtype=torch_dtype)
         return cls(load_keyframe_pipeline(video, keyframe_model, torch_dtype=torch_dtype), video)
 
-    @property
-    def networks(self) -> dict[str, torch.nn.Module]:
-        """All networks: those of stage 2 by their names, those of stage 1 with the prefix `keyframe.`."""
-        stage1 = {f"keyframe.{name}": network for name, network in self.keyframe.networks.items()}
-        components = {**self.video.components, **stage1}
-        return {name: network for name, network in components.items() if isinstance(network, torch.nn.Module)}
-
     def to(self, device: torch.device | str) -> "TextToVideoPipeline":
         """Moves both stages."""
         self.keyframe.to(device)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from microcinema.diffusion.rng import generator
 from microcinema.evaluation.video_metrics import psnr
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.sample_folder import to_uint8
 from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
 from microcinema.sprites.tracking import segment
@@ -56,7 +57,7 @@ def makers(
                 output_type="np",
                 **length,
             )
-            return np.rint(output.frames[0] * 255).astype(np.uint8)
+            return to_uint8(output.frames[0])
 
         return make
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from microcinema.diffusion.rng import generator
 from microcinema.evaluation.statistics import proportion
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.sample_folder import to_uint8
 from microcinema.sprites import scene
 from microcinema.sprites.tracking import judge_motion
 from microcinema.utils.errors import UserError
@@ -53,7 +54,7 @@ def pipeline_maker(
             generator=[generator(seed) for _ in sprites],
             output_type="np",
         )
-        return np.rint(np.clip(output.frames, 0, 1) * 255).astype(np.uint8)
+        return to_uint8(output.frames)
 
     return make
 

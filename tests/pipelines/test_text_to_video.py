@@ -67,10 +67,3 @@ def test_bad_calls_are_found_before_anything_is_drawn(both, monkeypatch, bad, wo
     monkeypatch.setattr(KeyframePipeline, "__call__", lambda *_, **__: pytest.fail("it was drawn"))
     with pytest.raises(UserError, match=words):
         both(PROMPTS, **bad)
-
-
-def test_networks_of_both_stages_have_names_of_their_own(both):
-    names = {"vae", "text_encoder", "unet", "condition_encoder"}
-    drawing = {"keyframe.vae", "keyframe.text_encoder", "keyframe.unet", "keyframe.safety_checker"}
-    assert set(both.networks) == names | drawing
-    assert both.networks["unet"] is both.video.unet and both.networks["keyframe.unet"] is both.keyframe.source.unet
