@@ -1,4 +1,4 @@
-"""What README, guides and docstrings tell to type is what the program takes; links lead somewhere; examples import what is there."""
+"""README and guides: their commands compose, their benchmarks exist, the files and keys that they name are there, their examples import."""
 
 import ast
 import importlib
@@ -23,36 +23,36 @@ CARDS = [ROOT / "microcinema/assets/README.md", ROOT / "scripts/recipes/model_ca
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The code blocks of a page in these languages; "" is none given."""
+    """The code blocks of a page in these languages; "" stands for no language."""
     text = page.read_text(encoding="utf-8")
     return [code for language, code in BLOCK.findall(text) if language in languages]
 
 
 def lines(page: Path) -> list[str]:
-    """Of the blocks of commands, those that a backslash continues joined, comments and variables of the environment taken off."""
+    """The lines of the command blocks, with continued lines joined, without comments and environment variables."""
     joined = "\n".join(blocks(page, "", "bash")).replace("\\\n", " ").splitlines()
     return [re.sub(r"^(?:\w+=\S+ )+", "", line.partition(" #")[0].strip()) for line in joined]
 
 
 def commands() -> list[tuple[str, str]]:
     """(page, arguments) of every line that starts this program."""
-    found = []
+    result = []
     for page in PAGES:
         for line in lines(page):
             if line.startswith("microcinema "):
-                found.append((page.name, line.removeprefix("microcinema ")))
+                result.append((page.name, line.removeprefix("microcinema ")))
             elif (match := LAUNCHED.match(line)) and (match[1] or match[2]) in {name.split()[0] for name in COMMANDS}:
-                found.append((page.name, f"{match[1] or match[2]} {match[3]}"))
-    return found
+                result.append((page.name, f"{match[1] or match[2]} {match[3]}"))
+    return result
 
 
 def benchmarks() -> list[tuple[str, str, str]]:
     """(page, module, arguments) of every benchmark that a page names, in its text or in its blocks."""
-    found = []
+    result = []
     for page in [*PAGES, *CARDS]:
         text = re.sub(r"`[^`]+`", lambda span: span[0].replace("\n", " "), page.read_text(encoding="utf-8"))
-        found += [(page.name, *match) for match in BENCHMARK.findall(text)]
-    return found
+        result += [(page.name, *match) for match in BENCHMARK.findall(text)]
+    return result
 
 
 @pytest.mark.parametrize("page, line", commands())
@@ -112,11 +112,11 @@ def test_keys_in_the_text_of_the_guides_are_keys():
     commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [plain(compose(command)) for command in commands]
     composed += [plain(compose("evaluate", [f"evaluation={protocol}"])) for protocol in ("ucf101", "sprites")]
-    known = {name for one in composed for name in dotted(one)}
+    valid = {name for config in composed for name in dotted(config)}
     for page in PAGES[1:]:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
         keys = {key for code in re.findall(r"`([^`\n]+)`", text) for key in re.findall(r"(?:^| )([a-z_][\w.]*)=", code)}
-        assert keys - known - {"key", "group", "experiment"} == set(), page.name
+        assert keys - valid - {"key", "group", "experiment"} == set(), page.name
 
 
 def dotted(node, prefix: str = "") -> list[str]:
