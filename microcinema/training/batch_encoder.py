@@ -1,8 +1,8 @@
 """Turns the items of a data set into the networks' inputs, by frozen encoders: latents, text, key frames and flow."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,34 +19,20 @@ Region = Callable[[str], AbstractContextManager[Any]]
 """Marks a named part of the training step, as `torch.profiler.record_function` does."""
 
 
-class TextCache:
-    """Embeddings or tokens of captions, the most recently used kept in memory.
+def cached_encoder(
+    encode: Callable[[list[str]], torch.Tensor], capacity: int = 4096
+) -> Callable[[Sequence[str]], torch.Tensor]:
+    """An encoder (b, n, d) of captions that keeps the most recently used embeddings in memory.
 
     Captions are encoded one at a time, so that an embedding has the same bits whatever the cache or the batch holds.
-
-    Args:
-        encode: takes one caption in a list, returns its embedding (1, n, d).
-        capacity: embeddings to keep.
     """
 
-    def __init__(self, encode: Callable[[list[str]], torch.Tensor], capacity: int = 4096) -> None:
-        self.encode = encode
-        self.capacity = capacity
-        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+    @lru_cache(capacity)
+    @torch.no_grad()
+    def embedding(caption: str) -> torch.Tensor:
+        return encode([caption])
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Embeddings (b, n, d)."""
-        return torch.cat([self._embedding(caption) for caption in captions])
-
-    def _embedding(self, caption: str) -> torch.Tensor:
-        embedding = self._embeddings.pop(caption, None)
-        if embedding is None:
-            with torch.no_grad():
-                embedding = self.encode([caption])
-        self._embeddings[caption] = embedding
-        if len(self._embeddings) > self.capacity:
-            self._embeddings.popitem(last=False)
-        return embedding
+    return lambda captions: torch.cat([embedding(caption) for caption in captions])
 
 
 class BatchEncoder:
@@ -57,8 +43,7 @@ class BatchEncoder:
     latent grid. If they have `text`, `motion_tokens` or `image_tokens`, these are used and the encoders do not run.
 
     Args:
-        pipeline: the model, with its frozen encoders.
-        device: to compute on.
+        pipeline: with its frozen encoders.
         empty: of `EncodedClips`: tokens of the empty caption, by the names above, if the items bring tokens.
         region: marks the regions `VAE` and `encoders` for a profiler.
     """
@@ -75,8 +60,8 @@ class BatchEncoder:
         self.empty = dict(empty or {})
         self.region = region
         # In float32 between the encoders and the loss, whatever dtype the encoders compute in.
-        self.embed = TextCache(lambda captions: pipeline.encode_text(captions).float())
-        self.embed_motion = TextCache(lambda captions: pipeline.encode_motion(captions).float())
+        self.embed = cached_encoder(lambda captions: pipeline.encode_text(captions).float())
+        self.embed_motion = cached_encoder(lambda captions: pipeline.encode_motion(captions).float())
 
     def __call__(self, items: Mapping[str, Any]) -> Batch:
         """The batch.
@@ -84,9 +69,7 @@ class BatchEncoder:
         Raises:
             UserError: latents without key frames for a model that uses their pixels.
         """
-        flow = None
-        if "flow" in items:
-            flow = Flow(self._to_device(items["flow"]), items["flow_valid"].to(self.device))
+        has_flow = "flow" in items
         return Batch(
             latents=self.latents(items),
             text=self.text(items),
@@ -94,7 +77,7 @@ class BatchEncoder:
             indices=items["sample_index"].tolist(),
             image=self._image_inputs(items),
             motion_tokens=self.motion_tokens(items),
-            flow=flow,
+            flow=Flow(self._to_device(items["flow"]), items["flow_valid"].to(self.device)) if has_flow else None,
         )
 
     def latents(self, items: Mapping[str, Any]) -> torch.Tensor:
@@ -132,9 +115,7 @@ class BatchEncoder:
             frames = items["video"]
             return frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])].to(self.device)
         if "keyframe" not in items:
-            raise UserError(
-                "the model uses the key frames' pixels, which these cached latents do not include; encode them again"
-            )
+            raise UserError("the model needs pixels, which these cached latents do not include; encode them again")
         return self._to_device(items["keyframe"]) / 127.5 - 1
 
     def null_conditioning(self) -> NullConditioning:

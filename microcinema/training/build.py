@@ -75,11 +75,11 @@ def build_trainer(
             accelerator, pipeline, keyframes, settings.validation_prompts, output_dir, settings.seed
         )
 
-    def write_records() -> None:
+    trainer = Trainer(accelerator, pipeline, dataset, settings, validation, predict_net, on_metrics, region)
+    if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
         append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
-
-    return Trainer(accelerator, pipeline, dataset, settings, validation, predict_net, on_metrics, write_records, region)
+    return trainer
 
 
 def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:

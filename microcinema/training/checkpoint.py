@@ -9,12 +9,11 @@ checkpoint-1000/
 """
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from microcinema.training.distributed import (
-    gathered_copy,
-    is_sharded,
-    raise_on_all_ranks,
-    shard_like,
-    unshard,
-    unsharded_shapes,
-    unsharded_state,
-)
+from microcinema.training import distributed
 from microcinema.training.resume import STATE, Identity, Progress, check_identity, find_checkpoints, read_state
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_folder
@@ -46,38 +37,29 @@ _EMA = "ema.safetensors"
 _IO_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
+@dataclass
 class Checkpoints:
     """Saves and restores the state of one run. To be made on every rank, after `accelerator.prepare`.
 
     Args:
-        accelerator: saves the optimizer, the learning-rate schedule and the random states that it has prepared.
-        output_dir: folder of the run.
+        accelerator: saves the optimizer, the learning-rate schedule and the random states.
         model: the prepared `TrainableModel`; each of its children is saved as a folder of its own.
-        trained: the trained parameters by name.
-        ema: their averages, in the same order, or None.
+        ema: averages of `trained`, in the same order.
         total_limit: number of checkpoints to keep; None keeps all.
         identity: of the run, checked on loading; None accepts any checkpoint.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: str | os.PathLike[str],
-        model: nn.Module,
-        trained: Mapping[str, nn.Parameter],
-        ema: EMAModel | None,
-        total_limit: int | None = None,
-        identity: Identity | None = None,
-    ) -> None:
-        self.accelerator = accelerator
-        self.output_dir = Path(output_dir)
-        self.model = model
-        self.trained = dict(trained)
-        self.ema = ema
-        self.total_limit = total_limit
-        self.identity = identity
-        accelerator.register_save_state_pre_hook(self._save_networks)
-        accelerator.register_load_state_pre_hook(self._load_networks)
+    accelerator: Accelerator
+    output_dir: Path
+    model: nn.Module
+    trained: Mapping[str, nn.Parameter]
+    ema: EMAModel | None
+    total_limit: int | None = None
+    identity: Identity | None = None
+
+    def __post_init__(self) -> None:
+        self.accelerator.register_save_state_pre_hook(self._save_networks)
+        self.accelerator.register_load_state_pre_hook(self._load_networks)
 
     def save(self, progress: Progress) -> Path:
         """Writes `checkpoint-{step}`, then deletes the oldest ones over the limit. Collective.
@@ -90,7 +72,7 @@ class Checkpoints:
 
         def all_ranks() -> AbstractContextManager[None]:
             message = f"cannot write '{final}' ({{reason}}); make room, and resume from the one before"
-            return raise_on_all_ranks(message, (*_IO_ERRORS, UserError))
+            return distributed.raise_on_all_ranks(message, (*_IO_ERRORS, UserError))
 
         with ExitStack() as stack:
             # The main process owns the rename; the others write their shards into its temporary folder.
@@ -108,9 +90,7 @@ class Checkpoints:
                     stack.close()
         if is_main and self.total_limit is not None:
             for checkpoint in find_checkpoints(self.output_dir, progress.step)[: -self.total_limit]:
-                renamed = checkpoint.with_name(f".{checkpoint.name}.partial")
-                os.replace(checkpoint, renamed)
-                shutil.rmtree(renamed)
+                shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial")))
         self.accelerator.wait_for_everyone()
         return final
 
@@ -124,20 +104,22 @@ class Checkpoints:
             state = read_state(folder)
             self._check_trained(folder, state["trained"])
             for name, network in self._networks():
-                _check_tensors(f"'{folder / name}'", unsharded_shapes(network), _saved_shapes(folder / name, network))
+                _check_tensors(
+                    f"'{folder / name}'", distributed.unsharded_shapes(network), _saved_shapes(folder / name, network)
+                )
             if self.identity is not None and (changes := check_identity(folder, state["run"], self.identity)):
                 self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(changes)}")
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
                 weights = _load_safetensors([folder / _EMA])
                 _check_tensors(f"'{folder / _EMA}'", self.trained, weights)
-                self.ema.shadow_params = [shard_like(weights[name], like) for name, like in self.trained.items()]
+                self.ema.shadow_params = [
+                    distributed.shard_like(weights[name], like) for name, like in self.trained.items()
+                ]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
         except (EOFError, KeyError, ValueError, pickle.UnpicklingError, *_IO_ERRORS) as error:
-            raise UserError(
-                f"checkpoint '{folder}' cannot be read ({first_line(error)}); resume from another one"
-            ) from error
+            raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from error
 
     def _networks(self) -> Iterable[tuple[str, Any]]:
         return self.accelerator.unwrap_model(self.model).named_children()
@@ -147,14 +129,14 @@ class Checkpoints:
             return
         averages = {}
         for name, average in zip(self.trained, self.ema.shadow_params, strict=True):
-            full = unshard(average)
+            full = distributed.unshard(average)
             if self.accelerator.is_main_process:
                 averages[name] = full.contiguous().cpu()
         if averages:
             save_file(averages, folder / _EMA)
 
     def _write_state(self, folder: Path, progress: Progress) -> None:
-        state: dict[str, Any] = {"progress": asdict(progress), "trained": list(self.trained), "run": self.identity}
+        state = {"progress": asdict(progress), "trained": list(self.trained), "run": self.identity}
         if self.ema is not None:
             state["ema_step"] = self.ema.optimization_step
         (folder / STATE).write_text(json.dumps(state, indent=1))
@@ -173,21 +155,19 @@ class Checkpoints:
         weights.clear()  # otherwise accelerate saves them a second time
         is_main = self.accelerator.is_main_process
         for name, network in self._networks():
-            if is_sharded(network):
-                state = unsharded_state(network, keep=is_main)
-                network = gathered_copy(network, state) if is_main else None
+            if distributed.is_sharded(network):
+                state = distributed.unsharded_state(network, keep=is_main)
+                network = distributed.gathered_copy(network, state) if is_main else None
             if is_main:
                 network.save_pretrained(Path(folder) / name)
 
     def _load_networks(self, models: list[nn.Module], folder: str) -> None:
-        if not models:  # accelerate has loaded the shards of each process
-            return
-        models.clear()
-        for name, network in self._networks():
+        for name, network in self._networks() if models else ():  # none if accelerate has loaded the shards itself
             network.load_state_dict(_load_safetensors(_weight_files(Path(folder) / name, network)))
+        models.clear()
 
 
-def load_ema(folder: str | os.PathLike[str], model: nn.Module) -> None:
+def load_ema(folder: str | Path, model: nn.Module) -> None:
     """Replaces the trained weights of a `TrainableModel` by the moving averages in a checkpoint.
 
     Raises:
@@ -207,19 +187,13 @@ def load_ema(folder: str | os.PathLike[str], model: nn.Module) -> None:
 
 
 def _check_tensors(source: str, expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:
-    """Checks that the loaded tensors have exactly the expected names and shapes.
-
-    Raises:
-        UserError: lists missing and unexpected keys, and those of another shape.
-    """
+    """Checks that the loaded tensors have exactly the expected names and shapes; the error lists those that do not."""
+    shared = sorted(expected.keys() & loaded.keys())
+    shapes = {key: (tuple(loaded[key].shape), tuple(expected[key].shape)) for key in shared}
     problems = {
         "missing": sorted(expected.keys() - loaded.keys()),
         "unexpected": sorted(loaded.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} {tuple(loaded[key].shape)} for {tuple(expected[key].shape)}"
-            for key in sorted(expected.keys() & loaded.keys())
-            if loaded[key].shape != expected[key].shape
-        ],
+        "of another shape": [f"{key} {old} for {new}" for key, (old, new) in shapes.items() if old != new],
     }
     text = "; ".join(
         f"{problem} {len(keys)} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"

@@ -24,7 +24,7 @@ class StepMetrics:
     """Collects the clips of one optimizer step over its micro-batches and all processes.
 
     Args:
-        num_train_timesteps: of the schedule; losses are also logged by quarter of it, `loss/t1` (least noise) to `loss/t4`.
+        num_train_timesteps: of the schedule; losses are logged by quarter of it too, `loss/t1` (least noise) to `loss/t4`.
 
     Attributes:
         losses: of every clip of the last finished step, by process, (processes, clips).

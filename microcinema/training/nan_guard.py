@@ -34,25 +34,18 @@ class NanGuard:
         self._clips: list[dict[str, Any]] = []
 
     def record(self, items: Mapping[str, Any], latents: torch.Tensor, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Adds a micro-batch.
-
-        Args:
-            items: from the loader: `sample_index` and `caption`, `id` if there is one.
-            latents: (b, f, c, h, w).
-            t, losses: (b,).
-        """
+        """Adds a micro-batch with `latents` (b, f, c, h, w), `t` and `losses` (b,)."""
         indices = items["sample_index"]
         self._tensors.append({"numbers": indices, "latents": latents, "t": t, "losses": losses.detach()})
         ids = items.get("id", [None] * len(indices))
         captions = items.get("caption", [None] * len(indices))
         for index, clip_id, caption in zip(indices.tolist(), ids, captions, strict=True):
-            self._clips.append({"number": index, "id": None if clip_id is None else str(clip_id), "caption": caption})
+            self._clips.append({"number": index, "id": clip_id and str(clip_id), "caption": caption})
 
     def assert_finite(self, step: int, losses: torch.Tensor, grad_norm: float | None) -> None:
         """Discards the clips of a finite step. Collective, with the same arguments on every rank.
 
         Args:
-            step: of the optimizer, counted from 1.
             losses: of every clip, by process, (processes, clips).
             grad_norm: None if it tells nothing, as when the loss scale was too large.
 

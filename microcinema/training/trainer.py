@@ -39,6 +39,7 @@ from microcinema.utils.files import atomic_folder, make_folder, sweep
 
 Items = dict[str, Any]
 """A collated micro-batch; keys as in data/clips.py."""
+LOGGABLE = (int, float, str, bool)
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
@@ -49,21 +50,12 @@ class Trainer:
     seed and the clips' global indices; a run that is interrupted and resumed ends in the same bits.
 
     Args:
-        accelerator: from `make_accelerator`, for this config and this run alone.
-        pipeline: the model; only its `unet` and `condition_encoder` change.
+        accelerator: from `make_accelerator`, for this run alone.
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
-        config: of the run.
-        validation: called on every rank with accelerator, pipeline and step, every `validation_steps` and after the last step; the
-            pipeline then holds the averaged weights.
+        validation: called on every rank every `validation_steps` and after the last step, when the pipeline holds the averages.
         predict_net: trained beside the pipeline, saved in checkpoints alone; needs clips with `flow` and `flow_valid`.
         on_metrics: called with all metrics that are logged: those of each step, and the seconds of each checkpoint and validation.
-        before_first_step: called on the main process when everything that can be refused has been checked.
         region: marks named parts of a step for a profiler: `VAE`, `encoders`, `forward`, `backward`, `optimizer`.
-
-    Attributes:
-        model: everything that trains, as prepared by the accelerator.
-        clips: the data set in its global order.
-        progress: steps done and clips consumed.
 
     Raises:
         UserError: settings that cannot work, or a checkpoint that does not fit.
@@ -78,12 +70,10 @@ class Trainer:
         validation: Validate | None = None,
         predict_net: PredictNet | None = None,
         on_metrics: Callable[[dict[str, float]], None] | None = None,
-        before_first_step: Callable[[], None] | None = None,
         region: Region = record_function,
     ) -> None:
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.validation, self.on_metrics, self.region = validation, on_metrics, region
-        self.before_first_step = before_first_step
         self.output_dir = make_folder(config.output_dir)
         checkpoint = broadcast_from_main(accelerator, self._choose_checkpoint)
         self._set_up_model(predict_net)
@@ -108,7 +98,11 @@ class Trainer:
             Preempted: the run received SIGTERM or SIGUSR1, and has saved a checkpoint.
         """
         config, preempted = self.config, False
-        self._start_logging()
+        if config.report_to:
+            settings = {
+                key: value if isinstance(value, LOGGABLE) else str(value) for key, value in asdict(config).items()
+            }
+            self.accelerator.init_trackers("microcinema", settings)
         with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
             self.metrics.start_step()
             while self.progress.step < config.max_train_steps and not preempted:
@@ -266,15 +260,6 @@ class Trainer:
             generator=torch.Generator().manual_seed(config.seed),
         )
         return self.metrics.timed_iterator(self.errors.watch(iter(loader)))
-
-    def _start_logging(self) -> None:
-        if self.before_first_step is not None and self.accelerator.is_main_process:
-            self.before_first_step()
-        if self.config.report_to:
-            loggable = (int, float, str, bool)
-            values = asdict(self.config).items()
-            settings = {key: value if isinstance(value, loggable) else str(value) for key, value in values}
-            self.accelerator.init_trackers("microcinema", settings)
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

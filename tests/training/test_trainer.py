@@ -21,7 +21,7 @@ from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
-from microcinema.training.batch_encoder import BatchEncoder, TextCache
+from microcinema.training.batch_encoder import BatchEncoder, cached_encoder
 from microcinema.training.loss import LossConfig, TrainableModel, training_loss
 from microcinema.training.settings import Settings
 from microcinema.training.trainer import Trainer, make_optimizer
@@ -312,7 +312,7 @@ def test_captions_are_encoded_once_while_they_are_kept():
         asked.extend(captions)
         return torch.full((1, 2, 3), float(len(captions[0])))
 
-    embed = TextCache(encode, capacity=2)
+    embed = cached_encoder(encode, capacity=2)
     assert embed(["a", "bb", "a"])[:, 0, 0].tolist() == [1, 2, 1]
     assert asked == ["a", "bb"]
     embed(["ccc"])  # "bb" is the one used least recently
