@@ -42,6 +42,7 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_the_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "RUNS", {"sample": {}})
     path = tmp_path / "figures.json"
