@@ -11,15 +11,7 @@ _TICK = 1e-6  # seconds, as in data/video_reader.py
 
 
 class Buckets:
-    """The bucket of every clip of a data set.
-
-    Args:
-        shapes: (num_frames, height, width) of each bucket.
-        assignment: index of the bucket of each clip, (n,).
-
-    Raises:
-        UserError: invalid shapes.
-    """
+    """Buckets with shapes (num_frames, height, width), and the index of the bucket of each clip, `assignment` (n,)."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], assignment: np.ndarray) -> None:
         self.shapes = _check_shapes(shapes)

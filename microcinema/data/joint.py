@@ -26,9 +26,8 @@ class JointDataset(ClipSource):
     def __init__(self, parts: Mapping[str, ClipSource], weights: Mapping[str, float], bucket_run: int = 64) -> None:
         if not parts or set(parts) != set(weights) or min(weights.values()) <= 0:
             values = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items()) or "none"
-            raise UserError(
-                f"weights {values} for the parts {', '.join(parts) or 'none'}; give each a positive number of epochs"
-            )
+            names = ", ".join(parts) or "none"
+            raise UserError(f"weights {values} for the parts {names}; give each a positive number of epochs")
         self.parts, self.weights, self.same_shape_run = dict(parts), dict(weights), bucket_run
         self.starts: dict[str, int] = {}
         self._length = 0
@@ -62,7 +61,6 @@ class JointDataset(ClipSource):
                 raise UserError(f"data.parts.{name}: {error}") from None
 
     def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
-        """Those of all data sets, with their weighted shares."""
         return [
             (_OffsetOrder(ordering, self.starts[name]), max(1, round(share * self.weights[name])))
             for number, (name, part) in enumerate(self.parts.items())
@@ -75,7 +73,6 @@ class JointDataset(ClipSource):
         }
 
     def _locate(self, index: int) -> tuple[str, ClipSource, int]:
-        """The data set of an item, with its name, and the item's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         name = [name for name, start in self.starts.items() if start <= index][-1]

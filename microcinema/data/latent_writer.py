@@ -72,11 +72,6 @@ def write_shards(
 ) -> None:
     """Writes this process's share of the shards that are not finished; clips that cannot be read go to quarantine.
 
-    Args:
-        num_workers: processes that decode.
-        clip_retries: further tries of a clip before it counts as broken.
-        max_error_rate: accepted fraction of broken clips.
-
     Raises:
         UserError: too many broken clips, tensors that overflow float16, a full disk.
     """

@@ -35,17 +35,11 @@ _MAX_OPEN_SHARDS = 64  # by one process
 
 @dataclass(frozen=True)
 class Layout:
-    """The distribution of rows over shards.
-
-    Attributes:
-        num_clips: of the data set.
-        epochs_cached: epochs that are encoded; row `e * num_clips + i` is item i in epoch e.
-        clips_per_shard: rows of each shard except the last.
-    """
+    """The distribution of rows over shards."""
 
     num_clips: int
-    epochs_cached: int
-    clips_per_shard: int
+    epochs_cached: int  # row `e * num_clips + i` is item i in epoch e
+    clips_per_shard: int  # rows of each shard except the last
 
     @property
     def num_rows(self) -> int:

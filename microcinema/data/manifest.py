@@ -35,14 +35,7 @@ SCHEMA = pa.schema(
 
 
 class Manifest:
-    """A manifest of the clips in a data set.
-
-    Args:
-        path: the Parquet file.
-
-    Raises:
-        UserError: the file cannot be read, or is no manifest.
-    """
+    """A manifest of the clips in a data set; a UserError if the Parquet file cannot be read, or is none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -50,14 +43,11 @@ class Manifest:
         try:
             self.table = pyarrow.parquet.read_table(self.path, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"manifest '{self.path}' cannot be read ({error}); make one with `microcinema prepare check`"
-            ) from None
+            advice = "make one with `microcinema prepare check`"
+            raise UserError(f"manifest '{self.path}' cannot be read ({error}); {advice}") from None
         missing = [name for name in columns if name not in self.table.column_names]
         if missing:
-            raise UserError(
-                f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with `microcinema prepare check`"
-            )
+            raise UserError(f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with prepare check")
 
     def find(self, ids: pa.ChunkedArray) -> np.ndarray:
         """The manifest's row of each id, -1 where it has none."""

@@ -28,9 +28,6 @@ class Rows(Sequence[dict[str, str]]):
     """The rows of a list: `id`, `file` (empty where the list names none), `page_dir`, `caption`, `description`, `motion`.
 
     Empty or missing `description` (caption of the key frame) and `motion` are replaced by the caption.
-
-    Args:
-        table: these columns, from `read_rows`.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -74,7 +71,6 @@ class Rows(Sequence[dict[str, str]]):
                 yield memoryview(characters or b"")[ends[chunk.offset] : ends[chunk.offset + len(chunk)]]
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
-        """The rows with these indices, in this order."""
         return Rows(self.table.take(pa.array(indices, pa.int64())))
 
 
@@ -111,9 +107,8 @@ def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | 
         table = _read_table(path, sorted(set(names.values())))
         strings = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in names.values()]
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise UserError(
-            f"list '{path}' cannot be read ({error}); give a {path.suffix[1:].upper()} file in UTF-8"
-        ) from None
+        kind = path.suffix[1:].upper()
+        raise UserError(f"list '{path}' cannot be read ({error}); give a {kind} file in UTF-8") from None
     if table.num_rows == 0:
         raise UserError(f"list '{path}' has no rows; give one with at least one video")
     return Rows(pa.table(strings, names=list(names)))

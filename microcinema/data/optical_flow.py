@@ -20,15 +20,10 @@ FLOW_MODELS = ("dis", "raft")
 
 @dataclass(frozen=True)
 class Flow:
-    """Forward optical flow of clips, and where it is valid.
+    """Forward optical flow of clips, and where it is valid."""
 
-    Attributes:
-        vectors: float32 (..., f-1, 2, h, w): (dx, dy) from each frame to the next, in units of its own grid.
-        valid: bool (..., f-1, h, w).
-    """
-
-    vectors: torch.Tensor
-    valid: torch.Tensor
+    vectors: torch.Tensor  # float32 (..., f-1, 2, h, w): (dx, dy) from each frame to the next, in units of its own grid
+    valid: torch.Tensor  # bool (..., f-1, h, w)
 
 
 class FlowClips(ClipWrapper):
@@ -67,13 +62,10 @@ def _estimate_item(flow_model: str, item: dict[str, Any]) -> Flow:
 
 
 def estimate(flow_model: str, frames: np.ndarray) -> Flow:
-    """Flow of a clip by `dis` or `raft`, in pixels; valid where forward and backward flow cancel.
-
-    Args:
-        frames: uint8 (f, h, w, 3).
+    """Flow of frames, uint8 (f, h, w, 3), by `dis` or `raft`, in pixels; valid where forward and backward flow cancel.
 
     Raises:
-        UserError: an unknown model, or its library or weights are missing.
+        UserError: an unknown model, or its library is missing.
     """
     method = _method(flow_model)
     pairs = list(pairwise(frames))
@@ -92,10 +84,7 @@ def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
         |F(x) + B(x + F(x))|^2 < 0.01 (|F(x)|^2 + |B(x + F(x))|^2) + 0.5
 
-    Pixels that leave the frame are not valid.
-
-    Args:
-        forward, backward: (f-1, h, w, 2), pixels.
+    Flows are (f-1, h, w, 2), in pixels; pixels that leave the frame are not valid.
     """
     height, width = forward.shape[1:3]
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -110,18 +99,13 @@ def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 def to_latent_grid(flow: Flow, factor: int) -> Flow:
-    """The flow on a grid that is `factor` times coarser, in its units: the mean over the valid pixels of each cell.
+    """The flow on a grid that is `factor` times coarser, in its units: a vector of `factor` pixels gets length 1.
 
-    A vector of `factor` pixels gets length 1. A cell is valid if at least half of its pixels are.
-
-    Raises:
-        UserError: the size does not divide by the factor.
+    A cell gets the mean of its valid pixels, and is valid if at least half of them are.
     """
     height, width = flow.valid.shape[-2:]
     if height % factor or width % factor:
-        raise UserError(
-            f"flow of {height}x{width} does not divide by {factor}; use the size that the latents were made at"
-        )
+        raise UserError(f"flow of {height}x{width} does not divide by {factor}; use the size of the latents")
     valid_share = reduce(flow.valid.float(), "... (h p) (w q) -> ... h w", "mean", p=factor, q=factor)
     masked = torch.where(flow.valid.unsqueeze(-3), flow.vectors, torch.zeros_like(flow.vectors))
     mean = reduce(masked, "... (h p) (w q) -> ... h w", "mean", p=factor, q=factor)

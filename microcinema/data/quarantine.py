@@ -23,15 +23,7 @@ class Quarantine:
     """The files `rank-*.jsonl` in a folder, one line per broken clip: sample_index, index, id, reason, tries, time.
 
     Each process has its own file, to which its workers append whole lines by single writes, so processes and workers do not interfere, even on a
-    network file system.
-
-    Args:
-        folder: created with the first broken clip.
-        retries: further tries before a clip counts as broken.
-        rank: of this process.
-
-    Attributes:
-        reason: why the last broken clip is broken.
+    network file system. A clip counts as broken after `retries` further tries.
 
     Raises:
         UserError: a damaged quarantine file in the folder.
@@ -112,15 +104,11 @@ def _remove_partial_line(path: Path) -> None:
 
 
 class ErrorRate:
-    """Counts broken clips among those that a process reads, and stops the run if there are too many.
+    """Counts broken clips among those that a process reads, in `total` and among the last `window`, and stops the run if there are too many.
 
     Args:
         max_error_rate: accepted fraction of broken clips.
-        window: number of most recent clips over which the fraction is taken.
         min_clips: clips before which the fraction is not judged.
-
-    Attributes:
-        total: broken clips so far.
     """
 
     def __init__(self, max_error_rate: float, window: int = 1000, min_clips: int = 100) -> None:

@@ -96,9 +96,8 @@ class ShardDataset(ClipSource):
 
     def check_processes(self, count: int) -> None:
         if count > len(self.urls):
-            raise UserError(
-                f"{count} processes and {len(self.urls)} shards; use at most as many processes, or make smaller shards"
-            )
+            advice = "use at most as many processes, or make smaller shards"
+            raise UserError(f"{count} processes and {len(self.urls)} shards; {advice}")
 
     def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
         return [(ShardOrder(self.counts, self.parallel_shards, key), len(self))]
@@ -140,9 +139,8 @@ class ShardDataset(ClipSource):
             caption = sample["txt"].read().decode("utf-8", errors="replace").strip()
         if not caption:
             keys = ", ".join(record) or "no keys"
-            raise UserError(
-                f"sample '{self.id(index)}' has neither .txt nor '{self.columns['caption']}' in .json ({keys}); set columns"
-            )
+            name = self.columns["caption"]
+            raise UserError(f"sample '{self.id(index)}' has neither .txt nor '{name}' in .json ({keys}); set columns")
         others = {name: str(record.get(self.columns[name]) or caption) for name in ("description", "motion")}
         return {"caption": str(caption), **others}
 
@@ -172,9 +170,7 @@ class ShardDataset(ClipSource):
         self._listings.move_to_end(shard)
         samples = self._listings[shard]
         if number >= len(samples):
-            raise UserError(
-                f"shard '{self.urls[shard]}' holds {len(samples)} samples, fewer than its index says; delete the index"
-            )
+            raise UserError(f"shard '{self.urls[shard]}' has fewer samples than its index says; delete the index")
         return samples[number]
 
     def _list_samples(self, shard: int) -> list[Sample]:
@@ -182,12 +178,10 @@ class ShardDataset(ClipSource):
         try:
             return read_members(url if _is_local(url) else self._cache.get_file(url))
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(
-                f"shard '{url}' cannot be read ({error}); fetch it again, uncompressed, or take it off the list"
-            ) from None
+            advice = "fetch it again, uncompressed, or take it off the list"
+            raise UserError(f"shard '{url}' cannot be read ({error}); {advice}") from None
 
     def _count_samples(self, index: Path | None) -> np.ndarray:
-        """Samples of each shard, from the index if there is one."""
         if index is not None and index.is_file():
             try:
                 counts = {entry["url"]: int(entry["nsamples"]) for entry in json.loads(index.read_text())["shardlist"]}
@@ -205,7 +199,6 @@ class ShardDataset(ClipSource):
         return np.array(lengths)
 
     def _apply_manifest(self, manifest: Manifest) -> None:
-        """Skips samples that the manifest rejects."""
         ids = [_sample_id(url, n) for url, count in zip(self.urls, self.counts, strict=True) for n in range(count)]
         manifest_rows = manifest.find(pa.chunked_array([pa.array(ids)]))
         keep = (manifest_rows < 0) | manifest.column("accepted")[manifest_rows]
@@ -220,11 +213,7 @@ class ShardDataset(ClipSource):
 
 
 def read_members(path: str) -> list[Sample]:
-    """The samples of a tar file in their order, from its headers alone.
-
-    Raises:
-        OSError, ValueError, tarfile.TarError: it cannot be read, or is compressed, so that its files cannot be read in place.
-    """
+    """The samples of an uncompressed tar file in their order, from its headers alone."""
     samples: list[Sample] = []
     last_key = None
     with tarfile.open(path, "r:") as tar:
@@ -240,11 +229,7 @@ def read_members(path: str) -> list[Sample]:
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """The shards that patterns name: webdataset expands braces, `*` matches local files.
-
-    Raises:
-        UserError: no shards.
-    """
+    """The shards that patterns name: webdataset expands braces, `*` matches local files; a UserError if there are none."""
     patterns = [shards] if isinstance(shards, str) else list(shards)
     urls = [url.removeprefix("file://") for pattern in patterns for url in expand_urls(str(pattern))]
     paths = [path for url in urls for path in (sorted(glob.glob(url)) if _is_local(url) and "*" in url else [url])]
@@ -258,7 +243,6 @@ def _is_local(url: str) -> bool:
 
 
 def _cache_name(url: str) -> str:
-    """A name for a downloaded shard; its file name alone is not unique, since shards of several folders share it."""
     return f"{hash_chunks([url])[:16]}-{url.rsplit('/', 1)[-1][-64:]}"
 
 

@@ -41,7 +41,6 @@ class TarMember:
         return f"{self.archive}:{self.name}"
 
     def read(self) -> bytes:
-        """The bytes of the file."""
         with open(self.archive, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -139,11 +138,7 @@ def _read_index(path: Source) -> _Index:
 
 
 def probe(path: Source) -> VideoInfo:
-    """Counts and times the frames of a video file and decodes the first one.
-
-    Raises:
-        UserError: the file is missing, empty, unreadable or truncated, or has no video.
-    """
+    """Counts and times the frames of a video and decodes the first one; a UserError if the file is missing, damaged or without video."""
     index = _read_index(path)
     ((height, width),) = _decode_pyav(path, index, np.zeros(1, dtype=int), _displayed_size)
     return VideoInfo(len(index.times), index.fps, width, height, index.end)
@@ -258,17 +253,13 @@ def read_clip(
     position: float = 0.0,
     decoder: str = "pyav",
 ) -> np.ndarray:
-    """Reads `num_frames` frames: for each k the frame nearest in time to `start + k / fps`.
+    """`num_frames` frames, for each k the one nearest in time to `start + k / fps`: uint8 (f, h, w, 3), rotated as displayed.
 
     Args:
         fps: frames per second of the clip; None takes consecutive frames of the file.
         start: seconds after the first frame.
-        position: of the clip among all that the video has room for: 0 at `start`, 0.5 in the middle, 1 as late as possible. Uniform over
-            [0, 1), it makes every possible first frame equally likely.
+        position: of the clip between `start` (0) and the end (1). Uniform over [0, 1), it makes every first frame equally likely.
         decoder: "pyav" or "decord". Same bytes from both for 8-bit video, except for 4:2:0 of odd size, which H.264 cannot hold.
-
-    Returns:
-        uint8 (f, h, w, 3), rotated as displayed.
 
     Raises:
         UserError: a file that is missing, empty, damaged, without video, or too short; a value out of range.
@@ -290,18 +281,10 @@ def read_clip(
 def survey(
     path: Source, size: tuple[int, int], fps: float, max_frames: int
 ) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
-    """Decodes a video from its first frame on to small frames at a low frame rate: what the quality check examines.
-
-    Args:
-        size: (height, width) to which frames are scaled, whatever their aspect ratio.
-        fps: frames per second that are kept.
-        max_frames: that are kept; the rest of the video is not decoded.
-
-    Returns:
-        properties of the file; seconds after the first frame of each frame kept; the frames, uint8 (n, h, w, 3).
+    """Properties of a video, and its first `max_frames` frames at `fps`, scaled to `size` (height, width): times (n,), uint8 (n, h, w, 3).
 
     Raises:
-        UserError: as `read_clip`, and if any frame is damaged.
+        UserError: as `read_clip`, and if any frame between them is damaged.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -318,11 +301,7 @@ def survey(
 
 
 def read_image(path: Source) -> np.ndarray:
-    """A picture file as a clip of one frame, uint8 (1, h, w, 3), rotated as its EXIF data says.
-
-    Raises:
-        UserError: the file is missing or no picture.
-    """
+    """A picture as a clip of one frame, uint8 (1, h, w, 3), rotated as its EXIF data says; a UserError if it is missing or damaged."""
     from PIL import Image, ImageOps
 
     try:
@@ -332,6 +311,4 @@ def read_image(path: Source) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"image file '{path}' does not exist; check the path") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"image file '{path}' cannot be decoded ({error}); replace it or take it off the list"
-        ) from None
+        raise UserError(f"image file '{path}' cannot be decoded ({error}); take it off the list") from None

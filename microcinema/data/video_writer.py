@@ -22,7 +22,7 @@ _MARGIN, _SPACE, _GAP, _LINE = (
 def _check(frames: np.ndarray, fps: float = 1.0) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise UserError(
-            f"frames to write are {frames.dtype} {frames.shape}; give uint8 (frames, height, width, 3), none of them 0"
+            f"frames are {frames.dtype} {frames.shape}; give uint8 (frames, height, width, 3), none of them 0"
         )
     if not fps > 0:
         raise UserError(f"fps={fps}; give a positive number of frames per second")
@@ -36,7 +36,6 @@ def write_video(path: PathLike, frames: np.ndarray, fps: float, crf: int = 18, l
     rescaled or padded; some players refuse that.
 
     Args:
-        path: ends in .mp4, or in the suffix of another container for H.264, such as .mkv.
         crf: x264's constant rate factor, 0 to 51, lower is better; 18 is near transparent.
         lossless: x264 in RGB, from which `read_clip` returns exactly these frames; most browsers cannot play it.
 
@@ -105,10 +104,8 @@ def write_contact_sheet(
     clips = [_check(clip) for clip in ([clips] if isinstance(clips, np.ndarray) else clips)]
     captions = [""] * len(clips) if captions is None else captions
     if not clips or len(captions) != len(clips) or (columns is not None and columns < 1):
-        raise UserError(
-            f"contact sheet of {len(clips)} clips, {len(captions)} captions, columns={columns}; "
-            "give at least 1 clip, a caption for each or none, and at least 1 column"
-        )
+        sheet = f"contact sheet of {len(clips)} clips, {len(captions)} captions, columns={columns}"
+        raise UserError(f"{sheet}; give at least 1 clip, a caption for each or none, and at least 1 column")
     strips = [_strip(clip, caption, columns, below) for clip, caption in zip(clips, captions, strict=True)]
     height = sum(strip.height + _SPACE for strip in strips) - _SPACE
     page = Image.new("RGB", (max(strip.width for strip in strips) + 2 * _MARGIN, height + 2 * _MARGIN), "white")

@@ -17,7 +17,6 @@ class Watermark:
             Telea, 2004); "tag" keeps the frames and appends `tag` to the captions, so that sampling without it, or with it as the negative prompt,
             avoids the watermark.
         box: left, top, right, bottom as fractions of the frame's width and height.
-        tag: words that are appended to the caption.
 
     Raises:
         UserError: an unknown action, or an invalid box.
