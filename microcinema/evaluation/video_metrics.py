@@ -37,8 +37,8 @@ def optical_flow(before: np.ndarray, after: np.ndarray, channel: str = "brightne
     """Forward flow (h, w, 2), pixels, (dx, dy), between two frames: polynomial expansion (Farneback 2003).
 
     Args:
-        channel: `brightness` sees everything; `saturation` (largest minus smallest of red, green, blue) sees the sprites
-            of Moving Sprites without their background, and follows them more closely.
+        channel: `brightness` sees everything; `saturation` (largest minus smallest of red, green, blue) separates
+            saturated objects from a muted background, and follows them more closely.
     """
     grey = [_brightness(frame) if channel == "brightness" else np.ptp(frame, axis=-1) for frame in (before, after)]
     return cv2.calcOpticalFlowFarneback(

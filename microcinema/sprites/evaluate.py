@@ -90,7 +90,7 @@ def evaluate(
         return judge_clips(tasks, load, protocol, judge, label, keyframe_index, progress)
 
     real = judged(lambda task: real_sample(task.sprite, protocol, keyframe_index), "judge real")
-    other = anew_features(tasks, protocol, judge, progress)
+    other = other_real_features(tasks, protocol, judge, progress)
     model = judged(load, "judge model")
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
@@ -99,7 +99,7 @@ def evaluate(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,
         "parts": {
-            part: summarise(
+            part: summarize(
                 *([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in (model, real, other))
             )
             for part in PARTS
@@ -119,8 +119,10 @@ def real_sample(sprite: scene.Sprite, protocol: SpritesProtocol, keyframe_index:
     return Sample(frames, frames[keyframe_index])
 
 
-def anew_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool) -> np.ndarray:
-    """Features (n, d) of other real clips with the same attributes, placed anew: no model can be expected to come closer."""
+def other_real_features(
+    tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool
+) -> np.ndarray:
+    """Features (n, d) of other real clips with the same attributes, whose distance to the real ones is the floor for any model."""
     features = []
     for task in tqdm(tasks, desc="features of other real clips", unit="clip", disable=not progress):
         attributes = [getattr(task.sprite, name) for name in ATTRIBUTES]
@@ -129,9 +131,9 @@ def anew_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: Sprit
     return np.concatenate(features)
 
 
-def summarise(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Numbers of one part: of the model's clips and of real ones, and the Fréchet distances of both, and of the features `other`
-    of another real set, to the real ones."""
+def summarize(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Measures of one part for the model's and real clips, and the Fréchet distances to the real ones of the model's and of `other`
+    real features."""
     features = [verdict.features for verdict in real]
     return {
         "n": len(model),

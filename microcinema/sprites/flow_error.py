@@ -1,4 +1,4 @@
-"""What a trained PredictNet knows of motion: its end-point error on clips of Moving Sprites that it has not seen."""
+"""End-point error of a trained PredictNet on clips of Moving Sprites."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,13 @@ from microcinema.training.loss import TrainableModel
 
 @torch.no_grad()
 def flow_error(
-    pipeline: ImageToVideoPipeline, predict_net: PredictNet, shown: Sequence[scene.Sprite], t: int
+    pipeline: ImageToVideoPipeline, predict_net: PredictNet, sprites: Sequence[scene.Sprite], t: int
 ) -> dict[str, float]:
     """Mean end-point errors over all places of the latent grid, in places per frame, at diffusion step t.
 
     Args:
         pipeline: with the weights that PredictNet was trained beside.
-        shown: sprites of which clips are rendered at the pipeline's length, size and rate.
+        sprites: rendered at the pipeline's length, size and rate.
         t: of the training schedule; a low one, since noise hides the motion.
 
     Returns:
@@ -37,7 +37,7 @@ def flow_error(
     encode = BatchEncoder(pipeline, pipeline.unet.device)
     step = torch.tensor([t], device=pipeline.unet.device)
     errors: dict[str, list[float]] = {"predict_net": [], "zero": []}
-    for number, sprite in enumerate(tqdm(shown, desc="flow error", unit="clip")):
+    for number, sprite in enumerate(tqdm(sprites, desc="flow error", unit="clip")):
         rendered = scene.render(sprite, frames, size, fps)
         item = {
             "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
@@ -51,10 +51,10 @@ def flow_error(
         z_ref = batch.latents[:, keyframe_index(pipeline.keyframe_position, frames)]
         eps = torch.randn(batch.latents.shape, generator=generator(0, number)).to(batch.latents.device)
         z_t = add_noise(pipeline.training_scheduler, batch.latents, pipeline.noise_prior.noise(eps, z_ref), step)
-        read = dict(batch.image) | ({} if batch.motion_tokens is None else {"motion_tokens": batch.motion_tokens})
-        told = step if times is None else times.to(step.device)[step]
-        keep = torch.ones(1, dtype=torch.bool, device=step.device)
-        _, flow = denoiser(z_t, told, batch.text, z_ref, batch.fps, keep, **read)
+        image = dict(batch.image) | ({} if batch.motion_tokens is None else {"motion_tokens": batch.motion_tokens})
+        t_model = step if times is None else times.to(step.device)[step]
+        text_mask = torch.ones(1, dtype=torch.bool, device=step.device)
+        _, flow = denoiser(z_t, t_model, batch.text, z_ref, batch.fps, text_mask, **image)
         assert flow is not None
         truth = to_latent_grid(exact(rendered.flow), pipeline.vae_scale_factor).vectors
         errors["predict_net"].append((flow[0].cpu() - truth).norm(dim=1).mean().item())

@@ -1,7 +1,7 @@
 """The judges of Moving Sprites clips: a classifier names the object, tracking the motion, optical flow the rest."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,11 +89,14 @@ def load_video_features(weights: str, device: torch.device | str, batch_size: in
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one clip.
+    """Results for one clip.
 
-    `judged`: attribute to the name that the judge gives it. `right`: whether that is what was asked for; `object` means shape,
-    colour and background together; no `speed` where none was asked for or the motion is another one. `measures`: numbers in the
-    units of `metrics.MEASURES`. `features` (d,) of the classifier.
+    Attributes:
+        judged: by attribute, the name that the judge gives.
+        right: by attribute, whether that is the prompt's; `object` is shape, colour and background together; `speed` only if the prompt
+            has one and the motion is right.
+        measures: in the units of `metrics.MEASURES`.
+        features: (d,), of the classifier.
     """
 
     task: Task
@@ -105,8 +108,8 @@ class Verdict:
     def as_json(self) -> dict[str, object]:
         """Everything but the features."""
         truth = {key: value for key, value in asdict(self.task.sprite).items() if isinstance(value, str)}
-        place = {"part": self.task.part, "index": self.task.index, "name": self.task.name, "prompt": self.task.prompt}
-        return {**place, "asked": truth, "judged": self.judged, "right": self.right, "measures": self.measures}
+        task = {"part": self.task.part, "index": self.task.index, "name": self.task.name, "prompt": self.task.prompt}
+        return {**task, "asked": truth, "judged": self.judged, "right": self.right, "measures": self.measures}
 
 
 def judge_clips(
@@ -132,7 +135,8 @@ def judge_clips(
         raise UserError(f"the classifier does not name {', '.join(sorted(missing))}; give one of Moving Sprites")
     verdicts = []
     with tqdm(total=len(tasks), desc=label, unit="clip", disable=not progress) as bar:
-        for batch in _batches(tasks, judge.batch_size):
+        for start in range(0, len(tasks), judge.batch_size):
+            batch = tasks[start : start + judge.batch_size]
             samples = [load(task) for task in batch]
             for task, sample in zip(batch, samples, strict=True):
                 _check_shape(task, sample, protocol)
@@ -141,10 +145,6 @@ def judge_clips(
                 verdicts.append(_judge_clip(task, sample, names, feature, protocol, keyframe_index))
                 bar.update()
     return verdicts
-
-
-def _batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
 def _check_shape(task: Task, sample: Sample, protocol: SpritesProtocol) -> None:
@@ -163,13 +163,13 @@ def _judge_clip(
     protocol: SpritesProtocol,
     keyframe_index: int,
 ) -> Verdict:
-    asked = task.sprite
+    sprite = task.sprite
     motion = judge_motion(sample.frames, protocol.fps)
     judged = {key: names[key] for key in OBJECT_ATTRIBUTES} | {"motion": motion.name, "speed": motion.speed}
-    right = {key: judged[key] == getattr(asked, key) for key in (*OBJECT_ATTRIBUTES, "motion")}
+    right = {key: judged[key] == getattr(sprite, key) for key in (*OBJECT_ATTRIBUTES, "motion")}
     right["object"] = right["shape"] and right["colour"] and right["background"]
-    if asked.speed and right["motion"]:
-        right["speed"] = judged["speed"] == asked.speed
+    if sprite.speed and right["motion"]:
+        right["speed"] = judged["speed"] == sprite.speed
     flow = video_metrics.clip_flow(sample.frames)
     psnr, ssim = video_metrics.image_fidelity(sample.frames[keyframe_index], sample.keyframe)
     measures = {
@@ -180,14 +180,14 @@ def _judge_clip(
         "consistency": video_metrics.frame_consistency(sample.frames, flow),
     }
     if task.part == "image":  # the same key frame and sprite: the true flow is known
-        measures |= _flow_errors(asked, sample.frames, protocol)
+        measures |= _flow_errors(sprite, sample.frames, protocol)
     return Verdict(task, judged, right, measures, features)
 
 
 def _flow_errors(sprite: scene.Sprite, frames: np.ndarray, protocol: SpritesProtocol) -> dict[str, float]:
     truth = protocol.render(sprite)
-    found = video_metrics.clip_flow(frames, channel="saturation")
+    flow = video_metrics.clip_flow(frames, channel="saturation")
     return {
-        "epe": video_metrics.endpoint_error(found, truth.flow, truth.masks),
+        "epe": video_metrics.endpoint_error(flow, truth.flow, truth.masks),
         "epe_of_no_motion": video_metrics.endpoint_error(np.zeros_like(truth.flow), truth.flow, truth.masks),
     }

@@ -1,7 +1,7 @@
 """From verdicts on single clips to numbers with intervals."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,25 +67,17 @@ def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]
 
 
 def breakdown(verdicts: Sequence[Verdict]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Object, motion and speed accuracy for every value of every attribute that was asked for."""
+    """Object, motion and speed accuracy for every value of every attribute in the prompts."""
 
-    def attribute(key: str) -> Callable[[Verdict], str]:
-        return lambda verdict: getattr(verdict.task.sprite, key)
+    def accuracies(group: Sequence[Verdict]) -> dict[str, Any]:
+        outcomes = {key: [v.right[key] for v in group if key in v.right] for key in ("object", "motion", "speed")}
+        return {key: proportion(values) for key, values in outcomes.items() if values}
 
-    result: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, names in _VALUES.items():
-        of = attribute(key)
-        groups = {name: [verdict for verdict in verdicts if of(verdict) == name] for name in names}
-        result[key] = {
-            name: {
-                what: proportion([verdict.right[what] for verdict in group if what in verdict.right])
-                for what in ("object", "motion", "speed")
-                if any(what in verdict.right for verdict in group)
-            }
-            for name, group in groups.items()
-            if group
-        }
-    return result
+    groups = {
+        key: {name: [v for v in verdicts if getattr(v.task.sprite, key) == name] for name in names}
+        for key, names in _VALUES.items()
+    }
+    return {key: {name: accuracies(group) for name, group in by.items() if group} for key, by in groups.items()}
 
 
 _VALUES: dict[str, Sequence[str]] = {
@@ -99,7 +91,7 @@ _VALUES: dict[str, Sequence[str]] = {
 
 
 def confusion(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """How many clips of each motion (rows) were judged to show which (columns; the last is no object that could be followed)."""
+    """Numbers of clips by the motion of the prompt (rows) and the judged one (columns; the last: no object could be tracked)."""
     columns = [*scene.MOTIONS, ""]
     counts = Counter((verdict.task.sprite.motion, verdict.judged["motion"]) for verdict in verdicts)
     rows = [[counts[asked, judged] for judged in columns] for asked in scene.MOTIONS]
