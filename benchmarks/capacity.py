@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from microcinema.data.video_writer import write_video
 from microcinema.models.vae import encode_pixels
 from microcinema.profiling import memory_estimate
 from microcinema.training.mfu import ModelFlops
-from microcinema.training.settings import Settings
 from microcinema.utils.files import atomic_path
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -188,9 +187,7 @@ def count(composed: Any) -> dict[str, float]:
     Args:
         composed: config of `train`.
     """
-    settings = Settings(
-        "", 1, train_batch_size=1, mixed_precision="bf16", trainable_parameters=composed.trainable_parameters
-    )
+    settings = replace(composed, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision="bf16")
     pipeline = memory_estimate.empty_pipeline(composed)
     with FlopCounterMode(display=False) as of_vae:
         video = pipeline.unet.conv_in.weight.detach().new_zeros(1, FRAMES, 3, RESOLUTION, RESOLUTION)

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from microcinema.pipelines.loading import ASSETS
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build
-from microcinema.training.settings import Settings
 from microcinema.utils.files import atomic_path
 
 GIB = 2**30
@@ -104,7 +103,7 @@ def settings_of_sd15(folder: Path, narrow: bool = False) -> Path:
 def estimate(composed: Any, run: dict[str, Any]) -> memory_estimate.Estimate:
     """The estimate of an entry of `RUNS`, for one video or one clip at a time, training in bf16 as on CUDA."""
     if "trainable_parameters" in run:
-        settings = Settings("", 1, train_batch_size=1, mixed_precision="bf16", **run)
+        settings = replace(composed, train_batch_size=1, mixed_precision="bf16", **run)
         return memory_estimate.training_memory(memory_estimate.empty_pipeline(composed), settings, device="cuda")
     sample = compose("sample")
     guidance = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale")}
@@ -153,7 +152,7 @@ PARTS: dict[str, Callable[[ImageToVideoPipeline], memory_estimate.Estimate]] = {
     "forward": forward_memory,
     "sampling": lambda pipeline: memory_estimate.sampling_memory(pipeline, guidance_scale=4.0),
     "training": lambda pipeline: memory_estimate.training_memory(
-        pipeline, Settings("", 1, train_batch_size=1, mixed_precision="no")
+        pipeline, replace(compose("train"), train_batch_size=1, mixed_precision="no")
     ),
 }
 

@@ -58,7 +58,6 @@ TESTED_IN = {
     "training/ema": "training/test_checkpoint.py",
     "training/preemption": "training/test_killed.py",
     "training/resume": "training/test_checkpoint.py",
-    "training/settings": "training/test_trainer.py",
     "utils/logging": "commands/test_sample.py",
     "utils/templates": "commands/test_export.py",
 }

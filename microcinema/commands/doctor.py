@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from microcinema.profiling.memory_estimate import (
     sampling_memory,
     training_memory,
 )
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,38 +64,36 @@ def run(config: "Train") -> int:
     Raises:
         UserError: settings out of their bounds.
     """
-    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     # As accelerate takes it where the config leaves it open.
-    precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problems = 0
-    for finding in examine(config, replace(settings, mixed_precision=precision)):
+    for finding in examine(replace(config, mixed_precision=precision)):
         print(finding, flush=True)
         problems += finding.status == PROBLEM
     print(f"{problems} problem{'s' * (problems != 1)}: this run cannot work here" if problems else "this run can start")
     return 1 if problems else 0
 
 
-def examine(config: "Train", settings: Settings) -> Iterator[Finding]:
+def examine(config: "Train") -> Iterator[Finding]:
     """All findings, those that take longest last.
 
     Args:
-        config: of the command `train`.
-        settings: from it, with its `mixed_precision` decided.
+        config: of the command `train`, with its `mixed_precision` decided.
     """
     # Of this process, as accelerate hands them out.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
     yield versions()
-    yield from devices(settings, small=is_embedded(config.base.pretrained_model_name_or_path))
+    yield from devices(config, small=is_embedded(config.base.pretrained_model_name_or_path))
     yield from attention()
     yield modules("decoders", DECODERS, config.data.arguments.get("decoder"), "data.decoder")
-    yield modules("trackers", TRACKERS, settings.report_to, "report_to")
-    if settings.use_8bit_adam:
+    yield modules("trackers", TRACKERS, config.report_to, "report_to")
+    if config.use_8bit_adam:
         yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
     yield data(config.data, config.cached_latents)
     found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
     if folder is not None:
-        yield from needs(config, settings, folder, device)
+        yield from needs(config, folder, device)
 
 
 def versions() -> Finding:
@@ -116,7 +113,7 @@ def versions() -> Finding:
     return Finding("versions", text)
 
 
-def devices(settings: Settings, small: bool) -> Iterator[Finding]:
+def devices(config: "Train", small: bool) -> Iterator[Finding]:
     """What computes, and whether it knows the precision of the run.
 
     Args:
@@ -125,7 +122,7 @@ def devices(settings: Settings, small: bool) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         bf16 = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "slow"
         text = f"CPU alone: {os.cpu_count()} cores, {_gib(psutil.virtual_memory().total)}, bf16 {bf16}"
-        if settings.mixed_precision == "fp16":
+        if config.mixed_precision == "fp16":
             yield Finding("device", text, PROBLEM, "fp16 needs a GPU; set mixed_precision=no")
         elif not small:
             yield Finding(
@@ -140,7 +137,7 @@ def devices(settings: Settings, small: bool) -> Iterator[Finding]:
         about = torch.cuda.get_device_properties(index)
         knows_bf16 = (about.major, about.minor) >= (8, 0)
         text = f"{index}: {about.name}, {_gib(about.total_memory)}, bf16 {'yes' if knows_bf16 else 'no'}"
-        if settings.mixed_precision == "bf16" and not knows_bf16:
+        if config.mixed_precision == "bf16" and not knows_bf16:
             yield Finding("device", text, WARNING, "bf16 is emulated and slow; set mixed_precision=fp16")
         else:
             yield Finding("device", text)
@@ -225,7 +222,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     return Finding("base", f"{name}, {where}" + ", in the cache" * of_hub), folder
 
 
-def needs(config: "Train", settings: Settings, folder: str, device: torch.device) -> Iterator[Finding]:
+def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Finding]:
     """Free disk and memory against what the run and sampling from its model need.
 
     Args:
@@ -250,28 +247,28 @@ def needs(config: "Train", settings: Settings, folder: str, device: torch.device
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
         training = training_memory(
-            pipeline, settings, config.cached_latents is not None, device.type, empty_predict_net(config, pipeline)
+            pipeline, config, config.cached_latents is not None, device.type, empty_predict_net(config, pipeline)
         )
         bar.update()
-    yield disk(settings, networks, training)
-    yield memory("training", training, free, PROBLEM, ways_to_train_with_less(settings, training))
+    yield disk(config, networks, training)
+    yield memory("training", training, free, PROBLEM, ways_to_train_with_less(config, training))
     yield memory("sampling", sampling, free, WARNING, with_less)
 
 
-def disk(settings: Settings, networks: int, training: Estimate) -> Finding:
+def disk(config: "Train", networks: int, training: Estimate) -> Finding:
     """Room for the checkpoints of a run and its pipeline.
 
     Args:
         networks: bytes of those that are trained, in part or whole.
     """
-    folder = Path(settings.output_dir).absolute()
+    folder = Path(config.output_dir).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     one = networks + training.optimizer + training.average
-    kept = settings.max_train_steps // settings.checkpointing_steps + 1
-    if settings.checkpoints_total_limit is not None:
-        kept = min(kept, settings.checkpoints_total_limit + 1)  # the oldest goes when the newest is there
+    kept = config.max_train_steps // config.checkpointing_steps + 1
+    if config.checkpoints_total_limit is not None:
+        kept = min(kept, config.checkpoints_total_limit + 1)  # the oldest goes when the newest is there
     total = kept * one + training.weights
-    found = f"{_gib(free)} free at '{settings.output_dir}', {kept} checkpoints of {_gib(one)} and the model take {_gib(total)}"
+    found = f"{_gib(free)} free at '{config.output_dir}', {kept} checkpoints of {_gib(one)} and the model take {_gib(total)}"
     if free < one + training.weights:
         return Finding("disk", found, PROBLEM, "set output_dir to a larger disk")
     if free < total:
@@ -300,17 +297,17 @@ def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str
     return Finding(topic, found, WARNING if free >= needed.peak else short, f"set {', '.join(advice)}")
 
 
-def ways_to_train_with_less(settings: Settings, training: Estimate) -> list[str]:
+def ways_to_train_with_less(config: "Train", training: Estimate) -> list[str]:
     """Settings that lower the memory of a run and are not made use of, the mildest first."""
     ways = {
-        "gradient_checkpointing=true": not settings.gradient_checkpointing,
-        "mixed_precision=bf16": settings.mixed_precision == "no" and torch.cuda.is_available(),
-        "train_batch_size=1 (and gradient_accumulation_steps for it)": settings.train_batch_size > 1,
+        "gradient_checkpointing=true": not config.gradient_checkpointing,
+        "mixed_precision=bf16": config.mixed_precision == "no" and torch.cuda.is_available(),
+        "train_batch_size=1 (and gradient_accumulation_steps for it)": config.train_batch_size > 1,
         "data to clips that are encoded already": training.worst == "encoding",
         "validation_prompts=[]": training.worst == "validating",
-        "use_8bit_adam=true": not settings.use_8bit_adam,
-        "use_ema=false": settings.use_ema,
-        "trainable_parameters=temporal": settings.trainable_parameters == "all",
+        "use_8bit_adam=true": not config.use_8bit_adam,
+        "use_ema=false": config.use_ema,
+        "trainable_parameters=temporal": config.trainable_parameters == "all",
         "a lower resolution or num_frames": True,
     }
     return [way for way, open_ in ways.items() if open_]

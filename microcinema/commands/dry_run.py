@@ -5,7 +5,7 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ import torch
 from microcinema.commands import train
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, empty_predict_net, training_memory
 from microcinema.training.metrics import peak_memory
-from microcinema.training.settings import Settings
 from microcinema.utils.files import make_folder
 
 if TYPE_CHECKING:
@@ -81,14 +80,13 @@ def run(config: "Train") -> int:
     Raises:
         UserError: as the run would.
     """
-    settings = Settings(**{each.name: getattr(config, each.name) for each in fields(Settings)})
     processes, main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     found = Measured()
-    with _scratch(Path(settings.output_dir), main) as folder:
+    with _scratch(Path(config.output_dir), main) as folder:
         steps = WARM_UP + MEASURED
         changes: dict[str, Any] = {"output_dir": str(folder), "report_to": None, "resume_from_checkpoint": None}
         changes |= {"max_train_steps": steps, "checkpointing_steps": steps, "validation_steps": steps}
-        changes["validation_prompts"] = list(settings.validation_prompts)[:processes]
+        changes["validation_prompts"] = list(config.validation_prompts)[:processes]
 
         def on_metrics(metrics: dict[str, float]) -> None:
             if "loss" in metrics:
@@ -105,19 +103,19 @@ def run(config: "Train") -> int:
         found.memory = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) - before
         if main:
             found.pipeline_bytes = _size(folder) - found.checkpoint_bytes
-            for line in describe(settings, processes, found, predict(settings, processes, found), _estimate(config)):
+            for line in describe(config, processes, found, predict(config, processes, found), _estimate(config)):
                 print(line, flush=True)
     return 0
 
 
-def predict(settings: Settings, processes: int, found: Measured) -> Prediction:
+def predict(config: "Train", processes: int, found: Measured) -> Prediction:
     """What the run will take if it goes on as it was measured."""
-    steps = settings.max_train_steps
-    clips = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    saves, validations = (-(-steps // each) for each in (settings.checkpointing_steps, settings.validation_steps))
+    steps = config.max_train_steps
+    clips = config.train_batch_size * config.gradient_accumulation_steps * processes
+    saves, validations = (-(-steps // each) for each in (config.checkpointing_steps, config.validation_steps))
     # While the newest is written, the oldest is still there.
-    kept = min(saves, (settings.checkpoints_total_limit or saves) + 1)
-    rounds = -(-len(settings.validation_prompts) // processes)
+    kept = min(saves, (config.checkpoints_total_limit or saves) + 1)
+    rounds = -(-len(config.validation_prompts) // processes)
     return Prediction(
         steps=steps * clips / found.median("clips_per_second"),
         checkpoints=saves * (found.checkpoint_seconds or 0.0),
@@ -126,9 +124,9 @@ def predict(settings: Settings, processes: int, found: Measured) -> Prediction:
     )
 
 
-def describe(settings: Settings, processes: int, found: Measured, run: Prediction, estimate: Estimate) -> Iterator[str]:
+def describe(config: "Train", processes: int, found: Measured, run: Prediction, estimate: Estimate) -> Iterator[str]:
     """The lines that are printed."""
-    clips = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    clips = config.train_batch_size * config.gradient_accumulation_steps * processes
     rate = found.median("clips_per_second")
     yield (
         f"step        {clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED}), "
@@ -147,10 +145,10 @@ def describe(settings: Settings, processes: int, found: Measured, run: Predictio
     if found.validation_seconds is not None:
         yield f"validation  {found.validation_seconds:.3g} s for one prompt of each process"
     yield (
-        f"time        {_duration(run.seconds)} for {settings.max_train_steps} steps: {_duration(run.steps)} of training, "
+        f"time        {_duration(run.seconds)} for {config.max_train_steps} steps: {_duration(run.steps)} of training, "
         f"{_duration(run.checkpoints)} of checkpoints, {_duration(run.validations)} of validation"
     )
-    free = shutil.disk_usage(settings.output_dir).free
+    free = shutil.disk_usage(config.output_dir).free
     short = "" if free > run.disk else "; set output_dir to a larger disk, or a lower checkpoints_total_limit"
     yield f"disk        {run.disk / GIB:.2f} GiB at most, {free / GIB:.2f} GiB free{short}"
 
@@ -176,12 +174,11 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
 
 
 def _estimate(config: "Train") -> Estimate:
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    given = {each.name: getattr(config, each.name) for each in fields(Settings)} | {"mixed_precision": precision}
-    pipeline = empty_pipeline(config)
+    precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    config, pipeline = replace(config, mixed_precision=precision), empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    latents = config.cached_latents is not None
-    return training_memory(pipeline, Settings(**given), latents, device, empty_predict_net(config, pipeline))
+    cached = config.cached_latents is not None
+    return training_memory(pipeline, config, cached, device, empty_predict_net(config, pipeline))
 
 
 def _size(folder: Path) -> int:

@@ -22,7 +22,6 @@ from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.ema import ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
-from microcinema.training.settings import Settings
 from microcinema.training.trainer import make_optimizer
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
 
 def training_memory(
     pipeline: ImageToVideoPipeline,
-    config: Settings,
+    config: "Train",
     latents: bool = False,
     device: str = "cpu",
     predict_net: PredictNet | None = None,
@@ -198,7 +197,7 @@ def tensors(pipeline: ImageToVideoPipeline) -> Iterator[torch.Tensor]:
             yield from network.buffers()
 
 
-def _optimizer_step(parameters: list[nn.Parameter], config: Settings) -> Callable[[], Any]:
+def _optimizer_step(parameters: list[nn.Parameter], config: "Train") -> Callable[[], Any]:
     """The step of an optimizer that has its state; the function holds the state."""
     if config.use_8bit_adam:
         # Its kernels need real tensors on a GPU; it keeps two bytes for each weight, and scales of blocks.

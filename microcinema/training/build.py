@@ -1,7 +1,7 @@
 """Builds what a config of the command `train` describes: networks, pipeline, data set and trainer."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -22,7 +22,6 @@ from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import Region
 from microcinema.training.distributed import make_accelerator
-from microcinema.training.settings import Settings
 from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import warm_start, warm_start_summary
@@ -49,12 +48,11 @@ def build_trainer(
     Raises:
         UserError: the config describes something that cannot be built or trained.
     """
-    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
-    output_dir = make_folder(settings.output_dir)
-    accelerator = make_accelerator(settings)
-    set_seed(settings.seed)
+    output_dir = make_folder(config.output_dir)
+    accelerator = make_accelerator(config)
+    set_seed(config.seed)
     base = load_base(**vars(config.base))
-    if settings.trainable_parameters == "temporal":
+    if config.trainable_parameters == "temporal":
         check_keeps_schedule(base.scheduler, vars(config.diffusion.scheduler))
     dataset = build_dataset(config, accelerator, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to state it
@@ -69,13 +67,11 @@ def build_trainer(
         cached_latents_check.check(dataset, pipeline, config.model.flow_model)
     predict_net = None if config.model.flow_model is None else PredictNet.for_unet(pipeline.unet)
     validation = None
-    if settings.validation_prompts:
+    if config.validation_prompts:
         keyframes = build_keyframes(base)
-        validation = Validation(
-            accelerator, pipeline, keyframes, settings.validation_prompts, output_dir, settings.seed
-        )
+        validation = Validation(accelerator, pipeline, keyframes, config.validation_prompts, output_dir, config.seed)
 
-    trainer = Trainer(accelerator, pipeline, dataset, settings, validation, predict_net, on_metrics, region)
+    trainer = Trainer(accelerator, pipeline, dataset, config, validation, predict_net, on_metrics, region)
     if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
         append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))

@@ -11,13 +11,13 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from microcinema.training.settings import Settings
+from microcinema.config.schema import Train
 from microcinema.utils.errors import UserError, first_line
 
 T = TypeVar("T")
 
 
-def make_accelerator(config: Settings) -> Accelerator:
+def make_accelerator(config: Train) -> Accelerator:
     """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides."""
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from einops import rearrange
 from torch import nn
 
+from microcinema.config.schema import Train
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
@@ -20,7 +21,6 @@ from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.settings import Settings
 
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
@@ -147,7 +147,7 @@ class LossConfig:
         return (steps * torch.sigmoid(mean + std * torch.randn((), generator=rng))).long().clamp(max=steps - 1)
 
 
-def make_loss_config(pipeline: ImageToVideoPipeline, config: Settings) -> LossConfig:
+def make_loss_config(pipeline: ImageToVideoPipeline, config: Train) -> LossConfig:
     """The loss of a run that trains this pipeline with this config."""
     return LossConfig(
         scheduler=pipeline.training_scheduler,
@@ -181,7 +181,7 @@ class TrainableModel(nn.Module):
 
     @classmethod
     def for_training(
-        cls, pipeline: ImageToVideoPipeline, config: Settings, predict_net: PredictNet | None = None
+        cls, pipeline: ImageToVideoPipeline, config: Train, predict_net: PredictNet | None = None
     ) -> "TrainableModel":
         """The networks of a pipeline in training mode; only what the config names requires gradients."""
         if config.gradient_checkpointing:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import SUMS, checksum_error
@@ -123,7 +123,7 @@ def choose_checkpoint(
 
 
 def run_identity(
-    config: Settings,
+    config: Train,
     pipeline: ImageToVideoPipeline,
     clips: IndexedDataset,
     num_processes: int,

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from microcinema.config.schema import Train
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.source import ClipSource
@@ -33,7 +34,6 @@ from microcinema.training.metrics import StepMetrics
 from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder, make_folder, sweep
 
@@ -66,7 +66,7 @@ class Trainer:
         accelerator: Accelerator,
         pipeline: ImageToVideoPipeline,
         dataset: ClipSource,
-        config: Settings,
+        config: Train,
         validation: Validate | None = None,
         predict_net: PredictNet | None = None,
         on_metrics: Callable[[dict[str, float]], None] | None = None,
@@ -276,7 +276,7 @@ class Trainer:
             self.on_metrics(metrics)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: Settings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: Train) -> torch.optim.Optimizer:
     """AdamW, with 8-bit states if the config says so.
 
     Raises:

@@ -18,9 +18,8 @@ from microcinema.commands.doctor import OK, PROBLEM, WARNING
 from microcinema.config.compose import compose
 from microcinema.config.instantiate import components
 from microcinema.profiling.memory_estimate import Estimate
-from microcinema.training.settings import Settings
 
-SETTINGS = Settings("runs/x", 100, mixed_precision="no")
+SETTINGS = compose("train", ["output_dir=runs/x", "max_train_steps=100", "mixed_precision=no"])
 GIB = doctor.GIB
 
 
@@ -78,9 +77,7 @@ def test_it_takes_the_keys_of_train():
 
 
 def test_precision_is_that_of_accelerate_where_the_config_leaves_it_open(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(
-        doctor, "needs", lambda _, settings, *__: iter([doctor.Finding("precision", settings.mixed_precision)])
-    )
+    monkeypatch.setattr(doctor, "needs", lambda config, *_: iter([doctor.Finding("precision", config.mixed_precision)]))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert cli.main(arguments) == 0
     assert re.search("precision +bf16", capsys.readouterr().out)
@@ -266,9 +263,10 @@ def test_what_to_set_where_memory_is_short():
 def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments, monkeypatch):
     composed = compose("train", arguments[1:])
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    settings = replace(SETTINGS, train_batch_size=1)
     where = composed.base.pretrained_model_name_or_path
-    disk, training, sampling = doctor.needs(composed, settings, where, doctor.CPU)
+    disk, training, sampling = doctor.needs(
+        replace(composed, train_batch_size=1, mixed_precision="no"), where, doctor.CPU
+    )
     assert (disk.status, training.status, sampling.status) == (OK, PROBLEM, WARNING)
     half = re.search(r"memory.torch_dtype=float16 decode_chunk_size=1 \(([\d.]+) GiB\)", sampling.advice)[1]
     assert 0 < float(half) < float(sampling.found.partition(" GiB")[0])
@@ -276,7 +274,7 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
 
 def test_a_config_that_no_run_could_have_is_a_problem(arguments):
     composed = compose("train", [*arguments[1:], "diffusion.scheduler.prediction_type=nonsense"])
-    (found,) = doctor.needs(composed, SETTINGS, composed.base.pretrained_model_name_or_path, doctor.CPU)
+    (found,) = doctor.needs(composed, composed.base.pretrained_model_name_or_path, doctor.CPU)
     assert found.status == PROBLEM and "nonsense" in found.found
 
 

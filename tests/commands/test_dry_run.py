@@ -13,7 +13,6 @@ from fixtures import tiny, tiny_training
 from microcinema.commands import cli, dry_run
 from microcinema.profiling.memory_estimate import Estimate
 from microcinema.sprites.dataset import write_dataset
-from microcinema.training.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +73,7 @@ FOUND = dry_run.Measured(
     checkpoint_bytes=1000,
     pipeline_bytes=300,
 )  # fmt: skip
-SETTINGS = Settings(
+SETTINGS = tiny_training.make_config(
     ".",
     max_train_steps=100,
     train_batch_size=2,
@@ -82,7 +81,7 @@ SETTINGS = Settings(
     checkpointing_steps=30,
     checkpoints_total_limit=2,
     validation_steps=50,
-    validation_prompts=("a", "b", "c"),
+    validation_prompts=["a", "b", "c"],
 )
 
 

@@ -311,7 +311,7 @@ def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
         ({"evaluation__video__sha256": "f" * 64}, "not ffff"),
         ({"evaluation__video__weights": "gone.pt"}, "gone.pt"),
         ({"evaluation__root": "/gone"}, "'/gone/UCF-101'"),
-        ({"generated_dir": "/gone"}, "'/gone' is no folder"),
+        ({"generated_dir": "/gone"}, "generated_dir '/gone' is not there"),
         ({"evaluation__protocol__prompts": "caption"}, "prompts=caption"),
         ({"evaluation__protocol__prompts": "poetic"}, "'poetic'"),
         ({"evaluation__torch_dtype": "int8"}, "int8"),

@@ -297,7 +297,7 @@ def drop(file: Path, name: str) -> None:
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml' cannot be read"),
         (
             lambda run: (run / "config.yaml").write_text("prompt: a star"),
-            "config.yaml' is no config of train: unknown key 'prompt'",
+            "config.yaml' is no config of train: the key 'base' is missing",
         ),
     ],
 )

@@ -154,7 +154,7 @@ def train(folder, run, clips, teacher=GROUND_TRUTH, **settings):
             FlowClips(data, teacher, tiny.VAE_FACTOR),
             PredictNet.for_unet(pipeline.unet),
         )
-    settings = tiny_training.Settings(str(run), **{**tiny_training.SMALL, "trainable_parameters": "all", **settings})
+    settings = tiny_training.make_config(run, **{"trainable_parameters": "all", **settings})
     tiny_training.Trainer(
         tiny_training.accelerator(settings), pipeline, data, settings, predict_net=predict_net
     ).train()

@@ -146,7 +146,7 @@ def test_none_means_the_model_s_own_defaults_everywhere(plain_model):
     video = load_pipeline(plain_model)
     assert video.resolve(SamplingSettings()) == expected
     sample, evaluate = compose("sample"), compose("evaluate", [f"pipeline={plain_model}"])
-    settings = SamplingSettings(**{name: sample[name] for name in SamplingSettings.__dataclass_fields__})
+    settings = SamplingSettings(**{name: getattr(sample, name) for name in SamplingSettings.__dataclass_fields__})
     memory = MemorySettings(**vars(sample.memory))
     command = Sampler(
         str(plain_model), settings, KeyframeSettings(**vars(sample.keyframe)), memory, "cpu", progress=False

@@ -1,7 +1,7 @@
 """The estimate of memory is what real tensors take, in the very code that it stands for."""
 
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from fixtures import tiny
 from fixtures.tiny_training import accelerator
 from microcinema.config.compose import compose
+from microcinema.config.schema import Train
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build
-from microcinema.training.settings import Settings
 from microcinema.training.trainer import Trainer
 
 FRAMES = 4
@@ -40,8 +40,8 @@ def composed(base):
     return with_overrides
 
 
-def settings_of(composed, **changes: Any) -> Settings:
-    return Settings(**{**{field.name: getattr(composed, field.name) for field in fields(Settings)}, **changes})
+def settings_of(composed, **changes: Any) -> Train:
+    return replace(composed, **changes)
 
 
 def real_pipeline(composed) -> ImageToVideoPipeline:

@@ -8,7 +8,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, pipeline
 from microcinema.profiling.step_timer import StepTimer
-from microcinema.training.settings import Settings
 from microcinema.training.trainer import Trainer
 
 
@@ -31,7 +30,7 @@ def test_parts_are_summed_and_steps_start_where_the_last_one_ended():
 
 
 def test_latents_take_no_vae(tmp_path):
-    settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 3, "report_to": None})
+    settings = tiny_training.make_config(tmp_path / "run", **{"max_train_steps": 3, "report_to": None})
     accelerator, model, clips = tiny_training.accelerator(settings), pipeline(tmp_path), LatentClips()
     ticks = iter(range(10**6))
     timer = StepTimer(lambda: next(ticks))
@@ -44,7 +43,7 @@ def test_latents_take_no_vae(tmp_path):
 
 
 def test_a_profile_of_torch_names_the_parts(tmp_path):
-    settings = Settings(str(tmp_path / "run"), **{**tiny_training.SMALL, "max_train_steps": 1, "report_to": None})
+    settings = tiny_training.make_config(tmp_path / "run", **{"max_train_steps": 1, "report_to": None})
     trainer = Trainer(tiny_training.accelerator(settings), pipeline(tmp_path), LatentClips(), settings)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         trainer.train()

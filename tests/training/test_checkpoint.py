@@ -15,7 +15,6 @@ from fixtures.tiny_training import LatentClips, pipeline, train, weights
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import checksum_error, write_checksums
 
@@ -188,7 +187,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
 
 def test_every_random_state_comes_back(tmp_path):
     model = pipeline(tmp_path)
-    accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
+    accelerator = tiny_training.accelerator(tiny_training.make_config(tmp_path, max_train_steps=1))
     denoiser = TrainableModel(model.unet, model.condition_encoder)
     optimizer = torch.optim.AdamW(denoiser.parameters())
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)

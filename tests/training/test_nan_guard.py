@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train
 from microcinema.training.loss import make_loss_config
 from microcinema.training.nan_guard import NanGuard
-from microcinema.training.settings import Settings
 from microcinema.utils.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_clips(tmp_path):
     assert clip["id"] == "clip-3"
     assert [not math.isfinite(loss) for loss in tensors["losses"]] == [k == place for k in range(2)]
     # What was random about the clips comes from what is kept.
-    config = make_loss_config(model, Settings("x", 1, seed=int(about["seed"])))
+    config = make_loss_config(model, tiny_training.make_config("x", seed=int(about["seed"])))
     noise = config.sample_noise_and_timesteps(tensors["numbers"].tolist(), tensors["latents"].shape[1:])
     assert torch.equal(noise.t, tensors["t"])
     sound = next(k for k in range(2) if k != place)

@@ -13,7 +13,6 @@ from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.sampling_settings import SamplingSettings
 from microcinema.training.build import build_keyframes
-from microcinema.training.settings import Settings
 from microcinema.training.validation import FIGURES, Validation
 
 PROMPTS = ["a red star", "a blue circle"]
@@ -23,7 +22,7 @@ PROMPTS = ["a red star", "a blue circle"]
 def validated(tmp_path_factory):
     """Two prompts validated at step 7, and again at step 8 with the same model."""
     folder = tmp_path_factory.mktemp("validation")
-    accelerator = tiny_training.accelerator(Settings(str(folder), max_train_steps=1))
+    accelerator = tiny_training.accelerator(tiny_training.make_config(folder, max_train_steps=1))
     accelerator.init_trackers("microcinema")
     keyframe = Image.fromarray(np.full((tiny.SIZE, tiny.SIZE, 3), 90, dtype=np.uint8))
     keyframe.save(folder / "keyframe.png")
@@ -68,7 +67,7 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
             frames = videos[PROMPTS.index(prompt[0])] / 255
             return types.SimpleNamespace(frames=[frames], keyframes=image)
 
-    accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
+    accelerator = tiny_training.accelerator(tiny_training.make_config(tmp_path, max_train_steps=1))
     accelerator.init_trackers("microcinema")
     model = Known(
         set_progress_bar_config=lambda **_: None,
@@ -87,7 +86,7 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
 
 def test_both_stages_use_the_model_s_own_defaults(tmp_path, monkeypatch):
     """Those of a model that was saved with unusual ones; the key frames' guidance is its own, their steps are the video's."""
-    accelerator = tiny_training.accelerator(Settings(str(tmp_path), max_train_steps=1))
+    accelerator = tiny_training.accelerator(tiny_training.make_config(tmp_path, max_train_steps=1))
     accelerator.init_trackers("microcinema")
     base = load_base(tiny.base_folder(tmp_path / "base"))
     model = tiny_training.pipeline(
