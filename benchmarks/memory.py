@@ -27,7 +27,7 @@ from microcinema.pipelines.loading import ASSETS
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build
-from microcinema.utils.files import atomic_path
+from microcinema.utils.files import write_json
 
 GIB = 2**30
 FRAMES, TOKENS = 16, 77
@@ -213,8 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, row in report.items():
                 print(f"| `{name}` | {' | '.join(format(found['peak'] / GIB, '.1f') for found in row.values())} |")
     if arguments.json:
-        with atomic_path(arguments.json) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def _sync(path: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Creates the folder (and its parents) and checks that files can be written into it.
+    """Creates a folder and its parents, and checks that files can be written into it.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -59,9 +59,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+    """Yields a temporary folder beside `path`; on success it replaces `path`, on failure it is removed.
 
-    An existing folder is renamed away before the new one takes its name and deleted after, so at every moment one whole folder is there.
+    An existing folder is renamed first and deleted last, so that one complete folder exists at every moment.
     """
     final = Path(path)
     make_folder(final.parent)
@@ -84,9 +84,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Removes from a folder what killed processes left half-done there; nothing may be writing to it.
+    """Removes what killed processes left incomplete in a folder, to which nothing may be writing.
 
-    A folder that was renamed away for a new one which never took its place is given its name back.
+    A folder that was renamed for a new one that never replaced it gets its name back.
     """
     for path in Path(folder).glob(".*.old"):
         final = path.with_name(path.name.removeprefix(".").rsplit(".", 2)[0])

@@ -25,7 +25,7 @@ def read_record(
         expected: entries that the record must have, with these values; it may have others.
         needs_files: whether the record must list, as `files`, files beside it that all exist.
     """
-    file = _file(path)
+    file = Path(path) / FINGERPRINT if Path(path).is_dir() else Path(path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,11 +52,11 @@ def write_or_verify(
     """Marks a folder as holding results of this fingerprint, or verifies that it is marked so.
 
     Args:
-        expected: everything that the results depend on; `canonical` values.
+        expected: everything that the results depend on, as JSON.
         advice: what to do if the folder holds other results.
 
     Raises:
-        UserError: it holds results of another fingerprint (every difference is named), or cannot be written.
+        UserError: it holds other results (every difference is named), or cannot be written.
     """
     path = make_folder(folder) / FINGERPRINT
     if not path.exists():
@@ -81,10 +81,6 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], common_o
     keys = [key for key in new if key in old] if common_only else {**new, **old}
     changed = [key for key in keys if new.get(key) != old.get(key)]
     return [f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}" for key in changed]
-
-
-def _file(path: str | os.PathLike[str]) -> Path:
-    return Path(path) / FINGERPRINT if Path(path).is_dir() else Path(path)
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -53,10 +53,8 @@ def hash_json(content: Any) -> str:
 def hash_weights(network: "torch.nn.Module", dtype: "torch.dtype | None" = None) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer in the state dict.
 
-    It depends on the values in memory, not on a file's layout: a local folder, a hub repository and a network in training give the same.
-
-    Args:
-        dtype: to which floating-point tensors are cast before hashing; None: their own, so float16 and float32 copies differ.
+    It depends on the values in memory, not on a file's layout. Floating-point tensors are first cast to `dtype`, if given; otherwise float16
+    and float32 copies differ.
     """
     import torch
 

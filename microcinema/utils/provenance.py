@@ -20,20 +20,13 @@ TRAINING_LIBRARIES = ("accelerate", "safetensors", "numpy", "av")
 
 
 def describe_code() -> dict[str, Any]:
-    """Versions of this package, Python and the libraries that decide the numbers, and the git commit of a checkout.
-
-    The commit ends in `-dirty` if files differ from it; it is None for an installed package.
-    """
+    """Versions of the package, Python and the main libraries, and the commit (`-dirty` if files differ from it; None if installed)."""
     libraries = {name: version(name) for name in LIBRARIES}
     return {"microcinema": __version__, "commit": _commit(), "python": platform.python_version(), **libraries}
 
 
 def describe_environment(num_processes: int) -> dict[str, Any]:
-    """What a run of training runs on: `describe_code`, the libraries that read and spread it, the machine of this process, the time.
-
-    Args:
-        num_processes: of the run, over all machines.
-    """
+    """Versions, commit, time and machine of a training run with so many processes on all machines."""
     libraries = {name: version(name) for name in TRAINING_LIBRARIES}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -49,7 +42,7 @@ def describe_environment(num_processes: int) -> dict[str, Any]:
 
 
 def append_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Adds an entry to a JSON list in a file, whole or not at all; what is there and no list is replaced."""
+    """Appends an entry to a JSON list in a file, atomically; a file that holds no list is replaced."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Templates of pages: HTML and Markdown with values in their places, of which none may be missing."""
+"""Jinja templates of HTML and Markdown pages."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jinja2
 
 
 def open_template(path: Path) -> jinja2.Template:
-    """A template file. Values in HTML are escaped; a value that is missing is an error when the page is made."""
+    """A template file. Values in HTML are escaped; rendering fails if a value is missing."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
         autoescape=".html" in path.suffixes,

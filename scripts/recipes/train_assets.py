@@ -45,7 +45,7 @@ from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier, classifier_loss, encode_labels
 from microcinema.sprites.dataset import CSV_FILE, write_dataset
-from microcinema.utils.files import atomic_path
+from microcinema.utils.files import atomic_path, write_json
 
 NUM_FRAMES = 16
 MAX_TOKENS = 32
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def fit(
-    name: str,
+    stage: str,
     model: torch.nn.Module,
     loss_of: Callable[[np.random.Generator, torch.Generator, float], tuple[torch.Tensor, dict[str, float]]],
     recipe: Recipe,
@@ -94,7 +94,7 @@ def fit(
     `loss_of` gets the step's two sources of randomness and the fraction of the training that is done.
     Every step's randomness follows from (seed, step) alone, so an interrupted stage resumes exactly.
     """
-    snapshot = Path(recipe.work) / f"{name}.pt"
+    snapshot = Path(recipe.work) / f"{stage}.pt"
     model.to(DEVICE).train().to(memory_format=torch.channels_last)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -103,15 +103,14 @@ def fit(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))) + 0.01)
     )
     ema = EMAModel(parameters, decay=ema_decay, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     first = 0
     if snapshot.exists():
         state = torch.load(snapshot, map_location=DEVICE, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        ema.load_state_dict(state["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         first = state["step"]
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"train {name}", mininterval=5)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"train {stage}", mininterval=5)
     for step in bar:
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         rng = np.random.default_rng([recipe.seed, step])
@@ -126,18 +125,12 @@ def fit(
         if step % 20 == 0:
             figures = {"loss": loss.item(), **figures}
             bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
-            with open(Path(recipe.work) / f"{name}.log", "a", encoding="utf-8") as log:
+            with open(Path(recipe.work) / f"{stage}.log", "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": step, **figures}) + "\n")
         if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "ema": ema.state_dict(),
-                "step": step + 1,
-            }
+            state = {name: part.state_dict() for name, part in parts.items()}
             with atomic_path(snapshot) as path:
-                torch.save(state, path)
+                torch.save({**state, "step": step + 1}, path)
     ema.copy_to(parameters)
     model.eval().to(memory_format=torch.contiguous_format)
 
@@ -240,18 +233,11 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids.to(DEVICE)
 
 
-def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
-    """CLIP by its own contrastive loss (arXiv 2103.00020), except that a caption's positives are all pictures that it is true of.
-
-    What is kept of the text side is the words' embeddings and the last norm. Stable Diffusion 2 leaves off one layer of its text encoder,
-    this leaves off both: behind them every token from a pair on tells of the pair as a whole, and the image model then draws no pair that it
-    has not seen (of held-out shapes it drew 25%; from words alone, all).
-    """
-    tokenizer = make_tokenizer()
-    torch.manual_seed(recipe.seed)
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """Towers of width 128: two layers for text, three for 8x8 patches of images."""
     eos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     shared = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
-    config = CLIPConfig(
+    return CLIPConfig(
         text_config={
             **shared,
             "num_hidden_layers": 2,
@@ -265,6 +251,18 @@ def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
         vision_config={**shared, "num_hidden_layers": 3, "image_size": 64, "patch_size": 8, "projection_dim": 64},
         projection_dim=64,
     )
+
+
+def train_clip(recipe: Recipe, pool: Pool, base: Path) -> None:
+    """CLIP by its own contrastive loss (arXiv 2103.00020), except that a caption's positives are all pictures that it is true of.
+
+    What is kept of the text side is the words' embeddings and the last norm. Stable Diffusion 2 leaves off one layer of its text encoder,
+    this leaves off both: behind them every token from a pair on tells of the pair as a whole, and the image model then draws no pair that it
+    has not seen (of held-out shapes it drew 25%; from words alone, all).
+    """
+    tokenizer = make_tokenizer()
+    torch.manual_seed(recipe.seed)
+    config = clip_config(tokenizer)
     model = CLIPModel(config)
     # Words start as loud as what the layers say of their neighbours. At the library's own scale, a fiftieth of it, they drown.
     torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight)
@@ -502,8 +500,7 @@ def write_base_index(base: Path) -> None:
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
         "requires_safety_checker": False,
     }
-    with atomic_path(base / "model_index.json") as path:
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(base / "model_index.json", index)
 
 
 def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
