@@ -32,12 +32,11 @@ class ClipDataset(ClipSource):
     Args:
         metadata: path of the list: .csv, .tsv, .jsonl or .parquet (data/metadata.py).
         root: folder of the files; None: only cached latents are available.
-        num_frames: frames of a clip; 1 for pictures and for single frames of videos.
+        num_frames: 1 for pictures and for single frames of videos.
         fps: frames per second of a clip; None takes each file's own rate.
         resolution: size of the square, or (height, width).
         decoder: "pyav" or "decord".
-        clip_position: position of the clip in the video: "random", "first" or "center".
-        seed: of the random positions.
+        clip_position: "random", from the seed, "first" or "center".
         multiple_of: divisor of height and width: the VAE's downsampling, times the UNet's for training.
         columns: names of the list's columns, by `id`, `file`, `page_dir`, `caption`, `description`, `motion`; default: WebVid's.
         watermark: arguments of data/watermark.py, applied to clips with a watermark; None: nothing is done.
@@ -74,7 +73,7 @@ class ClipDataset(ClipSource):
         self.reader = ClipReader(
             num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout
         )
-        self.clip_position, self.seed = clip_position, seed
+        self.clip_position = clip_position
         self.root = None if root is None else Path(root)
         self.rows = read_rows(metadata, columns)
         self.skipped: dict[str, int] = {}
@@ -90,7 +89,6 @@ class ClipDataset(ClipSource):
     def _apply_manifest(
         self, manifest: Manifest, watermark_score: float, shapes: Sequence[tuple[int, int, int]] | None
     ) -> None:
-        """Skips clips that the manifest rejects, and assigns the others to buckets."""
         manifest_rows = manifest.find(self.rows.ids())
         listed = manifest_rows >= 0
         keep = ~listed | manifest.column("accepted")[manifest_rows]
@@ -120,9 +118,8 @@ class ClipDataset(ClipSource):
         if not any(self._find(self.rows[index]) for index in indices):
             paths = [str(path) for index in indices[:3] for path in self._candidates(self.rows[index])][:3]
             among = "" if len(indices) == len(self) else f" among {len(indices)} rows spread over it"
-            raise UserError(
-                f"root '{self.root}' holds no video of '{metadata}'{among}; tried first: {', '.join(paths)}; check root"
-            )
+            tried = f"tried first: {', '.join(paths)}; check root"
+            raise UserError(f"root '{self.root}' holds no video of '{metadata}'{among}; {tried}")
 
     def orderings(self, key: Sequence[int]) -> list[tuple[Ordering, int]]:
         return self.buckets.orderings(key) if self.buckets else super().orderings(key)
@@ -152,11 +149,6 @@ class ClipDataset(ClipSource):
 
     def file(self, index: int) -> Path:
         return self._file(self.rows[index])
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the clips without buckets."""
-        return self.reader.size
 
     def fingerprint(self) -> dict[str, Any]:
         """The transform, hashes of the list with its buckets and watermarks, and, if the files are here, of the sizes of up to 1000 of them."""

@@ -99,9 +99,7 @@ def write_index(folder: Path, layout: Layout) -> int:
     locations = np.concatenate([np.load(file) for file in files])
     count = int(np.count_nonzero(locations["tensors_size"]))
     if count == 0:
-        raise UserError(
-            f"none of the {len(locations)} clips could be read; see '{folder / QUARANTINE}' for the reasons"
-        )
+        raise UserError(f"none of the {len(locations)} clips could be read; see '{folder / QUARANTINE}'")
     try:
         with atomic_path(folder / INDEX) as temporary:
             np.save(temporary, locations)
@@ -141,9 +139,8 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
     try:
         with atomic_path(path) as temporary:
             with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
-                for position, batch in zip(
-                    range(len(rows)), batches, strict=False
-                ):  # positions first: leaves the next shard's batch
+                # `zip` asks for positions first, and so leaves the next shard's first batch.
+                for position, batch in zip(range(len(rows)), batches, strict=False):
                     if not batch["broken"].item():
                         tar.write({"__key__": f"{rows[position]:09d}", **_members(batch, encode(batch))})
                         positions.append(position)

@@ -49,9 +49,6 @@ class Rows(Sequence[dict[str, str]]):
             "motion": row.get("motion") or row["caption"],
         }
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        return (self[index] for index in range(len(self)))
-
     def ids(self) -> pa.ChunkedArray:
         """The ids that a manifest uses: column `id`, or else `file`."""
         return self.table.column("id" if "id" in self.table.column_names else "file")

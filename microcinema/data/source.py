@@ -94,11 +94,5 @@ class ClipWrapper(ClipSource):
     def id(self, index: int) -> str:
         return self.dataset.id(index)
 
-    def file(self, index: int) -> Source:
-        return self.dataset.file(index)
-
-    def captions(self, index: int) -> dict[str, str]:
-        return self.dataset.captions(index)
-
     def fingerprint(self) -> dict[str, Any]:
         return self.dataset.fingerprint()

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from fixtures import broken_videos
 from microcinema.commands import cli
-from microcinema.data import quality, video_reader, video_writer
+from microcinema.data import quality, video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.manifest import SCHEMA, Manifest
 from microcinema.utils.errors import UserError
@@ -163,54 +163,6 @@ def test_bad_input(world, tmp_path, capsys):
         Manifest(tmp_path / "other.parquet")
     with pytest.raises(UserError, match="buckets need the sizes of the clips; set manifest"):
         ClipDataset(world / "clips.csv", world, 8, 8.0, 32, buckets=[(8, 32, 32)])
-
-
-# Measures
-
-
-def test_cuts_are_told_from_motion_and_flashes():
-    assert quality.find_cut(np.array([2.0, 3, 40, 2, 3])) == 3
-    assert quality.find_cut(np.array([40.0, 2, 2])) == 1
-    assert quality.find_cut(np.array([30.0, 35, 40, 38, 30])) is None  # all of it is fast
-    assert quality.find_cut(np.array([2.0, 40, 40, 2])) is None  # a flash: there and back
-    assert quality.find_cut(np.array([1.0, 10, 1])) is None
-    assert quality.find_cut(np.array([40.0])) is None
-    assert quality.find_cut(np.array([2.0, 30, 2, 2, 60, 3])) == 5
-
-
-def test_the_first_of_several_copies_is_named():
-    rng = np.random.default_rng(0)
-    found = rng.integers(1, 2**63, (50, 3), dtype=np.uint64)
-    found[40] = found[7]
-    found[45] = found[7]
-    found[45, 2] ^= np.uint64(0b111)  # three bits of a re-encoded copy
-    found[30, 0] = found[8, 0]  # the same first frame alone is another clip
-    found[[10, 11], :] = 0  # blank frames are not the same clip
-    first = quality.first_copies(found)
-    assert {k: int(v) for k, v in enumerate(first) if v >= 0} == {40: 7, 45: 7}
-
-
-def test_hashes_stand_another_size_and_codec(tmp_path):
-    frames = scene(3)
-    video_writer.write_video(tmp_path / "a.mp4", np.stack([cv2.resize(f, (320, 192)) for f in frames]), 8, crf=32)
-    again = video_reader.survey(tmp_path / "a.mp4", quality.SIZE, 8.0, 100)[2]
-    one, other = quality.hashes(frames), quality.hashes(again)
-    assert sum(bin(a ^ b).count("1") for a, b in zip(one, other, strict=True)) <= 6
-    assert sum(bin(a ^ b).count("1") for a, b in zip(one, quality.hashes(scene(4)), strict=True)) > 40
-
-
-def test_survey_sees_the_right_frames(tmp_path):
-    frames = scene(5, count=40)
-    video_writer.write_video(tmp_path / "a.mp4", frames, 24, lossless=True)
-    info, times, small = video_reader.survey(tmp_path / "a.mp4", frames.shape[1:3], 8.0, 100)
-    assert info == video_reader.probe(tmp_path / "a.mp4")
-    np.testing.assert_allclose(times, np.arange(14) / 8, atol=1e-3)
-    np.testing.assert_array_equal(small, frames[::3])
-    assert len(video_reader.survey(tmp_path / "a.mp4", (24, 40), 8.0, 3)[2]) == 3
-    broken_videos.rotated(tmp_path / "r.mp4", 0)
-    info, _, small = video_reader.survey(tmp_path / "r.mp4", (96, 64), 8.0, 100)
-    assert (info.height, info.width) == (96, 64)
-    np.testing.assert_array_equal(small, video_reader.read_clip(tmp_path / "r.mp4", 16))
 
 
 def test_preview(world, tmp_path, capsys):
