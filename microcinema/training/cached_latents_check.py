@@ -17,13 +17,7 @@ CACHED_PARTS = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
 
 
 def fingerprint(pipeline: ImageToVideoPipeline, dataset: ClipSource, flow_model: str | None) -> dict[str, Any]:
-    """What determines each input of a run: of `vae`, `clips` and those of `CACHED_PARTS` that the model uses.
-
-    Args:
-        pipeline: of the run, with its encoders.
-        dataset: the clips.
-        flow_model: source of PredictNet's flow; None: no PredictNet.
-    """
+    """What determines each input of a run: of `vae`, `clips` and those of `CACHED_PARTS` that the model uses."""
     keyframe_position = 0 if pipeline.keyframe_position == "first" else pipeline.keyframe_position
     vae = pipeline.vae
     parts: dict[str, Any] = {

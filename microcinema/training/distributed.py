@@ -56,14 +56,10 @@ def broadcast_from_main(accelerator: Accelerator, function: Callable[[], T]) -> 
 
 @contextmanager
 def raise_on_all_ranks(message: str, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """Raises on every rank if any rank failed, before the next collective. Collective.
+    """Raises a UserError on every rank if any rank failed with one of `errors`, before the next collective. Collective.
 
     Args:
-        message: of the error, with the place `{reason}`.
-        errors: exception types that count as failures.
-
-    Raises:
-        UserError: the body failed on some rank.
+        message: of the error, with the placeholder `{reason}`.
     """
     reason = None
     try:
@@ -105,20 +101,17 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def unsharded_shapes(module: nn.Module) -> dict[str, torch.Tensor]:
     """A network's full state as meta tensors, without contents."""
-    return {
-        name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
-        for name, tensor in _state(module).items()
-    }
+    shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in _state(module).items()}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def unsharded_state(
     module: nn.Module, replacements: Mapping[str, torch.Tensor] | None = None, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """A network's state with full tensors, on the CPU. Collective.
+    """A network's state with full tensors, on the CPU; empty on ranks with `keep=False`. Collective.
 
     Args:
         replacements: tensors, sharded or not, that replace the network's own of the same name.
-        keep: False on a rank that only takes part in gathering; it gets an empty dictionary.
     """
     state = {}
     for name, tensor in _state(module).items():

@@ -34,12 +34,7 @@ def ema_pipeline(
     ema: EMAModel | None,
     trained: Mapping[str, nn.Parameter],
 ) -> Iterator[ImageToVideoPipeline]:
-    """The pipeline as it would be used, complete on every rank, with averaged weights if there are any. Collective.
-
-    Args:
-        model: prepared by the accelerator.
-        trained: the parameters that `ema` averages, by name.
-    """
+    """The pipeline as it would be used, complete on every rank, with averages of `trained` if there are any. Collective."""
     if not is_sharded(model):
         model.eval()
         try:

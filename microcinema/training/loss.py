@@ -22,31 +22,22 @@ from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 
+LOSS_KEYS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded clips, all on one device.
+    """Encoded clips, all on one device."""
 
-    Attributes:
-        latents: scaled VAE latents z0, (b, f, c, h, w), float32.
-        text: caption embeddings, (b, n, d).
-        fps: frames per second, (b,).
-        indices: the clips' indices in the global order (data/ordering.py).
-        image: further inputs of the condition encoder from the key frames: `image_tokens`, `pixels`, or nothing.
-        motion_tokens: of the motion captions, (b, k, e), or None.
-        flow: the flow model's, on the latent grid, or None.
-    """
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    fps: torch.Tensor
-    indices: Sequence[int]
-    image: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    motion_tokens: torch.Tensor | None = None
-    flow: Flow | None = None
+    latents: torch.Tensor  # scaled VAE latents z0, (b, f, c, h, w), float32
+    text: torch.Tensor  # caption embeddings, (b, n, d)
+    fps: torch.Tensor  # (b,)
+    indices: Sequence[int]  # in the global order (data/ordering.py)
+    image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # `image_tokens` and `pixels` of the key frames
+    motion_tokens: torch.Tensor | None = None  # (b, k, e)
+    flow: Flow | None = None  # on the latent grid
 
 
 @dataclass(frozen=True)
@@ -59,17 +50,11 @@ class NullConditioning:
 
 @dataclass(frozen=True)
 class TrainingNoise:
-    """Everything random about the clips of a batch.
+    """Everything random about the clips of a batch."""
 
-    Attributes:
-        noise: independent standard noise eps, (b, f, c, h, w).
-        t: timesteps, (b,), integers.
-        text_mask, image_mask: False where that condition is dropped, (b,), bool.
-    """
-
-    noise: torch.Tensor
-    t: torch.Tensor
-    text_mask: torch.Tensor
+    noise: torch.Tensor  # independent standard noise eps, (b, f, c, h, w)
+    t: torch.Tensor  # timesteps, (b,), integers
+    text_mask: torch.Tensor  # False where the text is dropped, (b,)
     image_mask: torch.Tensor
 
     def to(self, device: torch.device) -> "TrainingNoise":
@@ -79,15 +64,10 @@ class TrainingNoise:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of every clip, (b,), float32.
-
-    Attributes:
-        total: minimized in the mean.
-        flow: PredictNet's part of it, before its weight, or None.
-    """
+    """Losses of every clip, (b,), float32."""
 
     total: torch.Tensor
-    flow: torch.Tensor | None = None
+    flow: torch.Tensor | None = None  # PredictNet's, before its weight
 
 
 @dataclass(frozen=True)
@@ -95,16 +75,11 @@ class LossConfig:
     """What a clip is trained on. The prediction type is the scheduler's.
 
     Attributes:
-        scheduler: the training schedule.
-        prior: the noise prior.
-        keyframe_position: which frame is the key frame: first, center or an index.
+        keyframe_position: first, center or a frame index.
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all timesteps alike.
-        motion_weight: extra weight where a clip departs from its key frame (`motion_weights`); 0 for none.
-        timestep_logit_normal: mean and standard deviation of `logit(t / T)` from which timesteps are drawn (arXiv 2403.03206,
-            section 3.1); None draws them uniformly.
-        flow_weight: weight of PredictNet's flow loss.
+        motion_weight: extra weight where a clip departs from its key frame (`motion_weights`).
+        timestep_logit_normal: mean and standard deviation of `logit(t / T)` (arXiv 2403.03206, section 3.1); None: uniform.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
-        seed: of the run.
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
     """
 
@@ -124,10 +99,7 @@ class LossConfig:
         """Noise, timesteps and condition dropout of the clips with these global indices, on the CPU.
 
         Each clip has its own generator, so its noise depends on neither batch size nor number of processes. Timestep and
-        dropout are drawn before the noise, so they do not depend on the size of the latents.
-
-        Args:
-            shape: of one clip's latents, (f, c, h, w).
+        dropout are drawn before the noise, so they do not depend on `shape`, (f, c, h, w).
         """
         uniform, t, noise = [], [], []
         for index in indices:
@@ -154,22 +126,12 @@ def make_loss_config(pipeline: ImageToVideoPipeline, config: Train) -> LossConfi
         prior=pipeline.noise_prior,
         remapped_timesteps=pipeline.remapped_timesteps,
         keyframe_position=pipeline.keyframe_position,
-        snr_gamma=config.snr_gamma,
-        motion_weight=config.motion_weight,
-        flow_weight=config.flow_weight,
-        timestep_logit_normal=config.timestep_logit_normal,
-        text_dropout=config.text_dropout,
-        image_dropout=config.image_dropout,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in ("seed", *LOSS_KEYS)},
     )
 
 
 class TrainableModel(nn.Module):
-    """Everything that trains, as the one module that distributed wrappers expect. It has no parameters of its own.
-
-    Args:
-        predict_net: predicts optical flow from the decoder's features, or None.
-    """
+    """Everything that trains, as the one module that distributed wrappers expect. It has no parameters of its own."""
 
     def __init__(
         self, unet: VideoUNet, condition_encoder: ConditionEncoder, predict_net: PredictNet | None = None
@@ -205,10 +167,7 @@ class TrainableModel(nn.Module):
         """The prediction at `z_t` (b, f, c, h, w) and `t` (b,), and PredictNet's flow (b, f-1, 2, h, w), or None.
 
         Args:
-            text: (b, n, d).
-            z_ref: (b, c, h, w).
-            fps, image_mask: (b,).
-            inputs: further arguments of the condition encoder, by name.
+            text, z_ref, fps, image_mask, inputs: of the condition encoder: (b, n, d), (b, c, h, w), (b,), (b,), by name.
         """
         features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, image_mask, **inputs))
         prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
@@ -218,11 +177,7 @@ class TrainableModel(nn.Module):
 def training_loss(
     denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> Losses:
-    """The weighted squared error of every clip, plus PredictNet's flow loss if enabled.
-
-    Args:
-        noise: on the batch's device.
-    """
+    """The weighted squared error of every clip, plus PredictNet's flow loss if enabled; `noise` is on the batch's device."""
     z_ref = batch.latents[:, keyframe_index(config.keyframe_position, batch.latents.shape[1])]
     eps = config.prior.noise(noise.noise, z_ref)
     z_t = add_noise(config.scheduler, batch.latents, eps, noise.t)

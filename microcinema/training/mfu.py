@@ -38,10 +38,7 @@ class ModelFlops(TorchDispatchMode):
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product, measured once per process: an upper bound for a network.
-
-    Measured with the settings of the run, such as TF32 and the number of threads.
-    """
+    """Operations per second of a large matrix product in the run's settings, measured once: an upper bound for a network."""
     return _measure_peak_flops(device, dtype, torch.get_num_threads() if device.type == "cpu" else 0)
 
 

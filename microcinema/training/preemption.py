@@ -48,10 +48,9 @@ class Preemption:
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: workers ignore the signals; the main process shuts them down.
+    """A DataLoader's `worker_init_fn`: workers ignore the signals, since one that died would end the run before it has saved.
 
-    A scheduler may signal every process of a job, and a worker that died would end the run before it has saved. But Python
-    ends orphaned workers by SIGTERM and waits for them; so a worker exits some time after it.
+    Python ends orphaned workers by SIGTERM and waits for them; so a worker exits some time after it.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, PATIENCE))

@@ -12,6 +12,7 @@ from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.training.loss import LOSS_KEYS
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import SUMS, checksum_error
@@ -24,22 +25,16 @@ Identity = dict[str, dict[str, Any]]
 # A checkpoint restores the optimizer's own settings: another value would silently change nothing.
 FIXED = ("seed", "learning_rate", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 BATCH = ("train_batch_size", "gradient_accumulation_steps", "lr_scheduler", "lr_warmup_steps", "max_grad_norm")
-LOSS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
-FREE = (*BATCH, *LOSS, "use_ema", "ema_decay")
+FREE = (*BATCH, *LOSS_KEYS, "use_ema", "ema_decay")
 PIPELINE = ("num_frames", "height", "width", "fps", "noise_prior", "noise_prior_strength", "keyframe_position")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run.
+    """Progress of a run."""
 
-    Attributes:
-        step: optimizer steps done.
-        clips: global index of the next clip.
-    """
-
-    step: int
-    clips: int
+    step: int  # optimizer steps done
+    clips: int  # global index of the next clip
 
 
 def find_checkpoints(output_dir: str | os.PathLike[str], up_to: float = float("inf")) -> list[Path]:
@@ -70,11 +65,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_progress(folder: str | os.PathLike[str]) -> Progress:
-    """The run's progress when it wrote a checkpoint.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The run's progress when it wrote a checkpoint."""
     return Progress(**read_state(folder)["progress"])
 
 
@@ -83,24 +74,20 @@ def choose_checkpoint(
     resume_from_checkpoint: str | None,
     warn: Callable[[str], None] = print,
 ) -> Path | None:
-    """The checkpoint to resume from, or None for a new run. Its files are verified against their checksums.
+    """The checkpoint to resume from, verified against its checksums, or None for a new run.
 
     With `latest`, an empty folder starts a new run, so that one command line serves a job that is requeued again and again;
-    damaged checkpoints are skipped.
-
-    Args:
-        warn: called with one line for each damaged checkpoint.
+    damaged checkpoints are skipped, with a warning each.
 
     Raises:
-        UserError: the named checkpoint is missing or damaged, all are damaged, or a new run would mix its checkpoints with
-            those of an earlier one.
+        UserError: the named checkpoint or all are damaged or missing, or a new run would mix with an earlier one.
     """
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:
+            name = checkpoints[-1].name
             raise UserError(
-                f"'{output_dir}' already holds {checkpoints[-1].name}; "
-                "set resume_from_checkpoint=latest, or choose another output_dir"
+                f"'{output_dir}' already holds {name}; set resume_from_checkpoint=latest or another output_dir"
             )
         return None
     if resume_from_checkpoint == "latest":
@@ -109,9 +96,7 @@ def choose_checkpoint(
                 return folder
             warn(f"{folder.name} is damaged ({fault}); trying the one before")
         if checkpoints:
-            raise UserError(
-                f"all {len(checkpoints)} checkpoints in '{output_dir}' are damaged; start again in another output_dir"
-            )
+            raise UserError(f"all {len(checkpoints)} checkpoints in '{output_dir}' are damaged; use another output_dir")
         return None
     path = Path(resume_from_checkpoint)
     if not is_checkpoint(path):
@@ -129,12 +114,7 @@ def run_identity(
     num_processes: int,
     mixed_precision: str,
 ) -> Identity:
-    """The identity of a run, as read back from JSON.
-
-    Args:
-        clips: the data set in its order; a checkpoint keeps a digest of both.
-        mixed_precision: as resolved by accelerate where the config leaves it open.
-    """
+    """The identity of a run, as read back from JSON; `mixed_precision` as resolved by accelerate."""
     fixed = {name: getattr(config, name) for name in FIXED}
     fixed |= {name: pipeline.config[name] for name in PIPELINE}
     fixed |= schedule_summary(pipeline.training_scheduler)
@@ -147,10 +127,7 @@ def run_identity(
 
 
 def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str]:
-    """Compares the identity in a checkpoint with that of the run that resumes from it.
-
-    Returns:
-        The free settings that differ, each with both values.
+    """The free settings that differ between a checkpoint and the run that resumes from it.
 
     Raises:
         UserError: a fixed setting differs.
@@ -160,8 +137,6 @@ def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str
         new = {**new, "clips": old["clips"]}
     if changed := differences(new, old):
         more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"checkpoint '{folder}' is of another run: {'; '.join(changed[:4])}{more}; resume with the same values, "
-            "or start a new run from its weights with init_weights_from"
-        )
+        hint = "resume with the same values, or start a new run from its weights with init_weights_from"
+        raise UserError(f"checkpoint '{folder}' is of another run: {'; '.join(changed[:4])}{more}; {hint}")
     return differences(current["free"], saved["free"])

@@ -30,11 +30,9 @@ class Validation:
     With the weights of a step, the command `sample` makes the same videos of these prompts and this seed.
 
     Args:
-        accelerator: of the run. Each process has a share of the prompts, and draws their key frames here, once.
-        pipeline: the model; its own defaults are used for both stages.
-        keyframes: draws an image for a prompt; not needed afterwards.
-        prompts: of the videos.
-        output_dir: folder of the run.
+        accelerator: each process has a share of the prompts, and draws their key frames here, once.
+        pipeline: its own defaults are used for both stages.
+        keyframes: not needed afterwards.
         seed: prompt i is sample i of this seed.
     """
 
@@ -60,10 +58,7 @@ class Validation:
             self.images[i] = keyframe.image
 
     def __call__(self, accelerator: Accelerator, pipeline: ImageToVideoPipeline, step: int) -> None:
-        """Writes `validation/step-{step}/{i}.mp4` and `.gif` and one contact sheet, and logs them with their means of `FIGURES`.
-
-        Every process must call it.
-        """
+        """Writes `validation/step-{step}/{i}.mp4`, `.gif` and a contact sheet; logs them with means of `FIGURES`. Collective."""
         pipeline.set_progress_bar_config(disable=True)
         results = []
         for i, image in tqdm(self.images.items(), "validation", leave=False, disable=not accelerator.is_main_process):
@@ -110,11 +105,7 @@ def _motion(frames: np.ndarray) -> float:
 
 
 def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:
-    """A TensorBoard summary of an animated image; SummaryWriter.add_video would need moviepy.
-
-    Args:
-        shape: of the clip, (f, h, w, 3).
-    """
+    """A TensorBoard summary of an animated image (f, h, w, 3); SummaryWriter.add_video would need moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     image = Summary.Image(height=shape[1], width=shape[2], colorspace=3, encoded_image_string=gif)

@@ -18,7 +18,6 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
     """Copies every weight of a saved video model, its own or borrowed, that has the same name and shape; all others stay.
 
     Args:
-        networks: `unet` and `condition_encoder`.
         source: a pipeline or checkpoint: an embedded model, a folder or a hub repository.
 
     Returns:
@@ -36,15 +35,11 @@ def warm_start(networks: Mapping[str, nn.Module], source: str) -> dict[str, list
             try:
                 saved |= load_file(file)
             except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"init_weights_from: '{file}' cannot be read ({first_line(error)}); name another model"
-                ) from None
+                raise UserError(f"init_weights_from: '{file}' cannot be read ({first_line(error)})") from None
         state = network.state_dict()
         copied = {key: value for key, value in saved.items() if key in state and state[key].shape == value.shape}
         if name == "unet" and not copied:
-            raise UserError(
-                f"init_weights_from: '{source}' has none of the video UNet's weights; name a model that this project trained"
-            )
+            raise UserError(f"init_weights_from: '{source}' has none of the video UNet's weights; name a video model")
         network.load_state_dict(copied, strict=False)
         new_weights[name] = sorted(state.keys() - copied.keys())
     return new_weights
