@@ -53,7 +53,7 @@ def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, 
     asked, videos = protocol.samples(data), protocol.real(data)
     assert (len(asked), len(videos)) == (samples, real)
     assert len({video.name for video in videos}) == real
-    assert [sample.index for sample in asked] == list(range(samples))
+    assert [sample.sample_index for sample in asked] == list(range(samples))
     assert protocol.num_frames == 16
     assert protocol.identifier(asked, videos, {}).startswith(identifier)
     counts = Counter(sample.source for sample in asked)
