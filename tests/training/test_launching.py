@@ -13,6 +13,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+from microcinema.config.help import config_folder
+
 ROOT = Path(__file__).parents[2]
 ACCELERATE = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 SCRIPTS = [ROOT / "scripts/slurm/train.sbatch", ROOT / "scripts/slurm/train_node.sh"]
@@ -45,13 +47,13 @@ def test_accelerate_takes_its_files(path):
 
     config = load_config_from_file(str(path))  # refuses keys that it does not know
     assert config.num_processes >= 1
-    arguments = shlex.split(
-        path.read_text().splitlines()[0].removeprefix("# accelerate launch ").partition("scripts/")[0]
-    )
-    parsed = launch_command_parser().parse_args([*(a if a != "<GPUs>" else "8" for a in arguments), "scripts/train.py"])
-    assert ROOT / parsed.config_file == path
-    if isinstance(deepspeed := getattr(config, "deepspeed_config", None), dict) and deepspeed:
-        settings = json.loads((ROOT / deepspeed["deepspeed_config_file"]).read_text())
+    command = path.read_text().splitlines()[0].removeprefix("# accelerate launch ").removesuffix(" ...")
+    arguments = shlex.split(command.replace("$(microcinema --config-dir)", str(config_folder())).replace("<GPUs>", "8"))
+    parsed = launch_command_parser().parse_args(arguments)
+    assert Path(parsed.config_file) == path
+    assert (parsed.module, parsed.training_script, parsed.training_script_args) == (True, "microcinema", ["train"])
+    if path.stem.startswith("zero"):
+        settings = json.loads(Path(parsed.deepspeed_config_file).read_text())
         assert settings["zero_optimization"]["stage"] == int(path.stem[-1])
 
 
@@ -126,8 +128,8 @@ def test_a_job_that_is_asked_to_end_is_queued_again(tmp_path, job, number):
     parsed = launch_command_parser().parse_args(given)
     assert (parsed.num_machines, parsed.machine_rank, parsed.num_processes) == (2, 1, 16)
     assert (parsed.main_process_ip, parsed.main_process_port) == ("node0", 20000 + 123456 % 20000)
-    assert (ROOT / parsed.config_file).is_file() and parsed.training_script == "scripts/train.py"
-    assert parsed.training_script_args == ["seed=3", f"output_dir={tmp_path}", "resume_from_checkpoint=latest"]
+    assert (ROOT / parsed.config_file).is_file() and parsed.module and parsed.training_script == "microcinema"
+    assert parsed.training_script_args == ["train", "seed=3", f"output_dir={tmp_path}", "resume_from_checkpoint=latest"]
 
 
 @pytest.mark.parametrize("then, status", [("finishes", 0), ("fails", 1)])
