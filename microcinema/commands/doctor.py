@@ -59,11 +59,7 @@ class Finding:
 
 
 def run(config: "Train") -> int:
-    """Prints what was found. Returns 1 if the run cannot work, as 2 is for a config that none could have; else 0.
-
-    Raises:
-        UserError: settings out of their bounds.
-    """
+    """Prints all findings. Returns 1 if the run cannot work, else 0."""
     # As accelerate takes it where the config leaves it open.
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problems = 0
@@ -75,11 +71,7 @@ def run(config: "Train") -> int:
 
 
 def examine(config: "Train") -> Iterator[Finding]:
-    """All findings, those that take longest last.
-
-    Args:
-        config: of the command `train`, with its `mixed_precision` decided.
-    """
+    """All findings, the slowest last; `mixed_precision` of the config is decided."""
     # Of this process, as accelerate hands them out.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
     yield versions()
@@ -88,7 +80,7 @@ def examine(config: "Train") -> Iterator[Finding]:
     yield modules("decoders", DECODERS, config.data.arguments.get("decoder"), "data.decoder")
     yield modules("trackers", TRACKERS, config.report_to, "report_to")
     if config.use_8bit_adam:
-        yield modules("optimiser", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
+        yield modules("optimizer", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
     yield data(config.data, config.cached_latents)
     found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
@@ -114,23 +106,15 @@ def versions() -> Finding:
 
 
 def devices(config: "Train", small: bool) -> Iterator[Finding]:
-    """What computes, and whether it knows the precision of the run.
-
-    Args:
-        small: the base is an embedded one, with which a CPU copes.
-    """
+    """The devices, and whether they support the precision of the run; `small`: the base is an embedded one, which a CPU can train."""
     if not torch.cuda.is_available():
         bf16 = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "slow"
         text = f"CPU alone: {os.cpu_count()} cores, {_gib(psutil.virtual_memory().total)}, bf16 {bf16}"
         if config.mixed_precision == "fp16":
             yield Finding("device", text, PROBLEM, "fp16 needs a GPU; set mixed_precision=no")
         elif not small:
-            yield Finding(
-                "device",
-                text,
-                WARNING,
-                "a model of this size is for a GPU; if there is one, install a torch built for it",
-            )
+            advice = "a model of this size is for a GPU; if there is one, install a torch built for it"
+            yield Finding("device", text, WARNING, advice)
         else:
             yield Finding("device", text)
     for index in range(torch.cuda.device_count()):
@@ -156,9 +140,8 @@ def attention() -> Iterator[Finding]:
     there = [name for name, usable in kernels.items() if usable]
     found = f"scaled-dot-product kernels: {', '.join(there)}"
     if there == ["math"]:
-        yield Finding(
-            "attention", found, WARNING, "it takes far more memory than is estimated here; install a current torch"
-        )
+        advice = "it takes far more memory than is estimated here; install a current torch"
+        yield Finding("attention", found, WARNING, advice)
     else:
         yield Finding("attention", found)
     number, reason = _version_of("xformers", imported=True)
@@ -167,17 +150,10 @@ def attention() -> Iterator[Finding]:
 
 
 def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) -> Finding:
-    """Which of some interchangeable modules can be imported.
-
-    Args:
-        known: value of the key to distribution; the module has the same name.
-        used: the value that the config has; only that one is imported, to be sure.
-        key: of the config.
-    """
+    """Which of some interchangeable modules (`known`: value of the key to distribution) are there; the used one is imported, to be sure."""
     found = {name: _version_of(module, imported=name == used) for name, module in known.items()}
-    text = ", ".join(
-        f"{known[name]} {number or reason}{' (used)' * (name == used)}" for name, (number, reason) in found.items()
-    )
+    states = {name: number or reason for name, (number, reason) in found.items()}
+    text = ", ".join(f"{known[name]} {state}{' (used)' * (name == used)}" for name, state in states.items())
     if used not in found or found[used][0]:
         return Finding(topic, text)
     others = [f"set {key}={name}" for name, (number, _) in found.items() if number]
@@ -189,9 +165,8 @@ def data(component: "Component", latents: str | None) -> Finding:
     places = dict.fromkeys([*_places(plain(component.arguments)), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
     if missing == [latents]:
-        return Finding(
-            "data", f"{latents} not there", PROBLEM, "make it with microcinema prepare latents and the same keys"
-        )
+        advice = "make it with microcinema prepare latents and the same keys"
+        return Finding("data", f"{latents} not there", PROBLEM, advice)
     if missing:
         advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
         return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
@@ -223,11 +198,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
 
 
 def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Finding]:
-    """Free disk and memory against what the run and sampling from its model need.
-
-    Args:
-        folder: of the base; its settings are enough.
-    """
+    """Free disk and memory against what the run and sampling from its model need; of the base only `folder` with its settings is read."""
     config = replace(config, base=replace(config.base, pretrained_model_name_or_path=folder, revision=None))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sample = compose("sample")
@@ -256,11 +227,7 @@ def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Findin
 
 
 def disk(config: "Train", networks: int, training: Estimate) -> Finding:
-    """Room for the checkpoints of a run and its pipeline.
-
-    Args:
-        networks: bytes of those that are trained, in part or whole.
-    """
+    """Room for the checkpoints of a run and its pipeline; `networks`: bytes of the trained ones."""
     folder = Path(config.output_dir).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     one = networks + training.optimizer + training.average
@@ -277,19 +244,8 @@ def disk(config: "Train", networks: int, training: Estimate) -> Finding:
 
 
 def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str]) -> Finding:
-    """What is needed beside what is free.
-
-    Args:
-        short: the status if there is too little.
-        advice: what to set then.
-    """
-    held = {
-        "weights": needed.weights,
-        "gradients": needed.gradients,
-        "optimiser": needed.optimizer,
-        "average": needed.average,
-        "activations": needed.activations,
-    }
+    """Needed against free memory; `short` is the status if there is too little, `advice` what to set then."""
+    held = {name: getattr(needed, name) for name in ("weights", "gradients", "optimizer", "average", "activations")}
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in held.items() if size)
     found = f"{_gib(needed.peak)} at most, when {needed.worst} ({parts}), {_gib(free)} free"
     if free >= MARGIN * needed.peak:
@@ -323,11 +279,7 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 def _version_of(module: str, imported: bool) -> tuple[str | None, str]:
-    """Its version and "", or None and why it cannot be had.
-
-    Args:
-        imported: import it, since what is installed may not fit the libraries of the machine.
-    """
+    """Its version and "", or None and the reason; `imported`: import it as well, since installed need not mean working."""
     try:
         number = version(module)
         if imported:

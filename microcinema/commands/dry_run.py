@@ -27,15 +27,8 @@ FOLDER = ".dry-run"
 
 @dataclass
 class Measured:
-    """What a dry run saw, as its main process saw it.
-
-    Attributes:
-        steps: figures of each optimiser step, as they are logged.
-        checkpoint_seconds, validation_seconds: of one; None where there was none.
-        checkpoint_bytes: of one on disk.
-        pipeline_bytes: of the saved pipeline.
-        memory: bytes at most: of tensors on a GPU, elsewhere by which this process grew.
-    """
+    """Measurements of the main process: logged metrics of each step, seconds and bytes of one checkpoint and one validation (None: there
+    was none), bytes of the saved pipeline, and peak memory in bytes (of tensors on a GPU, elsewhere the growth of the process)."""
 
     steps: list[Mapping[str, float]] = field(default_factory=list)
     checkpoint_seconds: float | None = None
@@ -45,18 +38,12 @@ class Measured:
     memory: float = 0.0
 
     def median(self, figure: str) -> float:
-        """Of the steps that count, without the warm-up."""
         return statistics.median(step[figure] for step in self.steps[WARM_UP:])
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of the whole run.
-
-    Attributes:
-        steps, checkpoints, validations: seconds spent on each.
-        disk: bytes in output_dir at most.
-    """
+    """Seconds of the whole run spent on steps, checkpoints and validations, and the peak of bytes in output_dir."""
 
     steps: float
     checkpoints: float
@@ -65,20 +52,13 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """All together."""
         return self.steps + self.checkpoints + self.validations
 
 
 def run(config: "Train") -> int:
     """Trains a few steps, saves a checkpoint, makes a validation video in each process; prints what it took and what the run will take.
 
-    By every process of a distributed run, as `train` is. Nothing stays in output_dir.
-
-    Returns:
-        The exit status, as of `train`.
-
-    Raises:
-        UserError: as the run would.
+    Nothing stays in output_dir. Exit status and errors are those of `train`.
     """
     processes, main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     found = Measured()
@@ -128,10 +108,10 @@ def describe(config: "Train", processes: int, found: Measured, run: Prediction, 
     """The lines that are printed."""
     clips = config.train_batch_size * config.gradient_accumulation_steps * processes
     rate = found.median("clips_per_second")
+    wait, mfu = found.median("data_wait"), found.median("mfu")
     yield (
         f"step        {clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED}), "
-        f"{found.median('data_wait'):.0%} of it waiting for data, "
-        f"{found.median('mfu'):.0%} model FLOP utilization"
+        f"{wait:.0%} of it waiting for data, {mfu:.0%} model FLOP utilization"
     )
     broken = int(max(step["broken_clips"] for step in found.steps))
     if broken:

@@ -65,11 +65,7 @@ def run(config: "Export") -> None:
 
 
 def open_checkpoint(folder: Path, config: "Train", use_ema: bool) -> ImageToVideoPipeline:
-    """The pipeline that a training checkpoint holds.
-
-    Args:
-        config: of its run.
-        use_ema: with the averages of the trained weights in place of the weights.
+    """The pipeline of a training checkpoint; `config` is that of its run.
 
     Raises:
         UserError: it has no averages, its keys are not the networks' (they are named), or the base is not to be had.
@@ -127,15 +123,7 @@ def write_card(
     progress: Progress | None,
     averaged: bool,
 ) -> str:
-    """The model card of a pipeline.
-
-    Args:
-        folder: where the pipeline will be, for the examples.
-        files: where its files are.
-        config: of the run that trained it.
-        progress: of the run when it was saved; None: it was finished.
-        averaged: whether its weights are averages.
-    """
+    """The model card of a pipeline whose files are in `files` and will be in `folder`; `progress` None: its run was finished."""
     settings = plain(config)
     base = settings["base"]["pretrained_model_name_or_path"]
     weights = sorted(files.rglob("*.safetensors"))

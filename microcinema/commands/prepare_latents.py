@@ -64,9 +64,7 @@ def encode_clips(
     """Encodes a data set for the training of a pipeline. Every process calls it with the same arguments; finished shards are kept.
 
     Args:
-        accelerator: the processes, their devices and the precision that encoders work in.
         pipeline: whose frozen encoders are used.
-        folder: to write.
         flow_model: source of PredictNet's flow; None: no PredictNet.
         cached_parts: tensors to cache beside the latents, among those that the model reads; None: all of them.
         settings: num_workers, clip_retries and max_error_rate, as in `write_shards`.

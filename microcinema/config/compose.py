@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from microcinema.config.help import config_folder, file_of, group_defaults, group_options
 from microcinema.config.instantiate import Component, convert, reasons
@@ -22,25 +22,13 @@ from microcinema.utils.files import atomic_path
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from microcinema.config import schema
-
 _MARK = "\0{"  # stands for `${` of the command line, which cannot hold a NUL, while references are resolved
 
 
-@overload
-def compose(command: Literal["train"], overrides: Iterable[str] = ()) -> "schema.Train": ...
-@overload
-def compose(command: Literal["sample"], overrides: Iterable[str] = ()) -> "schema.Sample": ...
-@overload
-def compose(command: Literal["evaluate"], overrides: Iterable[str] = ()) -> "schema.Evaluate": ...
-@overload
-def compose(command: str, overrides: Iterable[str] = ()) -> Any: ...
 def compose(command: str, overrides: Iterable[str] = ()) -> Any:
-    """The config of a command: resolved, checked and frozen.
+    """The config of a command: resolved, checked and frozen; a `schema.PrepareLatents` for `prepare latents`.
 
     Args:
-        command: such as `train` or `prepare latents`; its keys are in `configs/prepare_latents.yaml`, their types in
-            `schema.PrepareLatents`.
         overrides: `group=option` or `key=value`. Strings are taken literally, other values are parsed as YAML.
 
     Raises:

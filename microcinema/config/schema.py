@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Resolution = Count | tuple[Count, Count]
 """Pixels: one number for squares, or (height, width)."""
+LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Reject = Literal["short", "static", "cut", "duplicate", "watermark"]
 Open = Annotated[Component, BeforeValidator(components)]
 """An open group: its keys are the arguments of its target."""
@@ -83,32 +84,29 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Train:
-    base: Base
+class Clips:
     data: Open
+    resolution: Resolution
+    num_frames: Count
+    fps: Positive | None
+    seed: CountOrZero
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Train(Clips):
+    base: Base
     cached_latents: PathText | None
     diffusion: Diffusion
     model: Model
     output_dir: PathText
-    seed: CountOrZero
     init_weights_from: str | None
     trainable_parameters: Literal["temporal", "all"]
     trainable_unet_layers: list[str]
-    resolution: Resolution
-    num_frames: Count
-    fps: Positive | None
     train_batch_size: Count
     gradient_accumulation_steps: Count
     max_train_steps: Count
     learning_rate: Positive
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-    ]
+    lr_scheduler: LRScheduler
     lr_warmup_steps: CountOrZero
     use_8bit_adam: bool
     adam_beta1: Fraction
@@ -269,8 +267,7 @@ class PrepareLatents(Train):
 
 
 @dataclass(frozen=True, config=CONFIG)
-class PrepareCheck:
-    data: Open
+class PrepareCheck(Clips):
     output_dir: PathText
     max_samples: Count | None
     num_workers: Count | None
@@ -279,22 +276,13 @@ class PrepareCheck:
     reject: list[Reject]
     min_motion: NotNegative
     max_watermark_score: float
-    resolution: Resolution
-    num_frames: Count
-    fps: Positive | None
-    seed: CountOrZero
 
 
 @dataclass(frozen=True, config=CONFIG)
-class PreparePreview:
-    data: Open
+class PreparePreview(Clips):
     output: PathText
     max_samples: Count
     columns: Count | None
-    resolution: Resolution
-    num_frames: Count
-    fps: Positive | None
-    seed: CountOrZero
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -154,7 +154,7 @@ def test_8_bit_adam_needs_its_package(arguments, monkeypatch, capsys):
         doctor, "_version_of", lambda name, imported: (None, "not installed") if name == "bitsandbytes" else ("1", "")
     )
     assert cli.main([*arguments, "use_8bit_adam=true"]) == 1
-    assert re.search("problem +optimiser .*pip install bitsandbytes$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search("problem +optimizer .*pip install bitsandbytes$", capsys.readouterr().out, re.MULTILINE)
     assert cli.main(arguments) == 0
 
 
