@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 def run(config: "PreparePreview") -> None:
-    """TrainingNoise clips 0 to `max_samples - 1` in the order of training, with what the model is told of each under it.
+    """Draws samples 0 to `max_samples - 1` of training, with the captions that the model reads.
 
     Raises:
-        UserError: the data set cannot be read, or a clip of it.
+        UserError: the data set, or one of its clips, cannot be read.
     """
     clips = IndexedDataset(config.data.build(), config.seed)
-    pictures, captions = [], []
-    for number in range(config.max_samples):
-        item = clips[number]
+    videos, captions = [], []
+    for sample_index in range(config.max_samples):
+        item = clips[sample_index]
         video = ((item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         frames, height, width = video.shape[:3]
-        told = dict.fromkeys(item[name] for name in ("caption", "description", "motion"))  # once each
-        facts = f"{frames} x {height} x {width}, {item['fps']:g} fps" if frames > 1 else f"picture, {height} x {width}"
-        captions.append(f"{number}  {item['id']}  ({facts}): {' | '.join(told)}")
-        pictures.append(video)
-    write_contact_sheet(config.output, pictures, captions, columns=config.columns, below=True)
+        texts = dict.fromkeys(item[name] for name in ("caption", "description", "motion"))  # each text once
+        shape = f"{frames} x {height} x {width}, {item['fps']:g} fps" if frames > 1 else f"picture, {height} x {width}"
+        captions.append(f"{sample_index}  {item['id']}  ({shape}): {' | '.join(texts)}")
+        videos.append(video)
+    write_contact_sheet(config.output, videos, captions, columns=config.columns, below=True)
     print(config.output)
