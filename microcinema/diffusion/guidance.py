@@ -22,14 +22,10 @@ class CFG:
 
     Sorted by evaluation, the factors are `1 - s_img`, `s_img - s_txt` and `s_txt`; a term with factor zero is not
     evaluated: equal scales need two evaluations, both scales 1 need one.
-
-    Args:
-        text: `s_txt`.
-        image: `s_img`.
     """
 
-    text: float
-    image: float
+    text: float  # s_txt
+    image: float  # s_img
 
     @property
     def terms(self) -> tuple[GuidanceTerm, ...]:
@@ -44,11 +40,7 @@ class CFG:
     def __call__(
         self, denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_t: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The guided prediction at `z_t` (b ...) and `t` (scalar), by one call of the denoiser.
-
-        Args:
-            denoiser: takes `(k b) ...` latents and `t`: all clips for each of the k terms, in the order of `terms`.
-        """
+        """The guided prediction at `z_t` (b ...) and `t` (scalar), by one call of the denoiser on `(k b) ...`, k terms of b clips."""
         terms = self.terms
         prediction = denoiser(repeat(z_t, "b ... -> (k b) ...", k=len(terms)), t)
         if len(terms) == 1:

@@ -23,7 +23,7 @@ def target(scheduler: SchedulerMixin, z0: torch.Tensor, noise: torch.Tensor, t: 
 
     `epsilon`: eps_hat; `v_prediction`: `sqrt(abar_t) eps_hat - sqrt(1 - abar_t) z0` (arXiv 2202.00512); `sample`: z0.
     """
-    kind = _prediction_type(scheduler)
+    kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
         return noise
     if kind == "sample":
@@ -36,7 +36,7 @@ def predicted_sample(
     scheduler: SchedulerMixin, prediction: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
     """The `z0` implied by a prediction at `z_t`: the inverse of `target`."""
-    kind = _prediction_type(scheduler)
+    kind = scheduler.config["prediction_type"]
     if kind == "sample":
         return prediction
     signal, sigma = signal_and_noise(scheduler, t, z_t)
@@ -58,8 +58,7 @@ def loss_weights(scheduler: SchedulerMixin, t: torch.Tensor, snr_gamma: float | 
         return torch.ones_like(t, dtype=torch.float32)
     if not snr_gamma > 0:
         raise UserError(f"snr_gamma is {snr_gamma}; use a number > 0 (5.0 in the paper), or null for equal weights")
-    kind = _prediction_type(scheduler)
-    ratio = snr(scheduler, t)
+    kind, ratio = scheduler.config["prediction_type"], snr(scheduler, t)
     if kind == "epsilon":
         return (snr_gamma / ratio).clamp(max=1)
     weight = ratio.clamp(max=snr_gamma)
@@ -72,11 +71,7 @@ def motion_weights(z0: torch.Tensor, z_ref: torch.Tensor, strength: float) -> to
         w = 1 + strength * min(1, max over frames of the mean over channels of |z0 - z_ref|)
 
     A small moving object contributes little to the mean error and is otherwise learned last. This is ours, from neither paper.
-
-    Args:
-        z0: clean latents, `b f c h w`.
-        z_ref: of the key frames, `b c h w`.
-        strength: 0: equal weights.
+    `z0` is `b f c h w`, `z_ref` (of the key frames) `b c h w`.
     """
     change = reduce((z0 - rearrange(z_ref, "b c h w -> b 1 c h w")).abs(), "b f c h w -> b f h w", "mean")
     return 1 + strength * reduce(change, "b f h w -> b 1 1 h w", "max").clamp(max=1)
@@ -97,18 +92,10 @@ def flow_loss(
 
         mean of sqrt(|u - u*|^2 + delta^2) - delta
 
-    Factorized-Dreamer (arXiv 2408.10119) supervises flow; this loss is our choice. It has the same weight at every noise level: weighted by
-    the signal `abar_t`, a clip of `experiment=sprites_factorized_dreamer` would count 0.08 on average, and key frame and text tell of the
-    motion even where noise hides it. A clip without valid positions has zero loss.
-
-    Args:
-        prediction, expected: `b f-1 2 h w`.
-        valid: bool `b f-1 h w`.
+    Factorized-Dreamer (arXiv 2408.10119) supervises flow; this loss is our choice. It has the same weight at every noise level, since key
+    frame and text tell of the motion even where noise hides it. A clip without valid positions has zero loss. The flows are
+    `b f-1 2 h w`, `valid` is bool `b f-1 h w`.
     """
     distance = ((prediction.float() - expected.float()).square().sum(2) + delta**2).sqrt() - delta
     mask = valid.float()
     return (distance * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
-
-
-def _prediction_type(scheduler: SchedulerMixin) -> str:
-    return scheduler.config["prediction_type"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 KINDS = ("none", "appearance", "mixed", "progressive")
 
@@ -29,10 +29,8 @@ class NoisePrior:
     gamma: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"noise prior '{self.kind}' is unknown; use one of {KINDS}")
-        for name in ("strength", "gamma"):
-            value = getattr(self, name)
+        check_choice("the noise prior's kind", self.kind, KINDS)
+        for name, value in (("strength", self.strength), ("gamma", self.gamma)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"the noise prior's {name} is {value}; use a number >= 0")
 
@@ -52,12 +50,7 @@ class NoisePrior:
         return torch.eye(frames, dtype=torch.float64)
 
     def noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
-        """`eps_hat` (b, f, c, h, w) for training, from independent standard noise.
-
-        Args:
-            eps: (b, f, c, h, w), independent N(0, 1).
-            z_ref: clean latents of the key frame, (b, c, h, w).
-        """
+        """`eps_hat` for training, of independent standard noise `b f c h w` and the key frame's clean latents `b c h w`."""
         if self.kind == "appearance":
             return eps + self.strength * rearrange(z_ref, "b c h w -> b 1 c h w")
         if self.kind == "none":

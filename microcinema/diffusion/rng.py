@@ -33,8 +33,5 @@ def sample_generator(seed: int, sample_index: int, video_index: int, purpose: Pu
         sample_index: of the prompt among the prompts of this seed.
         video_index: of the video among those of the prompt.
         purpose: `keyframe` for stage 1, `video` for stage 2.
-
-    Raises:
-        UserError: a number is negative.
     """
     return generator(seed, sample_index, video_index, *_SUFFIX[purpose])

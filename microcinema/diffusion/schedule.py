@@ -13,18 +13,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, check_choice, first_line
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-_SUMMARY = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_SUMMARY = ("num_train_timesteps", *_BETAS, "prediction_type")
 # By default several schedulers clamp the predicted sample to [-1, 1], which is right for pixels and ruins latents.
 _FOR_LATENTS = {"clip_sample": False, "thresholding": False}
 
@@ -34,8 +27,7 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
 
     Args:
         base_config: config of a diffusers scheduler of any class, of which betas and prediction type are used.
-        overrides: scheduler settings by their names in diffusers, None for the base's; and `snr_shift`, see `shifted_betas`, which
-            sets the schedule's `trained_betas`.
+        overrides: settings by their names in diffusers, None for the base's; and `snr_shift`, see `shifted_betas`.
 
     Raises:
         UserError: the schedule has no betas (flow matching), or an override or the prediction type is unknown.
@@ -43,19 +35,12 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     shift = overrides.pop("snr_shift", 1.0)
     if "beta_schedule" not in base_config and "trained_betas" not in base_config:
-        raise UserError(
-            f"scheduler '{base_config.get('_class_name', '?')}' has no betas; use a base with a DDPM-like schedule"
-        )
-    scheduler, unused = DDPMScheduler.from_config(
-        dict(base_config), **{**overrides, **_FOR_LATENTS}, return_unused_kwargs=True
-    )
-    unknown = sorted(set(unused) & (set(overrides) - set(base_config)))
-    if unknown:
+        raise UserError(f"'{base_config.get('_class_name')}' has no betas; use a base with a DDPM-like schedule")
+    settings = {**overrides, **_FOR_LATENTS}
+    scheduler, unused = DDPMScheduler.from_config(dict(base_config), **settings, return_unused_kwargs=True)
+    if unknown := sorted(set(unused) & (set(overrides) - set(base_config))):
         raise UserError(f"unknown scheduler settings {unknown}; use the names of diffusers' DDPMScheduler")
-    if scheduler.config.prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"prediction type '{scheduler.config.prediction_type}' is unknown; use one of {PREDICTION_TYPES}"
-        )
+    check_choice("prediction_type", scheduler.config.prediction_type, PREDICTION_TYPES)
     if shift == 1.0:
         return scheduler
     betas = shifted_betas(scheduler.alphas_cumprod, shift)
@@ -75,9 +60,6 @@ def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
         abar' = abar / (abar + shift^2 (1 - abar)), exactly 0 where abar is 0
 
     Neighboring frames are redundant, so a clip needs more noise than an image to lose as much information: shift > 1.
-
-    Args:
-        abar: cumulative signal of every step, `(t,)`.
 
     Raises:
         UserError: the shift is not positive.
@@ -105,14 +87,9 @@ def match_snr_timesteps(schedule: SchedulerMixin, reference: SchedulerMixin) -> 
 
 
 def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
-    """Refuses a prediction type that frozen layers were not trained for. Noise levels may change, see `match_snr_timesteps`.
+    """Refuses overrides with a prediction type that frozen layers were not trained for.
 
-    Args:
-        base: the schedule that the frozen layers were trained with.
-        overrides: as in `make_scheduler`.
-
-    Raises:
-        UserError: the prediction type differs; names both.
+    Noise levels may change, see `match_snr_timesteps`.
     """
     value, trained = overrides.get("prediction_type"), base.config["prediction_type"]
     if value not in (None, trained):
@@ -133,9 +110,7 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
         # If a package is missing, diffusers has a placeholder of that name.
         packages = ", ".join(getattr(kind, "_backends", ()))
         missing = f" (it needs {packages})" if packages else ""
-        raise UserError(
-            f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler or DPMSolverMultistepScheduler"
-        )
+        raise UserError(f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler")
     try:
         sampler = kind.from_config(training.config, **{**overrides, **_FOR_LATENTS})  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
@@ -149,16 +124,12 @@ def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
 
     The schedules must agree, and two trial steps must work: some schedulers of diffusers run from data to noise, need more than a
     prediction, or do not support every prediction type.
-
-    Raises:
-        UserError: it disagrees with the training schedule, or a trial step fails.
     """
     check_schedules_agree(training, sampling)
     name = type(sampling).__name__
     if "noise_sampler_seed" in sampling.config:
         raise UserError(
-            f"{name} draws noise from its own generator, so that the seed would not determine the frames; "
-            "use for example EulerAncestralDiscreteScheduler"
+            f"{name} draws noise from its own generator, not from the seed's; use for example EulerAncestralDiscreteScheduler"
         )
     trial = copy.deepcopy(sampling)
     try:
@@ -174,11 +145,7 @@ def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
 
 
 def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> None:
-    """Sets the timesteps of a scheduler for a number of steps.
-
-    Raises:
-        UserError: the scheduler does not support so many.
-    """
+    """Sets the timesteps of a scheduler; a number of steps that it does not support is a UserError."""
     name, trained = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
     try:
         scheduler.set_timesteps(steps, device=device)
@@ -190,22 +157,15 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | 
 
 def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
     """Further arguments of `scheduler.step`: the generator, if the scheduler draws noise."""
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    return {"generator": generator} if takes_generator else {}
+    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
 def _cannot_sample(name: str, reason: str) -> UserError:
-    return UserError(
-        f"{name} does not sample this model ({reason}); use for example DDIMScheduler or DPMSolverMultistepScheduler"
-    )
+    return UserError(f"{name} does not sample this model ({reason}); use for example DDIMScheduler")
 
 
 def alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:
-    """`abar_t` of every training step, `(t,)`.
-
-    Raises:
-        UserError: the scheduler has none (flow matching).
-    """
+    """`abar_t` of every training step, `(t,)`; a scheduler without (flow matching) is a UserError."""
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod; use a scheduler with a DDPM-like schedule")
@@ -228,26 +188,15 @@ def signal_and_noise(
 
 
 def check_schedules_agree(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
-    """Refuses a sampler whose noise levels or prediction type differ from those in training.
-
-    Raises:
-        UserError: names the difference and both values.
-    """
-    name = type(sampling).__name__
+    """Refuses a sampler whose noise levels or prediction type differ from those in training; names both values."""
+    name, advice = type(sampling).__name__, "create it with from_config of the model's scheduler"
     for key in ("num_train_timesteps", "prediction_type"):
         trained, sampled = training.config.get(key), sampling.config.get(key)
         if trained != sampled:
-            raise UserError(
-                f"the model was trained with {key} {trained}, but {name} has {sampled}; "
-                "create it with from_config of the model's scheduler"
-            )
+            raise UserError(f"the model was trained with {key} {trained}, but {name} has {sampled}; {advice}")
     trained, sampled = alphas_cumprod(training).cpu().double(), alphas_cumprod(sampling).cpu().double()
     if not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-7):
-        raise UserError(
-            f"the model was trained down to alpha_bar {trained[-1]:.6f}, but {name} goes to {sampled[-1]:.6f}; "
-            "create it with from_config of the model's scheduler"
-        )
-    if sampling.config.get("clip_sample") or sampling.config.get("thresholding"):
-        raise UserError(
-            f"{name} clips the predicted sample, which ruins latents; set clip_sample=False, thresholding=False"
-        )
+        ends = f"the model was trained down to alpha_bar {trained[-1]:.6f}, but {name} goes to {sampled[-1]:.6f}"
+        raise UserError(f"{ends}; {advice}")
+    if clipping := [key for key in _FOR_LATENTS if sampling.config.get(key)]:
+        raise UserError(f"{name} clips the predicted sample, which ruins latents; set {clipping[0]}=False")

@@ -41,17 +41,11 @@ def injected_layers(net: UNet2DBackbone, inject: str) -> list[int]:
 def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
     """Injects the feature of a clip into each of its frames; a zero feature leaves `h` unchanged, exactly.
 
-        add:    h + feature
-        spade:  h + beta + norm(h) * gamma,    gamma, beta = feature
+        add:    h + feature                    feature b c h w
+        spade:  h + beta + norm(h) * gamma     gamma, beta = feature b 2c h w
 
-    The norm has no weights and is per frame. `spade` is spatially-adaptive denormalization (arXiv 1903.07291, equation 1) as a
-    residual, so that it starts as the identity.
-
-    Args:
-        h: `(b f) c h w`.
-        feature: `b c h w` for add, `b 2c h w` for spade.
-        fusion: `add` or `spade`.
-        groups: of the norm.
+    `h` is `(b f) c h w`; the norm has no weights and is per frame. `spade` is spatially-adaptive denormalization
+    (arXiv 1903.07291, equation 1) as a residual, so that it starts as the identity.
     """
     frames = rearrange(h, "(b f) c h w -> b f c h w", b=feature.shape[0])
     if fusion == "add":
@@ -59,20 +53,18 @@ def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:
     else:
         gamma, beta = feature[:, None].chunk(2, dim=2)
         norm = rearrange(functional.group_norm(h, groups), "(b f) c h w -> b f c h w", b=feature.shape[0])
-        # Two passes over memory instead of three.
-        fused = (frames + beta).addcmul_(norm, gamma)
+        fused = (frames + beta).addcmul_(norm, gamma)  # two passes over memory instead of three
     return rearrange(fused, "b f c h w -> (b f) c h w")
 
 
 class AppearanceNet(UNet2DBackbone):
     """A trainable copy of the 2D UNet that maps a clean key frame and its text to one feature per injected layer.
 
-    Its diffusion time is always 0. It ends in zero-initialized projections, so that `fuse` starts as the identity. Layers that no
-    feature needs are not built.
+    Its diffusion time is 0. Zero-initialized projections let `fuse` start as the identity. Layers that no feature needs are not built.
 
     Args:
         unet2d: constructor arguments of the 2D UNet.
-        fusion: `add` (features have the channels of the layer) or `spade` (twice as many: scale and shift).
+        fusion: `add` or `spade`, see `fuse`.
         inject: into which layers: `encoder`, `decoder` or `both`.
 
     Raises:
@@ -104,15 +96,7 @@ class AppearanceNet(UNet2DBackbone):
         return net
 
     def forward(self, z_ref: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Features of key frames.
-
-        Args:
-            z_ref: clean latents, `b c h w`.
-            text: text tokens, `b n d`.
-
-        Returns:
-            `b c h w` (add) or `b 2c h w` (spade) for every injected layer, in order.
-        """
+        """Features `b c h w` (add) or `b 2c h w` (spade) for every injected layer, of latents `b c h w` and text `b n d`."""
         emb = self.embed_time(0, z_ref.shape[0], z_ref.device)
 
         def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:

@@ -13,16 +13,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, which depend on neither noise nor time.
+    """Keys and values of one attention layer, which depend on neither noise nor time."""
 
-    Attributes:
-        key, value: `b m c`.
-        mask: bool `b m`, False where a key is padding; None: no padding.
-    """
-
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
+    key: Tensor  # b m c
+    value: Tensor  # b m c
+    mask: Tensor | None = None  # bool b m, False where a key is padding
 
 
 def attention(query: Tensor, key_value: KeyValue, heads: int) -> Tensor:

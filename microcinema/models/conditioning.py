@@ -24,25 +24,15 @@ from microcinema.utils.errors import UserError, check_choice
 
 @dataclass
 class Conditions:
-    """Conditions of b clips. A part that the model does not have is None; zero stands for a dropped key frame.
+    """Conditions of b clips. A part that the model does not have is None; zero stands for a dropped key frame."""
 
-    Attributes:
-        text: text tokens, `b n d`.
-        appearance: a feature `b c h w` for every injected layer.
-        keyframe: latents of the key frame for the input channels, `b c h w`.
-        fps: frames per second, `(b,)`.
-        image: keys and values of the adapter's image tokens for every spatial cross-attention.
-        pixels: keys and values of the key frame's pixels for every pixel-aware layer.
-        motion: keys and values of the motion caption for every temporal transformer.
-    """
-
-    text: Tensor
-    appearance: tuple[Tensor, ...] | None = None
-    keyframe: Tensor | None = None
-    fps: Tensor | None = None
-    image: tuple[KeyValue, ...] | None = None
-    pixels: tuple[KeyValue, ...] | None = None
-    motion: tuple[KeyValue, ...] | None = None
+    text: Tensor  # text tokens, b n d
+    appearance: tuple[Tensor, ...] | None = None  # a feature b c h w for every injected layer
+    keyframe: Tensor | None = None  # latents of the key frame for the input channels, b c h w
+    fps: Tensor | None = None  # frames per second, (b,)
+    image: tuple[KeyValue, ...] | None = None  # of the adapter's image tokens, for every spatial cross-attention
+    pixels: tuple[KeyValue, ...] | None = None  # of the key frame's pixels, for every pixel-aware layer
+    motion: tuple[KeyValue, ...] | None = None  # of the motion caption, for every temporal transformer
 
 
 class ConditionEncoder(ModelMixin, ConfigMixin):
@@ -78,9 +68,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         self.pixel_pyramid = None if pixels is None else PixelPyramid(**pixels)
         self.motion_to_kv = None
         if motion is not None:
-            self.motion_to_kv = nn.ModuleList(
-                nn.Linear(motion["width"], 2 * width, bias=False) for width in motion["widths"]
-            )
+            layers = (nn.Linear(motion["width"], 2 * width, bias=False) for width in motion["widths"])
+            self.motion_to_kv = nn.ModuleList(layers)
 
     @classmethod
     def from_unet2d(
@@ -103,15 +92,10 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
 
         Args:
             fusion, inject: of the AppearanceNet; fusion None: none.
-            keyframe_concat: pass the key frame's latents on.
-            adapter: mode of the TextImageAdapter, `decoupled` or `concat`; None: none.
-            num_image_tokens: of the adapter.
-            image_width: of the image encoder's tokens.
-            pixel_scales: scales of the pixel-aware layers of the video UNet; empty: none.
+            adapter, num_image_tokens: mode of the TextImageAdapter (None: none) and number of its tokens.
+            image_width, motion_width: widths of the tokens of image and motion encoder.
+            pixel_scales, motion_attention, temporal_bottleneck: of the VideoUNet.
             vae_scale_factor: pixels per latent position.
-            motion_attention: the temporal transformers attend to the motion caption.
-            motion_width: of the motion encoder's tokens.
-            temporal_bottleneck: of the VideoUNet.
 
         Raises:
             UserError: an unknown choice, an unsupported UNet, or a part without its frozen encoder.
@@ -144,16 +128,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but a missing or unexpected key is an error.
-
-        Raises:
-            UserError: the folder cannot be read, or its keys are not the networks'.
-        """
-        options = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
+        """As in diffusers, but a folder that cannot be read and a missing or unexpected key are a UserError."""
         try:
-            config = cls.load_config(
-                pretrained_model_name_or_path, **{key: value for key, value in kwargs.items() if key in options}
-            )
+            config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
             raise unreadable(pretrained_model_name_or_path, error) from error
         # Without networks there are no weights, and so no weight file.
@@ -177,7 +154,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         Args:
             text: text tokens, `b n d`.
             z_ref: clean latents of the key frames, `b c h w`.
-            fps: frames per second, `(b,)`, or None.
+            fps: frames per second, `(b,)`.
             image_mask: bool `(b,)`, False where the key frame is dropped (zero features, zero latents); None: all are kept.
             image_tokens: the image encoder's tokens of the key frames, `b p e`.
             pixels: the key frames, `b 3 H W` in [-1, 1].
@@ -187,9 +164,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             UserError: shapes that do not match, or an input that a part needs is missing.
         """
         if z_ref.ndim != 4 or text.ndim != 3 or len(z_ref) != len(text):
-            raise UserError(
-                f"text {tuple(text.shape)} and key frame {tuple(z_ref.shape)} must be b n d and b c h w with the same b"
-            )
+            shapes = f"text {tuple(text.shape)} and key frame {tuple(z_ref.shape)}"
+            raise UserError(f"{shapes} must be b n d and b c h w with the same b")
         parts = self._encode_keyframe(text, z_ref, image_tokens, pixels)
         if image_mask is not None:
             # where, not a product: a dropped image leaves nothing, not even a NaN, and no gradient.
@@ -226,9 +202,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             else:
                 parts["appended_text"] = self.image_adapter.tokens(text, tokens)
         if self.pixel_pyramid is not None:
-            parts["pixels"] = self.pixel_pyramid(
-                _required(pixels, "pixel-aware attention reads the key frame's pixels; give them")
-            )
+            pixels = _required(pixels, "pixel-aware attention reads the key frame's pixels; give them")
+            parts["pixels"] = self.pixel_pyramid(pixels)
         return parts
 
 

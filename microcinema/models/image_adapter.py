@@ -19,11 +19,7 @@ MODES = ("decoupled", "concat")
 
 
 class ResamplerBlock(nn.Module):
-    """Tokens attend to a context and to themselves, then pass a feed-forward (perceiver resampler, arXiv 2204.14198).
-
-    Args:
-        width: of tokens and context.
-    """
+    """Tokens attend to a context and to themselves, then pass a feed-forward (perceiver resampler, arXiv 2204.14198)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,23 +52,17 @@ class TextImageAdapter(nn.Module):
         image_width: of the image encoder's tokens.
         text_width: of the text tokens and of the result.
         widths: of the spatial cross-attentions, in the order of the layers; empty for `concat`.
-        num_tokens: number of image tokens m.
-        depth: number of resampler blocks.
-
-    Raises:
-        UserError: no token or no block.
+        num_tokens: number of image tokens m, at least 1.
     """
 
-    def __init__(
-        self, image_width: int, text_width: int, widths: Sequence[int] = (), num_tokens: int = 16, depth: int = 2
-    ):
+    def __init__(self, image_width: int, text_width: int, widths: Sequence[int] = (), num_tokens: int = 16):
         super().__init__()
-        if num_tokens < 1 or depth < 1:
-            raise UserError(f"the adapter has num_tokens={num_tokens} and depth={depth}; both must be at least 1")
+        if num_tokens < 1:
+            raise UserError(f"num_image_tokens is {num_tokens}; it must be at least 1")
         self.queries = nn.Parameter(torch.randn(num_tokens, text_width) / text_width**0.5)
         self.image_in = nn.Linear(image_width, text_width)
         self.text_in = nn.Linear(text_width, text_width)
-        self.blocks = nn.ModuleList(ResamplerBlock(text_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResamplerBlock(text_width) for _ in range(2))
         self.norm_out = nn.LayerNorm(text_width)
         self.to_kv = nn.ModuleList(nn.Linear(text_width, 2 * width, bias=False) for width in widths)
 

@@ -22,10 +22,6 @@ class PixelAwareCrossAttention(nn.Module):
     """Residual attention of every frame to the key frame at the same scale: `h + W_out attention(W_q norm(h), K, V)`.
 
     `W_out` is zero-initialized.
-
-    Args:
-        channels: of `h`, of the keys and of the values.
-        groups: of the norm.
     """
 
     def __init__(self, channels: int, groups: int):
@@ -78,9 +74,7 @@ class PixelPyramid(nn.Module):
             for a, b in pairwise(widths)
         )
         self.scales = [scale for scale, _ in layers]
-        self.to_kv = nn.ModuleList(
-            nn.Conv2d(self._width(width, scale), 2 * channels, 1, bias=False) for scale, channels in layers
-        )
+        self.to_kv = nn.ModuleList(nn.Conv2d(self._width(width, s), 2 * c, 1, bias=False) for s, c in layers)
 
     @staticmethod
     def _width(width: int, scale: float) -> int:

@@ -25,12 +25,7 @@ class PredictNet(ModelMixin, ConfigMixin):
 
     It is used in training only; a saved pipeline does not contain it. Its input is each frame's features and their change to the
     next frame, after a norm as in the UNet's output layer: features of a residual decoder grow without bound, and neighboring
-    frames share most of them.
-
-    Args:
-        channels: of the decoder's features.
-        norm_num_groups: groups of the norm.
-        width: inner channels.
+    frames share most of them. `channels` are those of the features, `width` the inner ones.
     """
 
     @register_to_config

@@ -27,12 +27,7 @@ def sinusoids(length: int, width: int) -> Tensor:
 class TemporalConv(nn.Module):
     """Residual convolution over frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, `x = silu(norm(h))`, zero-padded.
 
-    One 1x1 convolution computes the three products of every frame; shifting them by one frame is then a sum over views, so
-    that the frames are not copied.
-
-    Args:
-        channels: of `h`.
-        groups: of the norm.
+    One 1x1 convolution computes the three products of every frame; shifting them is then a sum over views, without copies.
     """
 
     def __init__(self, channels: int, groups: int):
@@ -61,11 +56,8 @@ class TemporalTransformer(nn.Module):
     with T5; that the temporal layers attend to it is our choice.
 
     Args:
-        channels: of `h`.
-        width: inner channels d.
-        groups: of the norm.
+        channels, width: of `h`; inner channels d.
         max_frames: length of the position table.
-        motion_attention: attend to the motion caption as well.
     """
 
     def __init__(self, channels: int, width: int, groups: int, max_frames: int, motion_attention: bool = False):

@@ -47,7 +47,6 @@ BLOCK_TYPES = {
 # Modules of a UNet2DConditionModel; each keeps its name.
 ENCODER_MODULES = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 MODULES = (*ENCODER_MODULES, "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-
 LayerFunction = Callable[[int, ResnetBlock2D, Transformer2DModel | None, Tensor], Tensor]
 
 
@@ -62,9 +61,7 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
         if key.startswith("_") or key in UNET2D_ARGUMENTS:
             continue
         if key not in defaults or value != defaults[key]:
-            raise UserError(
-                f"base UNet has {key}={value!r}, which is not supported; use a Stable Diffusion 1.x or 2.x UNet"
-            )
+            raise UserError(f"base UNet has {key}={value!r}, which is not supported; use a Stable Diffusion 1.x or 2.x")
     return {key: config[key] for key in UNET2D_ARGUMENTS if key in config}
 
 
@@ -74,45 +71,32 @@ def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | N
 
 
 class LayerSpec(NamedTuple):
-    """Size of a layer.
+    """Size of a layer."""
 
-    Attributes:
-        width: channels of its output.
-        has_attention: whether it has a spatial transformer.
-        scale: latent positions per position of the layer, in each direction.
-    """
-
-    width: int
-    has_attention: bool
-    scale: int
+    width: int  # channels of its output
+    has_attention: bool  # whether it has a spatial transformer
+    scale: int  # latent positions per position of the layer, in each direction
 
 
 def layer_specs(net: Any) -> list[LayerSpec]:
     """All layers, in order, of a UNet2DConditionModel or of a network built from its blocks."""
-    specs: list[LayerSpec] = []
-    scale = 1
+    specs, scale = [], 1
     for block in (*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())):
         for resnet, transformer in block_layers(block):
             specs.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
         if getattr(block, "downsamplers", None):
             scale *= 2
-        if getattr(block, "upsamplers", None):
+        elif getattr(block, "upsamplers", None):
             scale //= 2
     return specs
 
 
 class TextImageContext(NamedTuple):
-    """Context of a spatial cross-attention that reads an adapter's image tokens beside the text.
+    """Context of a spatial cross-attention that reads an adapter's image tokens beside the text."""
 
-    Attributes:
-        text: text tokens `b n d`.
-        image: keys and values `b m c` of the image tokens.
-        gate: factor of each channel of the attention to the image, `(c,)`.
-    """
-
-    text: Tensor
-    image: KeyValue
-    gate: Tensor
+    text: Tensor  # b n d
+    image: KeyValue  # b m c
+    gate: Tensor  # (c,), factor of each channel of the attention to the image
 
 
 class SharedTextProcessor:
@@ -120,10 +104,7 @@ class SharedTextProcessor:
 
     The queries `(b f) q c` of a clip's frames become one sequence `b (f q) c`, which does not change the result, since cross-attention
     treats every query by itself. With a TextImageContext the queries also attend to the image, and the gated result is added
-    (decoupled cross-attention, arXiv 2308.06721, equation 5).
-
-    Args:
-        xformers: compute with xformers' memory-efficient attention instead of torch's scaled-dot-product attention.
+    (decoupled cross-attention, arXiv 2308.06721, equation 5). With `xformers` its memory-efficient attention replaces torch's.
     """
 
     def __init__(self, xformers: bool = False):
@@ -144,9 +125,7 @@ class SharedTextProcessor:
         if isinstance(context, TextImageContext):
             out = out + context.gate * self._attention(query, context.image, attn.heads)
         out = rearrange(out, "b (f n) c -> (b f) n c", f=frames)
-        for layer in attn.to_out:  # projection, dropout
-            out = layer(out)
-        return out
+        return attn.to_out[1](attn.to_out[0](out))  # projection, dropout
 
     def _attention(self, query: Tensor, key_value: KeyValue, heads: int) -> Tensor:
         if not self.xformers:
@@ -174,19 +153,13 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | Te
     This is its own forward without the forced return to the contiguous layout (a copy per call) and without its inner
     checkpointing, which would recompute again what the layer's checkpoint recomputes.
     """
-    height = h.shape[-2]
-    x = module.norm(h)
-    if module.use_linear_projection:
-        tokens = module.proj_in(rearrange(x, "n c h w -> n (h w) c"))
-    else:
-        tokens = rearrange(module.proj_in(x), "n c h w -> n (h w) c")
+    x, linear = module.norm(h), module.use_linear_projection
+    tokens = rearrange(x if linear else module.proj_in(x), "n c h w -> n (h w) c")
+    tokens = module.proj_in(tokens) if linear else tokens
     for block in module.transformer_blocks:
         tokens = block(tokens, encoder_hidden_states=text)
-    if module.use_linear_projection:
-        x = rearrange(module.proj_out(tokens), "n (h w) c -> n c h w", h=height)
-    else:
-        x = module.proj_out(rearrange(tokens, "n (h w) c -> n c h w", h=height))
-    return h + x
+    x = rearrange(module.proj_out(tokens) if linear else tokens, "n (h w) c -> n c h w", h=h.shape[-2])
+    return h + (x if linear else module.proj_out(x))
 
 
 class UNet2DBackbone(ModelMixin, ConfigMixin):
@@ -194,13 +167,9 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
 
     A *layer* is a ResNet block and the spatial transformer after it, if there is one. Layers are numbered from the
     first down layer through the mid block (two layers: it begins and ends with a ResNet block) to the last up layer.
-
-    Attributes:
-        new_prefixes: of parameters that a 2D UNet does not have.
     """
 
-    new_prefixes: tuple[str, ...] = ()
-
+    new_prefixes: tuple[str, ...] = ()  # of the parameters that a 2D UNet does not have
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_layerwise_casting_patterns: ClassVar = ["norm"]
@@ -256,22 +225,13 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
                 h = upsampler(h)
 
     def load_unet2d(self, unet: UNet2DConditionModel) -> None:
-        """Copies the weights of a 2D UNet, key by key.
-
-        Raises:
-            UserError: a key of a module that this network has is missing or unexpected; names all of them.
-        """
+        """Copies the weights of a 2D UNet; a key of a module here that is missing or unexpected is a UserError."""
         unused = tuple(f"{name}." for name in MODULES if not hasattr(self, name))
         state = {key: value for key, value in unet.state_dict().items() if not key.startswith(unused)}
         missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.startswith(self.new_prefixes)]
-        check_keys(missing, unexpected, "the base UNet")
+        check_keys([key for key in missing if not key.startswith(self.new_prefixes)], unexpected, "the base UNet")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but a missing or unexpected key is an error.
-
-        Raises:
-            UserError: the folder cannot be read, or its keys are not the network's.
-        """
+        """As in diffusers, but a folder that cannot be read and a missing or unexpected key are a UserError."""
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)

@@ -33,15 +33,11 @@ def unscale_latents(vae: AutoencoderKL, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
-    """Scaled latents of clips or images: the posterior's mean.
+    """Scaled latents `b f c h w` or `b c h w`, float32, of clips or images: the posterior's mean.
 
     Args:
-        vae: works in its own dtype.
         pixels: `b f 3 H W` or `b 3 H W` in [-1, 1].
         device: to compute on; None: where the VAE is. With offloading that is elsewhere until it is called.
-
-    Returns:
-        float32 `b f c h w` or `b c h w`.
 
     Raises:
         UserError: H or W is not a multiple of the scale factor.
@@ -49,23 +45,18 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | Non
     factor = vae_scale_factor(vae)
     height, width = pixels.shape[-2:]
     if height % factor or width % factor:
-        raise UserError(
-            f"frames are {height}x{width}, which the VAE's factor {factor} does not divide; use multiples of {factor}"
-        )
+        raise UserError(f"frames are {height}x{width}, but VAE factor {factor} needs multiples of {factor}")
     images, leading = pack([pixels], "* c h w")
     mean = vae.encode(images.to(device or vae.device, vae.dtype)).latent_dist.mean
     return unpack(scale_latents(vae, mean.float()), leading, "* c h w")[0]
 
 
 def decode_latents(vae: AutoencoderKL, z: Tensor, chunk_size: int | None = None) -> Tensor:
-    """Pixels of scaled latents, in the VAE's dtype.
+    """Pixels `b f 3 H W` or `b 3 H W`, in about [-1, 1] and the VAE's dtype, of scaled latents on the device to compute on.
 
     Args:
-        z: `b f c h w` or `b c h w`, on the device to compute on.
+        z: `b f c h w` or `b c h w`.
         chunk_size: images decoded at once; None: all.
-
-    Returns:
-        `b f 3 H W` or `b 3 H W`, in about [-1, 1].
     """
     images, leading = pack([unscale_latents(vae, z)], "* c h w")
     chunks = images.to(vae.dtype).split(chunk_size or len(images))

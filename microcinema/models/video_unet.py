@@ -8,6 +8,7 @@ Shapes: b clips, f frames, c channels, h w spatial size, n text tokens, d text w
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
@@ -46,13 +47,10 @@ class VideoUNet(UNet2DBackbone):
         temporal_bottleneck: the temporal transformers have `channels / temporal_bottleneck` channels.
         keyframe_channels: channels of a key frame concatenated to the input; 0: none. Its input weights are a separate
             convolution, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
-        fps_conditioning: add an embedding of the frame rate to the time embedding.
-        frame_conditioning: add an embedding of the frame's index to the time embedding.
-        fusion: how the AppearanceNet's features enter: `add`, `spade` or None (no injection).
-        inject: where they enter: `encoder`, `decoder`, `both` or None (no injection).
+        fps_conditioning, frame_conditioning: add embeddings of the frame rate, of the frame's index to the time embedding.
+        fusion, inject: how and where the AppearanceNet's features enter, see there; both None: no injection.
         image_attention: the spatial cross-attentions also read an adapter's image tokens, through zero-initialized gates.
-        pixel_scales: scales (latent positions per position of the layer) at which layers with a transformer have
-            pixel-aware attention.
+        pixel_scales: latent positions per position of the layers with pixel-aware attention.
         motion_attention: the temporal transformers attend to the motion caption.
         the rest: as in UNet2DConditionModel of diffusers.
 
@@ -110,13 +108,11 @@ class VideoUNet(UNet2DBackbone):
         self.injected = [] if inject is None else injected_layers(self, inject)
         self._build_video_layers(layer_specs(self))
         if keyframe_channels:
-            # No bias: a dropped key frame is zero and must add nothing.
             conv_in = nn.Conv2d(keyframe_channels, block_out_channels[0], 3, padding=1, bias=False)
-            self.keyframe_conv_in = zero_init(conv_in)
+            self.keyframe_conv_in = zero_init(conv_in)  # no bias: a dropped key frame is zero and must add nothing
         for name, enabled in (("fps_embedding", fps_conditioning), ("frame_embedding", frame_conditioning)):
             if enabled:
-                width = self.time_embedding.linear_1.out_features
-                embedding = TimestepEmbedding(block_out_channels[0], width)
+                embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
                 zero_init(embedding.linear_2)
                 setattr(self, name, embedding)
 
@@ -128,43 +124,24 @@ class VideoUNet(UNet2DBackbone):
         self.temporal_convs = nn.ModuleList(TemporalConv(spec.width, groups) for spec in specs)
         self.temporal_transformers = nn.ModuleDict()
         for i, (width, _, _) in attention.items():
-            inner = width // config.temporal_bottleneck
             self.temporal_transformers[i] = TemporalTransformer(
-                width, inner, groups, config.max_frames, config.motion_attention
+                width, width // config.temporal_bottleneck, groups, config.max_frames, config.motion_attention
             )
         # As pairs: a ParameterDict sorts the keys of a dict, "10" before "2".
         gates = [(i, torch.zeros(spec.width)) for i, spec in attention.items() if config.image_attention]
         self.image_gates = nn.ParameterDict(gates)
+        pixel_layers = {i: spec for i, spec in attention.items() if spec.scale in config.pixel_scales}
         self.pixel_attentions = nn.ModuleDict(
-            {
-                i: PixelAwareCrossAttention(spec.width, groups)
-                for i, spec in attention.items()
-                if spec.scale in config.pixel_scales
-            }
+            {i: PixelAwareCrossAttention(spec.width, groups) for i, spec in pixel_layers.items()}
         )
 
     @classmethod
-    def from_unet2d(
-        cls,
-        unet: UNet2DConditionModel,
-        *,
-        max_frames: int = 32,
-        temporal_bottleneck: int = 2,
-        keyframe_channels: int = 0,
-        fps_conditioning: bool = True,
-        frame_conditioning: bool = True,
-        fusion: str | None = None,
-        inject: str | None = None,
-        image_attention: bool = False,
-        pixel_scales: tuple[int, ...] = (),
-        motion_attention: bool = False,
-    ) -> "VideoUNet":
-        """A VideoUNet that starts as a 2D UNet.
+    def from_unet2d(cls, unet: UNet2DConditionModel, **options: Any) -> "VideoUNet":
+        """A VideoUNet that starts as a 2D UNet; the options are arguments of the class.
 
         Raises:
             UserError: the UNet is not supported, or its keys do not match.
         """
-        options = {name: value for name, value in locals().items() if name not in ("cls", "unet")}
         net = cls(**unet2d_arguments(dict(unet.config)), **options)
         net.load_unet2d(unet)
         return net
@@ -179,7 +156,6 @@ class VideoUNet(UNet2DBackbone):
         Args:
             z_t: noisy latents, `b f c h w`.
             t: diffusion time, a number or `(b,)`.
-            conditions: of the same clips.
 
         Raises:
             UserError: the latents or the conditions do not fit the network.
@@ -223,7 +199,7 @@ class VideoUNet(UNet2DBackbone):
         return self.conv_out(self.conv_act(self.conv_norm_out(features)))
 
     def _embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
-        """Embedding of diffusion time, frame rate and frame index, one row for each of `(b f)`."""
+        """Embedding of diffusion time, frame rate and frame index, `(b f) d`."""
         b, frames = z_t.shape[:2]
         emb = self.embed_time(t, b, z_t.device)
         if self.config.fps_conditioning and fps is not None:
@@ -238,9 +214,7 @@ class VideoUNet(UNet2DBackbone):
     def _check_inputs(self, z_t: Tensor, conditions: Conditions) -> None:
         config = self.config
         if z_t.ndim != 5 or z_t.shape[2] != config.in_channels:
-            raise UserError(
-                f"latents have shape {tuple(z_t.shape)}; they must be b f c h w with c={config.in_channels}"
-            )
+            raise UserError(f"latents have shape {tuple(z_t.shape)}, expected b f c h w with c={config.in_channels}")
         b, frames, _, height, width = z_t.shape
         if not 1 <= frames <= config.max_frames:
             raise UserError(f"the clip has {frames} frames; this model takes 1 to {config.max_frames}")
@@ -257,15 +231,11 @@ class VideoUNet(UNet2DBackbone):
             ("keys and values of motion", conditions.motion, motion_layers, "motion_attention"),
         ):
             if part is not None and len(part) not in (0, len(layers)):
-                raise UserError(
-                    f"conditions have {len(part)} {name} and the model has {len(layers)} layers for them ({setting}); "
-                    "use the condition encoder of this model"
-                )
-        if conditions.keyframe is not None and conditions.keyframe.shape[1] != config.keyframe_channels:
-            raise UserError(
-                f"conditions have key-frame latents, and the model has keyframe_channels={config.keyframe_channels}; "
-                "use the condition encoder of this model"
-            )
+                counts = f"{len(part)} {name} and the model has {len(layers)} layers for them"
+                raise UserError(f"conditions have {counts} ({setting}); use the condition encoder of this model")
+        channels = config.keyframe_channels
+        if conditions.keyframe is not None and conditions.keyframe.shape[1] != channels:
+            raise UserError(f"key frame does not fit keyframe_channels={channels}; use this model's condition encoder")
 
 
 def set_trainable(
@@ -292,9 +262,7 @@ def set_trainable(
         parameters = [parameter for name, parameter in base.items() if f"{name}.".startswith(f"{layer}.")]
         if not parameters:
             names = ", ".join(sorted({name.partition(".")[0] for name in base}))
-            raise UserError(
-                f"trainable_unet_layers names '{layer}', and no 2D layer has that name; it may begin with {names}"
-            )
+            raise UserError(f"trainable_unet_layers names '{layer}', and no 2D layer has that name; begin with {names}")
         trainable += parameters
     for parameter in trainable:
         parameter.requires_grad_(True)

@@ -23,9 +23,7 @@ def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) 
 
 def unreadable(path: Any, error: Exception) -> UserError:
     """The error for a folder from which no network can be loaded."""
-    return UserError(
-        f"cannot load a network from '{path}' ({first_line(error)}); give a folder written by save_pretrained"
-    )
+    return UserError(f"cannot load a network from '{path}' ({first_line(error)}); give one written by save_pretrained")
 
 
 def check_keys(missing: Collection[str], unexpected: Collection[str], source: str) -> None:
@@ -34,10 +32,7 @@ def check_keys(missing: Collection[str], unexpected: Collection[str], source: st
     Raises:
         UserError: names all missing and unexpected keys.
     """
-    problems = [
-        f"{kind} keys: {', '.join(sorted(keys))}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
+    named = {"missing": missing, "unexpected": unexpected}
+    problems = [f"{kind} keys: {', '.join(sorted(keys))}" for kind, keys in named.items() if keys]
     if problems:
         raise UserError(f"the weights of {source} do not fit the network; {'; '.join(problems)}")
