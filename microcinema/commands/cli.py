@@ -19,13 +19,11 @@ from microcinema.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """What the table of commands says of one.
+    """One command.
 
     Attributes:
-        meaning: one line of help.
         module: its function `run` takes the config and returns the exit status (None: 0). Imported when called, since it imports torch.
-        config: the command whose keys it takes; None: it has keys of its own, in `configs/` and in `schema`.
-        dry_run: module for `--dry-run`, if there is one.
+        config: the command whose keys it takes; None: it has its own, in `configs/` and in `schema`.
         one_of: keys of which exactly one has to be set.
         files: keys that name an existing file or folder, if they are set.
     """
@@ -38,11 +36,7 @@ class Command:
     files: tuple[str, ...] = ()
 
     def check(self, config: Any) -> None:
-        """Refuses missing input before anything heavy is imported.
-
-        Raises:
-            UserError: a key that is not set, or a file that is not there.
-        """
+        """Refuses a key that is not set and a file that is not there, before anything heavy is imported."""
         values = {key: getattr(config, key) for key in (*self.one_of, *self.files)}
         if self.one_of and sum(bool((values[key] or "").strip()) for key in self.one_of) != 1:
             raise UserError(
@@ -94,11 +88,7 @@ def overview(group: str = "") -> str:
 
 
 def command_help(command: str, overrides: Sequence[str] = ()) -> str:
-    """The keys of a command with values and meanings: the defaults, or those of the composition with overrides.
-
-    Raises:
-        UserError: overrides that do not compose.
-    """
+    """The keys of a command with values and meanings: the defaults, or those of the composition with overrides."""
     entry = COMMANDS[command]
     dry = "[--dry-run] " if entry.dry_run else ""
     composition: tuple[Any, ...] = ()

@@ -82,7 +82,7 @@ def schema_of(command: str) -> type:
 
 
 def plain(config: Any) -> Any:
-    """A config, or a part of it, as dicts, lists, strings and numbers; a component has its `_target_` among its arguments."""
+    """A config, or a part of it, as dicts, lists, strings and numbers; a component's target is its `_target_`."""
     if isinstance(config, Component):
         return {"_target_": config.target, **plain(config.arguments)}
     if is_dataclass(config):

@@ -80,12 +80,7 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
 def describe_keys(
     command: str, tree: Mapping[str, Any] | None = None, choices: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Lines with the groups of a command, and its keys with values and meanings.
-
-    Args:
-        tree: the values of a composition, nested by key; None: the defaults.
-        choices: the option of each group in that composition.
-    """
+    """Lines with the groups of a command, and its keys with their meanings and the values of a composition (default: the defaults)."""
     groups = {group: (choices or {}).get(group, option) for group, option in group_defaults(command).items()}
 
     def line(key: str, value: str, meaning: str) -> str:

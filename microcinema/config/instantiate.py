@@ -26,11 +26,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function that a config chooses by name, and its arguments.
-
-    Args:
-        target: dotted name, one of `TARGETS`.
-        arguments: plain values by name, or components, which are built first.
+    """A class or function of `TARGETS` that a config chooses, and its arguments: plain values, or components, which are built first.
 
     Raises:
         UserError: a target that is not listed.
@@ -94,11 +90,8 @@ def components(node: Any) -> Any:
 def convert(name: str, value: Any, kind: Any) -> Any:
     """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple).
 
-    Args:
-        name: of the value, for the message.
-
     Raises:
-        UserError: names the value and the expected type.
+        UserError: names the value (`name`) and the expected type.
     """
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 

@@ -291,7 +291,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: Train) -> torch.optim
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **arguments)  # a third of the default's time on a CPU
     try:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("use_8bit_adam=true needs bitsandbytes; install it, or set use_8bit_adam=false") from None
     return AdamW8bit(parameters, **arguments)
