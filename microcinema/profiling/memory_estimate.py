@@ -33,21 +33,14 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of tensors in one process. Phases are consecutive; each includes what is held throughout.
+    """Bytes of tensors in one process. Phases are consecutive; each includes what is held throughout."""
 
-    Attributes:
-        weights: of all networks.
-        phases: peak by phase.
-        gradients, optimizer, average: of the trained weights (training only).
-        activations: what the forward keeps for the backward (training only).
-    """
-
-    weights: int
-    phases: dict[str, int]
-    gradients: int = 0
+    weights: int  # of all networks
+    phases: dict[str, int]  # peak by phase
+    gradients: int = 0  # of the trained weights, as optimizer and average
     optimizer: int = 0
     average: int = 0
-    activations: int = 0
+    activations: int = 0  # what the forward keeps for the backward
 
     @property
     def peak(self) -> int:
@@ -61,11 +54,7 @@ class Estimate:
 
 
 def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
-    """The pipeline that a run of `train` would train, with weights without data; only the configs of the base are read.
-
-    Args:
-        config: of the command `train`.
-        dtype: of the weights.
+    """The pipeline that a run would train, with weights without data; only the configs of the base are read.
 
     Raises:
         UserError: as the run would.
@@ -73,15 +62,12 @@ def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> Image
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         base = load_base(**vars(config.base), weights=False)
         networks = build_networks(config, base, weights=False)
+    for network in networks.values():
+        if isinstance(network, nn.Module):
+            network.eval()
+    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     # Outside of the mode, since schedules need real values; they are small.
-    pipeline = build_pipeline(
-        config,
-        base.scheduler,
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        **{name: value.eval() if isinstance(value, nn.Module) else value for name, value in networks.items()},
-    )
+    pipeline = build_pipeline(config, base.scheduler, **components, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -95,11 +81,7 @@ def empty_predict_net(config: "Train", pipeline: ImageToVideoPipeline) -> Predic
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:
-    """Memory of sampling one video.
-
-    Args:
-        pipeline: with weights or without data; with weights the result is measured, not estimated.
-        arguments: of the pipeline's call: sizes, guidance, `decode_chunk_size`.
+    """Memory of sampling one video with these arguments; of a pipeline with data it is measured, not estimated.
 
     Raises:
         UserError: as the call would.

@@ -25,17 +25,12 @@ Clock = Callable[[], float]
 
 
 class StepTimer:
-    """Seconds of each part of the steps of a run.
-
-    On a GPU it synchronizes at the start and end of every region, so that each part is charged for its own kernels.
-
-    Args:
-        clock: returns seconds.
+    """Seconds of each part of the steps of a run. On a GPU it synchronizes at the start and end of every region.
 
     Attributes:
         metrics: of the steps, as they are logged.
-        steps: one entry for each optimizer step, part to seconds; `step` is the whole. Communication overlaps with backward, is
-            included in it, and is measured by the wall clock.
+        steps: for each optimizer step, part to seconds; `step` is the whole. Communication overlaps with backward, is included
+            in it, and is measured by the wall clock.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -47,7 +42,7 @@ class StepTimer:
 
     @contextmanager
     def region(self, part: str) -> Iterator[None]:
-        """Adds the time of its body to a part; for the trainer's `region`."""
+        """Adds the time of its body to a part."""
         start = self._now()
         try:
             yield
@@ -55,7 +50,7 @@ class StepTimer:
             self._seconds[part] += self._now() - start
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
-        """Ends a step when its metrics arrive; for the trainer's hook of the same name."""
+        """Ends a step when its metrics arrive."""
         now = self._now()
         if "loss" in metrics:
             if self._step_start is not None:  # the first step has no known start
@@ -85,7 +80,7 @@ def measure(config: "Train", steps: int, clock: Clock = time.perf_counter) -> di
     """Times the training steps of a run; medians over steps. Collective.
 
     Args:
-        config: of the command `train`; its output_dir should be a new folder.
+        config: its output_dir should be a new folder.
         steps: to measure, after two that do not count; as many clips are read.
         clock: `time.process_time` for the time of this process alone, on a machine that others use.
 

@@ -42,9 +42,6 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of the run that the config describes, ready for its first step. Collective.
 
-    Args:
-        on_metrics, region: as in `Trainer`.
-
     Raises:
         UserError: the config describes something that cannot be built or trained.
     """
@@ -99,12 +96,8 @@ def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[st
     """The new `unet` and `condition_encoder` of a run, and the encoders that the base does not have.
 
     Args:
-        config: of the command `train`.
         base: the weights of its UNet are copied.
         weights: whether to load those of the encoders, as in `load_base`.
-
-    Returns:
-        Arguments of `ImageToVideoPipeline`, by name.
 
     Raises:
         UserError: settings that cannot work, an unsupported UNet, or a missing encoder.
@@ -140,7 +133,6 @@ def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **components:
     """The video pipeline of a training run.
 
     Args:
-        config: of the command `train`, with `fps`.
         base_scheduler: the training schedule of the base.
         components: of the pipeline, except the scheduler; None for the base's own.
 
@@ -179,15 +171,8 @@ def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **components:
 
 def build_keyframes(base: Base) -> KeyframePipeline:
     """The base's own text-to-image pipeline, for the key frames of validation."""
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=make_sampler(base.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer, "unet": base.unet}
+    components |= {"scheduler": make_sampler(base.scheduler), "safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return KeyframePipeline(pipeline)

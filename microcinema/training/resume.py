@@ -14,6 +14,7 @@ from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.loss import LOSS_KEYS
 from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.files import sweep
 from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import SUMS, checksum_error
 
@@ -74,7 +75,7 @@ def choose_checkpoint(
     resume_from_checkpoint: str | None,
     warn: Callable[[str], None] = print,
 ) -> Path | None:
-    """The checkpoint to resume from, verified against its checksums, or None for a new run.
+    """The checkpoint to resume from, verified against its checksums, or None for a new run; removes unfinished files.
 
     With `latest`, an empty folder starts a new run, so that one command line serves a job that is requeued again and again;
     damaged checkpoints are skipped, with a warning each.
@@ -82,6 +83,7 @@ def choose_checkpoint(
     Raises:
         UserError: the named checkpoint or all are damaged or missing, or a new run would mix with an earlier one.
     """
+    sweep(output_dir)
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:

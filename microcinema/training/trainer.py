@@ -35,7 +35,7 @@ from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder, make_folder, sweep
+from microcinema.utils.files import atomic_folder, make_folder
 
 Items = dict[str, Any]
 """A collated micro-batch; keys as in data/clips.py."""
@@ -75,7 +75,8 @@ class Trainer:
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.validation, self.on_metrics, self.region = validation, on_metrics, region
         self.output_dir = make_folder(config.output_dir)
-        checkpoint = broadcast_from_main(accelerator, self._choose_checkpoint)
+        resume_from = config.resume_from_checkpoint
+        checkpoint = broadcast_from_main(accelerator, lambda: choose_checkpoint(self.output_dir, resume_from))
         self._set_up_model(predict_net)
         self.clips = IndexedDataset(dataset, config.seed)
         self.clips_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -99,19 +100,16 @@ class Trainer:
         """
         config, preempted = self.config, False
         if config.report_to:
-            settings = {
-                key: value if isinstance(value, LOGGABLE) else str(value) for key, value in asdict(config).items()
-            }
+            values = asdict(config).items()
+            settings = {key: value if isinstance(value, LOGGABLE) else str(value) for key, value in values}
             self.accelerator.init_trackers("microcinema", settings)
         with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
             self.metrics.start_step()
             while self.progress.step < config.max_train_steps and not preempted:
                 metrics = self.step(micro_batches)
                 self._log(metrics)
-                clips_per_second = metrics["clips_per_second"]
-                bar.set_postfix_str(
-                    f"loss {self.metrics.recent_loss:.4f}, {clips_per_second:.1f} clips/s", refresh=False
-                )
+                loss, rate = self.metrics.recent_loss, metrics["clips_per_second"]
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} clips/s", refresh=False)
                 bar.update()
 
                 step, last = self.progress.step, self.progress.step == config.max_train_steps
@@ -154,9 +152,8 @@ class Trainer:
             metrics["grad_norm"] = float(grad_norm)
         # A skipped step means that the fp16 loss scale was too large: its gradients overflow, and it does not count.
         skipped = accelerator.optimizer_step_was_skipped
-        self.nan_guard.assert_finite(
-            self.progress.step + 1, self.metrics.losses, None if skipped else metrics.get("grad_norm")
-        )
+        checked_norm = None if skipped else metrics.get("grad_norm")
+        self.nan_guard.assert_finite(self.progress.step + 1, self.metrics.losses, checked_norm)
         if not skipped:
             self.lr_schedule.step()
             if self.ema is not None:
@@ -198,10 +195,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 export_pipeline(pipeline, self.output_dir)
 
-    def _choose_checkpoint(self) -> Path | None:
-        sweep(self.output_dir)
-        return choose_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
-
     def _set_up_model(self, predict_net: PredictNet | None) -> None:
         """Freezes the encoders, selects what trains, and prepares model, optimizer and schedule for the run's processes."""
         pipeline, config = self.pipeline, self.config
@@ -210,20 +203,14 @@ class Trainer:
                 encoder.requires_grad_(False).eval().to(self.accelerator.device)
         model = TrainableModel.for_training(pipeline, config, predict_net)
         optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
-        lr_schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
+        lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
+        lr_schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
         self.model, self.optimizer, self.lr_schedule = self.accelerator.prepare(model, optimizer, lr_schedule)
         # Only now: FSDP replaces parameters by shards.
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         self.trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         if config.use_ema and has_zero3(self.model):
-            raise UserError(
-                "use_ema=true cannot average parameters that ZeRO-3 shards; use FSDP or ZeRO-2, or use_ema=false"
-            )
+            raise UserError("use_ema=true does not work with ZeRO-3; use FSDP, ZeRO-2 or use_ema=false")
         trained = list(self.trained.values())
         self.ema = EMAModel(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None
 
@@ -242,14 +229,9 @@ class Trainer:
             accelerator.wait_for_everyone()
         clips.quarantine = Quarantine(folder, config.clip_retries, accelerator.process_index)
         remaining_steps = max(0, config.max_train_steps - self.progress.step)
-        sampler = DistributedBatchSampler(
-            self.progress.clips,
-            self.progress.clips + remaining_steps * self.clips_per_step,
-            config.train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            clips.same_shape_run,
-        )
+        start, stop = self.progress.clips, self.progress.clips + remaining_steps * self.clips_per_step
+        ranks = accelerator.process_index, accelerator.num_processes
+        sampler = DistributedBatchSampler(start, stop, config.train_batch_size, *ranks, clips.same_shape_run)
         loader = DataLoader(
             clips,
             batch_sampler=sampler,
@@ -262,13 +244,8 @@ class Trainer:
         return self.metrics.timed_iterator(self.errors.watch(iter(loader)))
 
     def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.config.max_train_steps,
-            initial=self.progress.step,
-            desc="training",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-        )
+        total, hidden = self.config.max_train_steps, not self.accelerator.is_main_process
+        return tqdm(total=total, initial=self.progress.step, desc="training", unit="step", disable=hidden)
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.accelerator.log(metrics, step=self.progress.step)
