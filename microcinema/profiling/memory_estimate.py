@@ -54,11 +54,7 @@ class Estimate:
 
 
 def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
-    """The pipeline that a run would train, with weights without data; only the configs of the base are read.
-
-    Raises:
-        UserError: as the run would.
-    """
+    """The pipeline that a run would train, with weights without data; only the configs of the base are read."""
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         base = load_base(**vars(config.base), weights=False)
         networks = build_networks(config, base, weights=False)
@@ -81,11 +77,7 @@ def empty_predict_net(config: "Train", pipeline: ImageToVideoPipeline) -> Predic
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:
-    """Memory of sampling one video with these arguments; of a pipeline with data it is measured, not estimated.
-
-    Raises:
-        UserError: as the call would.
-    """
+    """Memory of sampling one video with these arguments; of a pipeline with data it is measured, not estimated."""
     phases: dict[str, int] = {}
     with LiveMemory() as live:
         live.watch(tensors(pipeline))

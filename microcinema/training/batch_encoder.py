@@ -22,10 +22,7 @@ Region = Callable[[str], AbstractContextManager[Any]]
 def cached_encoder(
     encode: Callable[[list[str]], torch.Tensor], capacity: int = 4096
 ) -> Callable[[Sequence[str]], torch.Tensor]:
-    """An encoder (b, n, d) of captions that keeps the most recently used embeddings in memory.
-
-    Captions are encoded one at a time, so that an embedding has the same bits whatever the cache or the batch holds.
-    """
+    """An encoder (b, n, d) of captions, one at a time so that batches change no bit, with the most recently used in memory."""
 
     @lru_cache(capacity)
     @torch.no_grad()
@@ -64,11 +61,7 @@ class BatchEncoder:
         self.embed_motion = cached_encoder(lambda captions: pipeline.encode_motion(captions).float())
 
     def __call__(self, items: Mapping[str, Any]) -> Batch:
-        """The batch.
-
-        Raises:
-            UserError: latents without key frames for a model that uses their pixels.
-        """
+        """The batch; a UserError if a model that uses pixels gets latents without key frames."""
         has_flow = "flow" in items
         return Batch(
             latents=self.latents(items),
@@ -106,11 +99,7 @@ class BatchEncoder:
             return self.embed_motion(items["motion"])
 
     def pixels(self, items: Mapping[str, Any]) -> torch.Tensor:
-        """Pixels of key frames, (b, 3, H, W) in [-1, 1].
-
-        Raises:
-            UserError: the items have none.
-        """
+        """Pixels of key frames, (b, 3, H, W) in [-1, 1]; a UserError if the items have none."""
         if "video" in items:
             frames = items["video"]
             return frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])].to(self.device)

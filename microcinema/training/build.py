@@ -76,11 +76,7 @@ def build_trainer(
 
 
 def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
-    """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains.
-
-    Raises:
-        UserError: the data cannot be read.
-    """
+    """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains."""
     dataset = config.data.build()
     if accelerator.is_main_process:
         for reason, count in dataset.skipped.items():

@@ -37,11 +37,7 @@ def make_accelerator(config: Train) -> Accelerator:
 
 
 def broadcast_from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Calls the function on the main process alone and returns its result on every rank. Collective.
-
-    Raises:
-        UserError: raised by the function; on every rank.
-    """
+    """Calls the function on the main process alone; returns its result, or raises its UserError, on every rank. Collective."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

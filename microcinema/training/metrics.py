@@ -23,12 +23,10 @@ T = TypeVar("T")
 class StepMetrics:
     """Collects the clips of one optimizer step over its micro-batches and all processes.
 
-    Args:
-        num_train_timesteps: of the schedule; losses are logged by quarter of it too, `loss/t1` (least noise) to `loss/t4`.
+    Losses are logged by quarter of the schedule too, `loss/t1` (least noise) to `loss/t4`.
 
     Attributes:
         losses: of every clip of the last finished step, by process, (processes, clips).
-        paused_seconds: length of the last pause.
     """
 
     def __init__(self, accelerator: Accelerator, num_train_timesteps: int) -> None:

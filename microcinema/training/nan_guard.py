@@ -20,10 +20,8 @@ class NanGuard:
     """Keeps the clips of this process until their optimizer step is known to be finite.
 
     Args:
-        output_dir: folder of the run; clips are saved as `not_finite/step-{step}-rank-{rank}.safetensors`: `numbers`, `latents`, `t`
-            and `losses` of each, and as metadata `step`, `seed` and `clips`, a JSON list of number, id and caption. Seed and number
-            determine the noise, too.
-        seed: of the run.
+        output_dir: clips are saved in it as `not_finite/step-{step}-rank-{rank}.safetensors`: `numbers`, `latents`, `t` and `losses`
+            of each, and as metadata `step`, `seed` and `clips`, a JSON list of number, id and caption.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, seed: int) -> None:
@@ -40,7 +38,7 @@ class NanGuard:
         ids = items.get("id", [None] * len(indices))
         captions = items.get("caption", [None] * len(indices))
         for index, clip_id, caption in zip(indices.tolist(), ids, captions, strict=True):
-            self._clips.append({"number": index, "id": clip_id and str(clip_id), "caption": caption})
+            self._clips.append({"number": index, "id": None if clip_id is None else str(clip_id), "caption": caption})
 
     def assert_finite(self, step: int, losses: torch.Tensor, grad_norm: float | None) -> None:
         """Discards the clips of a finite step. Collective, with the same arguments on every rank.

@@ -54,11 +54,7 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `training_state.json` of a checkpoint: `progress`, `trained`, `run` and `ema_step`.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The `training_state.json` of a checkpoint: `progress`, `trained`, `run` and `ema_step`; a UserError if unreadable."""
     try:
         return json.loads((Path(folder) / STATE).read_text())
     except (OSError, ValueError) as error:

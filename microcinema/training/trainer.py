@@ -128,11 +128,7 @@ class Trainer:
         return self.output_dir
 
     def step(self, micro_batches: Iterator[Items]) -> dict[str, float]:
-        """One optimizer step over its micro-batches; returns its metrics. Collective.
-
-        Raises:
-            UserError: the loss or the gradient is not finite.
-        """
+        """One optimizer step over its micro-batches; returns its metrics. Collective."""
         accelerator, grad_norm = self.accelerator, None
         for _ in range(self.config.gradient_accumulation_steps):
             items = next(micro_batches)
@@ -254,11 +250,7 @@ class Trainer:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: Train) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit states if the config says so.
-
-    Raises:
-        UserError: 8 bits without bitsandbytes.
-    """
+    """AdamW, with 8-bit states if the config says so; a UserError if they need bitsandbytes, which is not installed."""
     arguments: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
