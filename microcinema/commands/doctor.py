@@ -28,7 +28,7 @@ from microcinema.profiling.memory_estimate import (
     sampling_memory,
     training_memory,
 )
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from microcinema.config.instantiate import Component
@@ -47,7 +47,7 @@ PLACES = ("metadata", "root")  # keys of data sets that name files and folders
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and what to do unless it is ok."""
+    """One line: what was looked at, what was found, and what to do, which is printed unless it is ok."""
 
     topic: str
     found: str
@@ -55,7 +55,8 @@ class Finding:
     advice: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:<8} {self.topic:<11} {self.found}" + (f"; {self.advice}" if self.advice else "")
+        advice = f"; {self.advice}" if self.advice and self.status != OK else ""
+        return f"{self.status:<8} {self.topic:<11} {self.found}{advice}"
 
 
 def run(config: "Train") -> int:
@@ -99,10 +100,8 @@ def versions() -> Finding:
     libraries = ", ".join(f"{name} {number}" for name, number in found.items())
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "torch without CUDA"
     text = f"microcinema {__version__}, Python {platform.python_version()}, {libraries}, {cuda}"
-    if old:
-        wanted = " ".join(f'"{name}>={declared[name]}"' for name in old)
-        return Finding("versions", text, PROBLEM, f"pip install {wanted}")
-    return Finding("versions", text)
+    required = " ".join(f'"{name}>={declared[name]}"' for name in old)
+    return Finding("versions", text, PROBLEM if old else OK, f"pip install {required}")
 
 
 def devices(config: "Train", small: bool) -> Iterator[Finding]:
@@ -112,19 +111,15 @@ def devices(config: "Train", small: bool) -> Iterator[Finding]:
         text = f"CPU alone: {os.cpu_count()} cores, {_gib(psutil.virtual_memory().total)}, bf16 {bf16}"
         if config.mixed_precision == "fp16":
             yield Finding("device", text, PROBLEM, "fp16 needs a GPU; set mixed_precision=no")
-        elif not small:
-            advice = "a model of this size is for a GPU; if there is one, install a torch built for it"
-            yield Finding("device", text, WARNING, advice)
         else:
-            yield Finding("device", text)
+            advice = "a model of this size is for a GPU; if there is one, install a torch built for it"
+            yield Finding("device", text, OK if small else WARNING, advice)
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         knows_bf16 = (about.major, about.minor) >= (8, 0)
         text = f"{index}: {about.name}, {_gib(about.total_memory)}, bf16 {'yes' if knows_bf16 else 'no'}"
-        if config.mixed_precision == "bf16" and not knows_bf16:
-            yield Finding("device", text, WARNING, "bf16 is emulated and slow; set mixed_precision=fp16")
-        else:
-            yield Finding("device", text)
+        status = WARNING if config.mixed_precision == "bf16" and not knows_bf16 else OK
+        yield Finding("device", text, status, "bf16 is emulated and slow; set mixed_precision=fp16")
 
 
 def attention() -> Iterator[Finding]:
@@ -137,13 +132,10 @@ def attention() -> Iterator[Finding]:
         }
     else:
         kernels = {"flash (of the CPU)": torch.backends.cuda.flash_sdp_enabled(), "math": True}
-    there = [name for name, usable in kernels.items() if usable]
-    found = f"scaled-dot-product kernels: {', '.join(there)}"
-    if there == ["math"]:
-        advice = "it takes far more memory than is estimated here; install a current torch"
-        yield Finding("attention", found, WARNING, advice)
-    else:
-        yield Finding("attention", found)
+    usable = [name for name, is_usable in kernels.items() if is_usable]
+    advice = "it takes far more memory than is estimated here; install a current torch"
+    status = WARNING if usable == ["math"] else OK
+    yield Finding("attention", f"scaled-dot-product kernels: {', '.join(usable)}", status, advice)
     number, reason = _version_of("xformers", imported=True)
     without = f'{reason}; only memory.attention=xformers needs it: pip install "microcinema[xformers]"'
     yield Finding("attention", f"xformers {number or without}")
@@ -164,13 +156,12 @@ def data(component: "Component", latents: str | None) -> Finding:
     """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
     places = dict.fromkeys([*_places(plain(component.arguments)), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
+    if not missing:
+        return Finding("data", ", ".join(places))
+    advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
     if missing == [latents]:
         advice = "make it with microcinema prepare latents and the same keys"
-        return Finding("data", f"{latents} not there", PROBLEM, advice)
-    if missing:
-        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
-        return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
-    return Finding("data", ", ".join(places))
+    return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
 
 
 def base(pretrained_model_name_or_path: str, revision: str | None, variant: str | None) -> tuple[Finding, str | None]:
@@ -217,9 +208,8 @@ def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Findin
             half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
-        training = training_memory(
-            pipeline, config, config.cached_latents is not None, device.type, empty_predict_net(config, pipeline)
-        )
+        predict_net, cached = empty_predict_net(config, pipeline), config.cached_latents is not None
+        training = training_memory(pipeline, config, cached, device.type, predict_net)
         bar.update()
     yield disk(config, networks, training)
     yield memory("training", training, free, PROBLEM, ways_to_train_with_less(config, training))
@@ -238,9 +228,8 @@ def disk(config: "Train", networks: int, training: Estimate) -> Finding:
     found = f"{_gib(free)} free at '{config.output_dir}', {kept} checkpoints of {_gib(one)} and the model take {_gib(total)}"
     if free < one + training.weights:
         return Finding("disk", found, PROBLEM, "set output_dir to a larger disk")
-    if free < total:
-        return Finding("disk", found, WARNING, "set output_dir to a larger disk, or checkpoints_total_limit=1")
-    return Finding("disk", found)
+    status = WARNING if free < total else OK
+    return Finding("disk", found, status, "set output_dir to a larger disk, or checkpoints_total_limit=1")
 
 
 def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str]) -> Finding:
@@ -248,9 +237,8 @@ def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str
     held = {name: getattr(needed, name) for name in ("weights", "gradients", "optimizer", "average", "activations")}
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in held.items() if size)
     found = f"{_gib(needed.peak)} at most, when {needed.worst} ({parts}), {_gib(free)} free"
-    if free >= MARGIN * needed.peak:
-        return Finding(topic, found)
-    return Finding(topic, found, WARNING if free >= needed.peak else short, f"set {', '.join(advice)}")
+    status = OK if free >= MARGIN * needed.peak else WARNING if free >= needed.peak else short
+    return Finding(topic, found, status, f"set {', '.join(advice)}")
 
 
 def ways_to_train_with_less(config: "Train", training: Estimate) -> list[str]:
@@ -284,11 +272,11 @@ def _version_of(module: str, imported: bool) -> tuple[str | None, str]:
         number = version(module)
         if imported:
             importlib.import_module(module)
+        return number, ""
     except PackageNotFoundError:
         return None, "not installed"
     except Exception as error:  # an extension module may fail in any way
-        return None, f"cannot be imported ({str(error).partition(chr(10))[0]})"
-    return number, ""
+        return None, f"cannot be imported ({first_line(error)})"
 
 
 def _cached(repository: str, revision: str | None) -> str | None:

@@ -109,25 +109,19 @@ def describe(config: "Train", processes: int, found: Measured, run: Prediction, 
     clips = config.train_batch_size * config.gradient_accumulation_steps * processes
     rate = found.median("clips_per_second")
     wait, mfu = found.median("data_wait"), found.median("mfu")
-    yield (
-        f"step        {clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED}), "
-        f"{wait:.0%} of it waiting for data, {mfu:.0%} model FLOP utilization"
-    )
-    broken = int(max(step["broken_clips"] for step in found.steps))
-    if broken:
+    step = f"{clips / rate:.3g} s for {clips} clips ({rate:.3g} clips/s, median of {MEASURED})"
+    yield f"step        {step}, {wait:.0%} of it waiting for data, {mfu:.0%} model FLOP utilization"
+    if broken := int(max(step["broken_clips"] for step in found.steps)):
         yield f"data        {broken} clips could not be read; `microcinema prepare check` says which and why"
-    yield (
-        f"memory      {found.memory / GIB:.2f} GiB measured, {estimate.peak / GIB:.2f} GiB estimated "
-        f"(most of it when {estimate.worst})"
-    )
+    estimated = f"{estimate.peak / GIB:.2f} GiB estimated (most of it when {estimate.worst})"
+    yield f"memory      {found.memory / GIB:.2f} GiB measured, {estimated}"
     if found.checkpoint_seconds is not None:
         yield f"checkpoint  {found.checkpoint_seconds:.3g} s, {found.checkpoint_bytes / GIB:.2f} GiB"
     if found.validation_seconds is not None:
         yield f"validation  {found.validation_seconds:.3g} s for one prompt of each process"
-    yield (
-        f"time        {_duration(run.seconds)} for {config.max_train_steps} steps: {_duration(run.steps)} of training, "
-        f"{_duration(run.checkpoints)} of checkpoints, {_duration(run.validations)} of validation"
-    )
+    parts = {"training": run.steps, "checkpoints": run.checkpoints, "validation": run.validations}
+    shares = ", ".join(f"{_duration(seconds)} of {name}" for name, seconds in parts.items())
+    yield f"time        {_duration(run.seconds)} for {config.max_train_steps} steps: {shares}"
     free = shutil.disk_usage(config.output_dir).free
     short = "" if free > run.disk else "; set output_dir to a larger disk, or a lower checkpoints_total_limit"
     yield f"disk        {run.disk / GIB:.2f} GiB at most, {free / GIB:.2f} GiB free{short}"

@@ -105,14 +105,12 @@ def check_replaceable(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir '{folder}' is a file; choose another")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     ours = {INDEX, CARD}
-    if INDEX in there:
+    if INDEX in names:
         ours |= {name for name, value in load_index(str(folder)).items() if isinstance(value, list | tuple)}
-    if others := sorted(there - ours):
-        raise UserError(
-            f"output_dir '{folder}' is there and holds {others[0]}, which is no part of a pipeline; choose another"
-        )
+    if others := sorted(names - ours):
+        raise UserError(f"output_dir '{folder}' is there and holds {others[0]}, no part of a pipeline; choose another")
 
 
 def write_card(
@@ -126,6 +124,7 @@ def write_card(
     """The model card of a pipeline whose files are in `files` and will be in `folder`; `progress` None: its run was finished."""
     settings = plain(config)
     base = settings["base"]["pretrained_model_name_or_path"]
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = sorted(files.rglob("*.safetensors"))
     return open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
         name=folder.name,
@@ -134,11 +133,7 @@ def write_card(
         base_of_hub=not Path(base).is_dir() and not is_embedded(base),
         embedded=is_embedded(base),
         pipeline=pipeline.config,
-        parameters={
-            name: sum(parameter.numel() for parameter in part.parameters())
-            for name, part in pipeline.components.items()
-            if isinstance(part, torch.nn.Module)
-        },
+        parameters={name: sum(weight.numel() for weight in part.parameters()) for name, part in networks.items()},
         hashes={file.relative_to(files).as_posix(): hash_file(file) for file in weights},
         dtype=str(pipeline.unet.dtype).removeprefix("torch."),
         config=settings,
@@ -153,7 +148,5 @@ def write_card(
 def read_config(folder: Path) -> "Train":
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(
-            f"'{path}' is not there; give a checkpoint in the folder of its run, whose config says how the model was built"
-        )
+        raise UserError(f"'{path}' is not there; give a checkpoint in the folder of its run, with the run's config")
     return load(path, "train")

@@ -32,9 +32,8 @@ def run(config: "PrepareLatents") -> None:
     """
     assert config.cached_latents is not None  # the table of commands requires it
     # A finished process waits for the slowest one, which may take long.
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))]
-    )
+    timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[timeout])
     dataset = config.data.build()
     encode_clips(
         accelerator,
@@ -74,10 +73,8 @@ def encode_clips(
             shards, too many broken clips, a full disk.
     """
     if accelerator.num_processes > layout.num_shards:
-        raise UserError(
-            f"{accelerator.num_processes} processes and {layout.num_shards} shards; "
-            "use at most as many processes, or a smaller clips_per_shard"
-        )
+        excess = f"{accelerator.num_processes} processes and {layout.num_shards} shards"
+        raise UserError(f"{excess}; use at most as many processes, or a smaller clips_per_shard")
     for network in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
         if network is not None:
             network.requires_grad_(False).eval().to(accelerator.device)
@@ -110,24 +107,14 @@ def encode_clips(
 
 def _pipeline(config: "PrepareLatents") -> ImageToVideoPipeline:
     base = load_base(**vars(config.base))
-    return build_pipeline(
-        config,
-        base.scheduler,
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        **build_networks(config, base),
-    )
+    parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
+    return build_pipeline(config, base.scheduler, **parts, **build_networks(config, base))
 
 
 def _select_parts(
     cached_parts: Sequence[str] | None, contents: Mapping[str, Any], uses_keyframe_pixels: bool
 ) -> list[str]:
-    """The tensors to cache beside the latents; by default all that the model reads, the key frame's pixels only if its tokens do not suffice.
-
-    Raises:
-        UserError: a part that the model does not read.
-    """
+    """The tensors to cache beside the latents; by default all that the model reads, the key frame's pixels only if its tokens do not suffice."""
     parts = [name for name in contents if name not in ("vae", "clips")]
     unknown = [name for name in cached_parts or () if name not in parts]
     if unknown:

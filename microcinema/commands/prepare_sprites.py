@@ -19,14 +19,6 @@ def run(config: "PrepareSprites") -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not (folder / TRUTH_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")
-    write_dataset(
-        folder,
-        config.num_videos,
-        config.seed,
-        config.split,
-        config.num_frames,
-        config.size,
-        config.fps,
-        rotation_weight=config.rotation_weight,
-    )
+    clip = config.num_frames, config.size, config.fps
+    write_dataset(folder, config.num_videos, config.seed, config.split, *clip, rotation_weight=config.rotation_weight)
     print(f"{config.num_videos} clips in {folder}")

@@ -28,15 +28,8 @@ def run(config: "Sample") -> None:
     # First of all: a process that fails before it would leave the others waiting for it here.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     try:
-        items = read_prompt_items(
-            config.prompt,
-            config.motion_prompt,
-            config.prompts,
-            config.image,
-            config.seed,
-            config.num_videos_per_prompt,
-            config.negative_prompt,
-        )
+        prompts = config.prompt, config.motion_prompt, config.prompts, config.image
+        items = read_prompt_items(*prompts, config.seed, config.num_videos_per_prompt, config.negative_prompt)
         keyframe, memory = KeyframeSettings(**vars(config.keyframe)), MemorySettings(**vars(config.memory))
         settings = SamplingSettings(**{name: getattr(config, name) for name in SamplingSettings.__dataclass_fields__})
         record = {"config": plain(config)}

@@ -16,7 +16,7 @@ from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.weights import weight_file
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.hashing import hash_weights
 
 
@@ -46,7 +46,7 @@ class VideoDetectorSettings:
     """The network whose features the Fréchet video distance compares, and the preprocessing of its frames.
 
     Args:
-        detector: `i3d` (implemented in `i3d.py`), `i3d_torchscript`, or one that the command adds.
+        detector: `i3d`, `i3d_torchscript`, or one that the command adds.
         weights: path or URL; a name or folder for some added detectors; None: not measured.
         sha256: required for a URL, and for TorchScript, which is code.
         preparation: one of `PREPARATIONS`; `own`: by the TorchScript itself. Added detectors ignore it.
@@ -78,9 +78,8 @@ class VideoDetectorSettings:
         if self.detector in added:
             return added[self.detector](self.weights, device, batch_size)
         if self.detector not in DETECTORS:
-            raise UserError(
-                f"evaluation.video.detector={self.detector} is unknown; use one of {', '.join((*DETECTORS, *added))}"
-            )
+            names = ", ".join((*DETECTORS, *added))
+            raise UserError(f"evaluation.video.detector={self.detector} is unknown; use one of {names}")
         if self.detector == "i3d_torchscript":
             network, sha256 = load_torchscript(self.weights, self.sha256, "evaluation.video", device)
             own = self.preparation == "own"
@@ -120,7 +119,7 @@ def _with_preparation(
     def features(clips: np.ndarray) -> np.ndarray:
         if clips.shape[1] < MIN_FRAMES:
             raise UserError(f"clips have {clips.shape[1]} frames; I3D needs {MIN_FRAMES} or more")
-        frames = rearrange(_on(clips, device), "b f h w c -> (b f) c h w")
+        frames = _pixels(clips, device, "b f h w c -> (b f) c h w")
         if preparation != "own":
             frames = PREPARATIONS[preparation](frames)
         video = rearrange(frames, "(b f) c h w -> b c f h w", b=len(clips))
@@ -145,7 +144,7 @@ class ClassProbabilities:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        video = rearrange(_on(batch.frames, self.device), "b f h w c -> b c f h w")
+        video = _pixels(batch.frames, self.device, "b f h w c -> b c f h w")
         with _unfused():
             output = self.network(video).reshape(len(batch), -1).double()
         if (output < 0).any() or not torch.allclose(output.sum(dim=1), torch.ones(1).to(output), atol=1e-3):
@@ -168,7 +167,7 @@ class FrameFeatures:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        frames = rearrange(_on(batch.frames, self.device), "b f h w c -> (b f) c h w")
+        frames = _pixels(batch.frames, self.device, "b f h w c -> (b f) c h w")
         with _unfused():
             output = self.network(frames, return_features=True).reshape(len(frames), -1)
         return {"frame_features": rearrange(output.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
@@ -192,8 +191,8 @@ class ClipScores:
             self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
             self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            reason = f"cannot open evaluation.clip.weights='{name}' as CLIP ({' '.join(str(error).split())[:200]})"
-            raise UserError(f"{reason}; give a folder, or fetch it with hf download") from None
+            failure = f"cannot open evaluation.clip.weights='{name}' as CLIP ({first_line(error)})"
+            raise UserError(f"{failure}; give a folder, or fetch it with hf download") from None
         self.device = device
         self.record = {"detector": "clip", "sha256": hash_weights(self.network)}
 
@@ -244,7 +243,7 @@ def load_torchscript(
     try:
         return torch.jit.load(str(path), map_location=device).eval(), actual
     except RuntimeError as error:
-        raise UserError(f"'{path}' is no TorchScript ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"'{path}' is no TorchScript ({first_line(error)})") from None
 
 
 def _unfused() -> Any:
@@ -256,11 +255,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of several kinds: a damaged archive, an object that is not allowed
-        raise UserError(f"'{path}' holds no weights ({' '.join(str(error).split())[:120]}); fetch it again") from None
+        raise UserError(f"'{path}' holds no weights ({first_line(error)}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"'{path}' is not a dictionary of weights; give rgb_imagenet.pt or i3d_pretrained_400.pt")
     return state
 
 
-def _on(clips: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(clips)).to(device)
+def _pixels(clips: np.ndarray, device: torch.device | str, pattern: str) -> Tensor:
+    return rearrange(torch.from_numpy(np.ascontiguousarray(clips)).to(device), pattern)

@@ -27,21 +27,14 @@ class RankShare:
     num_processes: int = 1
 
     def batches(self, count: int, batch_size: int) -> Iterator[range]:
-        """The indices of each batch."""
         starts = range(0, count, batch_size)[self.rank :: self.num_processes]
         return (range(start, min(start + batch_size, count)) for start in starts)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """A set of clips to measure.
-
-    Attributes:
-        count: number of clips.
-        load: returns a clip's frames uint8 (f, h, w, 3), all of one shape, and its key frame uint8 (h, w, 3), or None.
-        prompts: one for each clip, if they have any.
-        keyframe_index: frame of a clip that is compared with its key frame.
-    """
+    """A set of clips to measure. `load` returns the frames of one, uint8 (f, h, w, 3), all of one shape, and its key frame uint8
+    (h, w, 3), with which the frame `keyframe_index` is compared, or None."""
 
     count: int
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
@@ -59,11 +52,8 @@ def extract_features(
     label: str,
     progress: bool = True,
 ) -> None:
-    """Runs every measure on the clips of this process, and stores the features in one file per batch.
-
-    Args:
-        fingerprint: everything that the features depend on; kept in the folder.
-        label: of the progress bar.
+    """Runs every measure on the clips of this process, and stores the features in one file per batch. The folder keeps the fingerprint:
+    everything that they depend on.
 
     Raises:
         UserError: the folder holds features with another fingerprint, a clip cannot be read, or a detector refuses it.
@@ -133,7 +123,6 @@ class Features:
 
     @property
     def names(self) -> list[str]:
-        """Names of the arrays."""
         with np.load(_path(self.folder, range(min(self.count, self.batch_size)))) as arrays:
             return list(arrays.files)
 

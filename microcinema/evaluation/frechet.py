@@ -15,10 +15,7 @@ from microcinema.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of a set of features, in a form that adds up exactly over batches and processes.
-
-    `mean` (d,), `scatter` (d, d): the sum of the outer products of the deviations from the mean.
-    """
+    """Mean (d,) of a set of features, and the sum of the outer products of their deviations from it, `scatter` (d, d)."""
 
     count: int
     mean: np.ndarray
@@ -36,8 +33,7 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both sets together (Chan, Golub, LeVeque 1979, equation 2.1)."""
-        count = self.count + other.count
-        shift = other.mean - self.mean
+        count, shift = self.count + other.count, other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
         scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count)
         return Moments(count, mean, scatter)

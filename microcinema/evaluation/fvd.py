@@ -35,11 +35,7 @@ class VideoDistance:
 
 
 def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed: int = 0) -> VideoDistance:
-    """Of features (n, d) and (m, d).
-
-    Args:
-        ddof: 1: covariances divided by n - 1; 0: by n.
-        seed: of subsets and resamples.
+    """Of features (n, d) and (m, d), with covariances divided by n - ddof; `seed` is that of subsets and resamples.
 
     Raises:
         UserError: fewer than two clips in a set, features of different widths, or that are no numbers.
@@ -54,12 +50,10 @@ def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed:
     value = distance(generated, real)
     curve = _curve(generated, real, distance, np.random.default_rng([seed, 0]))
     spread = _spread(generated, real, distance, np.random.default_rng([seed, 1]))
-    halves = np.random.default_rng([seed, 2]).permutation(len(real))
-    half = len(real) // 2
-    floor = distance(real[halves[:half]], real[halves[half : 2 * half]]) if half > 1 else None
-    return VideoDistance(
-        value, len(generated), len(real), value + spread[0], value + spread[1], extrapolate(curve), curve, floor, half
-    )
+    order, half = np.random.default_rng([seed, 2]).permutation(len(real)), len(real) // 2
+    floor = distance(real[order[:half]], real[order[half : 2 * half]]) if half > 1 else None
+    counts = len(generated), len(real)
+    return VideoDistance(value, *counts, value + spread[0], value + spread[1], extrapolate(curve), curve, floor, half)
 
 
 def extrapolate(curve: list[tuple[int, float]]) -> float | None:

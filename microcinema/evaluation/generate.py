@@ -1,8 +1,8 @@
 """The generated clips of a protocol: from the sampler that the command `sample` uses, or from a folder of videos."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,8 @@ class Generated:
     """Generated clips to measure.
 
     Attributes:
-        samples: of the protocol that they are.
+        samples: of the protocol.
         load: returns a clip's frames uint8 (f, h, w, 3) and its key frame uint8 (h, w, 3), or None.
-        fps: frames per second.
         fingerprint: everything that the clips depend on.
         keyframe_index: frame of a clip that is compared with its key frame.
         has_prompts: whether the prompt of each clip is known.
@@ -49,47 +48,31 @@ class Generated:
 def protocol_sampler(
     config: Evaluate, height: int | None, width: int | None, num_frames: int, fps: float | None, state: PartialState
 ) -> Sampler:
-    """The sampler of a protocol's clips, with the settings of the config of `evaluate`.
-
-    Args:
-        height, width, num_frames, fps: of the clips; None: the model's own.
+    """The sampler of a protocol's clips, with the settings of the config of `evaluate`; None: the model's own.
 
     Raises:
         UserError: a model that cannot be loaded, or settings that do not work with it.
     """
     settings = config.evaluation
-    steps, guidance = settings.num_inference_steps, settings.guidance_scale
-    return Sampler(
-        str(config.pipeline),
-        SamplingSettings(height, width, num_frames, fps, steps, guidance, settings.image_guidance_scale),
-        KeyframeSettings(
-            settings.keyframe_model,
-            num_inference_steps=settings.keyframe_num_inference_steps,
-            guidance_scale=settings.keyframe_guidance_scale,
-        ),
-        MemorySettings(settings.torch_dtype),
-        state.device,
-        batch_size=config.batch_size,
-        progress=state.is_main_process,
+    guidance = settings.guidance_scale, settings.image_guidance_scale
+    sampling = SamplingSettings(height, width, num_frames, fps, settings.num_inference_steps, *guidance)
+    keyframe = KeyframeSettings(
+        settings.keyframe_model,
+        num_inference_steps=settings.keyframe_num_inference_steps,
+        guidance_scale=settings.keyframe_guidance_scale,
     )
+    memory, size, progress = MemorySettings(settings.torch_dtype), config.batch_size, state.is_main_process
+    return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, batch_size=size, progress=progress)
 
 
 def generate(
-    sampler: Sampler,
-    items: Sequence[PromptItem],
-    seed: int,
-    folder: str | os.PathLike[str],
-    state: PartialState,
-    **fingerprint: Any,
+    sampler: Sampler, items: Sequence[PromptItem], seed: int, folder: Path, state: PartialState, **fingerprint: Any
 ) -> tuple[SampleFolder, dict[str, Any]]:
-    """Makes the clips that the folder does not hold yet, by all processes, and waits for them.
+    """Makes the clips that the folder does not hold yet, by all processes, and waits for them. Returns folder and whole fingerprint.
 
     Args:
         seed: of all items.
         fingerprint: what the clips depend on beside sampler and seed.
-
-    Returns:
-        the folder of clips, and their fingerprint.
 
     Raises:
         UserError: the folder holds clips with another fingerprint, or they cannot be made.
@@ -109,11 +92,7 @@ def sampled_keyframe_index(sampler: Sampler, num_frames: int) -> int:
 
 
 def generate_clips(
-    config: Evaluate,
-    protocol: ZeroShotProtocol,
-    samples: list[PromptItem],
-    folder: str | os.PathLike[str],
-    state: PartialState,
+    config: Evaluate, protocol: ZeroShotProtocol, samples: list[PromptItem], folder: Path, state: PartialState
 ) -> Generated:
     """Clips of the pipeline of the config, made if needed.
 
@@ -147,10 +126,8 @@ def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem
         measured = [PromptItem("", f"{i:05d}", sample_index=i, source=video.name) for i, video in enumerate(videos)]
     elif min(numbers) >= 0:
         if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
-            raise UserError(
-                f"generated_dir='{name}' has numbered files that are not the {len(samples)} samples 0 to {len(samples) - 1}; "
-                "number them by the manifest's samples"
-            )
+            valid = f"samples 0 to {len(samples) - 1}; number them by the manifest's samples"
+            raise UserError(f"generated_dir='{name}' has numbered files that are not the {len(samples)} {valid}")
         measured = [samples[number] for number in numbers]
     else:
         if len(videos) > len(samples):
@@ -162,10 +139,8 @@ def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem
         path = videos[index].path
         frames = read_clip(path, protocol.num_frames)
         if frames.shape[1:3] != (first.height, first.width):
-            raise UserError(
-                f"'{path}' is {frames.shape[2]}x{frames.shape[1]}, '{videos[0].path}' {first.width}x{first.height}; "
-                "generated videos must all have one size"
-            )
+            sizes = f"'{path}' is {frames.shape[2]}x{frames.shape[1]}, '{videos[0].path}' {first.width}x{first.height}"
+            raise UserError(f"{sizes}; generated videos must all have one size")
         return frames, None
 
     warnings = ["Generated clips were read from compressed videos; compression changes the results."]

@@ -76,12 +76,8 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """Logits of Kinetics-400, averaged over time, before the softmax.
-
-    Args:
-        num_classes: 400 in every published file.
-        eps: of the batch norms: 1e-3 in pytorch-i3d and TF-hub, 1e-5 in VideoGPT's file.
-    """
+    """Logits of Kinetics-400, averaged over time, before the softmax. `eps` of the batch norms is 1e-3 in pytorch-i3d and TF-hub, 1e-5 in
+    VideoGPT's file."""
 
     def __init__(self, num_classes: int = 400, eps: float = 1e-3):
         super().__init__()
@@ -100,9 +96,8 @@ class I3D(nn.Module):
         """
         frames, height, width = video.shape[2:]
         if (height, width) != (SIZE, SIZE) or frames < MIN_FRAMES:
-            raise UserError(
-                f"clips are {frames} frames of {height}x{width}; I3D reads {MIN_FRAMES} or more of {SIZE}x{SIZE}"
-            )
+            clips = f"{frames} frames of {height}x{width}"
+            raise UserError(f"clips are {clips}; I3D reads {MIN_FRAMES} or more of {SIZE}x{SIZE}")
         x = max_pool(self.Conv3d_1a_7x7(video), (1, 3, 3), (1, 2, 2))
         x = max_pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
         for name in MIXED:
@@ -121,21 +116,16 @@ class I3D(nn.Module):
         Raises:
             UserError: names or shapes that are not I3D's.
         """
-        # PyTorch has counted the batches of a norm since 0.4; older files lack the count, which evaluation does not use.
         weight = state.get("logits.conv3d.weight")
         network = cls(400 if weight is None else len(weight), eps)
-        own = network.state_dict()
-        counts = {name for name in own if name.endswith("num_batches_tracked")}
-        missing, unknown = own.keys() - state.keys() - counts, state.keys() - own.keys()
-        if missing or unknown:
-            raise UserError(
-                f"not the weights of I3D: {len(missing)} missing ({', '.join(sorted(missing)[:2]) or 'none'}), "
-                f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:2]) or 'none'})"
-            )
-        for name in sorted(own.keys() & state.keys()):
-            if own[name].shape != state[name].shape:
-                raise UserError(f"{name} has shape {tuple(state[name].shape)}; I3D's has {tuple(own[name].shape)}")
-        network.load_state_dict(dict(state), strict=False)
+        try:  # files from before PyTorch 0.4 lack num_batches_tracked, which is then not counted as missing
+            names = network.load_state_dict(dict(state), strict=False)
+        except RuntimeError as error:  # its last line names a weight and both shapes
+            raise UserError(f"not the weights of I3D: {str(error).splitlines()[-1].strip()}") from None
+        kinds = {"missing": names.missing_keys, "unknown": names.unexpected_keys}
+        if any(kinds.values()):
+            counts = [f"{len(keys)} {kind} ({', '.join(keys[:2]) or 'none'})" for kind, keys in kinds.items()]
+            raise UserError(f"not the weights of I3D: {', '.join(counts)}")
         return network.eval().requires_grad_(False)
 
 

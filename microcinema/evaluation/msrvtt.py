@@ -22,11 +22,7 @@ _SPLITS = {"train": ("train",), "validate": ("validate", "val"), "test": ("test"
 class MsrVtt:
     """The videos that a list names, whether they are there or not, with all of their captions.
 
-    Args:
-        root: folder of the lists (or with a folder `annotation` of them) and of the videos, in one of their usual folders.
-
-    Raises:
-        UserError: another layout (what was looked for is named), or a list that is none.
+    `root` holds the lists, or a folder `annotation` of them, and the videos, in one of their usual folders.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -38,7 +34,7 @@ class MsrVtt:
         Raises:
             UserError: no list of this split, or one that is not MSR-VTT's.
         """
-        names = [_LISTS["test"]] if split == "test" else [_LISTS["train"]] if split != "all" else [*_LISTS.values()]
+        names = [*_LISTS.values()] if split == "all" else [_LISTS["test" if split == "test" else "train"]]
         lists = [self._list(name) for name in names]
         wanted = {word for key, words in _SPLITS.items() if split in ("all", key) for word in words}
         captions: dict[str, dict[int, str]] = defaultdict(dict)
@@ -53,14 +49,10 @@ class MsrVtt:
                 raise UserError(f"'{path}' is no list of MSR-VTT ({type(error).__name__}: {error})") from None
         if not identifiers:
             raise UserError(f"'{lists[0]}' names no video of the split '{split}'; check evaluation.root")
-        return [
-            Video(
-                name,
-                self._path(name),
-                captions=tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])),
-            )
-            for name in sorted(identifiers, key=_number)
-        ]
+        texts = {
+            name: tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])) for name in identifiers
+        }
+        return [Video(name, self._path(name), captions=texts[name]) for name in sorted(identifiers, key=_number)]
 
     def _list(self, name: str) -> Path:
         places = [self.root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]

@@ -24,7 +24,6 @@ class ZeroShotProtocol:
     """What is asked for and what it is measured against; every choice that changes the number is here.
 
     Args:
-        name: of the preset.
         dataset: `ucf101`, `msrvtt`, or `folder`: the real clips are any folder of videos, and nothing is asked for.
         prompts: of UCF-101's classes, `raw`, `split` or `descriptive`; of MSR-VTT, `caption`; of a folder, `none`.
         sample_split: the videos whose classes or captions are asked for.
@@ -33,7 +32,6 @@ class ZeroShotProtocol:
         num_samples: number of clips, or of clips a class; None: as many as there are.
         real_split: the real clips; None: none, and no measure that compares sets.
         num_real: how many, drawn by the seed if there are more; None: all.
-        num_frames: frames of a clip, generated or real.
         fps: frames a second of a real clip, picked by time; None: neighbouring frames as they are. The model is asked for the same.
         clip_position: which part of a real video.
         height, width: of the frames that detectors see; clips are scaled to cover it (antialiased) and cropped in the centre.
@@ -84,20 +82,16 @@ class ZeroShotProtocol:
     def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[PromptItem]:
         """All clips to make."""
         videos = dataset.videos(self.sample_split)
+        number = self.num_samples or 0  # given with `draw` and `per_class`
         if self.selection == "draw":
-            assert self.num_samples is not None
             generator = np.random.default_rng([self.seed, _DRAW_PROMPTS])
-            picks = generator.choice(len(videos), self.num_samples, replace=len(videos) < self.num_samples)
+            picks = generator.choice(len(videos), number, replace=len(videos) < number)
             videos = [videos[pick] for pick in picks]
         elif self.selection == "per_class":
-            assert self.num_samples is not None
             firsts = {video.label: video for video in reversed(videos)}
-            videos = [firsts[label] for label in sorted(firsts) for _ in range(self.num_samples)]
-        texts = [caption for video in videos for caption in self._texts(video)]
-        return [
-            PromptItem(text.text, f"{index:05d}", sample_index=index, source=text.id)
-            for index, text in enumerate(texts)
-        ]
+            videos = [firsts[label] for label in sorted(firsts) for _ in range(number)]
+        texts = (caption for video in videos for caption in self._texts(video))
+        return [PromptItem(text.text, f"{i:05d}", sample_index=i, source=text.id) for i, text in enumerate(texts)]
 
     def _texts(self, video: Video) -> Sequence[Caption]:
         if self.dataset == "folder":
@@ -121,22 +115,13 @@ class ZeroShotProtocol:
             return float(np.random.default_rng([self.seed, _DRAW_REAL, index]).random())
         return {"first": 0.0, "center": 0.5}[self.clip_position]
 
-    def expected(self) -> dict[str, int | None]:
-        """How many clips the protocol asks for, where it says."""
-        fixed = self.selection in ("all", "every_caption")
-        return {"samples": self.num_samples if fixed else None, "real": self.num_real}
-
     def identifier(
         self, samples: Sequence[PromptItem], real: Sequence[Video], detectors: Mapping[str, Mapping[str, Any]]
     ) -> str:
         """Equal for two measurements if and only if they asked for the same: name, version, and a hash of all settings, prompts, ids of
         the real videos, and detectors with their weights."""
-        content = [
-            asdict(self),
-            [manifest_entry(sample) for sample in samples],
-            [video.name for video in real],
-            detectors,
-        ]
+        clips = [manifest_entry(sample) for sample in samples], [video.name for video in real]
+        content = [asdict(self), *clips, detectors]
         return f"{self.name}-{self.version}-{hash_json(content)[:12]}"
 
 
@@ -154,13 +139,10 @@ def check_count(count: int, expected: int | None, what: str, allow_fewer: bool, 
     if expected is None or count == expected:
         return []
     if count > expected:
-        raise UserError(
-            f"{count} {what}, and the protocol asks for {expected}; use selection=draw, or correct the number"
-        )
+        raise UserError(f"{count} {what}, and the protocol asks for {expected}; use selection=draw, or correct it")
     if not allow_fewer or count < 2:
-        raise UserError(
-            f"{count} of {expected} {what} that the protocol asks for{detail}; complete them, or set evaluation.allow_fewer=true"
-        )
+        advice = "complete them, or set evaluation.allow_fewer=true"
+        raise UserError(f"{count} of {expected} {what} that the protocol asks for{detail}; {advice}")
     return [f"{count} of {expected} {what}"]
 
 

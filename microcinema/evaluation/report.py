@@ -52,15 +52,9 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
         if key not in results["values"]:
             continue
         entry = results["values"][key]
-        table.append(
-            {
-                "label": label,
-                "meaning": f"{meaning}; {better} is better" if better else meaning,
-                "value": f"{entry['value']:.{digits}f}",
-                "detail": _detail(key, entry, digits),
-                "real": f"{entry['real']:.{digits}f}" if "real" in entry else "",
-            }
-        )
+        row = {"label": label, "meaning": f"{meaning}; {better} is better" if better else meaning}
+        row |= {"value": f"{entry['value']:.{digits}f}", "detail": _detail(key, entry, digits)}
+        table.append(row | {"real": f"{entry['real']:.{digits}f}" if "real" in entry else ""})
     return table
 
 
@@ -134,15 +128,14 @@ def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return round(_HEIGHT - _MARGIN + (low - value) / ((high - low) or 1) * (_HEIGHT - 2 * _MARGIN), 1)
 
     slope, start = np.polyfit(1 / counts, values, 1)
+    curve = zip(counts, values, strict=True)
     return {
         "width": _WIDTH,
         "height": _HEIGHT,
         "left": _MARGIN,
         "right": _WIDTH - _MARGIN,
         "bottom": _HEIGHT - _MARGIN,
-        "points": [
-            {"x": x(1 / n), "y": y(v), "n": int(n), "value": f"{v:.2f}"} for n, v in zip(counts, values, strict=True)
-        ],
+        "points": [{"x": x(1 / n), "y": y(v), "n": int(n), "value": f"{v:.2f}"} for n, v in curve],
         "line": [y(start), x(1 / counts.min()), y(start + slope / counts.min())],
         "floor": None if fvd["floor"] is None else {"y": y(fvd["floor"]), "value": f"{fvd['floor']:.2f}"},
         "labels": [{"x": x(1 / n), "text": str(int(n))} for n in (counts[-1], counts[0])],

@@ -16,11 +16,7 @@ PromptSet = Literal["raw", "split", "descriptive"]
 
 
 class Ucf101:
-    """The videos that the lists name, whether they are there or not.
-
-    Args:
-        root: folder that holds `UCF-101/` and `ucfTrainTestlist/`.
-        fold: 1, 2 or 3: which of the three official divisions into train and test.
+    """The videos that the lists name, whether they are there or not, in one of the three official divisions into train and test.
 
     Raises:
         UserError: another layout (what was looked for is named), or a list that is none.
@@ -74,9 +70,8 @@ def descriptive_prompts() -> dict[str, str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Those that are not empty; carriage returns go."""
     first_of([path], f"'{path.name}' of UCF-101")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if not any(lines):
+    lines = list(filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())))
+    if not lines:
         raise UserError(f"list '{path}' is empty; unpack the archive of the lists again")
-    return [line for line in lines if line]
+    return lines

@@ -36,18 +36,16 @@ def image_fidelity(image: np.ndarray, reference: np.ndarray) -> tuple[float, flo
 def optical_flow(before: np.ndarray, after: np.ndarray, channel: str = "brightness") -> np.ndarray:
     """Forward flow (h, w, 2), pixels, (dx, dy), between two frames: polynomial expansion (Farneback 2003).
 
-    Args:
-        channel: `brightness` sees everything; `saturation` (largest minus smallest of red, green, blue) separates
-            saturated objects from a muted background, and follows them more closely.
+    `brightness` sees everything; `saturation` (largest minus smallest of red, green, blue) separates saturated objects from a muted
+    background, and follows them more closely.
     """
-    grey = [_brightness(frame) if channel == "brightness" else np.ptp(frame, axis=-1) for frame in (before, after)]
+    if channel == "brightness":
+        grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, after)]
+    else:
+        grey = [np.ptp(frame, axis=-1) for frame in (before, after)]
     return cv2.calcOpticalFlowFarneback(
         grey[0], grey[1], None, pyr_scale=0.5, levels=3, winsize=13, iterations=5, poly_n=5, poly_sigma=1.1, flags=0
     )
-
-
-def _brightness(frame: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
 
 
 def clip_flow(frames: np.ndarray, channel: str = "brightness") -> np.ndarray:
@@ -70,10 +68,8 @@ def is_static(frames: np.ndarray) -> bool:
     """Whether nothing of visible size leaves its place: the 99th percentile of the displacement from the first frame, at a
     quarter, a half, three quarters and the end of the clip, stays within `STATIC_DISPLACEMENT`."""
     later = np.unique(np.linspace(0, len(frames) - 1, 5).round().astype(int))[1:]
-    return all(
-        np.quantile(np.linalg.norm(optical_flow(frames[0], frames[k]), axis=-1), 0.99) < STATIC_DISPLACEMENT
-        for k in later
-    )
+    lengths = (np.linalg.norm(optical_flow(frames[0], frames[k]), axis=-1) for k in later)
+    return all(np.quantile(length, 0.99) < STATIC_DISPLACEMENT for length in lengths)
 
 
 def frame_consistency(frames: np.ndarray, flow: np.ndarray) -> float:
@@ -83,6 +79,5 @@ def frame_consistency(frames: np.ndarray, flow: np.ndarray) -> float:
     values = []
     for before, after, step in zip(frames[:-1], frames[1:], flow, strict=True):
         back = cv2.remap(after, x + step[..., 0], y + step[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        error = np.mean((back.astype(np.float64) - before) ** 2)
-        values.append(min(10 * np.log10(255**2 / error), _BEST_PSNR) if error else _BEST_PSNR)
+        values.append(psnr(back, before))
     return float(np.mean(values)) if values else float("nan")

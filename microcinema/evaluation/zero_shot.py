@@ -1,7 +1,7 @@
 """Running a zero-shot protocol: clips, features, numbers and a report, by any number of processes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -53,10 +53,8 @@ def run_zero_shot(
     state: PartialState,
     video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
 ) -> None:
-    """Runs a protocol with all processes; the first one writes results and report, and prints them.
-
-    Args:
-        video_detectors: further values of `evaluation.video.detector`.
+    """Runs a protocol with all processes; the first one writes results and report, and prints them. `video_detectors` are further
+    values of `evaluation.video.detector`.
 
     Raises:
         UserError: bad input; finished clips and features are kept, and the next run continues from them.
@@ -67,32 +65,30 @@ def run_zero_shot(
     if protocol.dataset == "folder" and config.generated_dir is None:
         raise UserError("the protocol has no prompts; set generated_dir=folder, the videos to measure")
     compares = bool(real) or protocol.dataset == "folder"
+    classes = protocol.dataset == "ucf101"
     measures, not_measured = load_measures(
-        settings, state.device, config.batch_size, compares, protocol.dataset == "ucf101", video_detectors
+        settings, state.device, config.batch_size, compares, classes, video_detectors
     )
     make_folder(folder)
     if config.generated_dir is None:
         generated = generate_clips(config, protocol, samples, folder / SAMPLES_FOLDER, state)
     else:
         generated = folder_clips(config.generated_dir, protocol, samples)
-        expected = len(samples) or None
         what = f"videos in generated_dir='{config.generated_dir}'"
-        shortfalls += check_count(len(generated.samples), expected, what, settings.allow_fewer)
+        shortfalls += check_count(len(generated.samples), len(samples) or None, what, settings.allow_fewer)
     detectors_used = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
     sets = _feature_sets(config, protocol, generated, real, detectors_used)
-    rank = RankShare(state.process_index, state.num_processes)
+    options = config.batch_size, RankShare(state.process_index, state.num_processes)
     for part in sets:
-        arguments = part.folder, part.fingerprint, config.batch_size, rank, part.label, state.is_main_process
-        extract_features(part.clips, measures, *arguments)
+        place = part.folder, part.fingerprint
+        extract_features(part.clips, measures, *place, *options, part.label, state.is_main_process)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
     features = [Features(part.folder, part.clips.count, config.batch_size) for part in sets]
+    identifier = protocol.identifier(samples or generated.samples, real, detectors_used)
     results = {
-        "protocol": {
-            "identifier": protocol.identifier(samples or generated.samples, real, detectors_used),
-            **dataclasses.asdict(protocol),
-        },
+        "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
         "prompts_sha256": hash_json([sample.prompt for sample in samples]),
         "real_files_sha256": hash_list(real) if real else None,
         "generated": generated.fingerprint,
@@ -108,26 +104,15 @@ def run_zero_shot(
 
 
 def _write(
-    folder: Path,
-    results: Mapping[str, Any],
-    samples: Sequence[PromptItem],
-    real: Sequence[Video],
-    generated: Generated,
+    folder: Path, results: dict[str, Any], samples: list[PromptItem], real: list[Video], generated: Generated
 ) -> None:
     """Writes manifest, results and report, and prints the numbers."""
-    manifest = {
-        **results["protocol"],
-        "detectors": results["detectors"],
-        "samples": [manifest_entry(sample) for sample in samples],
-        "real": [video.name for video in real],
-    }
-    write_json(folder / MANIFEST_FILE, manifest)
+    clips = {"samples": [manifest_entry(sample) for sample in samples], "real": [video.name for video in real]}
+    write_json(folder / MANIFEST_FILE, {**results["protocol"], "detectors": results["detectors"], **clips})
     write_json(folder / RESULTS_FILE, results)
-    indices = np.unique(np.linspace(0, len(generated.samples) - 1, NUM_PICTURES).round().astype(int))
-    pictures = [
-        Picture(generated.samples[i].prompt or generated.samples[i].source, *generated.load(i), generated.fps)
-        for i in indices.tolist()
-    ]
+    indices = np.unique(np.linspace(0, len(generated.samples) - 1, NUM_PICTURES).round().astype(int)).tolist()
+    captions = [sample.prompt or sample.source for sample in generated.samples]
+    pictures = [Picture(captions[i], *generated.load(i), generated.fps) for i in indices]
     write_report(folder / REPORT_FILE, results, pictures)
     print(text_table(results))
     print(folder / REPORT_FILE)
@@ -141,15 +126,17 @@ def select_clips(
     Raises:
         UserError: no such data set, or fewer videos than the protocol asks for and `allow_fewer` is false.
     """
-    dataset, expected, allow_fewer = protocol.open(settings.root), protocol.expected(), settings.allow_fewer
-    samples = [] if protocol.dataset == "folder" else protocol.samples(dataset)
+    dataset, allow_fewer = protocol.open(settings.root), settings.allow_fewer
+    samples: list[PromptItem] = []
     shortfalls = []
     if protocol.dataset != "folder":
-        shortfalls += check_count(len(samples), expected["samples"], "prompts", allow_fewer)
+        samples = protocol.samples(dataset)
+        expected = protocol.num_samples if protocol.selection in ("all", "every_caption") else None
+        shortfalls += check_count(len(samples), expected, "prompts", allow_fewer)
     videos = protocol.real(dataset)
     real = [video for video in videos if video.path.is_file()]
     missing = next((f"; first missing: '{video.path}'" for video in videos if not video.path.is_file()), "")
-    shortfalls += check_count(len(real), max(expected["real"] or 0, len(videos)), "real videos", allow_fewer, missing)
+    shortfalls += check_count(len(real), max(protocol.num_real or 0, len(videos)), "real videos", allow_fewer, missing)
     return samples, real, shortfalls
 
 
@@ -157,16 +144,13 @@ def _feature_sets(
     config: Evaluate,
     protocol: ZeroShotProtocol,
     generated: Generated,
-    real: Sequence[Video],
-    detectors_used: Mapping[str, Any],
+    real: list[Video],
+    detectors_used: dict[str, Any],
 ) -> list[FeatureSet]:
     """The generated clips and, if there are any, the real ones, as the detectors see them.
 
     Features of real clips are in `real_features_dir` or the output folder, in a folder named by the hash of their fingerprint; or in
     `real_features_dir` itself, if it is such a folder.
-
-    Raises:
-        UserError: that folder holds features of other clips, or made otherwise; every difference is named.
     """
     assert isinstance(config.evaluation, ZeroShotEvaluation)
     size, folder = (protocol.height, protocol.width), Path(config.output_dir)
@@ -181,17 +165,15 @@ def _feature_sets(
         position = protocol.position(index)
         return _resized(read_clip(real[index].path, protocol.num_frames, protocol.fps, position=position), size), None
 
-    all_prompts = [sample.prompt for sample in generated.samples]
-    clips = Clips(
-        len(all_prompts), generated_clip, all_prompts if generated.has_prompts else None, generated.keyframe_index
-    )
-    fingerprint = {**common, "generated": generated.fingerprint, "prompts": hash_json(all_prompts)}
+    prompts = [sample.prompt for sample in generated.samples]
+    known_prompts = prompts if generated.has_prompts else None
+    clips = Clips(len(prompts), generated_clip, known_prompts, generated.keyframe_index)
+    fingerprint = {**common, "generated": generated.fingerprint, "prompts": hash_json(prompts)}
     place = folder / FEATURES_FOLDER / hash_json(fingerprint)[:16]
     sets = [FeatureSet(clips, place, fingerprint, "measure generated")]
     if real:
-        is_random = protocol.clip_position == "random"
-        selection = {"fps": protocol.fps, "clip_position": protocol.clip_position}
-        selection["seed"] = protocol.seed if is_random else None
+        seed = protocol.seed if protocol.clip_position == "random" else None
+        selection = {"fps": protocol.fps, "clip_position": protocol.clip_position, "seed": seed}
         fingerprint = {**common, **selection, "files_sha256": hash_list(real), "count": len(real)}
         root = Path(config.evaluation.real_features_dir or folder / REFERENCE_FOLDER)
         place = root if (root / FINGERPRINT).is_file() else root / hash_json(fingerprint)[:16]
@@ -215,49 +197,42 @@ def load_measures(
     """The measures whose weights are given; and for each other one, why not.
 
     Args:
-        settings: the group `evaluation`.
         compares: whether there are real clips.
         classes: whether the Inception score of UCF-101's classes makes sense.
 
     Raises:
         UserError: no weights at all, or some that cannot be opened.
     """
-    measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
-    missing = {}
     c3d, inception = settings.c3d, settings.inception
-    video, clip = settings.video.arguments["weights"], settings.clip.weights
-    wanted: list[tuple[str, str, bool, str | None, Callable[[str], Measure]]] = [
-        (
-            "video",
-            "FVD, KVD",
-            compares,
-            video,
-            lambda _: settings.video.build().load(device, batch_size, video_detectors),
-        ),
-        ("c3d", "IS", classes, c3d.weights, lambda name: detectors.ClassProbabilities(name, c3d.sha256, device)),
-        ("clip", "CLIPSIM, CLIP consistency", True, clip, lambda name: detectors.ClipScores(name, device)),
-        (
-            "inception",
-            "Frame FID",
-            compares,
-            inception.weights,
-            lambda name: detectors.FrameFeatures(name, inception.sha256, device),
-        ),
-    ]
-    for key, names, applies, weights, load in wanted:
+
+    def load(key: str, weights: str) -> Measure:
+        if key == "video":
+            return settings.video.build().load(device, batch_size, video_detectors)
+        if key == "clip":
+            return detectors.ClipScores(weights, device)
+        if key == "c3d":
+            return detectors.ClassProbabilities(weights, c3d.sha256, device)
+        return detectors.FrameFeatures(weights, inception.sha256, device)
+
+    measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
+    no_classes, no_clips = "it speaks of the classes of UCF-101", "the protocol has nothing to compare it with"
+    missing, keys = {}, []
+    for key, names, applies, weights in (
+        ("video", "FVD, KVD", compares, settings.video.arguments["weights"]),
+        ("c3d", "IS", classes, c3d.weights),
+        ("clip", "CLIPSIM, CLIP consistency", True, settings.clip.weights),
+        ("inception", "Frame FID", compares, inception.weights),
+    ):
+        if applies:
+            keys.append(f"evaluation.{key}.weights")
         if not applies:
-            missing[names] = (
-                "it speaks of the classes of UCF-101" if key == "c3d" else "the protocol has nothing to compare it with"
-            )
+            missing[names] = no_classes if key == "c3d" else no_clips
         elif weights is None:
             missing[names] = f"evaluation.{key}.weights is not set"
         else:
-            measures.append(load(weights))
+            measures.append(load(key, weights))
     if len(measures) == 2:
-        keys = ", ".join(f"evaluation.{key}.weights" for key, _, applies, _, _ in wanted if applies)
-        raise UserError(
-            f"no detector has weights; set at least one of {keys} (docs/evaluation.md says how to get them)"
-        )
+        raise UserError(f"no detector has weights; set at least one of {', '.join(keys)} (see docs/evaluation.md)")
     return measures, missing
 
 
