@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from microcinema import __version__
-from microcinema.config.help import config_folder, describe_keys
+from microcinema.config.help import config_folder, describe_keys, file_of
 from microcinema.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One command: `run(config)` of the module in this folder that is named as it, which returns the exit status (None: 0).
 
     Attributes:
-        module: its function `run` takes the config and returns the exit status (None: 0). Imported when called, since it imports torch.
         config: the command whose keys it takes; None: it has its own, in `configs/` and in `schema`.
         one_of: keys of which exactly one has to be set.
         files: keys that name an existing file or folder, if they are set.
     """
 
     meaning: str
-    module: str
     config: str | None = None
-    dry_run: str | None = None
+    dry_run: bool = False
     one_of: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -48,35 +46,17 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("train the video model", "microcinema.commands.train", dry_run="microcinema.commands.dry_run"),
-    "sample": Command(
-        "make videos from prompts or images",
-        "microcinema.commands.sample",
-        one_of=("prompt", "prompts"),
-        files=("prompts", "image"),
-    ),
-    "evaluate": Command(
-        "generate videos, measure them, write a report", "microcinema.commands.evaluate", files=("generated_dir",)
-    ),
-    "prepare sprites": Command("render a Moving Sprites data set", "microcinema.commands.prepare_sprites"),
-    "prepare check": Command("check the clips of a data set and report faults", "microcinema.commands.prepare_check"),
-    "prepare preview": Command(
-        "draw clips and captions as the model gets them", "microcinema.commands.prepare_preview"
-    ),
+    "train": Command("train the video model", dry_run=True),
+    "sample": Command("make videos from prompts or images", one_of=("prompt", "prompts"), files=("prompts", "image")),
+    "evaluate": Command("generate videos, measure them, write a report", files=("generated_dir",)),
+    "prepare sprites": Command("render a Moving Sprites data set"),
+    "prepare check": Command("check the clips of a data set and report faults"),
+    "prepare preview": Command("draw clips and captions as the model gets them"),
     "prepare latents": Command(
-        "encode the clips of a training run once, with the keys of that run",
-        "microcinema.commands.prepare_latents",
-        one_of=("cached_latents",),
+        "encode the clips of a training run, with the keys of that run", one_of=("cached_latents",)
     ),
-    "export": Command(
-        "write a pipeline folder from a training checkpoint",
-        "microcinema.commands.export",
-        one_of=("checkpoint",),
-        files=("checkpoint",),
-    ),
-    "doctor": Command(
-        "check whether train can run here with the same keys, and what it needs", "microcinema.commands.doctor", "train"
-    ),
+    "export": Command("write a pipeline folder from a checkpoint", one_of=("checkpoint",), files=("checkpoint",)),
+    "doctor": Command("check whether train can run here with the same keys, and what it needs", config="train"),
 }
 GRACE_SECONDS = 5.0  # in which a launcher ends the other processes of a run when one has failed
 
@@ -169,8 +149,8 @@ def _run(options: argparse.Namespace) -> int:
         composed = True
         # Otherwise transformers warns of each image processor that it would rather have torchvision for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        module = command.dry_run if options.dry_run and command.dry_run else command.module
-        return importlib.import_module(module).run(config) or 0
+        name = "dry_run" if options.dry_run else file_of(options.command)
+        return importlib.import_module(f"microcinema.commands.{name}").run(config) or 0  # imports torch
     except UserError as error:
         _report(error, options.traceback, same_everywhere=not composed)
         return 2

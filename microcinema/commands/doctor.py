@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 from microcinema import __version__
 from microcinema.config.compose import compose, plain
+from microcinema.config.instantiate import Component
+from microcinema.config.schema import Train
 from microcinema.pipelines.base_model import check_base_weights
 from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import (
@@ -29,10 +31,6 @@ from microcinema.profiling.memory_estimate import (
     training_memory,
 )
 from microcinema.utils.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from microcinema.config.instantiate import Component
-    from microcinema.config.schema import Train
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
@@ -59,7 +57,7 @@ class Finding:
         return f"{self.status:<8} {self.topic:<11} {self.found}{advice}"
 
 
-def run(config: "Train") -> int:
+def run(config: Train) -> int:
     """Prints all findings. Returns 1 if the run cannot work, else 0."""
     # As accelerate takes it where the config leaves it open.
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -71,7 +69,7 @@ def run(config: "Train") -> int:
     return 1 if problems else 0
 
 
-def examine(config: "Train") -> Iterator[Finding]:
+def examine(config: Train) -> Iterator[Finding]:
     """All findings, the slowest last; `mixed_precision` of the config is decided."""
     # Of this process, as accelerate hands them out.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
@@ -104,7 +102,7 @@ def versions() -> Finding:
     return Finding("versions", text, PROBLEM if old else OK, f"pip install {required}")
 
 
-def devices(config: "Train", small: bool) -> Iterator[Finding]:
+def devices(config: Train, small: bool) -> Iterator[Finding]:
     """The devices, and whether they support the precision of the run; `small`: the base is an embedded one, which a CPU can train."""
     if not torch.cuda.is_available():
         bf16 = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "slow"
@@ -152,7 +150,7 @@ def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) ->
     return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
 
 
-def data(component: "Component", latents: str | None) -> Finding:
+def data(component: Component, latents: str | None) -> Finding:
     """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
     places = dict.fromkeys([*_places(plain(component.arguments)), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
@@ -188,7 +186,7 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     return Finding("base", f"{name}, {where}" + ", in the cache" * of_hub), folder
 
 
-def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Finding]:
+def needs(config: Train, folder: str, device: torch.device) -> Iterator[Finding]:
     """Free disk and memory against what the run and sampling from its model need; of the base only `folder` with its settings is read."""
     config = replace(config, base=replace(config.base, pretrained_model_name_or_path=folder, revision=None))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -216,7 +214,7 @@ def needs(config: "Train", folder: str, device: torch.device) -> Iterator[Findin
     yield memory("sampling", sampling, free, WARNING, with_less)
 
 
-def disk(config: "Train", networks: int, training: Estimate) -> Finding:
+def disk(config: Train, networks: int, training: Estimate) -> Finding:
     """Room for the checkpoints of a run and its pipeline; `networks`: bytes of the trained ones."""
     folder = Path(config.output_dir).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
@@ -241,7 +239,7 @@ def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str
     return Finding(topic, found, status, f"set {', '.join(advice)}")
 
 
-def ways_to_train_with_less(config: "Train", training: Estimate) -> list[str]:
+def ways_to_train_with_less(config: Train, training: Estimate) -> list[str]:
     """Settings that lower the memory of a run and are not made use of, the mildest first."""
     ways = {
         "gradient_checkpointing=true": not config.gradient_checkpointing,

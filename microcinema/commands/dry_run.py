@@ -7,18 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
 from microcinema.commands import train
+from microcinema.config.schema import Train
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, empty_predict_net, training_memory
 from microcinema.training.metrics import peak_memory
 from microcinema.utils.files import make_folder
-
-if TYPE_CHECKING:
-    from microcinema.config.schema import Train
 
 WARM_UP, MEASURED = 2, 5  # steps
 GIB = 2**30
@@ -55,7 +53,7 @@ class Prediction:
         return self.steps + self.checkpoints + self.validations
 
 
-def run(config: "Train") -> int:
+def run(config: Train) -> int:
     """Trains a few steps, saves a checkpoint, makes a validation video in each process; prints what it took and what the run will take.
 
     Nothing stays in output_dir. Exit status and errors are those of `train`.
@@ -88,7 +86,7 @@ def run(config: "Train") -> int:
     return 0
 
 
-def predict(config: "Train", processes: int, found: Measured) -> Prediction:
+def predict(config: Train, processes: int, found: Measured) -> Prediction:
     """What the run will take if it goes on as it was measured."""
     steps = config.max_train_steps
     clips = config.train_batch_size * config.gradient_accumulation_steps * processes
@@ -104,7 +102,7 @@ def predict(config: "Train", processes: int, found: Measured) -> Prediction:
     )
 
 
-def describe(config: "Train", processes: int, found: Measured, run: Prediction, estimate: Estimate) -> Iterator[str]:
+def describe(config: Train, processes: int, found: Measured, run: Prediction, estimate: Estimate) -> Iterator[str]:
     """The lines that are printed."""
     clips = config.train_batch_size * config.gradient_accumulation_steps * processes
     rate = found.median("clips_per_second")
@@ -147,7 +145,7 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _estimate(config: "Train") -> Estimate:
+def _estimate(config: Train) -> Estimate:
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     config, pipeline = replace(config, mixed_precision=precision), empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,26 +1,23 @@
 """The command `evaluate`: runs the protocol of the config and writes its numbers and a report."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from microcinema.config.schema import Evaluate
 from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
 from microcinema.sprites.protocol import SpritesProtocol
 from microcinema.utils.logging import quieten_libraries
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Evaluate
-
 DETECTORS = {"sprites": load_video_features}
 _TIMEOUT = timedelta(days=7)  # a process waits for as long as the clips of another take
 
 
-def run(config: "Evaluate") -> None:
+def run(config: Evaluate) -> None:
     """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path.
 
     Raises:

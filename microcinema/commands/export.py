@@ -1,11 +1,11 @@
 """The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from microcinema.config.compose import load, plain, to_yaml
+from microcinema.config.schema import Export, Train
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
@@ -30,14 +30,11 @@ from microcinema.utils.logging import quieten_libraries
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import open_template
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Export, Train
-
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
 
 
-def run(config: "Export") -> None:
+def run(config: Export) -> None:
     """Writes the pipeline that the config of `export` asks for.
 
     Raises:
@@ -64,7 +61,7 @@ def run(config: "Export") -> None:
     print(folder)
 
 
-def open_checkpoint(folder: Path, config: "Train", use_ema: bool) -> ImageToVideoPipeline:
+def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:
     """The pipeline of a training checkpoint; `config` is that of its run.
 
     Raises:
@@ -80,7 +77,7 @@ def open_checkpoint(folder: Path, config: "Train", use_ema: bool) -> ImageToVide
     return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, **parts)
 
 
-def open_run(folder: Path, config: "Train", use_ema: bool) -> ImageToVideoPipeline:
+def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:
     """The pipeline that a finished run has saved.
 
     Raises:
@@ -117,7 +114,7 @@ def write_card(
     folder: Path,
     files: Path,
     pipeline: ImageToVideoPipeline,
-    config: "Train",
+    config: Train,
     progress: Progress | None,
     averaged: bool,
 ) -> str:
@@ -145,7 +142,7 @@ def write_card(
     )
 
 
-def read_config(folder: Path) -> "Train":
+def read_config(folder: Path) -> Train:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"'{path}' is not there; give a checkpoint in the folder of its run, with the run's config")

@@ -1,24 +1,21 @@
 """The command `prepare check`: examines the clips of a data set and writes a manifest, which training reads, and a report."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet
 
+from microcinema.config.schema import PrepareCheck
 from microcinema.data.manifest import SCHEMA
 from microcinema.data.quality import Thresholds
 from microcinema.data.quality_check import check_clips
 from microcinema.data.quality_report import count_reasons, write_report
 from microcinema.utils.files import atomic_path, make_folder
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import PrepareCheck
-
 MANIFEST, REPORT, CHUNKS = "manifest.parquet", "report.html", "chunks"
 
 
-def run(config: "PrepareCheck") -> None:
+def run(config: PrepareCheck) -> None:
     """Checks the data set that the config describes and prints how many clips are rejected, and why.
 
     Raises:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from microcinema.config.schema import PrepareLatents
 from microcinema.data import latent_writer
 from microcinema.data.latents import Layout
 from microcinema.data.optical_flow import FlowClips
@@ -20,11 +21,8 @@ from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.cached_latents_check import fingerprint
 from microcinema.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import PrepareLatents
 
-
-def run(config: "PrepareLatents") -> None:
+def run(config: PrepareLatents) -> None:
     """Encodes the clips of the run that the config describes into its folder `cached_latents`, and prints their number and size.
 
     Raises:
@@ -105,7 +103,7 @@ def encode_clips(
         print(f"cached_latents={folder} trains on them, with the keys of this command")
 
 
-def _pipeline(config: "PrepareLatents") -> ImageToVideoPipeline:
+def _pipeline(config: PrepareLatents) -> ImageToVideoPipeline:
     base = load_base(**vars(config.base))
     parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     return build_pipeline(config, base.scheduler, **parts, **build_networks(config, base))

@@ -1,17 +1,13 @@
 """The command `prepare preview`: a picture of the first clips of a training run, as the model will see them."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from microcinema.config.schema import PreparePreview
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.video_writer import write_contact_sheet
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import PreparePreview
 
-
-def run(config: "PreparePreview") -> None:
+def run(config: PreparePreview) -> None:
     """Draws samples 0 to `max_samples - 1` of training, with the captions that the model reads.
 
     Raises:

@@ -1,17 +1,14 @@
-"""The command `prepare`: Moving Sprites on disk."""
+"""The command `prepare sprites`: renders Moving Sprites to disk."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from microcinema.config.schema import PrepareSprites
 from microcinema.sprites.dataset import TRUTH_FILE, write_dataset
 from microcinema.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import PrepareSprites
 
-
-def run(config: "PrepareSprites") -> None:
-    """Renders the data set that the config of `prepare` describes, and prints where it is.
+def run(config: PrepareSprites) -> None:
+    """Renders the data set and prints where it is.
 
     Raises:
         UserError: the folder holds something else, which the new data set would replace.
@@ -19,6 +16,6 @@ def run(config: "PrepareSprites") -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not (folder / TRUTH_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")
-    clip = config.num_frames, config.size, config.fps
-    write_dataset(folder, config.num_videos, config.seed, config.split, *clip, rotation_weight=config.rotation_weight)
+    shape = config.num_frames, config.size, config.fps
+    write_dataset(folder, config.num_videos, config.seed, config.split, *shape, rotation_weight=config.rotation_weight)
     print(f"{config.num_videos} clips in {folder}")

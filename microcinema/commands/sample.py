@@ -1,13 +1,12 @@
 """The command `sample`: key frames and videos of a prompt, or of a file of prompts, shared among all processes."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from microcinema.config.compose import plain
+from microcinema.config.schema import Sample
 from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
 from microcinema.pipelines.sample_folder import SampleFolder
@@ -15,11 +14,8 @@ from microcinema.pipelines.sampler import Sampler
 from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.utils.logging import quieten_libraries
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Sample
 
-
-def run(config: "Sample") -> None:
+def run(config: Sample) -> None:
     """Makes the samples that the config of `sample` describes.
 
     Raises:

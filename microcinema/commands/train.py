@@ -1,20 +1,14 @@
 """The command `train`: trains the video model that the config describes."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from microcinema.config.schema import Train
 from microcinema.training.build import build_trainer
 from microcinema.training.preemption import EXIT_STATUS, Preempted
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Train
 
-
-def run(config: "Train", on_metrics: Callable[[dict[str, float]], None] | None = None) -> int:
+def run(config: Train, on_metrics: Callable[[dict[str, float]], None] | None = None) -> int:
     """Builds accelerator, networks, data and trainer, and trains; by every process of a distributed run.
-
-    Args:
-        on_metrics: as in `Trainer`.
 
     Returns:
         The exit status: 0, or `EXIT_STATUS` after a preemption, to be continued with resume_from_checkpoint=latest.
