@@ -56,7 +56,7 @@ def load_base(
         pretrained_model_name_or_path: an embedded model, a folder, or a hub repository (`owner/name`).
         revision: of a hub repository: a branch, tag or commit.
         variant: of the weight files, such as `fp16`.
-        prediction_type: the prediction type that its files are expected to state; None: any.
+        prediction_type: that its files are expected to state; None: any.
         torch_dtype: of the weights in memory, whatever they are stored in.
         weights: False: networks newly initialized from their configs, in torch's default dtype.
 
@@ -70,8 +70,7 @@ def load_base(
     actual = scheduler.config["prediction_type"]
     if prediction_type not in (None, actual):
         raise UserError(
-            f"base.prediction_type is {prediction_type}, but the scheduler file of '{name}' says {actual}; "
-            "set base.prediction_type=null, or name another base"
+            f"base.prediction_type is {prediction_type}, but '{name}' says {actual}; set it to null, or name another base"
         )
     classes = {**BASE_COMPONENTS, "unet": UNet2DConditionModel}
     if weights:
@@ -84,44 +83,27 @@ def load_base(
 def load_base_components(
     base: str | None, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """The VAE, text encoder and tokenizer of a base, for a video pipeline that was saved without them.
-
-    Raises:
-        UserError: the pipeline names no base, or that cannot be opened.
-    """
+    """The VAE, text encoder and tokenizer of a base, for a video pipeline that was saved without them."""
     if base is None:
-        raise UserError(
-            f"the video pipeline has no {', '.join(BASE_COMPONENTS)} and names no base to take them from; name a base"
-        )
+        raise UserError("the video pipeline has no VAE and text encoder, and no base to take them from; name one")
     return load_components(resolve_snapshot(base, BASE_COMPONENTS, revision, variant), BASE_COMPONENTS, variant, dtype)
 
 
 def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: Any) -> None:
-    """Refuses components that do not fit together.
-
-    Raises:
-        UserError: the UNet expects text embeddings of another width, or latents with another number of channels.
-    """
+    """Refuses a UNet that expects text embeddings of another width, or latents with another number of channels."""
     for component, width, argument in (
         ("text encoder's width", text_encoder.config.hidden_size, "cross_attention_dim"),
         ("VAE's number of latent channels", vae.config["latent_channels"], "in_channels"),
     ):
-        if width != unet.config[argument]:
-            raise UserError(
-                f"'{source}': the {component} is {width}, but its UNet has {argument}={unet.config[argument]}; "
-                "use files of one model"
-            )
+        if width != (expected := unet.config[argument]):
+            fault = f"the {component} is {width}, but its UNet has {argument}={expected}"
+            raise UserError(f"'{source}': {fault}; use files of one model")
 
 
 def check_base_weights(folder: str, variant: str | None = None) -> None:
-    """Checks, without reading them, that a base's folder has the weights of every network.
-
-    Raises:
-        UserError: a network has none, or they are pickles or of another variant.
-    """
-    for name in (*BASE_COMPONENTS, "unet"):
-        if name != "tokenizer":
-            check_weight_files(Path(folder, name), variant)
+    """Checks each network's weight files in a base's folder, see `check_weight_files`."""
+    for name in ("vae", "text_encoder", "unet"):
+        check_weight_files(Path(folder, name), variant)
 
 
 def _check_unet_config(name: str, folder: str) -> None:
@@ -142,6 +124,4 @@ def _check_unet_config(name: str, folder: str) -> None:
         raise UserError(f"{prefix}: {error}") from None
     inputs, outputs = config.get("in_channels", 4), config.get("out_channels", 4)
     if inputs != outputs:
-        raise UserError(
-            f"{prefix}: its UNet has {inputs} input and {outputs} output channels (inpainting or the like); {advice}"
-        )
+        raise UserError(f"{prefix}: its UNet has {inputs} input and {outputs} output channels; {advice}")

@@ -38,17 +38,12 @@ def load_image_encoder(
 
     Returns:
         `image_encoder`, `image_mean` and `image_std`, by these names.
-
-    Raises:
-        UserError: there is no image encoder, or it cannot be opened.
     """
     if name is None:
         folder = Path(resolve_snapshot(base, [IMAGE_ENCODER] if weights else [], revision, variant))
         if component_class(load_index(str(folder)), IMAGE_ENCODER) is None:
-            raise UserError(
-                f"the base '{base}' has no image encoder, which model.adapter needs; name one, such as "
-                "model.image_encoder=openai/clip-vit-large-patch14, or set model.adapter=null"
-            )
+            advice = "name one, such as model.image_encoder=openai/clip-vit-large-patch14, or set model.adapter=null"
+            raise UserError(f"the base '{base}' has no image encoder, which model.adapter needs; {advice}")
         network, processor = folder / IMAGE_ENCODER, folder / "feature_extractor" / _PROCESSOR
     else:
         network = Path(resolve_snapshot(name, ["."] if weights else []))
@@ -64,13 +59,7 @@ def load_image_encoder(
 
 
 def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> dict[str, Any]:
-    """The encoder and tokenizer of a T5.
-
-    Args:
-        name: an embedded model, a folder or a hub repository (such as `google/flan-t5-base`) in the layout of transformers.
-
-    Returns:
-        `motion_encoder` and `motion_tokenizer`, by these names.
+    """`motion_encoder` and `motion_tokenizer`, by these names, of a T5 in the layout of transformers (as `google/flan-t5-base`).
 
     Raises:
         UserError: there is no such model, or it is not a T5.
@@ -94,8 +83,7 @@ def encode_text(
 ) -> Tensor:
     """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion.
 
-    Args:
-        device: to compute on; None: where the encoder is. With offloading that is elsewhere until it is called.
+    `device` is where to compute; None: where the encoder is. With offloading that is elsewhere until it is called.
     """
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -109,11 +97,7 @@ def encode_motion_tokens(
     num_tokens: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Motion tokens `b k e` of motion captions, padded with zeros or cut to k = `num_tokens`.
-
-    Args:
-        device: as in `encode_text`.
-    """
+    """Motion tokens `b k e` of motion captions, padded with zeros or cut to k = `num_tokens`; `device` as in `encode_text`."""
     tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
     tokens = tokens.to(device or encoder.device)
     states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -128,8 +112,6 @@ def encode_image_tokens(
     An image is resized to the encoder's square whatever its shape, so that nothing is cropped.
     """
     size = encoder.config.image_size
-    resized = functional.interpolate(
-        pixels.float(), (size, size), mode="bicubic", antialias=True, align_corners=False
-    ).clamp(-1, 1)
+    resized = functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     shift, scale = (torch.tensor(values, device=pixels.device).reshape(3, 1, 1) for values in (mean, std))
     return encoder(((resized + 1) / 2 - shift).div(scale).to(encoder.dtype)).last_hidden_state

@@ -31,15 +31,10 @@ PixelImage = Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Keyframe:
-    """An image at the video's size.
+    """An image at the video's size."""
 
-    Attributes:
-        image: RGB.
-        provenance: JSON values: source, original size, how it was resized, sha256 of its pixels.
-    """
-
-    image: Image.Image
-    provenance: dict[str, Any]
+    image: Image.Image  # RGB
+    provenance: dict[str, Any]  # JSON values: source, original size, how it was resized, sha256 of its pixels
 
 
 class KeyframePipeline:
@@ -50,7 +45,6 @@ class KeyframePipeline:
     Args:
         source: a text-to-image pipeline (frozen, called for every prompt), an image file (the same for every prompt), or a folder of
             images (one for every prompt, in the order of their names).
-        resize_mode: see `ResizeMode`.
         origin: name, revision and variant of a pipeline, for the provenance.
 
     Raises:
@@ -87,13 +81,7 @@ class KeyframePipeline:
         torch_dtype: torch.dtype = torch.float32,
         resize_mode: ResizeMode = "crop",
     ) -> "KeyframePipeline":
-        """Opens a saved text-to-image pipeline of any class that diffusers knows.
-
-        Args:
-            name: an embedded model, a folder or a hub repository.
-            revision: of a hub repository: a branch, tag or commit.
-            variant: of the weight files, such as `fp16`.
-            torch_dtype: of the weights in memory, whatever they are stored in.
+        """Opens a saved text-to-image pipeline of any class that diffusers knows; the arguments are those of `load_base`.
 
         Raises:
             UserError: it cannot be opened, or is not a text-to-image pipeline.
@@ -119,10 +107,8 @@ class KeyframePipeline:
         except UserError:
             raise
         except Exception as error:  # each library has its own for files that are missing or damaged
-            raise UserError(
-                f"cannot open the text-to-image pipeline '{path}' ({first_line(error)}); "
-                "give a complete diffusers pipeline of safetensors"
-            ) from error
+            fault = f"cannot open the text-to-image pipeline '{path}' ({first_line(error)})"
+            raise UserError(f"{fault}; give a complete diffusers pipeline of safetensors") from error
         return cls(pipeline, resize_mode, {"source": os.fspath(name), "revision": revision, "variant": variant})
 
     @property
@@ -166,7 +152,6 @@ class KeyframePipeline:
         """One key frame for every prompt, at the video's size.
 
         Args:
-            prompt: descriptions of the images.
             height, width: of the video, in pixels.
             generator: one for every prompt.
             draw_height, draw_width: size in pixels at which the pipeline draws; both None: its own.
@@ -179,34 +164,22 @@ class KeyframePipeline:
         if isinstance(self.source, Path):
             files = self.files or [self.source] * len(prompt)
             if len(files) != len(prompt):
-                raise UserError(
-                    f"folder '{self.source}' holds {len(files)} images for {len(prompt)} prompts; give one each"
-                )
-            return [
-                make_keyframe(open_image(file), height, width, {"source": str(file)}, self.resize_mode)
-                for file in files
+                raise UserError(f"'{self.source}' holds {len(files)} images for {len(prompt)} prompts; give one each")
+            images = [(open_image(file), {"source": str(file)}) for file in files]
+        else:
+            source = self.provenance(draw_height, draw_width, **arguments)
+            generators = generator or [None] * len(prompt)
+            # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
+            images = [
+                (self._draw(text, generators[i], source["arguments"]), {**source, "prompt": text})
+                for i, text in enumerate(prompt)
             ]
-        source = self.provenance(draw_height, draw_width, **arguments)
-        # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
-        return [
-            make_keyframe(
-                self._draw(text, None if generator is None else generator[i], source["arguments"]),
-                height,
-                width,
-                {**source, "prompt": text},
-                self.resize_mode,
-            )
-            for i, text in enumerate(prompt)
-        ]
+        return [make_keyframe(image, height, width, source, self.resize_mode) for image, source in images]
 
     def provenance(
         self, draw_height: int | None = None, draw_width: int | None = None, **arguments: Any
     ) -> dict[str, Any]:
-        """Provenance of the key frames that the pipeline draws with these arguments, apart from prompt and image.
-
-        Raises:
-            UserError: the pipeline has been unloaded or does not have an argument, or only one of height and width is given.
-        """
+        """Provenance of the key frames that the pipeline draws with these arguments of a call, apart from prompt and image."""
         if not isinstance(self.source, DiffusionPipeline):
             raise UserError("the text-to-image pipeline has been unloaded; open it again to draw")
         if (draw_height is None) != (draw_width is None):  # diffusers would ignore the other one
@@ -234,9 +207,8 @@ class KeyframePipeline:
             images = getattr(self.source(prompt=prompt, generator=generator, **arguments), "images", None)
         except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
             settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
-            raise UserError(
-                f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)}); change these settings"
-            ) from error
+            fault = f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)})"
+            raise UserError(f"{fault}; change these settings") from error
         if images is None:
             raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")
         return images[0]
@@ -245,10 +217,7 @@ class KeyframePipeline:
 def make_keyframe(
     image: Image.Image, height: int, width: int, source: Mapping[str, Any], resize_mode: ResizeMode = "crop"
 ) -> Keyframe:
-    """The image at the video's size, with its provenance.
-
-    Args:
-        source: first entries of the provenance.
+    """The image at the video's size, with its provenance, which begins with `source`.
 
     Raises:
         UserError: a size below one pixel, or an image of another size if `resize_mode` is `exact`.
@@ -258,10 +227,8 @@ def make_keyframe(
     pixels = np.array(image.convert("RGB"))
     size, target = (pixels.shape[0], pixels.shape[1]), (height, width)
     if resize_mode == "exact" and size != target:
-        raise UserError(
-            f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}; "
-            "give one of the video's size, or resize_mode=crop or stretch"
-        )
+        sizes = f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}"
+        raise UserError(f"{sizes}; give one of the video's size, or resize_mode=crop or stretch")
     scaled, (top, left) = (target, (0, 0)) if resize_mode == "stretch" else cover(size, target)
     frame = resize(rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w"), scaled)[0]
     cropped = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
@@ -278,11 +245,7 @@ def make_keyframe(
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file as RGB, rotated according to its EXIF data.
-
-    Raises:
-        UserError: there is no such file, or it is not an image.
-    """
+    """Reads an image file as RGB, rotated according to its EXIF data; what is no image is a UserError."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -292,11 +255,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def as_pil(image: PixelImage) -> Image.Image:
-    """The key frame as a PIL image.
-
-    Raises:
-        UserError: an array of another dtype or shape, or no image at all.
-    """
+    """The key frame as a PIL image; an array of another dtype or shape is a UserError."""
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -315,10 +274,8 @@ def _check_is_text_to_image(path: str, name: str | None) -> None:
     """Refuses, by its class and before its weights are read, a pipeline that does not make images from text."""
     cls = getattr(diffusers, name or "", None)
     if cls is None:
-        raise UserError(
-            f"'{path}' holds a {name}, which diffusers {diffusers.__version__} does not know; "
-            "give a text-to-image pipeline, or update diffusers"
-        )
+        fault = f"'{path}' holds a {name}, which diffusers {diffusers.__version__} does not know"
+        raise UserError(f"{fault}; give a text-to-image pipeline, or update diffusers")
     arguments = set(inspect.signature(cls.__call__).parameters)
     if not {"prompt", "height"} <= arguments or {"image", "num_frames"} & arguments:
         raise UserError(f"'{path}' holds a {name}, which does not make images from text; give a text-to-image pipeline")

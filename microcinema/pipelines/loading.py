@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microcinema.models.weights import check_keys, load_checked
@@ -26,17 +20,11 @@ from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
-# Older files hold position_ids, which is a constant and no longer a weight.
-_CONSTANTS = ("position_ids",)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def resolve_model_path(name: str | os.PathLike[str]) -> str:
-    """The folder of a local or embedded model; the name of a hub repository is returned unchanged.
-
-    Raises:
-        UserError: the name is none of the three.
-    """
+    """The folder of a local or embedded model; the name of a hub repository is returned unchanged, any other refused."""
     text = os.fspath(name)
     if Path(text).is_dir():
         return text
@@ -49,10 +37,8 @@ def resolve_model_path(name: str | os.PathLike[str]) -> str:
         )
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
-    embedded = ", ".join(sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}")))
-    raise UserError(
-        f"model '{text}' is neither a folder nor an embedded model ({embedded or 'none'}) nor an owner/name of the hub"
-    )
+    names = ", ".join(sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}")))
+    raise UserError(f"model '{text}' is neither a folder nor an embedded model ({names}) nor an owner/name of the hub")
 
 
 def is_embedded(name: str | os.PathLike[str]) -> bool:
@@ -66,11 +52,7 @@ def resolve_snapshot(
     revision: str | None = None,
     variant: str | None = None,
 ) -> str:
-    """The folder of a local or embedded model, or the cached folder of a hub repository with these components' weights.
-
-    Raises:
-        UserError: there is no such model, or a revision is given for a folder.
-    """
+    """The folder of a local or embedded model, or the cached folder of a hub repository, see `download_snapshot`."""
     source = resolve_model_path(name)
     if not Path(source).is_dir():
         return download_snapshot(source, components, revision, variant)
@@ -89,7 +71,6 @@ def download_snapshot(
         components: subfolders whose weights are needed, as safetensors of this variant; "." is the repository's root. Configs and
             vocabularies are always included.
         revision: a branch, tag or commit.
-        variant: of the weight files, such as `fp16`.
 
     Raises:
         UserError: it is neither cached nor available; the message says how to download it.
@@ -108,13 +89,13 @@ def download_snapshot(
 
 
 def _download_error(title: str, command: str, error: Exception) -> str:
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"the hub has no {title}; name a branch, tag or commit of that repository"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, hub_errors.GatedRepoError):
         return f"{title} is gated; accept its terms on its page at the hub, then run `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+    if isinstance(error, hub_errors.RepositoryNotFoundError | hub_errors.HFValidationError):
         return f"{title} is neither a folder nor a public repository of the hub; check the name, or run `hf auth login`"
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):
         reason = "the hub is offline (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         cache = os.path.expanduser(constants.HF_HUB_CACHE)
         return f"{title} is not a folder and not complete in the hub's cache '{cache}', and {reason}; run: {command}"
@@ -122,17 +103,12 @@ def _download_error(title: str, command: str, error: Exception) -> str:
 
 
 def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Contents of a saved pipeline's `model_index.json`.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """Contents of a saved pipeline's `model_index.json`."""
     folder = resolve_snapshot(source, revision=revision)
     try:
         return dict(DiffusionPipeline.load_config(folder))
     except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"cannot read '{folder}/{INDEX}' ({reason}); give a saved diffusers pipeline") from None
+        raise UserError(f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a diffusers pipeline") from None
 
 
 def component_class(index: Mapping[str, Any], name: str) -> str | None:
@@ -141,11 +117,7 @@ def component_class(index: Mapping[str, Any], name: str) -> str | None:
 
 
 def load_scheduler_config(folder: str) -> dict[str, Any]:
-    """Config of a saved pipeline's scheduler.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Config of a saved pipeline's scheduler."""
     try:
         return dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
     except (OSError, ValueError) as error:
@@ -159,14 +131,7 @@ def load_components(
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
 ) -> dict[str, Any]:
-    """Components of a saved pipeline, each as by `load_component`.
-
-    Args:
-        classes: the expected class of each component, by name.
-
-    Raises:
-        UserError: a component is missing, of another class, or its weights do not match the network.
-    """
+    """Components of a saved pipeline by name, each of the given class and loaded as by `load_component`."""
     index = load_index(folder)
     components = {}
     for name, cls in classes.items():
@@ -192,7 +157,6 @@ def load_component(
     Args:
         path: the component's folder.
         cls: a network class of diffusers or transformers, or a tokenizer class.
-        variant: of the weight files, such as `fp16`.
         dtype: of the weights in memory, whatever they are stored in.
         weights: False: newly initialized from the config, in torch's default dtype.
         ignore_prefixes: stored weights whose names begin so are skipped.
@@ -210,10 +174,10 @@ def load_component(
         check_weight_files(path, variant, needed=not cls.__module__.startswith("microcinema."))
         if issubclass(cls, PreTrainedModel):
             network, info = cls.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
-            skipped = [
-                key for key in info["unexpected_keys"] if key.endswith(_CONSTANTS) or key.startswith(ignore_prefixes)
-            ]
-            check_keys(info["missing_keys"], set(info["unexpected_keys"]) - set(skipped), f"'{path}'")
+            keys = [key for key in info["unexpected_keys"] if not key.startswith(ignore_prefixes)]
+            # Older files hold position_ids, which is a constant and no longer a weight.
+            keys = [key for key in keys if not key.endswith("position_ids")]
+            check_keys(info["missing_keys"], keys, f"'{path}'")
         else:
             network = load_checked(cls.from_pretrained, path, variant=variant, use_safetensors=True)
     except UserError:
@@ -232,11 +196,7 @@ def freeze(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torc
 
 
 def refuse_pickles(path: Path) -> None:
-    """Refuses a component's folder whose weights are pickles only, and says how to convert them.
-
-    Raises:
-        UserError: it has pickled weights and no safetensors.
-    """
+    """Refuses a component's folder whose weights are pickles only, and says how to convert them."""
     pickles = sorted(file.name for file in path.glob("*") if file.suffix in _PICKLES)
     if pickles and not any(path.glob("*.safetensors")):
         raise UserError(
@@ -247,14 +207,7 @@ def refuse_pickles(path: Path) -> None:
 
 
 def check_weight_files(path: Path, variant: str | None, needed: bool = True) -> None:
-    """Checks, without reading them, the weight files in a component's folder.
-
-    Args:
-        needed: False: a network without weights may have no file.
-
-    Raises:
-        UserError: there are no weights, only pickles, or none of this variant.
-    """
+    """Refuses, without reading them, a component's folder with pickles, without weights (if needed) or of another variant."""
     refuse_pickles(path)
     names = sorted(file.name for file in path.glob("*.safetensors"))
     if not names and needed:

@@ -21,26 +21,19 @@ class Windows:
     All windows read the same latents, and their predictions become one for the whole video, so that neighbors agree from the
     first step on (temporal co-denoising, arXiv 2305.18264).
 
-    Args:
-        frames: of the video.
-        length: of a window: the number of frames that the model was trained with. A video no longer than this is one window.
-        overlap: least number of frames that neighbors share; None: half of `length`.
-
     Raises:
         UserError: the overlap is negative, or not smaller than a window.
     """
 
-    frames: int
-    length: int
-    overlap: int | None = None
+    frames: int  # of the video
+    length: int  # of a window: the frames that the model was trained with; a video no longer than this is one window
+    overlap: int | None = None  # least number of frames that neighbors share; None: half of `length`
 
     def __post_init__(self) -> None:
         if self.overlap is None:
             object.__setattr__(self, "overlap", self.length // 2)
         elif not 0 <= self.overlap < self.length:
-            raise UserError(
-                f"window_overlap is {self.overlap}; windows have {self.length} frames, so use 0 to {self.length - 1}"
-            )
+            raise UserError(f"window_overlap is {self.overlap}, of {self.length} frames; use 0 to {self.length - 1}")
 
     @property
     def slices(self) -> list[slice]:
@@ -52,12 +45,7 @@ class Windows:
         return [slice(start, start + min(self.length, self.frames)) for start in starts]
 
     def average(self, predict: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """The prediction for a whole video: at every frame, the mean over the windows that contain it.
-
-        Args:
-            predict: maps the frames of a window, `b length ...`, to a prediction of the same shape.
-            z: `b f ...`.
-        """
+        """The prediction for a whole video `b f ...`: at every frame, the mean of `predict` over the windows that contain it."""
         slices = self.slices
         if len(slices) == 1:
             return predict(z)
@@ -75,11 +63,7 @@ class Windows:
 
 
 def check_continuation(num_segments: int, num_frames: int, keyframe_position: str | int) -> None:
-    """Refuses numbers of segments and frames with which no segment can continue another.
-
-    Raises:
-        UserError: no segment, segments of one frame, or a model whose key frame is not the first frame of a clip.
-    """
+    """Refuses no segment, several of one frame, and several of a model whose key frame is not the first frame of a clip."""
     if num_segments < 1:
         raise UserError(f"num_segments is {num_segments}; use a number >= 1")
     if num_segments == 1:
@@ -87,10 +71,8 @@ def check_continuation(num_segments: int, num_frames: int, keyframe_position: st
     if num_frames < 2:
         raise UserError(f"num_frames is {num_frames}; with several segments each needs at least 2")
     if keyframe_index(keyframe_position, num_frames) != 0:
-        raise UserError(
-            f"num_segments is {num_segments}, but a segment starts from the last frame of the one before, and this model's key frame "
-            f"is not the first frame (keyframe_position={keyframe_position}); use num_segments=1, or another model"
-        )
+        fault = f"num_segments is {num_segments}, but this model's key frame is not the first (keyframe_position={keyframe_position})"
+        raise UserError(f"{fault}, so that no segment can continue another; use num_segments=1, or another model")
 
 
 def join_segments(segments: Sequence[Tensor]) -> Tensor:

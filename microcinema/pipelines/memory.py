@@ -59,9 +59,8 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
     denoiser = networks.get("unet", networks.get("transformer"))
     _check_device(settings, device)
     if settings.compile and denoiser is None:
-        raise UserError(
-            f"compile=true, but {type(pipeline).__name__} has neither a unet nor a transformer; use compile=false"
-        )
+        name = type(pipeline).__name__
+        raise UserError(f"compile=true, but {name} has neither a unet nor a transformer; use compile=false")
     for option in ("slicing", "tiling"):
         if getattr(settings, f"vae_{option}") and "vae" in networks:
             try:
@@ -87,13 +86,10 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
 
 def _check_device(settings: MemorySettings, device: torch.device) -> None:
     if settings.offload != "none" and device.type == "cpu":
-        raise UserError(
-            f"offload={settings.offload} saves memory of a GPU, and the device is the CPU; use offload=none"
-        )
+        raise UserError(f"offload={settings.offload} saves GPU memory, and the device is the CPU; use offload=none")
     if settings.attention == "xformers":
         if find_spec("xformers") is None:
-            raise UserError(
-                'attention=xformers, but xformers is not installed; pip install "microcinema[xformers]", or use attention=sdpa'
-            )
+            advice = 'pip install "microcinema[xformers]", or use attention=sdpa'
+            raise UserError(f"attention=xformers, but xformers is not installed; {advice}")
         if device.type != "cuda":
             raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")

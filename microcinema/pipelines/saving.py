@@ -67,8 +67,7 @@ def write_pipeline(pipeline: ImageToVideoPipeline, folder: Path, with_base: bool
         _write_light(pipeline, folder)
     for file in (folder / INDEX, *folder.glob("*/config.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        # The path from which a component was opened means nothing on another machine.
-        if content.pop("_name_or_path", None) is not None:
+        if content.pop("_name_or_path", None) is not None:  # it means nothing on another machine
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -101,24 +100,13 @@ def _embedded_unet_weights(name: str) -> dict[str, torch.Tensor]:
 
 
 def load_source_weights(folder: str, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The UNet weights that a light folder takes from its `unet_source`; empty if the folder has all weights.
-
-    Args:
-        index: contents of the folder's `model_index.json`.
-
-    Raises:
-        UserError: the source is missing.
-    """
+    """The UNet weights that a light folder, of this index, takes from its `unet_source`; empty if it has all weights."""
     source, is_light = index.get("unet_source"), not any(Path(folder, name).is_dir() for name in BASE_COMPONENTS)
     return _embedded_unet_weights(source) if is_light and source is not None and is_embedded(source) else {}
 
 
 def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torch.dtype) -> VideoUNet:
-    """The UNet of a light folder, completed by the weights of its source.
-
-    Raises:
-        UserError: together they are not all of its weights.
-    """
+    """The UNet of a light folder, completed by the weights of its source."""
     unet = VideoUNet.from_config(VideoUNet.load_config(folder))
     expected, stored = unet.state_dict().keys(), load_file(folder / _WEIGHTS)
     weights = {name: value for name, value in source.items() if name in expected} | stored
@@ -143,18 +131,13 @@ def load_pipeline(
     folder = resolve_snapshot(name, [*_TRAINED, *BASE_COMPONENTS, *_ENCODERS])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
-        raise UserError(
-            f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline that was saved by training"
-        )
+        raise UserError(f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline saved by training")
     source = load_source_weights(folder, index)
     classes = {key: cls for key, cls in _TRAINED.items() if not (source and key == "unet")}
     if all(Path(folder, key).is_dir() for key in BASE_COMPONENTS):
         classes |= BASE_COMPONENTS
     classes |= {key: cls for key, cls in _ENCODERS.items() if component_class(index, key) is not None}
-    components: dict[str, Any] = {
-        **dict.fromkeys(BASE_COMPONENTS),
-        **load_components(folder, classes, dtype=torch_dtype),
-    }
+    components = dict.fromkeys(BASE_COMPONENTS) | load_components(folder, classes, dtype=torch_dtype)
     if source:
         components["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     config = load_scheduler_config(folder)
@@ -175,11 +158,10 @@ def load_keyframe_pipeline(
     variant: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> KeyframePipeline:
-    """The text-to-image pipeline `name`, or the base of a video model.
+    """The text-to-image pipeline `name`, as by `KeyframePipeline.from_pretrained`, or the base of a video model.
 
     Args:
         video: a video pipeline, or the name of a saved one, of which only the index is read.
-        the rest: as in `KeyframePipeline.from_pretrained`.
 
     Raises:
         UserError: no name is given and the video pipeline has no base, or it cannot be opened.
