@@ -168,13 +168,13 @@ class KeyframePipeline:
             images = [(open_image(file), {"source": str(file)}) for file in files]
         else:
             source = self.provenance(draw_height, draw_width, **arguments)
-            generators = generator or [None] * len(prompt)
+            generators: Sequence[torch.Generator | None] = generator or [None] * len(prompt)
             # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
             images = [
                 (self._draw(text, generators[i], source["arguments"]), {**source, "prompt": text})
                 for i, text in enumerate(prompt)
             ]
-        return [make_keyframe(image, height, width, source, self.resize_mode) for image, source in images]
+        return [make_keyframe(image, height, width, entries, self.resize_mode) for image, entries in images]
 
     def provenance(
         self, draw_height: int | None = None, draw_width: int | None = None, **arguments: Any

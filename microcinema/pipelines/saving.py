@@ -137,7 +137,8 @@ def load_pipeline(
     if all(Path(folder, key).is_dir() for key in BASE_COMPONENTS):
         classes |= BASE_COMPONENTS
     classes |= {key: cls for key, cls in _ENCODERS.items() if component_class(index, key) is not None}
-    components = dict.fromkeys(BASE_COMPONENTS) | load_components(folder, classes, dtype=torch_dtype)
+    components: dict[str, Any] = dict.fromkeys(BASE_COMPONENTS)
+    components |= load_components(folder, classes, dtype=torch_dtype)
     if source:
         components["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     config = load_scheduler_config(folder)
