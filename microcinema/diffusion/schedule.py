@@ -34,7 +34,7 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     """
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     shift = overrides.pop("snr_shift", 1.0)
-    if "beta_schedule" not in base_config and "trained_betas" not in base_config:
+    if not {"beta_schedule", "trained_betas"} & set(base_config):
         raise UserError(f"'{base_config.get('_class_name')}' has no betas; use a base with a DDPM-like schedule")
     settings = {**overrides, **_FOR_LATENTS}
     scheduler, unused = DDPMScheduler.from_config(dict(base_config), **settings, return_unused_kwargs=True)
@@ -77,11 +77,9 @@ def match_snr_timesteps(schedule: SchedulerMixin, reference: SchedulerMixin) -> 
     With these timesteps as its input, a network that was pretrained with the reference schedule sees noise levels that it knows. More
     noise than in the reference, such as zero signal, maps to its last timestep.
     """
-    log_nsr = []
-    for scheduler in (schedule, reference):
-        abar = scheduler.alphas_cumprod.double()
-        log_nsr.append((torch.log1p(-abar) - abar.log()).numpy())  # rises with t; infinite at zero signal
-    new, old = log_nsr
+    abars = (scheduler.alphas_cumprod.double() for scheduler in (schedule, reference))
+    # The logarithm of 1 / SNR, which rises with t and is infinite at zero signal.
+    new, old = ((torch.log1p(-abar) - abar.log()).numpy() for abar in abars)
     finite = np.isfinite(old)
     return torch.from_numpy(np.interp(new, old[finite], np.flatnonzero(finite))).float()
 
@@ -93,10 +91,8 @@ def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> 
     """
     value, trained = overrides.get("prediction_type"), base.config["prediction_type"]
     if value not in (None, trained):
-        raise UserError(
-            f"diffusion.scheduler.prediction_type is {value}, but the base was trained with {trained} and "
-            "trainable_parameters=temporal freezes its layers; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all"
-        )
+        fault = f"diffusion.scheduler.prediction_type is {value}, but the frozen layers were trained with {trained}"
+        raise UserError(f"{fault}; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all")
 
 
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:

@@ -51,11 +51,7 @@ LayerFunction = Callable[[int, ResnetBlock2D, Transformer2DModel | None, Tensor]
 
 
 def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of the networks built here, from a UNet2DConditionModel's config.
-
-    Raises:
-        UserError: the config has a feature that is not supported; names the key and its value.
-    """
+    """Constructor arguments of the networks built here, from a UNet2DConditionModel's config; refuses unsupported features."""
     defaults = {k: p.default for k, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items()}
     for key, value in config.items():
         if key.startswith("_") or key in UNET2D_ARGUMENTS:

@@ -152,10 +152,9 @@ def load_component(
     weights: bool = True,
     ignore_prefixes: tuple[str, ...] = (),
 ) -> Any:
-    """A tokenizer, or a frozen network in evaluation mode.
+    """A tokenizer, or a frozen network in evaluation mode, from the component's folder.
 
     Args:
-        path: the component's folder.
         cls: a network class of diffusers or transformers, or a tokenizer class.
         dtype: of the weights in memory, whatever they are stored in.
         weights: False: newly initialized from the config, in torch's default dtype.

@@ -57,7 +57,14 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
     device = torch.device(device)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     denoiser = networks.get("unet", networks.get("transformer"))
-    _check_device(settings, device)
+    if settings.offload != "none" and device.type == "cpu":
+        raise UserError(f"offload={settings.offload} saves GPU memory, and the device is the CPU; use offload=none")
+    if settings.attention == "xformers":
+        if find_spec("xformers") is None:
+            advice = 'pip install "microcinema[xformers]", or use attention=sdpa'
+            raise UserError(f"attention=xformers, but xformers is not installed; {advice}")
+        if device.type != "cuda":
+            raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")
     if settings.compile and denoiser is None:
         name = type(pipeline).__name__
         raise UserError(f"compile=true, but {name} has neither a unet nor a transformer; use compile=false")
@@ -82,14 +89,3 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         pipeline.to(device)
     if settings.compile and denoiser is not None:
         denoiser.compile()
-
-
-def _check_device(settings: MemorySettings, device: torch.device) -> None:
-    if settings.offload != "none" and device.type == "cpu":
-        raise UserError(f"offload={settings.offload} saves GPU memory, and the device is the CPU; use offload=none")
-    if settings.attention == "xformers":
-        if find_spec("xformers") is None:
-            advice = 'pip install "microcinema[xformers]", or use attention=sdpa'
-            raise UserError(f"attention=xformers, but xformers is not installed; {advice}")
-        if device.type != "cuda":
-            raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")
