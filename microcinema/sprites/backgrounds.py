@@ -45,9 +45,8 @@ def _brick(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
     width, height = 21.0, 10.5
     row = (y + rng.uniform(0, height)) / height
     column = (x + rng.uniform(0, width)) / width + 0.5 * (np.floor(row) % 2)
-    to_joint = np.minimum(
-        width * np.minimum(column % 1, 1 - column % 1), height * np.minimum(row % 1, 1 - row % 1)
-    )  # distance to the mortar's middle, in scene units
+    across, along = (np.minimum(position % 1, 1 - position % 1) for position in (column, row))
+    to_joint = np.minimum(width * across, height * along)  # distance to the mortar's middle, in scene units
     tone = rng.uniform(0.05, 0.42, (16, 16))[np.floor(row).astype(int) % 16, np.floor(column).astype(int) % 16]
     mortar = np.clip(1.6 - to_joint, 0, 1)
     return tone * (1 - mortar) + 0.92 * mortar
@@ -56,11 +55,8 @@ def _brick(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _water(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sway = 2.5 * _waves(x, y, rng, (22, 44), 4)
     crests = sin(2 * np.pi / 13 * (y + sway) + rng.uniform(0, 2 * np.pi))
-    return (
-        0.34
-        + 0.34 * exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
-        + 0.08 * _waves(x, y, rng, (26, 60), 3)
-    )
+    light = 0.34 * exp(2.2 * (crests - 1)) * (1.2 + 0.5 * _waves(x, y, rng, (24, 48), 3))
+    return 0.34 + light + 0.08 * _waves(x, y, rng, (26, 60), 3)
 
 
 def _wood(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from microcinema.data.video_writer import write_video
-from microcinema.sprites.scene import Sprite, combined_caption, describe, describe_motion, render, sample_attributes
+from microcinema.sprites import scene
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 
@@ -33,7 +33,7 @@ def write_dataset(
 ) -> Path:
     """Renders clips 0 to `num_videos - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
 
-    The truth file has one line a clip: its sprite, from which `render` gives masks and flow exactly, with the frames, size and fps that it was rendered with.
+    Each line of the truth file has a clip's sprite, frames, size and fps, from which `render` gives masks and flow exactly.
 
     Raises:
         UserError: nothing to render, or the folder cannot be written.
@@ -48,23 +48,20 @@ def write_dataset(
             table = csv.writer(table_file)
             table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
             for index in tqdm(range(num_videos), desc="render Moving Sprites", unit="clip", disable=not progress):
-                sprite = sample_attributes(seed, index, split, rotation_weight)
+                sprite = scene.sample_attributes(seed, index, split, rotation_weight)
                 first = index - index % _CLIPS_PER_FOLDER
-                page = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}"
-                video_id = f"{index:06d}"
+                page, video_id = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}", f"{index:06d}"
                 video = partial / "videos" / page / f"{video_id}.mp4"
                 video.parent.mkdir(parents=True, exist_ok=True)
-                write_video(video, render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
-                duration = f"PT00H00M{round(num_frames / fps):02d}S"
-                table.writerow(
-                    [video_id, "", duration, page, combined_caption(sprite), describe(sprite), describe_motion(sprite)]
-                )
+                write_video(video, scene.render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
+                captions = scene.combined_caption(sprite), scene.caption(sprite), scene.motion_caption(sprite)
+                table.writerow([video_id, "", f"PT00H00M{round(num_frames / fps):02d}S", page, *captions])
                 truth = {"videoid": video_id, "num_frames": num_frames, "size": size, "fps": fps}
                 truth_file.write(json.dumps({**truth, "sprite": dataclasses.asdict(sprite)}) + "\n")
     return Path(folder)
 
 
-def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Sprite, int, int, float]]:
+def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, scene.Sprite, int, int, float]]:
     """Yields (videoid, sprite, num_frames, size, fps) for every clip of a folder that `write_dataset` made.
 
     Raises:
@@ -73,7 +70,5 @@ def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Sprite, in
     path = Path(folder) / TRUTH_FILE
     if not path.is_file():
         raise UserError(f"'{path}' not found; render the data set with `microcinema prepare sprites`")
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield row["videoid"], Sprite(**row["sprite"]), row["num_frames"], row["size"], row["fps"]
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        yield row["videoid"], scene.Sprite(**row["sprite"]), row["num_frames"], row["size"], row["fps"]

@@ -24,9 +24,7 @@ class GroundTruthFlow:
         if not isinstance(dataset, ClipDataset) or dataset.root is None:
             raise UserError("the true flow is known for the folder of Moving Sprites only; use model.flow_model=dis")
         if dataset.clip_position != "first" or len(set(dataset.reader.size)) != 1:
-            raise UserError(
-                "the true flow is known for square clips from the beginning (clip_position=first) only; use model.flow_model=dis"
-            )
+            raise UserError("the true flow needs square clips and clip_position=first; use model.flow_model=dis")
         self._sprites = {name: sprite for name, sprite, *_ in read_truth(dataset.root)}
 
     def __call__(self, item: dict[str, Any]) -> Flow:

@@ -42,8 +42,8 @@ def flow_error(
         item = {
             "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
             "caption": scene.combined_caption(sprite),
-            "description": scene.describe(sprite),
-            "motion": scene.describe_motion(sprite),
+            "description": scene.caption(sprite),
+            "motion": scene.motion_caption(sprite),
             "fps": fps,
             "sample_index": number,
         }

@@ -42,9 +42,9 @@ def pipeline_maker(
     """Clips of a video model. All clips of a key frame start from the same noise, so that only their captions differ."""
 
     def make(sprites: Sequence[scene.Sprite], keyframe: np.ndarray) -> np.ndarray:
-        motions = [scene.describe_motion(sprite) for sprite in sprites]
+        motions = [scene.motion_caption(sprite) for sprite in sprites]
         has_two = pipeline.uses_motion_caption
-        captions = [(scene.describe if has_two else scene.combined_caption)(sprite) for sprite in sprites]
+        captions = [(scene.caption if has_two else scene.combined_caption)(sprite) for sprite in sprites]
         output = pipeline(
             captions,
             keyframe,

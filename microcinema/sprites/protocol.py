@@ -42,21 +42,13 @@ class Task:
         return scene.combined_caption(self.sprite)
 
     def item(self, uses_motion_caption: bool, image: np.ndarray | None = None) -> PromptItem:
-        """The clip as an item of the sampler. All models draw the same key frames, from the whole caption.
-
-        Args:
-            uses_motion_caption: whether the model has an encoder of motion captions.
-            image: the key frame, uint8 (h, w, 3); None: stage 1 draws it.
-        """
-        content, motion = self.captions if uses_motion_caption else (self.prompt, None)
+        """The clip as an item of the sampler, with its key frame `image`, uint8 (h, w, 3); None: stage 1 draws it from the whole caption."""
+        content, motion = self.prompt, None
+        if uses_motion_caption:
+            content, motion = scene.caption(self.sprite), scene.motion_caption(self.sprite)
         part, index = self.numbers
         # Independent of the number of clips of each part, and different for all clips.
         return PromptItem(content, self.name, motion, self.prompt, sample_index=index * len(PARTS) + part, image=image)
-
-    @property
-    def captions(self) -> tuple[str, str]:
-        """What is to be seen and how it moves, apart, for models that read two captions."""
-        return scene.describe(self.sprite), scene.describe_motion(self.sprite)
 
 
 @dataclass(frozen=True)
@@ -80,9 +72,7 @@ class SpritesProtocol:
     def __post_init__(self) -> None:
         counts = {part: self.count(part) for part in PARTS}
         if min(counts.values()) < 0 or not any(counts.values()):
-            raise UserError(
-                f"numbers of prompts are {tuple(counts.values())}; ask for at least one, and none below zero"
-            )
+            raise UserError(f"numbers of prompts are {tuple(counts.values())}; ask for at least one, none below zero")
         if self.num_frames < 2 or self.size < 1 or not self.fps > 0:
             raise UserError(f"num_frames={self.num_frames}, size={self.size}, fps={self.fps}; use 2 frames or more")
 
@@ -105,10 +95,9 @@ class SpritesProtocol:
     @property
     def identifier(self) -> str:
         """Equal for two measurements if and only if they asked for the same clips: name, version and a hash of all tasks."""
-        # Places are rounded, so that the last bits of a computation do not count.
-        tasks = [(task.name, task.prompt, _rounded(asdict(task.sprite))) for task in self.tasks()]
+
+        def rounded(sprite: scene.Sprite) -> dict[str, object]:  # the last bits of a computation do not count
+            return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(sprite).items()}
+
+        tasks = [(task.name, task.prompt, rounded(task.sprite)) for task in self.tasks()]
         return f"sprites-{self.version}-{hash_json([asdict(self), tasks])[:12]}"
-
-
-def _rounded(sprite: dict[str, object]) -> dict[str, object]:
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in sprite.items()}

@@ -71,31 +71,22 @@ class Rendered:
     flow: np.ndarray
 
 
-# --- motion ----------------------------------------------------------------------------------------------------------------------
-
-
-def _speed_of(sprite: Sprite, values: tuple[float, float]) -> float:
-    return values[SPEEDS.index(sprite.speed)]
-
-
 def poses(sprite: Sprite, times: np.ndarray) -> np.ndarray:
     """The object's pose (x, y, radius, angle) at each of `times` (seconds), shape (len(times), 4)."""
     x, y, radius, angle = (np.full(len(times), value) for value in (sprite.x, sprite.y, sprite.radius, sprite.angle))
     seconds = np.asarray(times, np.float64) * sprite.pace
+    speed = SPEEDS.index(sprite.speed) if sprite.speed else 0
     if sprite.motion in TRANSLATIONS:
         dx, dy = TRANSLATIONS[sprite.motion]
-        distance = _speed_of(sprite, TRANSLATION_SPEED) * seconds
+        distance = TRANSLATION_SPEED[speed] * seconds
         x, y = x + dx * distance, y + dy * distance
     elif sprite.motion in ROTATIONS:
-        angle = angle + ROTATIONS[sprite.motion] * _speed_of(sprite, ROTATION_SPEED) * seconds
+        angle = angle + ROTATIONS[sprite.motion] * ROTATION_SPEED[speed] * seconds
     elif sprite.motion in SCALINGS:
-        radius = radius * exp(SCALINGS[sprite.motion] * _speed_of(sprite, SCALING_SPEED) * seconds)
+        radius = radius * exp(SCALINGS[sprite.motion] * SCALING_SPEED[speed] * seconds)
     elif sprite.motion == "bouncing":
-        y = y - BOUNCE_HEIGHT * np.abs(sin(np.pi * seconds / _speed_of(sprite, BOUNCE_PERIOD)))
+        y = y - BOUNCE_HEIGHT * np.abs(sin(np.pi * seconds / BOUNCE_PERIOD[speed]))
     return np.stack([x, y, radius, angle], axis=1)
-
-
-# --- sampling ----------------------------------------------------------------------------------------------------------------------
 
 
 def sample_attributes(seed: int, index: int, split: str = "train", rotation_weight: int = 1) -> Sprite:
@@ -150,15 +141,12 @@ def place(
     return dataclasses.replace(sprite, x=x, y=y)
 
 
-# --- captions ------------------------------------------------------------------------------------------------------------------------
-
-
-def describe(sprite: Sprite) -> str:
+def caption(sprite: Sprite) -> str:
     """The descriptive caption, for the key frame: `a large red star on sand`."""
     return f"a {sprite.size} {sprite.colour} {sprite.shape} on {sprite.background}"
 
 
-def describe_motion(sprite: Sprite) -> str:
+def motion_caption(sprite: Sprite) -> str:
     """The concise motion caption: `moving quickly to the left`."""
     if sprite.motion == "still":
         return "staying still"
@@ -172,10 +160,7 @@ def describe_motion(sprite: Sprite) -> str:
 
 def combined_caption(sprite: Sprite) -> str:
     """Both in one sentence, as a video data set would have it: `a large red star moving quickly to the left on sand`."""
-    return f"a {sprite.size} {sprite.colour} {sprite.shape} {describe_motion(sprite)} on {sprite.background}"
-
-
-# --- rendering -------------------------------------------------------------------------------------------------------------------------
+    return f"a {sprite.size} {sprite.colour} {sprite.shape} {motion_caption(sprite)} on {sprite.background}"
 
 
 def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,12 +171,7 @@ def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarr
 
 
 def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
-    """Renders the clip and its truth, the same pixels on every processor.
-
-    Args:
-        num_frames: frames, at least 1.
-        size: width and height in pixels.
-        fps: frames per second; motion is defined in seconds.
+    """Renders the clip, `size` pixels wide and high, and its truth, the same on every processor.
 
     Raises:
         UserError: a number of frames, a size or a frame rate that is not positive.
@@ -203,8 +183,7 @@ def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.
     pose = poses(sprite, np.arange(num_frames) / fps)
     radius = pose[:, 2, None, None].astype(np.float32)
     signed_distance = SHAPES[sprite.shape]
-    ox, oy = _to_object(x, y, pose)
-    distance = signed_distance(ox, oy) * radius  # scene units
+    distance = signed_distance(*_to_object(x, y, pose)) * radius  # scene units
     masks = np.clip(0.5 - distance / pixel, 0, 1)
 
     # The shadow falls to the lower right, whatever the object's angle.

@@ -50,17 +50,13 @@ def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(x.astype(np.float64) ** 2 + y.astype(np.float64) ** 2).astype(x.dtype)
 
 
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _distance(x, y) - 0.86
-
-
 def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x = x - 0.16  # puts the crescent's middle near the centre of rotation
     return np.maximum(_distance(x, y) - 0.98, 0.80 - _distance(x - 0.52, y + 0.12))
 
 
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
+    "circle": lambda x, y: _distance(x, y) - 0.86,
     "square": lambda x, y: _polygon_distance(x, y, _SQUARE) - 0.06,
     "triangle": lambda x, y: _polygon_distance(x, y, _TRIANGLE) - 0.05,
     "star": lambda x, y: _polygon_distance(x, y, _STAR) - 0.05,

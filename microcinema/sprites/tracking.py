@@ -28,35 +28,21 @@ _MIN_BOUNCE_FIT = 0.6  # fraction of the vertical variance that a bounce must ex
 
 @dataclass(frozen=True)
 class Track:
-    """The object in every frame, in scene units.
+    """The object in every frame, in scene units."""
 
-    Attributes:
-        position: (f, 2), x and y.
-        radius: (f,), of the disk of equal area.
-        angle: (f,), radians clockwise since the first frame.
-        detected: (f,) bool; positions, radii and angles are NaN elsewhere.
-        uncut: (f,) bool, not cut by the border of the frame.
-    """
-
-    position: np.ndarray
-    radius: np.ndarray
-    angle: np.ndarray
-    detected: np.ndarray
-    uncut: np.ndarray
+    position: np.ndarray  # (f, 2), x and y
+    radius: np.ndarray  # (f,), of the disk of equal area
+    angle: np.ndarray  # (f,), radians clockwise since the first frame
+    detected: np.ndarray  # (f,) bool; positions, radii and angles are NaN elsewhere
+    uncut: np.ndarray  # (f,) bool, not cut by the border of the frame
 
 
 @dataclass(frozen=True)
 class Motion:
-    """A named motion.
+    """A named motion, with the `rates` x, y (scene units/s), turn (radians/s), scale (log radius/s), bounce (height in scene units)."""
 
-    Attributes:
-        name: one of `scene.MOTIONS`, or `NO_MOTION`.
-        speed: one of `scene.SPEEDS`, or empty.
-        rates: x and y (scene units a second), turn (radians a second), scale (log radius a second), bounce (height in scene units).
-    """
-
-    name: str
-    speed: str
+    name: str  # one of `scene.MOTIONS`, or `NO_MOTION`
+    speed: str  # one of `scene.SPEEDS`, or empty
     rates: dict[str, float]
 
 
@@ -68,8 +54,7 @@ def segment(frames: np.ndarray) -> np.ndarray:
     count, height, width, _ = frames.shape
     lab = cv2.cvtColor(frames.reshape(count * height, width, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     chroma = lab[..., 1:].reshape(count, height, width, 2)
-    background = np.median(chroma.reshape(-1, 2), axis=0)
-    difference = chroma - background
+    difference = chroma - np.median(chroma, axis=(0, 1, 2))
     distance = np.linalg.norm(difference, axis=-1)
     strongest = np.quantile(distance.reshape(count, -1), 0.99, axis=1)
     level = np.median(strongest)
@@ -196,24 +181,15 @@ def judge_motion(frames: np.ndarray, fps: float) -> Motion:
 
 def _named(rates: dict[str, float], period: float) -> Motion:
     """The motion with the largest rate, relative to the slowest motion of its name; a bounce wins over its own vertical drift."""
-    ratios = {
-        "left": -rates["x"] / scene.TRANSLATION_SPEED[0],
-        "up": -rates["y"] / scene.TRANSLATION_SPEED[0],
-        "clockwise": rates["turn"] / scene.ROTATION_SPEED[0],
-        "growing": rates["scale"] / scene.SCALING_SPEED[0],
-    }
-    opposites = {"left": "right", "up": "down", "clockwise": "counterclockwise", "growing": "shrinking"}
-    ratios |= {opposite: -ratios[name] for name, opposite in opposites.items()}
     if rates["bounce"] / scene.BOUNCE_HEIGHT > _MIN_RATIO:
         return Motion("bouncing", scene.SPEEDS[int(period < np.sqrt(np.prod(scene.BOUNCE_PERIOD)))], rates)
-    name = max(ratios, key=lambda key: ratios[key])
-    if ratios[name] < _MIN_RATIO:
+    x, y, turn, scale = (rates[key] for key in ("x", "y", "turn", "scale"))
+    measured = {name: (dx * x + dy * y, scene.TRANSLATION_SPEED) for name, (dx, dy) in scene.TRANSLATIONS.items()}
+    measured |= {name: (sign * turn, scene.ROTATION_SPEED) for name, sign in scene.ROTATIONS.items()}
+    measured |= {name: (sign * scale, scene.SCALING_SPEED) for name, sign in scene.SCALINGS.items()}
+    ratio, limit, name = max(
+        (rate / slow, np.sqrt(fast / slow), name) for name, (rate, (slow, fast)) in measured.items()
+    )
+    if ratio < _MIN_RATIO:
         return Motion("still", "", rates)
-    slow, fast = _named_speeds(name)
-    return Motion(name, scene.SPEEDS[int(ratios[name] > np.sqrt(fast / slow))], rates)  # nearer on a logarithmic scale
-
-
-def _named_speeds(name: str) -> tuple[float, float]:
-    if name in scene.TRANSLATIONS:
-        return scene.TRANSLATION_SPEED
-    return scene.ROTATION_SPEED if name in scene.ROTATIONS else scene.SCALING_SPEED
+    return Motion(name, scene.SPEEDS[int(ratio > limit)], rates)  # the nearer speed on a logarithmic scale

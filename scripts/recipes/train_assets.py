@@ -194,7 +194,7 @@ def brief(rng: np.random.Generator, sprite: scene.Sprite, with_motion: bool) -> 
     chances = {"size": 0.7, "colour": 0.85, "shape": 0.9, "background": 0.85}
     named = {name: getattr(sprite, name) for name, chance in chances.items() if rng.random() < chance}
     words = ["a", named.get("size"), named.get("colour"), named.get("shape", "shape")]
-    words.append(scene.describe_motion(sprite) if with_motion else None)
+    words.append(scene.motion_caption(sprite) if with_motion else None)
     words.append(f"on {sprite.background}" if "background" in named else None)
     return " ".join(word for word in words if word), named
 
@@ -318,7 +318,7 @@ def make_motion_tokenizer() -> T5TokenizerFast:
 
 def any_caption(rng: np.random.Generator, sprite: scene.Sprite) -> str:
     """One of the three captions of a sprite."""
-    return (scene.describe, scene.describe_motion, scene.combined_caption)[rng.integers(3)](sprite)
+    return (scene.caption, scene.motion_caption, scene.combined_caption)[rng.integers(3)](sprite)
 
 
 def train_t5(recipe: Recipe, pool: Pool, folder: Path) -> None:

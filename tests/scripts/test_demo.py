@@ -42,7 +42,7 @@ def test_both_papers_get_the_same_scenes_and_key_frames(here: Path):
     assert (two[0].prompt, two[0].motion_prompt) == ("a large red star on sand", "moving quickly to the left")
     assert two[0].image is not None and two[0].image.resolve() == image.resolve()
     known = {
-        motion.split()[0] for motion in map(scene.describe_motion, map(scene.sample_attributes, [0] * 200, range(200)))
+        motion.split()[0] for motion in map(scene.motion_caption, map(scene.sample_attributes, [0] * 200, range(200)))
     }
     assert {request.motion_prompt.split()[0] for request in two if request.motion_prompt} <= known
 

@@ -14,7 +14,7 @@ def test_scenes_differ_by_their_motion_alone():
         first = scene.render(variants[0], 1).frames
         for sprite in variants:
             assert np.array_equal(scene.render(sprite, 1).frames, first)
-            assert scene.describe(sprite) == scene.describe(variants[0])
+            assert scene.caption(sprite) == scene.caption(variants[0])
 
 
 def test_real_clips_follow_and_still_ones_only_when_told_to():
@@ -54,6 +54,6 @@ def test_a_model_is_told_in_its_own_way_and_starts_from_one_noise(tmp_path, fact
     assert np.abs(clips[0].astype(int) - clips[1]).max() <= 1
     captions, _, motions = asked[0]
     if factorized:
-        assert (captions[0], motions[0]) == (scene.describe(variants[0]), scene.describe_motion(variants[0]))
+        assert (captions[0], motions[0]) == (scene.caption(variants[0]), scene.motion_caption(variants[0]))
     else:
         assert (captions[0], motions) == (scene.combined_caption(variants[0]), None)

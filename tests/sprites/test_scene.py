@@ -55,12 +55,12 @@ def test_rotations_can_be_drawn_more_often():
 def test_captions():
     sprite = example("left")
     assert scene.combined_caption(sprite) == "a large red star moving quickly to the left on sand"
-    assert scene.describe(sprite) == "a large red star on sand"
-    assert scene.describe_motion(sprite) == "moving quickly to the left"
-    assert scene.describe_motion(example("up", "slowly")) == "moving slowly up"
-    assert scene.describe_motion(example("clockwise")) == "rotating quickly clockwise"
-    assert scene.describe_motion(example("still")) == "staying still"
-    assert scene.describe_motion(example("bouncing", "slowly")) == "bouncing slowly"
+    assert scene.caption(sprite) == "a large red star on sand"
+    assert scene.motion_caption(sprite) == "moving quickly to the left"
+    assert scene.motion_caption(example("up", "slowly")) == "moving slowly up"
+    assert scene.motion_caption(example("clockwise")) == "rotating quickly clockwise"
+    assert scene.motion_caption(example("still")) == "staying still"
+    assert scene.motion_caption(example("bouncing", "slowly")) == "bouncing slowly"
 
 
 def test_object_starts_whole_and_stays_in_sight():
@@ -136,8 +136,8 @@ def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
     for item, (video_id, sprite, num_frames, size, fps) in zip(clips, dataset.read_truth(folder), strict=True):
         assert item["id"] == video_id
         assert item["caption"] == scene.combined_caption(sprite)
-        assert item["description"] == scene.describe(sprite)
-        assert item["motion"] == scene.describe_motion(sprite)
+        assert item["description"] == scene.caption(sprite)
+        assert item["motion"] == scene.motion_caption(sprite)
         truth = scene.render(sprite, num_frames, size, fps)
         read = (item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5
         assert 10 * np.log10(255**2 / np.square(read - truth.frames).mean()) > 33  # what H.264 loses
