@@ -20,10 +20,7 @@ IGNORED = -100
 
 
 class TemporalConv(nn.Module):
-    """Residual convolution over three neighbouring frames at each pixel, written as one 1x1 convolution on stacked frames.
-
-    `stride` 2 keeps every second frame of the result.
-    """
+    """Residual convolution over three neighbouring frames at each pixel, as one 1x1 convolution; `stride` 2 keeps every second frame."""
 
     def __init__(self, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -61,8 +58,8 @@ class SpriteClassifier(ModelMixin, ConfigMixin):
 
     Args:
         classes: attribute -> names of its classes in the order of the logits.
-        num_frames: frames of a clip, divisible by 4.
-        channels: widths at a half, a quarter and an eighth of the resolution, each divisible by 8.
+        num_frames: divisible by 4.
+        channels: at a half, a quarter and an eighth of the resolution, each divisible by 8.
         feature_dim: width of the penultimate features.
 
     Raises:
@@ -137,21 +134,18 @@ def encode_labels(classes: Mapping[str, Sequence[str]], attributes: Sequence[Map
     """
     targets = {}
     for name, names in classes.items():
-        numbers = []
-        for item in attributes:
-            value = item[name]
-            if value and value not in names:
-                raise UserError(f"{name} is '{value}'; this classifier knows {', '.join(names)}")
-            numbers.append(list(names).index(value) if value else IGNORED)
-        targets[name] = torch.tensor(numbers)
+        values = [item[name] for item in attributes]
+        if unknown := sorted(set(values) - {*names, ""}):
+            raise UserError(f"{name} is '{unknown[0]}'; this classifier knows {', '.join(names)}")
+        targets[name] = torch.tensor([list(names).index(value) if value else IGNORED for value in values])
     return targets
 
 
 def classifier_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
     """Sum over the attributes of the mean cross-entropy; clips without an attribute (`IGNORED`) do not count in it."""
-    total = torch.zeros((), device=next(iter(logits.values())).device)
+    losses = []
     for name, values in logits.items():
         target = targets[name].to(values.device)
         known = (target != IGNORED).sum().clamp(min=1)
-        total = total + functional.cross_entropy(values.float(), target, ignore_index=IGNORED, reduction="sum") / known
-    return total
+        losses.append(functional.cross_entropy(values.float(), target, ignore_index=IGNORED, reduction="sum") / known)
+    return torch.stack(losses).sum()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 SAMPLES_FOLDER = "samples"
-ATTRIBUTES = ("shape", "colour", "size", "background", "motion", "speed")
 
 
 def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialState) -> None:
@@ -37,31 +36,24 @@ def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialSta
         UserError: bad input.
     """
     settings: Any = config.evaluation
-    main = state.is_main_process
     if config.generated_dir is not None:
         raise UserError("generated_dir=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
     folder = make_folder(config.output_dir)
     judge = SpriteJudge.load(settings.classifier)
     judge.classifier.to(state.device)
     # A classifier that does not fit the protocol is refused here, before anything is generated.
-    judge_clips(
-        protocol.tasks()[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, "", progress=False
-    )
+    tasks = protocol.tasks()
+    judge_clips(tasks[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, label="")
     sampler = protocol_sampler(config, protocol.size, protocol.size, protocol.num_frames, protocol.fps, state)
     index = sampled_keyframe_index(sampler, protocol.num_frames)
-    items = [
-        task.item(
-            sampler.uses_motion_caption,
-            real_sample(task.sprite, protocol, index).keyframe if task.part == "image" else None,
-        )
-        for task in protocol.tasks()
-    ]
+    items = []
+    for task in tasks:
+        keyframe = real_sample(task.sprite, protocol, index).keyframe if task.part == "image" else None
+        items.append(task.item(sampler.uses_motion_caption, keyframe))
     samples, fingerprint = generate(sampler, items, config.seed, folder / SAMPLES_FOLDER, state)
-    if not main:
-        return
-    results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint, index)
-    print(text_table(results))
-    print(folder / REPORT_FILE)
+    if state.is_main_process:
+        results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint, index)
+        print(f"{text_table(results)}\n{folder / REPORT_FILE}")
 
 
 def evaluate(
@@ -71,27 +63,24 @@ def evaluate(
     folder: str | os.PathLike[str],
     fingerprint: Mapping[str, Any],
     keyframe_index: int = 0,
-    progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs every judge on real clips and on those of a model, and writes `results.json` and `report.html` into the folder.
+    """Runs every judge on real clips and on a model's; returns the content of `results.json`, written with `report.html` into the folder.
 
     Args:
         load: returns the model's clip of a task.
         fingerprint: what the clips depend on beside their tasks, for the record.
         keyframe_index: frame of a clip that the key frame is.
-
-    Returns:
-        the content of `results.json`.
     """
     folder = make_folder(folder)
     tasks = protocol.tasks()
 
     def judged(load: Callable[[Task], Sample], label: str) -> list[Verdict]:
-        return judge_clips(tasks, load, protocol, judge, label, keyframe_index, progress)
+        return judge_clips(tasks, load, protocol, judge, label, keyframe_index)
 
     real = judged(lambda task: real_sample(task.sprite, protocol, keyframe_index), "judge real")
-    other = other_real_features(tasks, protocol, judge, progress)
+    other = other_real_features(tasks, protocol, judge)
     model = judged(load, "judge model")
+    sides = model, real, other
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
         "model": dict(fingerprint),
@@ -99,9 +88,7 @@ def evaluate(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,
         "parts": {
-            part: summarize(
-                *([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in (model, real, other))
-            )
+            part: summarize(*([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in sides))
             for part in PARTS
             if protocol.count(part)
         },
@@ -119,21 +106,19 @@ def real_sample(sprite: scene.Sprite, protocol: SpritesProtocol, keyframe_index:
     return Sample(frames, frames[keyframe_index])
 
 
-def other_real_features(
-    tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge, progress: bool
-) -> np.ndarray:
+def other_real_features(tasks: Sequence[Task], protocol: SpritesProtocol, judge: SpriteJudge) -> np.ndarray:
     """Features (n, d) of other real clips with the same attributes, whose distance to the real ones is the floor for any model."""
     features = []
-    for task in tqdm(tasks, desc="features of other real clips", unit="clip", disable=not progress):
-        attributes = [getattr(task.sprite, name) for name in ATTRIBUTES]
-        sprite = scene.place(np.random.default_rng([*task.numbers, 1]), *attributes)
+    for task in tqdm(tasks, desc="features of other real clips", unit="clip"):
+        truth = task.sprite
+        names = (truth.shape, truth.colour, truth.size, truth.background, truth.motion, truth.speed)
+        sprite = scene.place(np.random.default_rng([*task.numbers, 1]), *names)
         features.append(judge(protocol.render(sprite).frames[None])[1])
     return np.concatenate(features)
 
 
 def summarize(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Measures of one part for the model's and real clips, and the Fréchet distances to the real ones of the model's and of `other`
-    real features."""
+    """Measures of one part's clips, and the Fréchet distances to the real ones of the model's and of `other` real features."""
     features = [verdict.features for verdict in real]
     return {
         "n": len(model),
@@ -154,8 +139,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     lines = [f"{'':22}" + "".join(f"{part:>22}" for part in parts)]
 
     def cell(measure: metrics.Measure, part: Mapping[str, Any]) -> str:
-        values = [part[side].get(measure.key) for side in ("model", "real")]
-        forms = zip(("{}", "({})"), values, strict=True)
+        forms = (("{}", part["model"].get(measure.key)), ("({})", part["real"].get(measure.key)))
         return " ".join(form.format(measure.format(value["value"])) for form, value in forms if value)
 
     for measure in metrics.MEASURES:

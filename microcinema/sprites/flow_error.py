@@ -25,7 +25,6 @@ def flow_error(
 
     Args:
         pipeline: with the weights that PredictNet was trained beside.
-        sprites: rendered at the pipeline's length, size and rate.
         t: of the training schedule; a low one, since noise hides the motion.
 
     Returns:

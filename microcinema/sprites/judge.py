@@ -14,7 +14,6 @@ from microcinema.evaluation import video_metrics
 from microcinema.evaluation.detectors import VideoFeatures
 from microcinema.pipelines.loading import ASSETS
 from microcinema.pipelines.sample_folder import Sample
-from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.sprites.tracking import judge_motion
@@ -25,11 +24,9 @@ OBJECT_ATTRIBUTES = ("shape", "colour", "background", "size")
 
 
 class SpriteJudge:
-    """Names the attributes of clips and gives the features that the Fréchet distance compares.
+    """Names the attributes of clips and gives the features that the Fréchet distance compares, on the classifier's device.
 
-    Args:
-        classifier: in evaluation mode; clips are judged on its device.
-        batch_size: clips at once; changes no verdict.
+    `batch_size` changes no verdict.
     """
 
     def __init__(self, classifier: SpriteClassifier, batch_size: int = 16) -> None:
@@ -50,9 +47,7 @@ class SpriteJudge:
         try:
             classifier = SpriteClassifier.from_pretrained(folder, torch_dtype=torch.float32)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"cannot load the classifier '{folder}' ({first_line(error)}); train or fetch it again"
-            ) from error
+            raise UserError(f"cannot load the classifier '{folder}' ({first_line(error)}); get it again") from error
         return cls(classifier, batch_size)
 
     @torch.inference_mode()
@@ -81,29 +76,22 @@ def load_video_features(weights: str, device: torch.device | str, batch_size: in
         UserError: as in `SpriteJudge.load`.
     """
     judge = SpriteJudge.load(weights, batch_size)
-    judge.classifier.to(device)
-    return VideoFeatures(
-        lambda clips: judge(clips)[1], {"detector": "sprites", "sha256": hash_weights(judge.classifier)}
-    )
+    record = {"detector": "sprites", "sha256": hash_weights(judge.classifier.to(device))}
+    return VideoFeatures(lambda clips: judge(clips)[1], record)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Results for one clip.
 
-    Attributes:
-        judged: by attribute, the name that the judge gives.
-        right: by attribute, whether that is the prompt's; `object` is shape, colour and background together; `speed` only if the prompt
-            has one and the motion is right.
-        measures: in the units of `metrics.MEASURES`.
-        features: (d,), of the classifier.
+    `right` has `object` for shape, colour and background together, and `speed` only if the prompt has one and the motion is right.
     """
 
     task: Task
-    judged: dict[str, str]
-    right: dict[str, bool]
-    measures: dict[str, float]
-    features: np.ndarray
+    judged: dict[str, str]  # by attribute, the name that the judge gives
+    right: dict[str, bool]  # by attribute, whether that is the prompt's
+    measures: dict[str, float]  # in the units of `metrics.MEASURES`
+    features: np.ndarray  # (d,), of the classifier
 
     def as_json(self) -> dict[str, object]:
         """Everything but the features."""
@@ -119,13 +107,12 @@ def judge_clips(
     judge: SpriteJudge,
     label: str,
     keyframe_index: int = 0,
-    progress: bool = True,
 ) -> list[Verdict]:
     """Runs every judge on every clip.
 
     Args:
         load: gives the clip of a task; clips are held one batch at a time.
-        label: of the progress bar.
+        label: of the progress bar; empty: no bar.
         keyframe_index: frame of a clip that is compared with its key frame.
 
     Raises:
@@ -133,26 +120,20 @@ def judge_clips(
     """
     if missing := set(OBJECT_ATTRIBUTES) - set(judge.classifier.config["classes"]):
         raise UserError(f"the classifier does not name {', '.join(sorted(missing))}; give one of Moving Sprites")
+    expected = (protocol.num_frames, protocol.size, protocol.size, 3)
     verdicts = []
-    with tqdm(total=len(tasks), desc=label, unit="clip", disable=not progress) as bar:
+    with tqdm(total=len(tasks), desc=label, unit="clip", disable=not label) as bar:
         for start in range(0, len(tasks), judge.batch_size):
             batch = tasks[start : start + judge.batch_size]
             samples = [load(task) for task in batch]
             for task, sample in zip(batch, samples, strict=True):
-                _check_shape(task, sample, protocol)
+                if (shape := sample.frames.shape) != expected:
+                    raise UserError(f"clip {task.name} is {shape}; the protocol asks for {expected} (frames, h, w, 3)")
             attributes, features = judge(np.stack([sample.frames for sample in samples]))
             for task, sample, names, feature in zip(batch, samples, attributes, features, strict=True):
                 verdicts.append(_judge_clip(task, sample, names, feature, protocol, keyframe_index))
                 bar.update()
     return verdicts
-
-
-def _check_shape(task: Task, sample: Sample, protocol: SpritesProtocol) -> None:
-    expected = (protocol.num_frames, protocol.size, protocol.size, 3)
-    if sample.frames.shape != expected:
-        raise UserError(
-            f"clip {task.name} is {sample.frames.shape}; the protocol asks for {expected} (frames, h, w, 3)"
-        )
 
 
 def _judge_clip(
@@ -180,14 +161,8 @@ def _judge_clip(
         "consistency": video_metrics.frame_consistency(sample.frames, flow),
     }
     if task.part == "image":  # the same key frame and sprite: the true flow is known
-        measures |= _flow_errors(sprite, sample.frames, protocol)
+        truth = protocol.render(sprite)
+        flow = video_metrics.clip_flow(sample.frames, channel="saturation")
+        measures["epe"] = video_metrics.endpoint_error(flow, truth.flow, truth.masks)
+        measures["epe_of_no_motion"] = video_metrics.endpoint_error(np.zeros_like(flow), truth.flow, truth.masks)
     return Verdict(task, judged, right, measures, features)
-
-
-def _flow_errors(sprite: scene.Sprite, frames: np.ndarray, protocol: SpritesProtocol) -> dict[str, float]:
-    truth = protocol.render(sprite)
-    flow = video_metrics.clip_flow(frames, channel="saturation")
-    return {
-        "epe": video_metrics.endpoint_error(flow, truth.flow, truth.masks),
-        "epe_of_no_motion": video_metrics.endpoint_error(np.zeros_like(truth.flow), truth.flow, truth.masks),
-    }

@@ -1,7 +1,7 @@
 """From verdicts on single clips to numbers with intervals."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,12 @@ from microcinema.sprites.judge import Verdict
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the report. `kind`: `share` (of clips) or `mean`; `better`: `higher`, `lower` or empty where neither is."""
+    """A row of the report. `unit` %: a proportion of clips, otherwise a mean; `better`: `higher`, `lower` or empty where neither is."""
 
     key: str
     label: str
     meaning: str
-    kind: str
-    unit: str = ""
+    unit: str
     better: str = ""
 
     def of(self, verdict: Verdict) -> float | None:
@@ -31,29 +30,37 @@ class Measure:
 
     def format(self, value: float) -> str:
         """With unit and the digits that mean something."""
-        if self.kind == "share":
+        if self.unit == "%":
             return f"{100 * value:.1f} %"
         return f"{value:.{1 if self.unit == 'dB' else 3}f} {self.unit}".rstrip()
 
 
 MEASURES = (
-    Measure("object", "Object", "shape, colour and background all as asked (classifier)", "share", "%", "higher"),
-    Measure("motion", "Motion", "kind and direction as asked (tracking)", "share", "%", "higher"),
-    Measure("speed", "Speed", "as asked, among clips whose motion is right (tracking)", "share", "%", "higher"),
-    Measure("shape", "Shape", "as asked (classifier)", "share", "%", "higher"),
-    Measure("colour", "Colour", "as asked (classifier)", "share", "%", "higher"),
-    Measure("background", "Background", "as asked (classifier)", "share", "%", "higher"),
-    Measure("size", "Size", "as asked (classifier)", "share", "%", "higher"),
-    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "mean", "dB", "higher"),
-    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "mean", "", "higher"),
-    Measure("epe", "Flow error", "end-point error on the object, against the true flow", "mean", "px", "lower"),
-    Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "mean", "px"),
-    Measure(
-        "consistency", "Consistency", "PSNR of each frame against the next one carried back", "mean", "dB", "higher"
-    ),
-    Measure("motion_magnitude", "Motion magnitude", "mean optical flow of all pixels, per frame", "mean", "px"),
-    Measure("static", "Static clips", "clips in which nothing leaves its place", "share", "%"),
+    Measure("object", "Object", "shape, colour and background all as asked (classifier)", "%", "higher"),
+    Measure("motion", "Motion", "kind and direction as asked (tracking)", "%", "higher"),
+    Measure("speed", "Speed", "as asked, among clips whose motion is right (tracking)", "%", "higher"),
+    Measure("shape", "Shape", "as asked (classifier)", "%", "higher"),
+    Measure("colour", "Colour", "as asked (classifier)", "%", "higher"),
+    Measure("background", "Background", "as asked (classifier)", "%", "higher"),
+    Measure("size", "Size", "as asked (classifier)", "%", "higher"),
+    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher"),
+    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher"),
+    Measure("epe", "Flow error", "end-point error on the object, against the true flow", "px", "lower"),
+    Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "px"),
+    Measure("consistency", "Consistency", "PSNR of each frame against the next one carried back", "dB", "higher"),
+    Measure("motion_magnitude", "Motion magnitude", "mean optical flow of all pixels, per frame", "px"),
+    Measure("static", "Static clips", "clips in which nothing leaves its place", "%"),
 )
+
+
+_VALUES: dict[str, Iterable[str]] = {
+    "motion": scene.MOTIONS,
+    "speed": scene.SPEEDS,
+    "shape": scene.SHAPES,
+    "colour": scene.COLOURS,
+    "background": scene.BACKGROUNDS,
+    "size": scene.SIZES,
+}
 
 
 def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]]:
@@ -62,7 +69,7 @@ def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]
     for measure in MEASURES:
         values = [value for value in map(measure.of, verdicts) if value is not None]
         if values:
-            result[measure.key] = proportion(values) if measure.kind == "share" else mean(values)
+            result[measure.key] = proportion(values) if measure.unit == "%" else mean(values)
     return result
 
 
@@ -73,21 +80,12 @@ def breakdown(verdicts: Sequence[Verdict]) -> dict[str, dict[str, dict[str, Any]
         outcomes = {key: [v.right[key] for v in group if key in v.right] for key in ("object", "motion", "speed")}
         return {key: proportion(values) for key, values in outcomes.items() if values}
 
-    groups = {
-        key: {name: [v for v in verdicts if getattr(v.task.sprite, key) == name] for name in names}
-        for key, names in _VALUES.items()
-    }
-    return {key: {name: accuracies(group) for name, group in by.items() if group} for key, by in groups.items()}
-
-
-_VALUES: dict[str, Sequence[str]] = {
-    "motion": scene.MOTIONS,
-    "speed": scene.SPEEDS,
-    "shape": tuple(scene.SHAPES),
-    "colour": tuple(scene.COLOURS),
-    "background": scene.BACKGROUNDS,
-    "size": tuple(scene.SIZES),
-}
+    result: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in _VALUES}
+    for key, names in _VALUES.items():
+        for name in names:
+            if group := [v for v in verdicts if getattr(v.task.sprite, key) == name]:
+                result[key][name] = accuracies(group)
+    return result
 
 
 def confusion(verdicts: Sequence[Verdict]) -> dict[str, Any]:

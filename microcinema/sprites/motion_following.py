@@ -65,12 +65,7 @@ def real(sprites: Sequence[scene.Sprite], keyframe: np.ndarray) -> np.ndarray:
 
 
 def measure(make: Maker, variants: Sequence[Sequence[scene.Sprite]], size: int, fps: float) -> dict[str, Any]:
-    """Proportion of clips that move as their motion caption says.
-
-    Args:
-        variants: from `scenes`.
-        size: of the key frames, pixels.
-        fps: of the clips.
+    """Proportion of clips that move as their motion caption says, for variants from `scenes` and key frames of `size` pixels.
 
     Returns:
         `motion`, as in `statistics.proportion`; `speed`, the same among clips with the right motion; `confusion`, for each motion in a

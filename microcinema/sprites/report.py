@@ -22,23 +22,14 @@ _SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Writes the page, whole or not at all.
-
-    Args:
-        results: the content of `results.json`.
-        samples: the clips, in the order of `results["clips"]`.
-    """
+    """Writes the page, whole or not at all, of the content of `results.json` and its clips in the order of `results["clips"]`."""
     measures = {measure.key: measure for measure in MEASURES}
-    fps = results["protocol"]["fps"]
-    clips = [
-        {
-            **clip,
-            "badges": _badges(clip),
-            "video": _video(sample.frames, fps),
-            "keyframe": embedded_picture(sample.keyframe),
-        }
-        for clip, sample in zip(results["clips"], samples, strict=True)
-    ]
+    clips = []
+    for clip, sample in zip(results["clips"], samples, strict=True):
+        enlarged = [cv2.resize(f, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_LANCZOS4) for f in sample.frames]
+        video = embedded_video(np.stack(enlarged), results["protocol"]["fps"])
+        picture = embedded_picture(sample.keyframe)
+        clips.append({**clip, "badges": _badges(clip), "video": video, "keyframe": picture})
     page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
         results=results, clips=clips, measures=measures, titles=TITLES, meanings=PARTS
     )
@@ -49,19 +40,5 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sampl
 def _badges(clip: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was asked for, whether it is there, and what is there instead."""
     asked, judged, right = clip["asked"], clip["judged"], clip["right"]
-    badges = [
-        {"text": asked[key], "right": right[key], "instead": judged[key]}
-        for key in ("colour", "shape", "background", "motion")
-    ]
-    badges[-1]["instead"] = judged["motion"] or "lost"
-    if "speed" in right:
-        badges.append({"text": asked["speed"], "right": right["speed"], "instead": judged["speed"]})
-    return badges
-
-
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    return cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_LANCZOS4)
-
-
-def _video(frames: np.ndarray, fps: float) -> str:
-    return embedded_video(np.stack([_enlarged(frame) for frame in frames]), fps)
+    keys = [key for key in ("colour", "shape", "background", "motion", "speed") if key in right]
+    return [{"text": asked[key], "right": right[key], "instead": judged[key] or "lost"} for key in keys]

@@ -45,7 +45,7 @@ def frozen(task: Task) -> Sample:
 @pytest.fixture(scope="module")
 def perfect_run(judge, tmp_path_factory):
     folder = tmp_path_factory.mktemp("perfect")
-    return folder, evaluate(PROTOCOL, perfect, judge, folder, {"pipeline": "<renderer>", "seed": 7}, progress=False)
+    return folder, evaluate(PROTOCOL, perfect, judge, folder, {"pipeline": "<renderer>", "seed": 7})
 
 
 def test_a_perfect_model_scores_like_real_clips(perfect_run):
@@ -64,7 +64,7 @@ def test_a_perfect_model_scores_like_real_clips(perfect_run):
 
 
 def test_a_model_that_only_repeats_the_key_frame_fails_at_motion(judge, tmp_path):
-    results = evaluate(PROTOCOL, frozen, judge, tmp_path, {"pipeline": "frozen"}, progress=False)
+    results = evaluate(PROTOCOL, frozen, judge, tmp_path, {"pipeline": "frozen"})
     for name, part in results["parts"].items():
         still = [task.sprite.motion == "still" for task in PROTOCOL.tasks() if task.part == name]
         assert part["model"]["motion"]["value"] == pytest.approx(np.mean(still))
@@ -78,9 +78,9 @@ def test_a_key_frame_in_the_middle_is_compared_with_the_middle_frame(judge, tmp_
     def load(task: Task) -> Sample:
         return real_sample(task.sprite, PROTOCOL, keyframe_index=8)
 
-    results = evaluate(PROTOCOL, load, judge, tmp_path, {}, keyframe_index=8, progress=False)
+    results = evaluate(PROTOCOL, load, judge, tmp_path, {}, keyframe_index=8)
     assert all(part["model"]["psnr"]["value"] == 60 for part in results["parts"].values())
-    results = evaluate(PROTOCOL, load, judge, tmp_path, {}, progress=False)
+    results = evaluate(PROTOCOL, load, judge, tmp_path, {})
     assert all(part["model"]["psnr"]["value"] < 60 for part in results["parts"].values())
 
 
@@ -135,7 +135,7 @@ def test_a_clip_of_the_wrong_length_is_named(judge, tmp_path):
         return Sample(perfect(task).frames[:8], perfect(task).keyframe)
 
     with pytest.raises(UserError, match=r"seen-00000 is \(8, 64, 64, 3\)"):
-        evaluate(PROTOCOL, short, judge, tmp_path, {}, progress=False)
+        evaluate(PROTOCOL, short, judge, tmp_path, {})
     assert not (tmp_path / RESULTS_FILE).exists()
 
 

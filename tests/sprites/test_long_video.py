@@ -53,7 +53,7 @@ def test_figures_are_those_of_each_clip(judge):
     def fading(sprite, keyframe):
         return np.rint((1 - fade) * perfect(sprite, keyframe) + fade * 128).astype(np.uint8)
 
-    found = long_video.measure({"perfect": perfect, "fading": fading}, shown, judge, SIZE, progress=False)
+    found = long_video.measure({"perfect": perfect, "fading": fading}, shown, judge, SIZE)
     assert {kind: len(rows) for kind, rows in found.items()} == {"perfect": 4, "fading": 4}
     assert all(row["object"] == 1 and row["background_psnr"] > 50 for row in found["perfect"])
     assert found["fading"][:2] == found["perfect"][:2]
