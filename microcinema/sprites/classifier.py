@@ -110,14 +110,12 @@ class SpriteClassifier(ModelMixin, ConfigMixin):
         x = functional.silu(self.norm(x))
 
         # Spatial soft-argmax: the features under the sprite and where the sprite is, at each of f/4 times.
-        height, width = x.shape[-2:]
+        rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
         weight = self.saliency(x).flatten(1).softmax(dim=1)
         pixels = rearrange(x, "n c h w -> n (h w) c")
-        rows = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype).repeat_interleave(width)
-        columns = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype).repeat(height)
-        place = weight @ torch.stack([columns, rows], dim=1)
+        position = weight @ torch.cartesian_prod(rows, columns).flip(1)  # x, y
         under = torch.einsum("np,npc->nc", weight, pixels)
-        pooled = torch.cat([under, pixels.mean(dim=1), place], dim=1)
+        pooled = torch.cat([under, pixels.mean(dim=1), position], dim=1)
         return functional.silu(self.penultimate(rearrange(pooled, "(b f) d -> b (f d)", f=frames // 4)))
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:

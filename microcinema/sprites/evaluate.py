@@ -4,22 +4,25 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
 from microcinema.evaluation.generate import generate, protocol_sampler, sampled_keyframe_index
+from microcinema.evaluation.report import embedded_picture, embedded_video
 from microcinema.evaluation.statistics import CONFIDENCE
 from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import metrics, scene
 from microcinema.sprites.judge import SpriteJudge, Verdict, judge_clips
 from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
-from microcinema.sprites.report import write_report
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import make_folder, write_json
+from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.provenance import describe_code
+from microcinema.utils.templates import open_template
 
 if TYPE_CHECKING:
     from microcinema.config.schema import Evaluate
@@ -27,14 +30,13 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 SAMPLES_FOLDER = "samples"
+TEMPLATE = "report.html.jinja"
+TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
+_SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
 
 
 def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialState) -> None:
-    """The Moving Sprites protocol: all processes make clips, the first one judges them.
-
-    Raises:
-        UserError: bad input.
-    """
+    """The Moving Sprites protocol: all processes make clips, the first one judges them. Bad input raises a UserError."""
     settings: Any = config.evaluation
     if config.generated_dir is not None:
         raise UserError("generated_dir=folder goes with the zero-shot protocols; Moving Sprites measures a pipeline")
@@ -131,6 +133,28 @@ def summarize(model: Sequence[Verdict], real: Sequence[Verdict], other: Sequence
         "breakdown": metrics.breakdown(model),
         "confusion": {"model": metrics.confusion(model), "real": metrics.confusion(real)},
     }
+
+
+def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Writes the page, whole or not at all, of the content of `results.json` and its clips in the order of `results["clips"]`."""
+    clips = []
+    for clip, sample in zip(results["clips"], samples, strict=True):
+        enlarged = [cv2.resize(f, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_LANCZOS4) for f in sample.frames]
+        video = embedded_video(np.stack(enlarged), results["protocol"]["fps"])
+        picture = embedded_picture(sample.keyframe)
+        clips.append({**clip, "badges": _badges(clip), "video": video, "keyframe": picture})
+    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+        results=results, clips=clips, measures={m.key: m for m in metrics.MEASURES}, titles=TITLES, meanings=PARTS
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _badges(clip: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was asked for, whether it is there, and what is there instead."""
+    asked, judged, right = clip["asked"], clip["judged"], clip["right"]
+    keys = [key for key in ("colour", "shape", "background", "motion", "speed") if key in right]
+    return [{"text": asked[key], "right": right[key], "instead": judged[key] or "lost"} for key in keys]
 
 
 def text_table(results: Mapping[str, Any]) -> str:

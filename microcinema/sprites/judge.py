@@ -70,11 +70,7 @@ class SpriteJudge:
 
 
 def load_video_features(weights: str, device: torch.device | str, batch_size: int) -> VideoFeatures:
-    """The classifier's features as those of the Fréchet video distance: the detector `sprites` of the zero-shot protocols.
-
-    Raises:
-        UserError: as in `SpriteJudge.load`.
-    """
+    """The detector `sprites` of the zero-shot protocols: the classifier's features; errors as in `SpriteJudge.load`."""
     judge = SpriteJudge.load(weights, batch_size)
     record = {"detector": "sprites", "sha256": hash_weights(judge.classifier.to(device))}
     return VideoFeatures(lambda clips: judge(clips)[1], record)
@@ -137,12 +133,7 @@ def judge_clips(
 
 
 def _judge_clip(
-    task: Task,
-    sample: Sample,
-    names: dict[str, str],
-    features: np.ndarray,
-    protocol: SpritesProtocol,
-    keyframe_index: int,
+    task: Task, sample: Sample, names: dict[str, str], features: np.ndarray, protocol: SpritesProtocol, keyframe: int
 ) -> Verdict:
     sprite = task.sprite
     motion = judge_motion(sample.frames, protocol.fps)
@@ -152,7 +143,7 @@ def _judge_clip(
     if sprite.speed and right["motion"]:
         right["speed"] = judged["speed"] == sprite.speed
     flow = video_metrics.clip_flow(sample.frames)
-    psnr, ssim = video_metrics.image_fidelity(sample.frames[keyframe_index], sample.keyframe)
+    psnr, ssim = video_metrics.image_fidelity(sample.frames[keyframe], sample.keyframe)
     measures = {
         "psnr": psnr,
         "ssim": ssim,

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,17 +45,12 @@ def makers(
     """`real`, as a perfect model would make them; `continuation` of so many clips; `windows`, at once and of the same length."""
     clip, fps = pipeline.config["num_frames"], pipeline.config["fps"]
     frames = num_segments * (clip - 1) + 1
+    sample = partial(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="np")
 
     def made(**length: Any) -> Maker:
-        settings: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            **length,
-        }
-
         def make(sprite: scene.Sprite, keyframe: np.ndarray) -> np.ndarray:
-            caption, noise = scene.combined_caption(sprite), [generator(seed)]
-            return to_uint8(pipeline(caption, keyframe, generator=noise, output_type="np", **settings).frames[0])
+            output = sample(scene.combined_caption(sprite), keyframe, generator=[generator(seed)], **length)
+            return to_uint8(output.frames[0])
 
         return make
 

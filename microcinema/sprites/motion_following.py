@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,20 +42,13 @@ def pipeline_maker(
 ) -> Maker:
     """Clips of a video model. All clips of a key frame start from the same noise, so that only their captions differ."""
 
+    sample = partial(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="np")
+    has_two = pipeline.uses_motion_caption
+
     def make(sprites: Sequence[scene.Sprite], keyframe: np.ndarray) -> np.ndarray:
-        motions = [scene.motion_caption(sprite) for sprite in sprites]
-        has_two = pipeline.uses_motion_caption
         captions = [(scene.caption if has_two else scene.combined_caption)(sprite) for sprite in sprites]
-        output = pipeline(
-            captions,
-            keyframe,
-            motions if has_two else None,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[generator(seed) for _ in sprites],
-            output_type="np",
-        )
-        return to_uint8(output.frames)
+        motions = [scene.motion_caption(sprite) for sprite in sprites] if has_two else None
+        return to_uint8(sample(captions, keyframe, motions, generator=[generator(seed) for _ in sprites]).frames)
 
     return make
 
