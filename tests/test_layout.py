@@ -49,7 +49,6 @@ TESTED_IN = {
     "sprites/dataset": "sprites/test_scene.py",
     "sprites/flow": "sprites/test_scene.py",
     "sprites/metrics": "sprites/test_evaluate.py",
-    "sprites/shapes": "sprites/test_scene.py",
     "training/batch_encoder": "data/test_latents.py",
     "training/build": "profiling/test_memory_estimate.py",
     "training/cached_latents_check": "data/test_latents.py",

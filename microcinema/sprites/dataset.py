@@ -40,24 +40,24 @@ def write_dataset(
     """
     if num_videos < 1:
         raise UserError(f"num_videos={num_videos}: render at least one clip")
-    with atomic_folder(folder) as partial:
-        with (
-            open(partial / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
-            open(partial / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
-        ):
-            table = csv.writer(table_file)
-            table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
-            for index in tqdm(range(num_videos), desc="render Moving Sprites", unit="clip", disable=not progress):
-                sprite = scene.sample_attributes(seed, index, split, rotation_weight)
-                first = index - index % _CLIPS_PER_FOLDER
-                page, video_id = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}", f"{index:06d}"
-                video = partial / "videos" / page / f"{video_id}.mp4"
-                video.parent.mkdir(parents=True, exist_ok=True)
-                write_video(video, scene.render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
-                captions = scene.combined_caption(sprite), scene.caption(sprite), scene.motion_caption(sprite)
-                table.writerow([video_id, "", f"PT00H00M{round(num_frames / fps):02d}S", page, *captions])
-                truth = {"videoid": video_id, "num_frames": num_frames, "size": size, "fps": fps}
-                truth_file.write(json.dumps({**truth, "sprite": dataclasses.asdict(sprite)}) + "\n")
+    with (
+        atomic_folder(folder) as partial,
+        open(partial / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,
+        open(partial / TRUTH_FILE, "w", encoding="utf-8") as truth_file,
+    ):
+        table = csv.writer(table_file)
+        table.writerow(["videoid", "contentUrl", "duration", "page_dir", "name", "description", "motion"])
+        for index in tqdm(range(num_videos), desc="render Moving Sprites", unit="clip", disable=not progress):
+            sprite = scene.sample_attributes(seed, index, split, rotation_weight)
+            first = index - index % _CLIPS_PER_FOLDER
+            page, video_id = f"{first + 1:06d}_{first + _CLIPS_PER_FOLDER:06d}", f"{index:06d}"
+            video = partial / "videos" / page / f"{video_id}.mp4"
+            video.parent.mkdir(parents=True, exist_ok=True)
+            write_video(video, scene.render(sprite, num_frames, size, fps).frames, fps=fps, crf=crf)
+            captions = scene.combined_caption(sprite), scene.caption(sprite), scene.motion_caption(sprite)
+            table.writerow([video_id, "", f"PT00H00M{round(num_frames / fps):02d}S", page, *captions])
+            truth = {"videoid": video_id, "num_frames": num_frames, "size": size, "fps": fps}
+            truth_file.write(json.dumps({**truth, "sprite": dataclasses.asdict(sprite)}) + "\n")
     return Path(folder)
 
 

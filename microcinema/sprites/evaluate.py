@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,10 @@ def evaluate(
     """
     folder = make_folder(folder)
     tasks = protocol.tasks()
-
-    def judged(load: Callable[[Task], Sample], label: str) -> list[Verdict]:
-        return judge_clips(tasks, load, protocol, judge, label, keyframe_index)
-
-    real = judged(lambda task: real_sample(task.sprite, protocol, keyframe_index), "judge real")
+    judged = partial(judge_clips, tasks, protocol=protocol, judge=judge, keyframe_index=keyframe_index)
+    real = judged(lambda task: real_sample(task.sprite, protocol, keyframe_index), label="judge real")
     other = other_real_features(tasks, protocol, judge)
-    model = judged(load, "judge model")
+    model = judged(load, label="judge model")
     sides = model, real, other
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},

@@ -11,10 +11,7 @@ from microcinema.utils.errors import UserError
 
 
 class GroundTruthFlow:
-    """Flow of the items of a Moving Sprites data set, rendered from its truth file.
-
-    Args:
-        dataset: a `ClipDataset` with square clips that are read from their beginning.
+    """Flow of the items of a Moving Sprites `ClipDataset`, square and read from their beginning, rendered from its truth file.
 
     Raises:
         UserError: another data set, or clips whose truth is not known.

@@ -21,14 +21,9 @@ from microcinema.training.loss import TrainableModel
 def flow_error(
     pipeline: ImageToVideoPipeline, predict_net: PredictNet, sprites: Sequence[scene.Sprite], t: int
 ) -> dict[str, float]:
-    """Mean end-point errors over all places of the latent grid, in places per frame, at diffusion step t.
+    """Mean end-point errors, in places of the latent grid per frame: `predict_net`, and `zero` of predicting that nothing moves.
 
-    Args:
-        pipeline: with the weights that PredictNet was trained beside.
-        t: of the training schedule; a low one, since noise hides the motion.
-
-    Returns:
-        `predict_net`, and `zero`, the error of predicting that nothing moves.
+    The pipeline has the weights that PredictNet was trained beside; t is a low training step, since noise hides the motion.
     """
     config, times = pipeline.config, pipeline.remapped_timesteps
     frames, size, fps = config["num_frames"], config["height"], config["fps"]

@@ -24,10 +24,7 @@ OBJECT_ATTRIBUTES = ("shape", "colour", "background", "size")
 
 
 class SpriteJudge:
-    """Names the attributes of clips and gives the features that the Fréchet distance compares, on the classifier's device.
-
-    `batch_size` changes no verdict.
-    """
+    """Names the attributes of clips and gives the features of the Fréchet distance; `batch_size` changes no verdict."""
 
     def __init__(self, classifier: SpriteClassifier, batch_size: int = 16) -> None:
         self.classifier = classifier.eval().requires_grad_(False)

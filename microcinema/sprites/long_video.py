@@ -21,7 +21,6 @@ from microcinema.utils.errors import UserError
 MOTIONS = ("still", "clockwise", "counterclockwise", "bouncing")
 """Those that stay in view however long they go on."""
 
-_ATTRIBUTES = ("shape", "colour", "background")
 _WORLD_SEED = 231118830  # never a training seed
 _MARGIN = 5.0  # scene units round an object that are not counted as background: its shadow falls there
 Maker = Callable[[scene.Sprite, np.ndarray], np.ndarray]
@@ -84,7 +83,8 @@ def measure(
         for kind, make in makers.items():
             video = make(sprite, keyframe)
             clips = np.stack([video[start : start + length] for start in range(0, len(video) - 1, length - 1)])
-            right = [all(name[key] == getattr(sprite, key) for key in _ATTRIBUTES) for name in judge(clips)[0]]
+            names, _ = judge(clips)
+            right = [all(n[key] == getattr(sprite, key) for key in ("shape", "colour", "background")) for n in names]
             values[kind].append([(r, background_psnr(clip, keyframe)) for r, clip in zip(right, clips, strict=True)])
     means = {kind: np.mean(videos, axis=0).tolist() for kind, videos in values.items()}
     return {kind: [{"object": o, "background_psnr": p} for o, p in rows] for kind, rows in means.items()}

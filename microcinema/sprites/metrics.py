@@ -67,8 +67,7 @@ def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]
     """Every measure that at least one of the clips has."""
     result = {}
     for measure in MEASURES:
-        values = [value for value in map(measure.of, verdicts) if value is not None]
-        if values:
+        if values := [value for value in map(measure.of, verdicts) if value is not None]:
             result[measure.key] = proportion(values) if measure.unit == "%" else mean(values)
     return result
 
@@ -80,11 +79,10 @@ def breakdown(verdicts: Sequence[Verdict]) -> dict[str, dict[str, dict[str, Any]
         outcomes = {key: [v.right[key] for v in group if key in v.right] for key in ("object", "motion", "speed")}
         return {key: proportion(values) for key, values in outcomes.items() if values}
 
-    result: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in _VALUES}
+    result = {}
     for key, names in _VALUES.items():
-        for name in names:
-            if group := [v for v in verdicts if getattr(v.task.sprite, key) == name]:
-                result[key][name] = accuracies(group)
+        groups = {name: [v for v in verdicts if getattr(v.task.sprite, key) == name] for name in names}
+        result[key] = {name: accuracies(group) for name, group in groups.items() if group}
     return result
 
 

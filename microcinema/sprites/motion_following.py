@@ -25,16 +25,15 @@ Maker = Callable[[Sequence[scene.Sprite], np.ndarray], np.ndarray]
 
 def scenes(count: int) -> list[list[scene.Sprite]]:
     """For each of `count` key frames, the same object at the same position in every motion that it can have."""
-
-    def variants(index: int) -> list[scene.Sprite]:
+    result = []
+    for index in range(count):
         sprite = scene.sample_attributes(_WORLD_SEED, index)
         rng = np.random.default_rng([_WORLD_SEED, index])
         x, y = (float(value) for value in scene.WORLD / 2 + rng.uniform(-_SPREAD, _SPREAD, 2))
         motions = [m for m in scene.MOTIONS if not (sprite.shape == "circle" and m in scene.ROTATIONS)]
         speeds = ["" if motion == "still" else str(rng.choice(scene.SPEEDS)) for motion in motions]
-        return [replace(sprite, motion=m, speed=s, x=x, y=y) for m, s in zip(motions, speeds, strict=True)]
-
-    return [variants(index) for index in range(count)]
+        result.append([replace(sprite, motion=m, speed=s, x=x, y=y) for m, s in zip(motions, speeds, strict=True)])
+    return result
 
 
 def pipeline_maker(

@@ -5,6 +5,7 @@ compute in float64, within two units of the last place, and return the type of t
 """
 
 import math
+from functools import reduce
 
 import numpy as np
 
@@ -51,7 +52,4 @@ def _reduce(x: np.ndarray | float, period: tuple[float, float]) -> tuple[np.ndar
 
 def _polynomial(coefficients: list[float], x: np.ndarray) -> np.ndarray:
     """Coefficients from the constant on (Horner's scheme)."""
-    result = np.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        result = result * x + coefficient
-    return result
+    return reduce(lambda result, coefficient: result * x + coefficient, reversed(coefficients), np.zeros_like(x))

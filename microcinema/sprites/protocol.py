@@ -42,7 +42,7 @@ class Task:
         return scene.combined_caption(self.sprite)
 
     def item(self, uses_motion_caption: bool, image: np.ndarray | None = None) -> PromptItem:
-        """The clip as an item of the sampler, with its key frame `image`, uint8 (h, w, 3); None: stage 1 draws it from the whole caption."""
+        """The sampler's item, with a key frame uint8 (h, w, 3), or None: stage 1 draws it from the whole caption."""
         content, motion = self.prompt, None
         if uses_motion_caption:
             content, motion = scene.caption(self.sprite), scene.motion_caption(self.sprite)

@@ -52,7 +52,7 @@ def segment(frames: np.ndarray) -> np.ndarray:
     The chroma of a pixel is taken as a mixture of the background's and the object's (a matte), so that edges keep their coverage.
     """
     count, height, width, _ = frames.shape
-    lab = cv2.cvtColor(frames.reshape(count * height, width, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    lab = cv2.cvtColor(frames.reshape(-1, width, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     chroma = lab[..., 1:].reshape(count, height, width, 2)
     difference = chroma - np.median(chroma, axis=(0, 1, 2))
     distance = np.linalg.norm(difference, axis=-1)
