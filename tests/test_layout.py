@@ -19,7 +19,6 @@ TESTED_IN = {
     "data/keyframe_index": "diffusion/test_diffusion.py",
     "data/latent_writer": "data/test_latents.py",
     "data/manifest": "commands/test_prepare_check.py",
-    "data/quality": "commands/test_prepare_check.py",
     "data/quality_check": "commands/test_prepare_check.py",
     "data/quality_report": "commands/test_prepare_check.py",
     "data/source": "data/test_indexed.py",
