@@ -14,7 +14,6 @@ PARTS = {
     "heldout": "text to video, combinations held out of training",
     "image": "image to video, from real key frames",
 }
-
 _WORLD_SEEDS = {"seen": 231118829, "heldout": 231118829, "image": 240810119}  # never a training seed
 
 
