@@ -123,8 +123,7 @@ def _with_preparation(
         if preparation != "own":
             frames = PREPARATIONS[preparation](frames)
         video = rearrange(frames, "(b f) c h w -> b c f h w", b=len(clips))
-        with _unfused():
-            output = network(video)
+        output = network(video)
         return output.reshape(len(clips), -1).float().cpu().numpy()  # the public TorchScript drops a batch axis of one
 
     return features
@@ -145,8 +144,7 @@ class ClassProbabilities:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         video = _pixels(batch.frames, self.device, "b f h w c -> b c f h w")
-        with _unfused():
-            output = self.network(video).reshape(len(batch), -1).double()
+        output = self.network(video).reshape(len(batch), -1).double()
         if (output < 0).any() or not torch.allclose(output.sum(dim=1), torch.ones(1).to(output), atol=1e-3):
             raise UserError("evaluation.c3d.weights gives no probabilities; give the classifier with its softmax")
         return {"probabilities": output.float().cpu().numpy()}
@@ -168,8 +166,7 @@ class FrameFeatures:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         frames = _pixels(batch.frames, self.device, "b f h w c -> (b f) c h w")
-        with _unfused():
-            output = self.network(frames, return_features=True).reshape(len(frames), -1)
+        output = self.network(frames, return_features=True).reshape(len(frames), -1)
         return {"frame_features": rearrange(output.float().cpu().numpy(), "(b f) d -> b f d", b=len(batch))}
 
 
@@ -231,7 +228,7 @@ def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
 
 def load_torchscript(
     weights: str, sha256: str | None, key: str, device: torch.device | str
-) -> tuple[torch.jit.ScriptModule, str]:
+) -> tuple[Callable[..., Tensor], str]:
     """A TorchScript in evaluation mode, and its sha256, which is required since the file is a program.
 
     Raises:
@@ -241,14 +238,15 @@ def load_torchscript(
     if sha256 is None:
         raise UserError(f"'{path}' is TorchScript, which is code; if you trust it, set {key}.sha256={actual}")
     try:
-        return torch.jit.load(str(path), map_location=device).eval(), actual
+        script = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"'{path}' is no TorchScript ({first_line(error)})") from None
 
+    def network(*inputs: Tensor, **options: Any) -> Tensor:
+        with torch.jit.optimized_execution(False):  # without the fuser, which changes the numbers of the public files
+            return script(*inputs, **options)
 
-def _unfused() -> Any:
-    """Without the fuser, which changes the numbers of the public files; `torch.jit.fuser("none")` is deprecated."""
-    return torch.jit.optimized_execution(False)
+    return network, actual
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -60,11 +60,8 @@ def extract_features(
     """
     write_or_verify(folder, fingerprint, "choose another output_dir or evaluation.real_features_dir")
     missing = [batch for batch in share.batches(clips.count, batch_size) if not _path(folder, batch).exists()]
-    total = sum(map(len, missing))
-    with (
-        ThreadPoolExecutor(_READERS) as pool,
-        tqdm(total=total, desc=label, unit="clip", disable=not progress or not total) as bar,
-    ):
+    total, silent = sum(map(len, missing)), not progress or not missing
+    with ThreadPoolExecutor(_READERS) as pool, tqdm(total=total, desc=label, unit="clip", disable=silent) as bar:
         # One batch is read ahead and no more, so that memory does not grow with the number of clips.
         def submit(batches: Sequence[range]) -> list[Future[tuple[np.ndarray, np.ndarray | None]]]:
             return [pool.submit(clips.load, index) for batch in batches[:1] for index in batch]

@@ -25,16 +25,8 @@ from microcinema.utils.hashing import hash_json
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated clips to measure.
-
-    Attributes:
-        samples: of the protocol.
-        load: returns a clip's frames uint8 (f, h, w, 3) and its key frame uint8 (h, w, 3), or None.
-        fingerprint: everything that the clips depend on.
-        keyframe_index: frame of a clip that is compared with its key frame.
-        has_prompts: whether the prompt of each clip is known.
-        warnings: for the report.
-    """
+    """Generated clips of a protocol's samples. `load` returns the frames of one, uint8 (f, h, w, 3), and its key frame uint8 (h, w, 3),
+    with which the frame `keyframe_index` is compared, or None. The fingerprint is everything that the clips depend on."""
 
     samples: list[PromptItem]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
@@ -68,11 +60,8 @@ def protocol_sampler(
 def generate(
     sampler: Sampler, items: Sequence[PromptItem], seed: int, folder: Path, state: PartialState, **fingerprint: Any
 ) -> tuple[SampleFolder, dict[str, Any]]:
-    """Makes the clips that the folder does not hold yet, by all processes, and waits for them. Returns folder and whole fingerprint.
-
-    Args:
-        seed: of all items.
-        fingerprint: what the clips depend on beside sampler and seed.
+    """Makes the clips that the folder does not hold yet, by all processes, and waits for them. Returns them and their whole fingerprint,
+    of which `fingerprint` is what they depend on beside sampler and seed.
 
     Raises:
         UserError: the folder holds clips with another fingerprint, or they cannot be made.
@@ -94,11 +83,7 @@ def sampled_keyframe_index(sampler: Sampler, num_frames: int) -> int:
 def generate_clips(
     config: Evaluate, protocol: ZeroShotProtocol, samples: list[PromptItem], folder: Path, state: PartialState
 ) -> Generated:
-    """Clips of the pipeline of the config, made if needed.
-
-    Raises:
-        UserError: as in `generate`.
-    """
+    """Clips of the pipeline of the config, made as by `generate` if needed."""
     assert isinstance(config.evaluation, ZeroShotEvaluation)
     size = config.evaluation.height, config.evaluation.width
     sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
@@ -146,6 +131,6 @@ def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem
     warnings = ["Generated clips were read from compressed videos; compression changes the results."]
     if not has_prompts and samples:
         warnings.append("There are fewer videos than samples, and their names are not numbers: prompts are unknown.")
-    fingerprint = {"folder": str(name), "files_sha256": hash_list(videos), "height": first.height, "width": first.width}
-    fingerprint["fps"] = first.fps
+    size = {"height": first.height, "width": first.width, "fps": first.fps}
+    fingerprint = {"folder": str(name), "files_sha256": hash_list(videos), **size}
     return Generated(measured, load, first.fps, fingerprint, has_prompts=has_prompts, warnings=tuple(warnings))

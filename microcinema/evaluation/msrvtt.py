@@ -52,14 +52,14 @@ class MsrVtt:
         texts = {
             name: tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])) for name in identifiers
         }
-        return [Video(name, self._path(name), captions=texts[name]) for name in sorted(identifiers, key=_number)]
+        names = sorted(identifiers, key=lambda name: (len(name), name))  # video2 before video10
+        return [Video(name, self._path(name), captions=texts[name]) for name in names]
 
     def _list(self, name: str) -> Path:
         places = [self.root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]
         return first_of(places, "the list of MSR-VTT's videos and captions")
 
     def _path(self, name: str) -> Path:
-        """Where the video is; where it would be, if it is nowhere."""
         places = [self.root / folder / f"{name}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES]
         return next((path for path in places if path.is_file()), places[0])
 
@@ -84,8 +84,3 @@ def chosen_caption(video: Video) -> Caption:
 def _choice() -> dict[str, int]:
     with open(CHOICE_FILE, encoding="utf-8", newline="") as file:
         return {row["video_id"]: int(row["caption"]) for row in csv.DictReader(file)}
-
-
-def _number(name: str) -> tuple[int, str]:
-    digits = name.removeprefix("video")
-    return (int(digits) if digits.isdigit() else -1, name)

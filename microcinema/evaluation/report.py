@@ -74,8 +74,7 @@ def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
 
 def text_table(results: Mapping[str, Any]) -> str:
     """For a terminal: a line per measure with the protocol's identifier, then everything missing or doubtful."""
-    identifier = results["protocol"]["identifier"]
-    lines = []
+    identifier, lines = results["protocol"]["identifier"], []
     for row in rows(results):
         more = ", ".join(filter(None, (row["detail"], f"real {row['real']}" if row["real"] else "")))
         lines.append(f"{row['label']:17} {row['value']:>10}  [{identifier}]  {more}".rstrip())
@@ -93,7 +92,7 @@ def published() -> list[dict[str, str]]:
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
     """Writes the page for the content of `results.json`; it loads nothing from elsewhere."""
-    shown = [
+    videos = [
         {
             "caption": picture.caption,
             "video": embedded_video(picture.frames, picture.fps),
@@ -101,14 +100,10 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
         }
         for picture in pictures
     ]
-    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
-        results=results,
-        rows=rows(results),
-        chart=_chart(results["values"].get("fvd")),
-        published=published(),
-        warning=WARNING,
-        pictures=shown,
-    )
+    chart = _chart(results["values"].get("fvd"))
+    tables = {"rows": rows(results), "published": published()}
+    template = open_template(Path(__file__).with_name("templates") / TEMPLATE)
+    page = template.render(results=results, chart=chart, warning=WARNING, pictures=videos, **tables)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

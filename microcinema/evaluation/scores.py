@@ -24,9 +24,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def _mean_kernel(a: np.ndarray, b: np.ndarray, same: bool) -> float:
     """Mean of the kernel over all pairs; if both are the same set, over pairs of two."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    total = 0.0
-    for start in range(0, len(a), _BLOCK):
-        total += float(((a[start : start + _BLOCK] @ b.T / a.shape[1] + 1) ** 3).sum())
+    blocks = (a[start : start + _BLOCK] for start in range(0, len(a), _BLOCK))
+    total = sum(float(((block @ b.T / a.shape[1] + 1) ** 3).sum()) for block in blocks)
     if not same:
         return total / (len(a) * len(b))
     itself = float((((a * a).sum(axis=1) / a.shape[1] + 1) ** 3).sum())

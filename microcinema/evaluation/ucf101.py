@@ -47,19 +47,14 @@ class Ucf101:
 
 
 def class_prompt(name: str, prompts: PromptSet) -> str:
-    """What a class is asked for with: `raw`, its name; `split`, its name in words; `descriptive`, a sentence written for this project.
-
-    Raises:
-        UserError: a class without a sentence.
-    """
+    """What a class is asked for with: `raw`, its name; `split`, its name in words; `descriptive`, a sentence written for this project."""
     if prompts == "raw":
         return name
     if prompts == "split":
         return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    sentences = descriptive_prompts()
-    if name not in sentences:
+    if name not in descriptive_prompts():
         raise UserError(f"UCF-101 has no class '{name}'; use prompts=raw or prompts=split for other classes")
-    return sentences[name]
+    return descriptive_prompts()[name]
 
 
 @cache

@@ -66,8 +66,7 @@ def first_of(candidates: Sequence[Path], what: str) -> Path:
     Raises:
         UserError: none is; all that was looked for is named.
     """
-    for path in candidates:
-        if path.exists():
-            return path
+    if existing := next(filter(Path.exists, candidates), None):
+        return existing
     looked = ", ".join(f"'{path}'" for path in candidates)
     raise UserError(f"{what} not found; looked for {looked}; check evaluation.root")

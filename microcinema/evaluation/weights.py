@@ -13,13 +13,9 @@ _URL_SCHEMES = ("http", "https", "file")
 
 
 def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
-    """The file on disk and its sha256. A URL is fetched into the cache unless a file of this sha256 is there.
+    """The file on disk and its sha256. A URL, which needs a `sha256`, is fetched into the cache unless a file of this sha256 is there.
 
-    The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`.
-
-    Args:
-        source: a path, or a URL, for which `sha256` has to be given.
-        key: of the config, for messages: `evaluation.video`.
+    The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`. `key` of the config is for messages: `evaluation.video`.
 
     Raises:
         UserError: no such file, no such page, or another sha256.
@@ -34,14 +30,11 @@ def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
         return path, found
     if sha256 is None:
         raise UserError(f"{key}.weights is a URL; say which file is expected with {key}.sha256")
-    path = _cache() / sha256.lower() / Path(urlsplit(source).path).name
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "microcinema")
+    path = cache / sha256.lower() / Path(urlsplit(source).path).name
     if not path.is_file() or hash_file(path) != sha256.lower():
         _download(source, path, sha256.lower(), key)
     return path, sha256.lower()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "microcinema")
 
 
 def _download(url: str, path: Path, sha256: str, key: str) -> None:

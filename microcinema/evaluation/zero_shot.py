@@ -53,8 +53,7 @@ def run_zero_shot(
     state: PartialState,
     video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
 ) -> None:
-    """Runs a protocol with all processes; the first one writes results and report, and prints them. `video_detectors` are further
-    values of `evaluation.video.detector`.
+    """Runs a protocol with all processes; the first one writes and prints results. `video_detectors`: added to `DETECTORS`.
 
     Raises:
         UserError: bad input; finished clips and features are kept, and the next run continues from them.
@@ -194,11 +193,7 @@ def load_measures(
     classes: bool,
     video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
 ) -> tuple[list[Measure], dict[str, str]]:
-    """The measures whose weights are given; and for each other one, why not.
-
-    Args:
-        compares: whether there are real clips.
-        classes: whether the Inception score of UCF-101's classes makes sense.
+    """The measures whose weights are given; and for each other one, why not. Some need real clips to compare with, or UCF-101's classes.
 
     Raises:
         UserError: no weights at all, or some that cannot be opened.
