@@ -26,7 +26,6 @@ from microcinema.pipelines.loading import is_embedded, resolve_model_path, resol
 from microcinema.profiling.memory_estimate import (
     Estimate,
     empty_pipeline,
-    empty_predict_net,
     sampling_memory,
     training_memory,
 )
@@ -206,8 +205,7 @@ def needs(config: Train, folder: str, device: torch.device) -> Iterator[Finding]
             half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
             with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
         bar.update()
-        predict_net, cached = empty_predict_net(config, pipeline), config.cached_latents is not None
-        training = training_memory(pipeline, config, cached, device.type, predict_net)
+        training = training_memory(pipeline, config, config.cached_latents is not None, device.type)
         bar.update()
     yield disk(config, networks, training)
     yield memory("training", training, free, PROBLEM, ways_to_train_with_less(config, training))

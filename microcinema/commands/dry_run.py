@@ -14,7 +14,7 @@ import torch
 
 from microcinema.commands import train
 from microcinema.config.schema import Train
-from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, empty_predict_net, training_memory
+from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, training_memory
 from microcinema.training.metrics import peak_memory
 from microcinema.utils.files import make_folder
 
@@ -149,8 +149,7 @@ def _estimate(config: Train) -> Estimate:
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     config, pipeline = replace(config, mixed_precision=precision), empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cached = config.cached_latents is not None
-    return training_memory(pipeline, config, cached, device, empty_predict_net(config, pipeline))
+    return training_memory(pipeline, config, config.cached_latents is not None, device)
 
 
 def _size(folder: Path) -> int:

@@ -17,7 +17,7 @@ COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "condition_encoder", "scheduler")
 
 
 def load_missing_components(components: dict[str, Any], config: dict[str, Any]) -> None:
-    """Loads the components that are None and that the condition encoder uses, and sets those to None that it does not use.
+    """Loads components that are None and that the condition encoder uses, and sets to None those that it does not use.
 
     Raises:
         UserError: a component without a source, or components that do not fit together.

@@ -1,6 +1,7 @@
 """The conditions and the denoising loop of stage 2. Shapes: latents `b f c h w`, key frame `b c h w`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +19,32 @@ from microcinema.utils.errors import UserError
 CALLBACK_TENSORS = ("latents", "prediction")
 
 
+@dataclass
 class StepCallback:
     """A user's function that is called after every step, in the manner of diffusers.
 
     Args:
         pipeline: first argument of the function.
-        function: called as `function(pipeline, step, t, tensors)`; may return new `latents` in a dictionary; None: nothing is called.
+        function: called as `function(pipeline, step, t, tensors)`; may return new `latents` in a dictionary.
         tensor_inputs: names of the tensors that it gets, of `CALLBACK_TENSORS`.
 
     Raises:
         UserError: an unknown tensor.
     """
 
-    def __init__(self, pipeline: Any, function: Callable[..., dict[str, Any]] | None, tensor_inputs: Sequence[str]):
-        if unknown := sorted(set(tensor_inputs) - set(CALLBACK_TENSORS)):
+    pipeline: Any
+    function: Callable[..., dict[str, Any] | None] | None
+    tensor_inputs: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.tensor_inputs) - set(CALLBACK_TENSORS)):
             raise UserError(f"there is no tensor '{unknown[0]}' for callbacks; there are {', '.join(CALLBACK_TENSORS)}")
-        self.pipeline, self.function, self.tensor_inputs = pipeline, function, tuple(tensor_inputs)
 
     def __call__(self, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The latents with which the loop continues."""
-        if self.function is None:
-            return tensors["latents"]
         inputs = {name: tensors[name] for name in self.tensor_inputs}
-        return (self.function(self.pipeline, step, t, inputs) or {}).get("latents", tensors["latents"])
+        changes = self.function(self.pipeline, step, t, inputs) if self.function else None
+        return (changes or {}).get("latents", tensors["latents"])
 
 
 def prepare_conditions(
@@ -51,16 +55,13 @@ def prepare_conditions(
     image: Mapping[str, torch.Tensor],
     fps: float,
 ) -> Conditions:
-    """Conditions of all terms of the guidance, in their order, by one run of the condition encoder.
+    """Conditions of `(k b)` clips, for the k terms of the guidance in their order, by one run of the condition encoder.
 
     Args:
         dtype: of the inputs of the condition encoder.
-        captions: `text`, and `motion_tokens` if the model uses them: of the captions, and of their replacement where guidance
-            drops the text; each (b, n, d), the second also (1, n, d).
+        captions: `text`, and `motion_tokens` if the model uses them: embeddings (b, n, d) of the captions, and of what replaces
+            them where guidance drops the text, (b, n, d) or (1, n, d).
         image: `z_ref` (b, c, h, w), and the output of `ImageToVideoPipeline.encode_pixels`.
-
-    Returns:
-        Conditions of `(k b)` clips, k = number of `guidance.terms`.
     """
     terms, z_ref = guidance.terms, image["z_ref"]
     tokens = {
@@ -97,11 +98,9 @@ def denoise(
     arguments = step_arguments(scheduler, generator)
 
     def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        t_model = (
-            t
-            if remapped_timesteps is None
-            else float(np.interp(float(t), range(len(remapped_timesteps)), remapped_timesteps))
-        )
+        t_model: torch.Tensor | float = t
+        if remapped_timesteps is not None:
+            t_model = float(np.interp(float(t), range(len(remapped_timesteps)), remapped_timesteps))
         return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
 
     for step, t in enumerate(scheduler.timesteps):

@@ -34,10 +34,9 @@ from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_k
 from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
 from microcinema.pipelines.prompts import broadcast_to_prompts, check_motion_prompt, check_prompts
 from microcinema.pipelines.sampling_settings import SamplingSettings
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 _LOG = logging.getLogger(__name__)
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -47,7 +46,7 @@ class ImageToVideoOutput(BaseOutput):
     Attributes:
         frames: by `output_type`: `pil` lists of images, `np` (b, f, H, W, 3) and `pt` (b, f, 3, H, W) in [0, 1], `latent` z0
             (b, f, c, h, w), scaled.
-        keyframes: the images that the videos were made from, at the size of the videos.
+        keyframes: of each video, at its size.
     """
 
     frames: Any
@@ -59,31 +58,25 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     Args:
         vae, text_encoder, tokenizer: of the base model; if one is None, all are loaded from `base`.
-        unet: the denoiser.
-        condition_encoder: makes its conditions; contains the AppearanceNet.
+        unet, condition_encoder: the denoiser, and what makes its conditions.
         scheduler: of sampling; it must agree with the training schedule.
-        image_encoder: encodes the key frame for the adapter, if there is one; None: loaded from its source.
-        motion_encoder, motion_tokenizer: of the motion caption, if the model uses one; None: loaded from their source.
+        image_encoder, motion_encoder, motion_tokenizer: of the adapter and of motion captions, if the model uses them; None: loaded
+            from `image_encoder_source` (None: the base) and `motion_encoder_source`.
         noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`.
         keyframe_position: frame of a training clip that is the key frame: `first`, `center` or an index.
-        num_frames, fps, height, width: of the training clips, and the defaults of a call. Size in pixels; None: the size that
-            the base was trained with.
+        num_frames, fps, height, width: of the training clips, and the defaults of a call. Pixels; None: the base's training size.
         num_inference_steps, guidance_scale, image_guidance_scale: the defaults of a call, see `SamplingSettings`.
         keyframe_num_inference_steps, keyframe_guidance_scale: the defaults of stage 1; None: as those of the video.
-        base: name or path of the text-to-image model that this one was trained from. It draws key frames by default, and
+        base, base_revision, base_variant: the text-to-image model that this one was trained from. It draws key frames by default, and
             provides the components that a saved folder leaves out.
-        base_revision, base_variant: of a hub repository; the weight files, such as `fp16`.
-        unet_source: name or path of the model whose UNet weights were frozen in training; a folder saved without the base takes
-            them from there.
+        unet_source: the model whose frozen UNet weights a folder saved without the base leaves out.
         training_schedule: settings of the schedule that the model was trained with; None: those of the scheduler.
         network_schedule: settings of the base's schedule, by whose timesteps the network knows noise levels; None: the same schedule.
-        image_encoder_source: name or path of the image encoder; None: the base's own.
         image_mean, image_std: of the colors (from 0 to 1) that the image encoder was trained with.
-        motion_encoder_source: name or path of the motion encoder.
         num_motion_tokens: length to which motion captions are padded or cut.
 
     Raises:
-        UserError: unknown settings, components that do not fit together, or a scheduler that disagrees with the training schedule.
+        UserError: unknown settings, or components or schedules that do not fit together.
     """
 
     # `DiffusionPipeline.from_pretrained` passes None for those that the folder does not have.
@@ -134,7 +127,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         self.vae_scale_factor = vae_scale_factor(self.vae)
         native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
         config |= {"height": height or native, "width": width or native}
-        config |= {"training_schedule": training_schedule or schedule_summary(scheduler)}
+        config["training_schedule"] = training_schedule or schedule_summary(scheduler)
         self.register_to_config(**config)
         # The hooks of offloading ask a network where its weights are; this one may have none.
         if next(condition_encoder.parameters(), None) is None:
@@ -149,7 +142,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     @property
     def noise_prior(self) -> NoisePrior:
-        """The noise that the model was trained with and from which sampling starts."""
+        """Of the noise in training, and of that from which sampling starts."""
         return NoisePrior(*(self.config[f"noise_prior{suffix}"] for suffix in ("", "_strength", "_gamma")))
 
     @property
@@ -164,13 +157,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     @property
     def remapped_timesteps(self) -> torch.Tensor | None:
-        """Input of the networks for every step of the training schedule, (t,): the step of the base's schedule with the same SNR.
-
-        None: the step itself.
-        """
-        if self.config["network_schedule"] is None:
-            return None
-        return match_snr_timesteps(self.training_scheduler, make_scheduler(self.config["network_schedule"]))
+        """For every step of the training schedule, that of the base's schedule with the same SNR, (t,); None: the same step."""
+        schedule = self.config["network_schedule"]
+        return schedule and match_snr_timesteps(self.training_scheduler, make_scheduler(schedule))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
@@ -183,19 +172,14 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def encode_motion(self, captions: list[str]) -> torch.Tensor:
         """Tokens (b, n, e) of motion captions, by the motion encoder; padding is zero."""
-        return encode_motion_tokens(
-            self.motion_encoder,
-            self.motion_tokenizer,
-            captions,
-            self.config["num_motion_tokens"],
-            self._execution_device,
-        )
+        encoder = self.motion_encoder, self.motion_tokenizer
+        return encode_motion_tokens(*encoder, captions, self.config["num_motion_tokens"], self._execution_device)
 
     def encode_pixels(self, image: torch.Tensor, image_tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Inputs of the condition encoder, by name, from the pixels of key frames (b, 3, H, W) in [-1, 1].
+        """Inputs of the condition encoder from the pixels of key frames (b, 3, H, W) in [-1, 1], by name.
 
         Args:
-            image_tokens: of the image encoder, (b, p, e); None: computed here, if the model has one.
+            image_tokens: of the image encoder, if the model has one, (b, p, e); None: computed here.
         """
         image, inputs = image.to(self._execution_device), {}
         if self.image_encoder is not None:
@@ -215,7 +199,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     @property
     def uses_image_conditioning(self) -> bool:
         """Whether the condition encoder uses more of a key frame than its latents."""
-        return any(self.condition_encoder.config[part] is not None for part in ("adapter", "pixels"))
+        return self.uses_keyframe_pixels or self.condition_encoder.config["adapter"] is not None
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latents (b, c, h, w), float32, of images (b, 3, H, W) in [-1, 1]."""
@@ -239,14 +223,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return settings
 
     def windows(self, settings: SamplingSettings) -> Windows:
-        """The windows over the frames of a clip.
-
-        Args:
-            settings: with `num_frames`.
-
-        Raises:
-            UserError: windows that overlap too much.
-        """
+        """The windows over the frames of a clip, of which the settings name the number."""
         assert settings.num_frames is not None
         return Windows(settings.num_frames, self.config["num_frames"], settings.window_overlap)
 
@@ -277,10 +254,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
         Args:
             prompt: content and motion of the video; one, or one per video.
-            image: PIL images or uint8 arrays (h, w, 3): one for all prompts, or one each; resized and cropped to the video's size.
-            motion_prompt: the motion, for a model that `uses_motion_caption`; one for all prompts, or one each. None: the prompt.
+            image, motion_prompt, negative_prompt: one for all prompts, or one each. PIL images or uint8 arrays (h, w, 3), resized and
+                cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
+                text where guidance drops it (None: the empty text).
             height ... image_guidance_scale, decode_chunk_size, num_segments, window_overlap: see `SamplingSettings`.
-            negative_prompt: replaces the text where guidance drops it; one for all prompts, or one each. None: the empty text.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one per video (which makes a video independent of its batch), or one for all.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -294,8 +271,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         settings, videos = self.resolve(SamplingSettings(**own)), len(prompts) * num_videos_per_prompt
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt={num_videos_per_prompt}; use a number >= 1")
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type '{output_type}' is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         if isinstance(generator, Sequence) and len(generator) != videos:
             raise UserError(f"{len(generator)} generators for {videos} videos; give one each, or one for all")
         generator = list(generator) if isinstance(generator, Sequence) else generator
@@ -311,16 +287,13 @@ class ImageToVideoPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None,
         videos: int,
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """`text`, and `motion_tokens` if the model uses them: embeddings (b, n, d) of the captions and of their replacement
-        where guidance drops the text."""
+        """The captions of `prepare_conditions`."""
         count = len(prompts)
         check_motion_prompt(motion_prompt, self.uses_motion_caption)
         motions = prompts if motion_prompt is None else broadcast_to_prompts("motion prompts", motion_prompt, count)
-        # One for all prompts is encoded once.
-        single = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = broadcast_to_prompts(
-            "negative prompts", "" if negative_prompt is None else negative_prompt, 1 if single else count
-        )
+        negative = "" if negative_prompt is None else negative_prompt
+        single = isinstance(negative, str)  # encoded once for all prompts
+        negatives = broadcast_to_prompts("negative prompts", negative, 1 if single else count)
         captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
         if self.uses_motion_caption:
             captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
@@ -353,10 +326,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
             context = {name: _repeat_to(x, videos) for name, x in context.items()}
             # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
             self.maybe_free_model_hooks()
-            conditions = prepare_conditions(
-                self.condition_encoder, self.unet.dtype, guidance, captions, context, settings.fps
-            )
-            z_ref = context["z_ref"]
+            encoder, z_ref = self.condition_encoder, context["z_ref"]
+            conditions = prepare_conditions(encoder, self.unet.dtype, guidance, captions, context, settings.fps)
             shape = (videos, settings.num_frames, *z_ref.shape[1:])
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             set_timesteps(self.scheduler, steps, device)
@@ -364,10 +335,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
                 z_T, timesteps = self.noise_prior.initial_noise(eps, z_ref), self.remapped_timesteps
                 inputs = (conditions, guidance, windows, timesteps, generator, step_end, bar)
                 z = denoise(self.unet, self.scheduler, z_T, *inputs)
-            decoded = z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float()
-            clips.append(decoded)
+            clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())
             if clip < settings.num_segments - 1:
-                last = self.decode_latents(z[:, -1:]) if output_type == "latent" else decoded[:, -1:]
+                last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
                 current = self.video_processor.postprocess(last[:, 0].float(), "pil")
         frames = join_segments(clips)
         if output_type != "latent":

@@ -49,11 +49,7 @@ class PromptItem:
 
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """The prompts as a list.
-
-    Raises:
-        UserError: no prompt, or an empty one.
-    """
+    """The prompts as a list; no prompt or an empty one is a UserError."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
         raise UserError("the prompt is empty; describe the content and motion of the video")
@@ -61,15 +57,9 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
 
 
 def check_motion_prompt(motion_prompt: object, uses_motion_caption: bool) -> None:
-    """Refuses a motion prompt that the model would ignore.
-
-    Raises:
-        UserError: the model uses a single caption.
-    """
+    """Refuses, with a UserError, a motion prompt that the model would ignore."""
     if motion_prompt is not None and not uses_motion_caption:
-        raise UserError(
-            "motion_prompt is given, and this model has no motion encoder; describe the motion in the prompt"
-        )
+        raise UserError("this model has no motion encoder for motion_prompt; describe the motion in the prompt")
 
 
 def read_prompt_items(
@@ -91,15 +81,17 @@ def read_prompt_items(
         image: file of every video's key frame, or a folder with one image per prompt, in the order of names.
 
     Raises:
-        UserError: neither or both of `prompt` and `prompts`, an empty prompt, a file that cannot be read, an unknown column, a
-            seed that is not a number, a duplicate id or one that cannot be a file name.
+        UserError: not one of `prompt` and `prompts`, an empty prompt, a file that cannot be read, or a bad column, seed or id.
     """
     if (prompt is None) == (prompts is None):
         raise UserError('give one of prompt="..." and prompts=file.csv')
     rows = [{"prompt": prompt or ""}] if prompts is None else _read_rows(prompts)
     common = PromptItem("", motion_prompt=motion_prompt or None, negative_prompt=negative_prompt, seed=seed)
-    items = []
-    for index, (row, path) in enumerate(zip(rows, _images(image, len(rows)), strict=True)):
+    images, items = KeyframePipeline(image).files if image else [], []
+    if images and len(images) != len(rows):
+        raise UserError(f"folder '{image}' holds {len(images)} images for {len(rows)} prompts; give one each")
+    paths: Sequence[Path | None] = images or [Path(image) if image else None] * len(rows)
+    for index, (row, path) in enumerate(zip(rows, paths, strict=True)):
         item = _parse_row(row, replace(common, sample_index=index, image=path), prompts)
         for video in range(num_videos_per_prompt):
             suffix = f"-{video}" if num_videos_per_prompt > 1 else ""
@@ -158,28 +150,17 @@ def _read_rows(path: str) -> list[dict[str, str]]:
     return rows
 
 
-def _images(image: str | None, count: int) -> Sequence[Path | None]:
-    if image is None:
-        return [None] * count
-    source = KeyframePipeline(image)
-    if source.files and len(source.files) != count:
-        raise UserError(f"folder '{image}' holds {len(source.files)} images for {count} prompts; give one each")
-    return source.files or [Path(image)] * count
-
-
 def broadcast_to_prompts(name: str, value: Any, count: int) -> list[Any]:
-    """One value for every prompt.
+    """One value for each of `count` prompts.
 
     Args:
         name: of the values, in the plural, for the message.
-        value: one for all prompts, or a sequence with one for each; a string is one value.
-        count: number of prompts.
+        value: one for all prompts (such as a string), or a sequence with one for each.
 
     Raises:
         UserError: the sequence has another length.
     """
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-    values = list(value) if is_sequence else [value] * count
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
     if len(values) != count:
         raise UserError(f"{len(values)} {name} for {count} prompts; give one for each, or one for all")
     return values

@@ -34,18 +34,9 @@ class Sample:
 
 
 def to_uint8(frames: np.ndarray, name: str = "the video") -> np.ndarray:
-    """Pixels in [0, 1] as uint8, rounded to nearest.
-
-    Args:
-        name: of the video, for the error.
-
-    Raises:
-        UserError: pixels that are not finite.
-    """
+    """Pixels in [0, 1] as uint8, rounded to nearest; a UserError if they are not finite."""
     if not np.isfinite(frames).all():
-        raise UserError(
-            f"{name} has pixels that are not finite; use torch_dtype=float32 or bfloat16, and check the weights"
-        )
+        raise UserError(f"{name} has pixels that are not finite; use torch_dtype=float32, and check the weights")
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
@@ -55,7 +46,6 @@ class SampleFolder:
     Versions of code and libraries and names of models are recorded, but not compared.
 
     Args:
-        folder: created if needed.
         formats: of the videos: `video` (H.264), `gif`, `contact_sheet`, `frames` (uncompressed, for measurements).
         crf: of H.264, 0 (lossless) to 51.
         run_record: further entries of the records of videos that are not compared.
@@ -83,10 +73,8 @@ class SampleFolder:
     def keyframe_is_up_to_date(self, item: PromptItem, record: Mapping[str, Any]) -> bool:
         """Whether the key frame with this record exists, with the pixels that were written."""
         actual = self._matching(item, _KEYFRAME_RECORD, record)
-        if actual is None:
-            return False
         try:
-            return actual["sha256_of_pixels"] == hash_array(self.open_keyframe(item))
+            return actual is not None and actual["sha256_of_pixels"] == hash_array(self.open_keyframe(item))
         except UserError:
             return False
 
@@ -99,11 +87,7 @@ class SampleFolder:
         return self._matching(item, _KEYFRAME_RECORD, {})
 
     def open_keyframe(self, item: PromptItem) -> Image.Image:
-        """The key frame.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
+        """The key frame; a UserError if it is missing or damaged."""
         return open_image(self._path(item, _KEYFRAME))
 
     def write_keyframe(self, item: PromptItem, image: Image.Image, record: Mapping[str, Any]) -> None:
@@ -133,11 +117,7 @@ class SampleFolder:
         write_json(self._path(item, _RECORD), {**record, **self.run_record, "files": files})
 
     def load(self, item_id: str) -> Sample:
-        """The clip of an item's id, of the format `frames`.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
+        """The clip of an item's id, of the format `frames`; a UserError if it is missing or damaged."""
         path = self.folder / f"{item_id}{_SUFFIXES['frames']}"
         try:
             with np.load(path, allow_pickle=False) as arrays:

@@ -29,12 +29,10 @@ class Sampler:
 
     Args:
         pipeline: the video model: an embedded model, a folder or a hub repository.
-        settings: of stage 2.
-        keyframe: of stage 1.
+        settings, keyframe: of stage 2, and of stage 1.
         memory: of both stages.
-        device: to compute on.
         scheduler: a scheduler class of diffusers; None: the model's own.
-        batch_size: videos made at once. Key frames are drawn one at a time.
+        batch_size: videos made at once; key frames are drawn one at a time.
         progress: show bars.
 
     Raises:
@@ -60,8 +58,11 @@ class Sampler:
         self.settings = video.resolve(settings)
         self.defaults = dict(video.config)
         self.uses_motion_caption = video.uses_motion_caption
+        windows = video.windows(self.settings)
         self.video_record = {
-            **_settings_record(video, self.settings),
+            **asdict(self.settings),
+            "windows": [[window.start, window.stop] for window in windows.slices],
+            "frames_of_all_clips": self.settings.num_segments * (windows.frames - 1) + 1,
             "memory": asdict(memory),
             **_model_record(video, self.settings.num_inference_steps or 0),
         }
@@ -84,30 +85,29 @@ class Sampler:
             on_done: called for every video, with whether it was made now.
 
         Raises:
-            UserError: an image, a motion prompt or a text-to-image model that does not work, or pixels that are not finite.
+            UserError: bad images, motion prompts or text-to-image models, or pixels that are not finite.
         """
         for item in items:
             check_motion_prompt(item.motion_prompt, self.uses_motion_caption)
         for path in {item.image for item in items if isinstance(item.image, Path)}:
             open_image(path)
-        starts = range(0, len(items), self.batch_size)[rank::num_processes]
-        batches = [items[start : start + self.batch_size] for start in starts]
+        size = self.batch_size
+        batches = [items[start : start + size] for start in range(0, len(items), size)[rank::num_processes]]
         self._make_keyframes([item for batch in batches for item in batch], folder)
         self._make_videos(batches, folder, on_done)
 
     def fingerprint(self) -> dict[str, Any]:
         """What all samples depend on beside their items, resolved. Loads stage 1, which `run` then uses."""
         source = self._load_stage1()
-        names = ("num_inference_steps", "guidance_scale")
         stage1 = keyframe_arguments(source, PromptItem(""), self.defaults, self.settings, self.keyframe)
+        hashes = {f"keyframe.{name}": sha256 for name, sha256 in self._stage1_hashes.items()}
         return {
             "pipeline": self.pipeline,
             **asdict(self.settings),
-            **{f"keyframe_{name}": stage1[name] for name in names},
+            **{f"keyframe_{name}": stage1[name] for name in ("num_inference_steps", "guidance_scale")},
             "torch_dtype": self.memory.torch_dtype,
             "keyframe_model": self.keyframe.pretrained_model_name_or_path,
-            "weights_sha256": self.video_record["weights_sha256"]
-            | {f"keyframe.{name}": sha256 for name, sha256 in self._stage1_hashes.items()},
+            "weights_sha256": self.video_record["weights_sha256"] | hashes,
         }
 
     def _load_video(self) -> ImageToVideoPipeline:
@@ -115,9 +115,9 @@ class Sampler:
 
     def _load_stage1(self) -> KeyframePipeline:
         if self._stage1 is None:
-            model, dtype = self.keyframe, self.keyframe_memory.dtype
+            model = self.keyframe
             origin = model.pretrained_model_name_or_path, model.revision, model.variant
-            self._stage1 = load_keyframe_pipeline(self.pipeline, *origin, dtype)
+            self._stage1 = load_keyframe_pipeline(self.pipeline, *origin, self.keyframe_memory.dtype)
             self._stage1.resize_mode = model.resize_mode
             self._stage1_hashes = hash_networks(self._stage1.networks)
         return self._stage1
@@ -125,12 +125,14 @@ class Sampler:
     def _make_keyframes(self, items: Sequence[PromptItem], folder: SampleFolder) -> None:
         height, width = self.settings.height, self.settings.width
         assert height is not None and width is not None
-        for item in (item for item in items if item.image is not None):
-            source = KeyframePipeline(item.image, self.keyframe.resize_mode) if isinstance(item.image, Path) else None
-            keyframe = make_item_keyframe(item, source, height, width)
-            record = {"id": item.id, **keyframe.provenance}
-            if not folder.keyframe_is_up_to_date(item, record):
-                folder.write_keyframe(item, keyframe.image, record)
+        for item in items:
+            if item.image is not None:
+                mode = self.keyframe.resize_mode
+                source = KeyframePipeline(item.image, mode) if isinstance(item.image, Path) else None
+                keyframe = make_item_keyframe(item, source, height, width)
+                record = {"id": item.id, **keyframe.provenance}
+                if not folder.keyframe_is_up_to_date(item, record):
+                    folder.write_keyframe(item, keyframe.image, record)
         if drawn := [item for item in items if item.image is None]:
             self._draw_keyframes(drawn, folder, height, width)
         if self._stage1 is not None:
@@ -161,10 +163,7 @@ class Sampler:
             folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
 
     def _make_videos(
-        self,
-        batches: Sequence[Sequence[PromptItem]],
-        folder: SampleFolder,
-        on_done: Callable[[PromptItem, bool], None],
+        self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder, on_done: Callable[[PromptItem, bool], None]
     ) -> None:
         video: ImageToVideoPipeline | None = None
         for batch in self._bar(batches, "videos", "video" if self.batch_size == 1 else "batch"):
@@ -185,10 +184,7 @@ class Sampler:
 
     def _record(self, item: PromptItem, folder: SampleFolder) -> dict[str, Any]:
         return {
-            "id": item.id,
-            "prompt": item.prompt,
-            "motion_prompt": item.motion_prompt,
-            "negative_prompt": item.negative_prompt,
+            **{name: getattr(item, name) for name in ("id", "prompt", "motion_prompt", "negative_prompt")},
             "generator": _generator_record(item),
             **self.video_record,
             "video_crf": folder.crf,
@@ -200,27 +196,13 @@ class Sampler:
 
 
 def _generator_record(item: PromptItem) -> dict[str, int]:
-    return {"seed": item.seed, "sample_index": item.sample_index, "video_index": item.video_index}
-
-
-def _settings_record(video: ImageToVideoPipeline, settings: SamplingSettings) -> dict[str, Any]:
-    windows = video.windows(settings)
-    return {
-        **asdict(settings),
-        "windows": [[window.start, window.stop] for window in windows.slices],
-        "frames_of_all_clips": settings.num_segments * (windows.frames - 1) + 1,
-    }
+    return {name: getattr(item, name) for name in ("seed", "sample_index", "video_index")}
 
 
 def _model_record(video: ImageToVideoPipeline, num_inference_steps: int) -> dict[str, Any]:
-    """The model, the VAE that encodes its key frame, and the schedule.
-
-    Raises:
-        UserError: the scheduler cannot make so many steps.
-    """
-    scheduler = video.scheduler
+    """The model, the VAE that encodes its key frame, and the schedule; a UserError if that cannot make so many steps."""
+    scheduler, weights = video.scheduler, hash_networks(video.components)
     set_timesteps(scheduler, num_inference_steps)
-    weights = hash_networks(video.components)
     return {
         "source": video.config.get("_name_or_path"),
         "pipeline": {key: video.config.get(key) for key in _MODEL},

@@ -18,14 +18,14 @@ class SamplingSettings:
 
     Args:
         height, width: pixels; multiples of the model's stride.
-        num_frames: frames of a clip; more than the model was trained with are made in windows, see `Windows`.
+        num_frames: of a clip; more than the model was trained with are made in windows, see `Windows`.
         fps: frames per second.
         num_inference_steps: denoising steps.
-        guidance_scale, image_guidance_scale: scales of text and key frame, see `CFG`; 1 is no guidance.
-        num_segments: clips of `num_frames` made one after the other, each from the last frame of the one before. That frame is in
-            the video once: `num_segments * (num_frames - 1) + 1` frames.
+        guidance_scale, image_guidance_scale: of text and key frame, see `CFG`; 1 is no guidance.
+        num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
+            `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
-        decode_chunk_size: frames that the VAE decodes at once; None: all frames of a clip.
+        decode_chunk_size: frames that the VAE decodes at once; None: all of a clip.
 
     Raises:
         UserError: a value out of range.
@@ -43,25 +43,19 @@ class SamplingSettings:
     decode_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "num_inference_steps", "decode_chunk_size", "num_segments"):
+        counts = {"num_frames", "num_inference_steps", "decode_chunk_size", "num_segments"}
+        for name in sorted(counts | {"guidance_scale", "image_guidance_scale", "fps"}):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; use a number >= 1")
-        for name in ("guidance_scale", "image_guidance_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"{name} is {value}; use a number >= 0")
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise UserError(f"fps is {self.fps}; use a number > 0")
+            if value is not None and not (1 if name in counts else 0) <= value < float("inf"):
+                raise UserError(f"{name} is {value}; use a number >= {1 if name in counts else 0}")
+        if self.fps == 0:
+            raise UserError("fps is 0; use a number > 0")
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of `defaults`, a pipeline's config, in place of None.
 
-        Args:
-            stride: height and width must be multiples of it.
-
         Raises:
-            UserError: no size, or one that is not a multiple.
+            UserError: no size, or one that is not a multiple of `stride`.
         """
         settings = replace(self, **{name: defaults[name] for name in _DEFAULTS if getattr(self, name) is None})
         if settings.height is None or settings.width is None:
@@ -78,15 +72,12 @@ class KeyframeSettings:
     """The text-to-image model of stage 1 and its settings: the group `keyframe` of `sample`.
 
     Args:
-        pretrained_model_name_or_path: of the text-to-image model; None: the base of the video model.
-        revision, variant: of a hub repository; the weight files, such as `fp16`.
+        pretrained_model_name_or_path: None: the base of the video model.
+        revision, variant: of a hub repository; of the weight files, such as `fp16`.
         torch_dtype: of its weights; None: that of stage 2.
         height, width: size in pixels at which it draws; None: its own.
         num_inference_steps, guidance_scale: None: those that the video model was saved with for stage 1, or else those of the video.
-        resize_mode: how an image is brought to the size of the video, see `ResizeMode`.
-
-    Raises:
-        UserError: a height without a width, or the reverse.
+        resize_mode: how an image is brought to the size of the video.
     """
 
     pretrained_model_name_or_path: str | None = None
@@ -98,7 +89,3 @@ class KeyframeSettings:
     num_inference_steps: Count | None = None
     guidance_scale: NotNegative | None = None
     resize_mode: ResizeMode = "crop"
-
-    def __post_init__(self) -> None:
-        if (self.height is None) != (self.width is None):
-            raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")

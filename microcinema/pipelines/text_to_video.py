@@ -1,6 +1,6 @@
 """Both stages: a prompt becomes a key frame, the key frame a video (arXiv 2311.18829)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,18 +38,15 @@ def keyframe_arguments(
 ) -> dict[str, Any]:
     """Arguments of `KeyframePipeline.__call__` beside prompt and size.
 
-    For steps and guidance that `settings` leaves open: those in `defaults`, the config of the video pipeline, or else those
-    of the video. Like the negative prompt, they are left out if the text-to-image pipeline has no such argument.
-
-    Args:
-        video: resolved settings of stage 2.
+    Steps and guidance that `settings` leaves open are those in `defaults`, the config of the video pipeline, or else those of
+    `video`, the resolved settings of stage 2; like the negative prompt, they are left out if the pipeline does not take them.
     """
     arguments: dict[str, Any] = {"draw_height": settings.height, "draw_width": settings.width}
     for name in ("num_inference_steps", "guidance_scale"):
-        default = defaults[f"keyframe_{name}"]
-        default = getattr(video, name) if default is None else default
-        value = getattr(settings, name)
-        arguments[name] = default if value is None and source.takes(name) else value
+        arguments[name] = getattr(settings, name)
+        if arguments[name] is None and source.takes(name):
+            default = defaults[f"keyframe_{name}"]
+            arguments[name] = getattr(video, name) if default is None else default
     if item.negative_prompt and source.takes("negative_prompt"):
         arguments["negative_prompt"] = item.negative_prompt
     return arguments
@@ -66,11 +63,9 @@ def make_item_keyframe(
     if isinstance(item.image, np.ndarray):
         return make_keyframe(as_pil(item.image), height, width, {"source": "array"})
     assert source is not None
+    prompt, generator = item.keyframe_prompt or item.prompt, item.generator("keyframe")
     with torch.no_grad():
-        (keyframe,) = source(
-            [item.keyframe_prompt or item.prompt], height, width, [item.generator("keyframe")], **arguments
-        )
-    return keyframe
+        return source([prompt], height, width, [generator], **arguments)[0]
 
 
 def animate(
@@ -83,10 +78,7 @@ def animate(
     """Videos of items and their key frames in one batch, each from its own generator.
 
     Args:
-        arguments: further ones of `ImageToVideoPipeline.__call__`, such as `output_type`.
-
-    Raises:
-        UserError: bad input.
+        arguments: further ones of `ImageToVideoPipeline.__call__`.
     """
     negatives = [item.negative_prompt for item in items]
     motions = [item.motion_prompt or item.prompt for item in items]
@@ -101,17 +93,12 @@ def animate(
     )
 
 
+@dataclass
 class TextToVideoPipeline:
-    """A key frame pipeline followed by an image-to-video pipeline.
+    """Stage 1, `keyframe`, followed by stage 2, `video`."""
 
-    Args:
-        keyframe: stage 1.
-        video: stage 2.
-    """
-
-    def __init__(self, keyframe: KeyframePipeline, video: ImageToVideoPipeline):
-        self.keyframe = keyframe
-        self.video = video
+    keyframe: KeyframePipeline
+    video: ImageToVideoPipeline
 
     @classmethod
     def from_pretrained(
@@ -122,7 +109,6 @@ class TextToVideoPipeline:
         Args:
             name: of the video model: an embedded model, a folder or a hub repository.
             keyframe_model: any text-to-image pipeline of diffusers; None: the base of the video model.
-            torch_dtype: of the weights in memory.
 
         Raises:
             UserError: one of them cannot be loaded.
@@ -159,9 +145,8 @@ class TextToVideoPipeline:
         Args:
             motion_prompt, negative_prompt: one for all prompts, or one each; see `PromptItem`.
             seed, sample_index: of the random generators; the prompts are samples `sample_index`, `sample_index` + 1, ...
-            num_videos_per_prompt: videos of one prompt follow one another in the result.
+            num_videos_per_prompt, output_type: as in `ImageToVideoPipeline`.
             batch_size: videos made at once; more than one changes them by rounding.
-            output_type: `pil`, `np`, `pt` or `latent`.
             keyframe: settings of stage 1.
             settings: those of `SamplingSettings`.
 
@@ -169,13 +154,9 @@ class TextToVideoPipeline:
             UserError: bad input; it is found before stage 1 starts, unless only the text-to-image pipeline can tell.
         """
         if unknown := sorted(set(settings) - set(SamplingSettings.__dataclass_fields__)):
-            raise UserError(
-                f"argument '{unknown[0]}' is unknown; use {', '.join(SamplingSettings.__dataclass_fields__)}"
-            )
+            raise UserError(f"argument '{unknown[0]}' is unknown; use those of SamplingSettings")
         if num_videos_per_prompt < 1 or batch_size < 1:
-            raise UserError(
-                f"num_videos_per_prompt={num_videos_per_prompt}, batch_size={batch_size}; both must be >= 1"
-            )
+            raise UserError(f"{num_videos_per_prompt=}, {batch_size=}; both must be >= 1")
         prompts = check_prompts(prompt)
         check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
         motions = broadcast_to_prompts("motion prompts", motion_prompt, len(prompts))
@@ -185,29 +166,18 @@ class TextToVideoPipeline:
             for index, (text, motion, negative) in enumerate(zip(prompts, motions, negatives, strict=True))
             for video in range(num_videos_per_prompt)
         ]
-        resolved = self.video.resolve(SamplingSettings(**settings))
-        keyframes = list(self._keyframes(items, resolved, keyframe or KeyframeSettings()))
+        resolved, stage1 = self.video.resolve(SamplingSettings(**settings)), keyframe or KeyframeSettings()
+        keyframes = []
+        assert resolved.height is not None and resolved.width is not None
+        for item in items:
+            arguments = keyframe_arguments(self.keyframe, item, self.video.config, resolved, stage1)
+            keyframes.append(make_item_keyframe(item, self.keyframe, resolved.height, resolved.width, **arguments))
         batches = []
         for start in range(0, len(items), batch_size):
             batch = slice(start, start + batch_size)
-            images = [keyframe.image for keyframe in keyframes[batch]]
+            images = [entry.image for entry in keyframes[batch]]
             batches.append(animate(self.video, items[batch], images, resolved, output_type=output_type).frames)
-        return TextToVideoOutput(_concatenate(batches), keyframes)
-
-    def _keyframes(
-        self, items: Sequence[PromptItem], video: SamplingSettings, settings: KeyframeSettings
-    ) -> Iterator[Keyframe]:
-        assert video.height is not None and video.width is not None
-        for item in items:
-            arguments = keyframe_arguments(self.keyframe, item, self.video.config, video, settings)
-            yield make_item_keyframe(item, self.keyframe, video.height, video.width, **arguments)
-
-
-def _concatenate(batches: list[Any]) -> Any:
-    if isinstance(batches[0], torch.Tensor):
-        return torch.cat(batches)
-    return (
-        np.concatenate(batches)
-        if isinstance(batches[0], np.ndarray)
-        else [video for batch in batches for video in batch]
-    )
+        if isinstance(batches[0], list):
+            return TextToVideoOutput([video for frames in batches for video in frames], keyframes)
+        concatenate: Any = torch.cat if isinstance(batches[0], torch.Tensor) else np.concatenate
+        return TextToVideoOutput(concatenate(batches), keyframes)

@@ -43,14 +43,14 @@ class Estimate:
     activations: int = 0  # what the forward keeps for the backward
 
     @property
-    def peak(self) -> int:
-        """The peak over all phases."""
-        return max(self.phases.values())
-
-    @property
     def worst(self) -> str:
         """The phase of the peak."""
         return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        """The peak over all phases."""
+        return self.phases[self.worst]
 
 
 def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
@@ -66,14 +66,6 @@ def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> Image
     pipeline = build_pipeline(config, base.scheduler, **components, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def empty_predict_net(config: "Train", pipeline: ImageToVideoPipeline) -> PredictNet | None:
-    """The PredictNet that a run of `train` would train beside the pipeline, without data; None without a flow model."""
-    if config.model.flow_model is None:
-        return None
-    with FakeTensorMode():
-        return PredictNet.for_unet(pipeline.unet)
 
 
 def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimate:
@@ -93,32 +85,24 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
 
 
 def training_memory(
-    pipeline: ImageToVideoPipeline,
-    config: "Train",
-    latents: bool = False,
-    device: str = "cpu",
-    predict_net: PredictNet | None = None,
+    pipeline: ImageToVideoPipeline, config: "Train", latents: bool = False, device: str = "cpu"
 ) -> Estimate:
     """Memory of a training step once the optimizer has its state, and of the validation if there is one.
 
     Args:
-        pipeline, predict_net: without data; not to be used afterwards.
+        pipeline: without data; not to be used afterwards.
         config: of the run, with its `mixed_precision`.
         latents: whether the clips are cached latents.
         device: type of the device whose autocast rules apply: cpu or cuda.
     """
+    predict_net, phases = None, {}
+    if config.model.flow_model is not None:
+        with FakeTensorMode():
+            predict_net = PredictNet.for_unet(pipeline.unet)
     model = TrainableModel.for_training(pipeline, config, predict_net)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in parameters)
-    loss_config = make_loss_config(pipeline, config)
-    encode = BatchEncoder(pipeline, torch.device("cpu"))
-    phases: dict[str, int] = {}
-
-    def denoiser(*args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with autocast(config.mixed_precision):
-            prediction, flow = model(*args, **kwargs)
-        return prediction.float(), flow
-
+    loss_config, encode = make_loss_config(pipeline, config), BatchEncoder(pipeline, torch.device("cpu"))
     with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
         live.watch(tensors(pipeline))
         weights = live.now
@@ -131,13 +115,13 @@ def training_memory(
         if config.gradient_accumulation_steps == 1:
             model.zero_grad()  # otherwise they are held while the next batch is encoded
         live.reset_peak()
-
         with autocast(config.mixed_precision):
             batch = encode(_items(pipeline, config.train_batch_size, latents, predict_net is not None))
             null = encode.null_conditioning()
         phases["encoding"] = live.reset_peak()
         noise = loss_config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:])
         before = live.now
+        denoiser = partial(_predict, model, config.mixed_precision)
         loss = training_loss(denoiser, batch, noise, null, loss_config).total.mean()
         activations = live.now - before
         loss.backward()
@@ -156,6 +140,14 @@ def training_memory(
                 _sample_one_step(pipeline)
             phases["validating"] = live.reset_peak()
     return Estimate(weights, phases, gradients, optimizer, average, activations)
+
+
+def _predict(
+    model: TrainableModel, precision: str | None, *args: torch.Tensor, **kwargs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with autocast(precision):
+        prediction, flow = model(*args, **kwargs)
+    return prediction.float(), flow
 
 
 def _sample_one_step(pipeline: ImageToVideoPipeline, **arguments: Any) -> None:
@@ -183,7 +175,6 @@ def _optimizer_step(parameters: list[nn.Parameter], config: "Train") -> Callable
 
 
 def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool) -> dict[str, Any]:
-    """A batch from the loader."""
     num_frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
     grid = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
     zeros = pipeline.unet.conv_in.weight.detach().new_zeros  # without data if the weights have none
@@ -222,11 +213,7 @@ def autocast(mixed_precision: str | None) -> torch.autocast:
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Within it autocast on the CPU follows the rules of CUDA: normalization in float32, interpolation in the input's dtype.
-
-    The functions themselves are replaced: a mode of torch is suspended in backward, where checkpoints run their forward again.
-    """
-    originals = {name: getattr(functional, name) for name in ("group_norm", "layer_norm", "interpolate")}
+    """Within it autocast on the CPU follows the rules of CUDA: normalization in float32, interpolation in the input's dtype."""
 
     def in_float32(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -237,10 +224,12 @@ def cuda_autocast() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 
+    # The functions are replaced: a mode of torch is suspended in backward, where checkpoints run their forward again.
+    rules = {"group_norm": in_float32, "layer_norm": in_float32, "interpolate": in_input_dtype}
+    originals = {name: getattr(functional, name) for name in rules}
     try:
-        for name, function in originals.items():
-            rule = in_input_dtype if name == "interpolate" else in_float32
-            setattr(functional, name, partial(rule, function))
+        for name, rule in rules.items():
+            setattr(functional, name, partial(rule, originals[name]))
         yield
     finally:
         for name, function in originals.items():

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_iter
 class LiveMemory(TorchDispatchMode):
     """Within it the results of every operation are counted, storage by storage, from allocation to release.
 
-    Views share a storage, which counts once; what autograd saves is live until autograd releases it. Not included: memory that
-    no tensor holds, such as workspaces of kernels, the slack of allocators, the code of the process.
+    What autograd saves is live until it is released. Memory that no tensor holds, such as workspaces of kernels, is not counted.
 
     Attributes:
         now: live bytes.
@@ -22,8 +21,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -21,8 +21,6 @@ WARM_UP = 2  # steps
 PARTS = ("VAE", "encoders", "forward", "backward", "optimizer")
 """Consecutive parts of a step; the rest is everything else: sampling noise, clipping, averages, waiting for clips."""
 
-Clock = Callable[[], float]
-
 
 class StepTimer:
     """Seconds of each part of the steps of a run. On a GPU it synchronizes at the start and end of every region.
@@ -33,7 +31,7 @@ class StepTimer:
             in it, and is measured by the wall clock.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.steps: list[dict[str, float]] = []
         self.metrics: list[dict[str, float]] = []
@@ -76,7 +74,7 @@ class StepTimer:
         return self.clock()
 
 
-def measure(config: "Train", steps: int, clock: Clock = time.perf_counter) -> dict[str, float]:
+def measure(config: "Train", steps: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Times the training steps of a run; medians over steps. Collective.
 
     Args:
