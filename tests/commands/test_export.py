@@ -94,6 +94,11 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def without(config: Path, key: str) -> str:
+    """The text of a config that lacks a key, as a run of an earlier version has written it."""
+    return yaml.safe_dump({name: value for name, value in yaml.safe_load(config.read_text()).items() if name != key})
+
+
 def frames(pipeline) -> np.ndarray:
     return sample(pipeline, PROMPTS[0], image())
 
@@ -295,6 +300,10 @@ def drop(file: Path, name: str) -> None:
         (lambda run: shutil.rmtree(run / "checkpoint-2/unet"), "cannot load a network.*checkpoint-2/unet"),
         (lambda run: (run / "config.yaml").unlink(), "config.yaml' is not there"),
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml' cannot be read"),
+        (
+            lambda run: (run / "config.yaml").write_text(without(run / "config.yaml", "sampling")),
+            "config.yaml' is no config of train: the key 'sampling' is missing",
+        ),
         (
             lambda run: (run / "config.yaml").write_text("prompt: a star"),
             "config.yaml' is no config of train: the key 'base' is missing",
