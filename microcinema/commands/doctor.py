@@ -23,12 +23,7 @@ from microcinema.config.instantiate import Component
 from microcinema.config.schema import Train
 from microcinema.pipelines.base_model import check_base_weights
 from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
-from microcinema.profiling.memory_estimate import (
-    Estimate,
-    empty_pipeline,
-    sampling_memory,
-    training_memory,
-)
+from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
 from microcinema.utils.errors import UserError, first_line
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"

@@ -210,11 +210,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return decode_latents(self.vae, latents, chunk_size)
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
-        """The settings with the model's own values in place of None, checked against the model.
-
-        Raises:
-            UserError: no size, or one that the networks cannot halve; windows or clips that do not work with this model.
-        """
+        """The settings with the model's own values in place of None; a UserError if they do not work with this model."""
         stride = self.vae_scale_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
         settings = settings.resolve(self.config, stride)
         assert settings.num_frames is not None
@@ -309,7 +305,6 @@ class ImageToVideoPipeline(DiffusionPipeline):
         step_end: StepCallback,
         output_type: str,
     ) -> ImageToVideoOutput:
-        """Videos from encoded captions and one image per prompt, with resolved settings, clip after clip."""
         height, width, steps = settings.height, settings.width, settings.num_inference_steps
         assert height and width and steps and settings.num_frames and settings.fps is not None
         assert settings.guidance_scale is not None and settings.image_guidance_scale is not None
@@ -346,7 +341,6 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return ImageToVideoOutput(frames, keyframes)
 
     def _log_long_video(self, windows: Windows, settings: SamplingSettings) -> None:
-        """Says once how a video longer than the training clips is made."""
         messages = [str(windows)] if len(windows.slices) > 1 else []
         if settings.num_segments > 1:
             messages.append(continuation_notice(settings.num_segments, windows.frames))

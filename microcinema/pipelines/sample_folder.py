@@ -71,7 +71,7 @@ class SampleFolder:
         return self._path(item, _SUFFIXES[self.formats[0]])
 
     def keyframe_is_up_to_date(self, item: PromptItem, record: Mapping[str, Any]) -> bool:
-        """Whether the key frame with this record exists, with the pixels that were written."""
+        """Whether the key frame with this record exists, with its pixels."""
         actual = self._matching(item, _KEYFRAME_RECORD, record)
         try:
             return actual is not None and actual["sha256_of_pixels"] == hash_array(self.open_keyframe(item))

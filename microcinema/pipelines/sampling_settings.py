@@ -52,11 +52,7 @@ class SamplingSettings:
             raise UserError("fps is 0; use a number > 0")
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
-        """The settings with the values of `defaults`, a pipeline's config, in place of None.
-
-        Raises:
-            UserError: no size, or one that is not a multiple of `stride`.
-        """
+        """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
         settings = replace(self, **{name: defaults[name] for name in _DEFAULTS if getattr(self, name) is None})
         if settings.height is None or settings.width is None:
             raise UserError("the model does not say at which size it was trained; give height and width")

@@ -55,11 +55,7 @@ def keyframe_arguments(
 def make_item_keyframe(
     item: PromptItem, source: KeyframePipeline | None, height: int, width: int, **arguments: Any
 ) -> Keyframe:
-    """The key frame of one video: its image at the size of the video, or one that `source` draws with `arguments`.
-
-    Raises:
-        UserError: an image that cannot be read, or that is refused by its size; arguments that the pipeline refuses.
-    """
+    """The key frame of one video: its image at the size of the video, or one that `source` draws with `arguments`."""
     if isinstance(item.image, np.ndarray):
         return make_keyframe(as_pil(item.image), height, width, {"source": "array"})
     assert source is not None
@@ -75,11 +71,7 @@ def animate(
     settings: SamplingSettings,
     **arguments: Any,
 ) -> ImageToVideoOutput:
-    """Videos of items and their key frames in one batch, each from its own generator.
-
-    Args:
-        arguments: further ones of `ImageToVideoPipeline.__call__`.
-    """
+    """Videos of items and their key frames in one batch, each from its own generator."""
     negatives = [item.negative_prompt for item in items]
     motions = [item.motion_prompt or item.prompt for item in items]
     return video(

@@ -91,7 +91,6 @@ def training_memory(
 
     Args:
         pipeline: without data; not to be used afterwards.
-        config: of the run, with its `mixed_precision`.
         latents: whether the clips are cached latents.
         device: type of the device whose autocast rules apply: cpu or cuda.
     """
@@ -178,11 +177,8 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
     num_frames, height, width = (pipeline.config[key] for key in ("num_frames", "height", "width"))
     grid = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
     zeros = pipeline.unet.conv_in.weight.detach().new_zeros  # without data if the weights have none
-    items = {
-        **dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count),
-        "fps": torch.full((count,), pipeline.config["fps"]),
-        "sample_index": torch.arange(count),
-    }
+    items: dict[str, Any] = dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count)
+    items |= {"fps": torch.full((count,), pipeline.config["fps"]), "sample_index": torch.arange(count)}
     if latents:
         items["latents"] = zeros(count, num_frames, pipeline.vae.config["latent_channels"], *grid)
         if pipeline.uses_image_conditioning:
