@@ -85,7 +85,7 @@ def load_base_components(
 ) -> dict[str, Any]:
     """The VAE, text encoder and tokenizer of a base, for a video pipeline that was saved without them."""
     if base is None:
-        raise UserError("the video pipeline has no VAE and text encoder, and no base to take them from; name one")
+        raise UserError("the video pipeline has no vae and text encoder, and no base to take them from; name one")
     return load_components(resolve_snapshot(base, BASE_COMPONENTS, revision, variant), BASE_COMPONENTS, variant, dtype)
 
 
