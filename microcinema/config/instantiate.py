@@ -1,5 +1,6 @@
 """Objects from configs: a node with `_target_` becomes a `Component`, and `build` calls its target with its arguments."""
 
+import contextlib
 import inspect
 import pkgutil
 import typing
@@ -40,10 +41,14 @@ class Component:
             raise UserError(f"_target_ '{self.target}' is not allowed; use one of {', '.join(TARGETS)}")
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The named parameters of the target; `**kwargs` is not among them, since a misspelled argument would vanish there."""
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        signature = inspect.signature(self._callable())
-        return {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in named}
+        """The named parameters of the target, and of its class where a class method passes `**options` on to it."""
+        signature = inspect.signature(self._callable()).parameters
+        options = inspect.signature(owner).parameters if (owner := self._class_of_options()) else {}
+        return {
+            name: p
+            for name, p in {**options, **signature}.items()
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
 
     def build(self, **extra: Any) -> Any:
         """Calls the target.
@@ -55,12 +60,10 @@ class Component:
             UserError: an unknown or missing argument, a value of the wrong type, a package that is not installed.
         """
         function, parameters = self._callable(), self.parameters()
-        try:
-            hints = typing.get_type_hints(
-                function.__init__ if inspect.isclass(function) else function, include_extras=True
-            )
-        except NameError:  # annotations that only a type checker can resolve
-            hints = {}
+        hints: dict[str, Any] = {}
+        for typed in filter(None, (self._class_of_options(), function)):
+            with contextlib.suppress(NameError):  # annotations that only a type checker can resolve
+                hints |= typing.get_type_hints(typed.__init__ if inspect.isclass(typed) else typed, include_extras=True)
         arguments = dict(extra)
         for key, node in self.arguments.items():
             if key not in parameters:
@@ -71,6 +74,13 @@ class Component:
         if missing:
             raise UserError(f"'{self.target}' needs the arguments {', '.join(missing)} as well")
         return function(**arguments)
+
+    def _class_of_options(self) -> type | None:
+        """The class to whose constructor a class method passes its `**options`."""
+        function = self._callable()
+        kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+        owner = getattr(function, "__self__", None)
+        return owner if isinstance(owner, type) and inspect.Parameter.VAR_KEYWORD in kinds else None
 
     def _callable(self) -> Any:
         try:

@@ -8,6 +8,7 @@ Shapes: b clips, f frames, c channels, h w spatial size, n text tokens, d text w
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
@@ -135,28 +136,13 @@ class VideoUNet(UNet2DBackbone):
         )
 
     @classmethod
-    def from_unet2d(
-        cls,
-        unet: UNet2DConditionModel,
-        *,
-        max_frames: int = 32,
-        temporal_bottleneck: int = 2,
-        keyframe_channels: int = 0,
-        fps_conditioning: bool = True,
-        frame_conditioning: bool = True,
-        fusion: str | None = None,
-        inject: str | None = None,
-        image_attention: bool = False,
-        pixel_scales: tuple[int, ...] = (),
-        motion_attention: bool = False,
-    ) -> "VideoUNet":
-        """A VideoUNet that starts as a 2D UNet; a config's `model.unet` is checked against this signature.
+    def from_unet2d(cls, unet: UNet2DConditionModel, **options: Any) -> "VideoUNet":
+        """A VideoUNet that starts as a 2D UNet; the options are arguments of the class.
 
         Raises:
             UserError: the UNet is not supported, or its keys do not match.
         """
-        options = {name: value for name, value in locals().items() if name not in ("cls", "unet")}
-        net = cls(**unet2d_arguments(dict(unet.config)), **options)
+        net = cls(**(unet2d_arguments(dict(unet.config)) | options))
         net.load_unet2d(unet)
         return net
 
