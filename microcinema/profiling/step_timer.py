@@ -86,9 +86,6 @@ def measure(config: "Train", steps: int, clock: Callable[[], float] = time.perf_
         Seconds of the whole `step`, of each of `PARTS`, of `other`, and of `communication` between several processes. Also
         `decoding`, seconds in which one worker reads a clip; `data_wait`, the share of the step spent waiting for the workers, by
         the wall clock; `clips` of this process in a step; `peak_memory_gib`.
-
-    Raises:
-        UserError: as the run would.
     """
     total = WARM_UP + steps
     changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}

@@ -62,11 +62,7 @@ class Checkpoints:
         self.accelerator.register_load_state_pre_hook(self._load_networks)
 
     def save(self, progress: Progress) -> Path:
-        """Writes `checkpoint-{step}`, then deletes the oldest ones over the limit. Collective.
-
-        Raises:
-            UserError: it cannot be written; the checkpoints before it are intact.
-        """
+        """Writes `checkpoint-{step}`, or raises a UserError and changes none; deletes those over the limit. Collective."""
         final = self.output_dir / f"checkpoint-{progress.step}"
         is_main = self.accelerator.is_main_process
 
@@ -95,11 +91,7 @@ class Checkpoints:
         return final
 
     def load(self, folder: Path) -> Progress:
-        """Restores everything that `save` wrote. Collective.
-
-        Raises:
-            UserError: a file is missing or unreadable, or belongs to another model or run.
-        """
+        """Restores what `save` wrote; a UserError if a file is unreadable or of another model or run. Collective."""
         try:
             state = read_state(folder)
             self._check_trained(folder, state["trained"])
@@ -168,11 +160,7 @@ class Checkpoints:
 
 
 def load_ema(folder: str | Path, model: nn.Module) -> None:
-    """Replaces the trained weights of a `TrainableModel` by the moving averages in a checkpoint.
-
-    Raises:
-        UserError: the checkpoint has none, or they do not fit the model (keys are named).
-    """
+    """Replaces the trained weights of a `TrainableModel` by the averages in a checkpoint; a UserError if they do not fit."""
     file = Path(folder) / _EMA
     if not file.is_file():
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")

@@ -125,11 +125,7 @@ def run_identity(
 
 
 def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str]:
-    """The free settings that differ between a checkpoint and the run that resumes from it.
-
-    Raises:
-        UserError: a fixed setting differs.
-    """
+    """The free settings that differ between a checkpoint and the run; a UserError if a fixed one does."""
     old, new = saved["fixed"], current["fixed"]
     if old["seed"] != new["seed"]:  # the seed decides the order of the clips
         new = {**new, "clips": old["clips"]}
