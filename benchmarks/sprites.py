@@ -18,7 +18,7 @@ FLOW_WORLD_SEED = 20240820
 
 def long_video(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints how far continued clips and windows of the same length drift from their key frame, clip by clip."""
-    from microcinema.sprites import long_video as measurement
+    from benchmarks import long_video as measurement
     from microcinema.sprites.judge import SpriteJudge
 
     pipeline, judge = load_pipeline(arguments.pipeline), SpriteJudge.load(arguments.classifier)
@@ -33,7 +33,7 @@ def long_video(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def motion_following(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints how often a video moves as its motion caption says, with key frame and descriptive caption fixed."""
-    from microcinema.sprites import motion_following as measurement
+    from benchmarks import motion_following as measurement
 
     pipeline = load_pipeline(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -56,9 +56,9 @@ def flow_error(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint has no PredictNet.
     """
+    from benchmarks import flow_error as measurement
     from microcinema.commands.export import open_checkpoint, read_config
     from microcinema.models.predict_net import PredictNet
-    from microcinema.sprites import flow_error as measurement
     from microcinema.sprites.scene import sample_attributes
     from microcinema.training.checkpoint import load_ema
     from microcinema.training.loss import TrainableModel

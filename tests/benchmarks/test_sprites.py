@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import sprites
-from microcinema.sprites import long_video, motion_following, scene
+from benchmarks import long_video, motion_following, sprites
+from microcinema.sprites import scene
 
 
 def test_long_video_passes_its_options_on(tmp_path, monkeypatch, capsys):

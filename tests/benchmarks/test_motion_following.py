@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from benchmarks import motion_following
 from fixtures import tiny
-from microcinema.sprites import motion_following, scene
+from microcinema.sprites import scene
 from microcinema.utils.errors import UserError
 
 

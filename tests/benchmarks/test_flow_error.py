@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from benchmarks.flow_error import flow_error
 from fixtures import tiny
 from microcinema.models.predict_net import PredictNet
 from microcinema.sprites import scene
-from microcinema.sprites.flow_error import flow_error
 
 SHOWN = [scene.sample_attributes(1, index) for index in (0, 3, 4)]
 

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks import long_video
 from fixtures import tiny
-from microcinema.sprites import long_video, scene
+from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
 from microcinema.utils.errors import UserError
 
