@@ -37,9 +37,8 @@ class Command:
         """Refuses a key that is not set and a file that is not there, before anything heavy is imported."""
         values = {key: getattr(config, key) for key in (*self.one_of, *self.files)}
         if self.one_of and sum(bool((values[key] or "").strip()) for key in self.one_of) != 1:
-            raise UserError(
-                f"give {'one of ' * (len(self.one_of) > 1)}{' and '.join(f'{key}=' for key in self.one_of)}"
-            )
+            keys = " and ".join(f"{key}=" for key in self.one_of)
+            raise UserError(f"give {'one of ' * (len(self.one_of) > 1)}{keys}")
         for key in self.files:
             if values[key] is not None and not Path(values[key]).exists():
                 raise UserError(f"{key} '{values[key]}' is not there; check the path")

@@ -28,18 +28,14 @@ from microcinema.utils.files import atomic_folder
 from microcinema.utils.hashing import hash_file
 from microcinema.utils.logging import quieten_libraries
 from microcinema.utils.provenance import describe_code
-from microcinema.utils.templates import open_template
+from microcinema.utils.templates import render
 
 CARD = "README.md"
-TEMPLATE = "model_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 
 
 def run(config: Export) -> None:
-    """Writes the pipeline that the config of `export` asks for.
-
-    Raises:
-        UserError: there is nothing to export, it does not fit together, or the folder holds something else.
-    """
+    """Writes the pipeline that the config of `export` asks for; bad input, or an output folder with other contents, is a UserError."""
     assert config.checkpoint is not None  # the table of commands requires it
     source, folder = Path(config.checkpoint), Path(config.output_dir)
     check_replaceable(folder)
@@ -62,11 +58,7 @@ def run(config: Export) -> None:
 
 
 def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:
-    """The pipeline of a training checkpoint; `config` is that of its run.
-
-    Raises:
-        UserError: it has no averages, its keys are not the networks' (they are named), or the base is not to be had.
-    """
+    """The pipeline of a training checkpoint and the config of its run; a UserError if it lacks averages or keys, or there is no base."""
     unet = VideoUNet.from_pretrained(folder / "unet")
     condition_encoder = ConditionEncoder.from_pretrained(folder / "condition_encoder")
     if use_ema:
@@ -78,11 +70,7 @@ def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoP
 
 
 def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:
-    """The pipeline that a finished run has saved.
-
-    Raises:
-        UserError: the run is not finished, or has saved the other kind of weights.
-    """
+    """The pipeline that a run has saved; a UserError if it is not finished, or has saved the other kind of weights."""
     checkpoints = find_checkpoints(folder)
     example = f"such as '{checkpoints[-1]}'" if checkpoints else "if it has left one"
     if not (folder / INDEX).is_file():
@@ -95,11 +83,7 @@ def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuses an output folder that holds anything beside a pipeline and its card.
-
-    Raises:
-        UserError: names what would be lost.
-    """
+    """Refuses, with a UserError that names it, anything in the output folder beside a pipeline and its card."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir '{folder}' is a file; choose another")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -111,19 +95,15 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_card(
-    folder: Path,
-    files: Path,
-    pipeline: ImageToVideoPipeline,
-    config: Train,
-    progress: Progress | None,
-    averaged: bool,
+    folder: Path, files: Path, pipeline: ImageToVideoPipeline, config: Train, progress: Progress | None, averaged: bool
 ) -> str:
     """The model card of a pipeline whose files are in `files` and will be in `folder`; `progress` None: its run was finished."""
     settings = plain(config)
     base = settings["base"]["pretrained_model_name_or_path"]
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = sorted(files.rglob("*.safetensors"))
-    return open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+    return render(
+        TEMPLATE,
         name=folder.name,
         folder=str(folder),
         base=base,

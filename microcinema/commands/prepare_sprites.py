@@ -8,11 +8,7 @@ from microcinema.utils.errors import UserError
 
 
 def run(config: PrepareSprites) -> None:
-    """Renders the data set and prints where it is.
-
-    Raises:
-        UserError: the folder holds something else, which the new data set would replace.
-    """
+    """Renders the data set and prints where it is; a UserError if the folder holds something else."""
     folder = Path(config.output_dir)
     if folder.exists() and not (folder / TRUTH_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir '{folder}' holds something other than Moving Sprites; choose a new folder")

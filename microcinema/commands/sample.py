@@ -16,11 +16,7 @@ from microcinema.utils.logging import quieten_libraries
 
 
 def run(config: Sample) -> None:
-    """Makes the samples that the config of `sample` describes.
-
-    Raises:
-        UserError: bad input; nothing has been written then, or only complete files.
-    """
+    """Makes the samples that a config describes; bad input is a UserError, and leaves nothing or complete files only."""
     # First of all: a process that fails before it would leave the others waiting for it here.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     try:

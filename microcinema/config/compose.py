@@ -106,11 +106,7 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], command: str) -> Any:
-    """A config of a command that `save` wrote.
-
-    Raises:
-        UserError: no such file, no YAML, or no config of this command.
-    """
+    """A config of a command that `save` wrote; another file, or none, is a UserError."""
     import yaml
 
     try:

@@ -109,9 +109,8 @@ def _value(tree: Any, key: str) -> str:
 
     for part in key.split("."):
         tree = tree[part]
-    return (
-        yaml.safe_dump(tree, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
-    )
+    text = yaml.safe_dump(tree, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _text(name: str) -> str:

@@ -27,11 +27,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function of `TARGETS` that a config chooses, and its arguments: plain values, or components, which are built first.
-
-    Raises:
-        UserError: a target that is not listed.
-    """
+    """A class or function of `TARGETS` (another is a UserError) and its arguments: plain values, or components, which are built first."""
 
     target: str
     arguments: Mapping[str, Any]
@@ -44,17 +40,11 @@ class Component:
         """The named parameters of the target, and of its class where a class method passes `**options` on to it."""
         signature = inspect.signature(self._callable()).parameters
         options = inspect.signature(owner).parameters if (owner := self._class_of_options()) else {}
-        return {
-            name: p
-            for name, p in {**options, **signature}.items()
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        }
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {name: p for name, p in {**options, **signature}.items() if p.kind in named}
 
     def build(self, **extra: Any) -> Any:
-        """Calls the target.
-
-        Args:
-            extra: arguments that no config can hold, such as a loaded network.
+        """Calls the target with its arguments and with `extra` ones that no config can hold, such as a loaded network.
 
         Raises:
             UserError: an unknown or missing argument, a value of the wrong type, a package that is not installed.
@@ -98,11 +88,7 @@ def components(node: Any) -> Any:
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple).
-
-    Raises:
-        UserError: names the value (`name`) and the expected type.
-    """
+    """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple), else a UserError that names both."""
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
     try:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from microcinema.data import video_reader
 from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.watermark import Watermark
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 POSITIONS = {"first": 0.0, "center": 0.5}
 RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protocol identifiers
@@ -20,11 +20,7 @@ RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protoco
 
 @dataclass
 class ClipReader:
-    """Reads clips with one transform; `watermark` holds arguments of `Watermark`, the others are as in `ClipDataset`.
-
-    Raises:
-        UserError: a value out of range.
-    """
+    """Reads clips with one transform; `watermark` holds arguments of `Watermark`, the others are those of `ClipDataset`."""
 
     num_frames: int
     fps: float | None
@@ -41,15 +37,9 @@ class ClipReader:
         if len(sides) != 2:
             raise UserError(f"resolution={list(sides)}; give one number for a square, or [height, width]")
         if self.num_frames < 1 or (self.fps is not None and not self.fps > 0):
-            raise UserError(
-                f"num_frames={self.num_frames}, fps={self.fps}; give at least 1 frame, and a positive rate or null"
-            )
-        for name, value, values in (
-            ("decoder", self.decoder, video_reader.DECODERS),
-            ("clip_position", self.clip_position, ("random", *POSITIONS)),
-        ):
-            if value not in values:
-                raise UserError(f"{name}='{value}' is not known; choose one of {', '.join(values)}")
+            raise UserError(f"num_frames={self.num_frames}, fps={self.fps}; give at least 1 frame, and fps > 0 or null")
+        check_choice("decoder", self.decoder, video_reader.DECODERS)
+        check_choice("clip_position", self.clip_position, ("random", *POSITIONS))
         self.size = (int(sides[0]), int(sides[1]))
         self.check_size(*self.size)
         self.mark = Watermark(**watermark) if watermark else None

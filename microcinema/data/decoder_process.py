@@ -43,15 +43,11 @@ class DecoderProcess:
             succeeded, answer = self._receive(self.timeout)
         except TimeoutError:
             self.close()
-            raise UserError(
-                f"video file '{source}' took more than {self.timeout:g} s to decode, and its decoder was killed; "
-                "take it off the list, or raise timeout"
-            ) from None
+            fault = f"video file '{source}' took more than {self.timeout:g} s to decode, and its decoder was killed"
+            raise UserError(f"{fault}; take it off the list, or raise timeout") from None
         except (EOFError, OSError):
-            raise UserError(
-                f"video file '{source}' crashed its decoder ({self._exit_status()}); "
-                "take it off the list, or try the other decoder"
-            ) from None
+            fault = f"video file '{source}' crashed its decoder ({self._exit_status()})"
+            raise UserError(f"{fault}; take it off the list, or try the other decoder") from None
         if not succeeded:
             raise UserError(answer)
         return answer

@@ -71,10 +71,9 @@ class DistributedBatchSampler(Sampler[list[int]]):
         self, start: int, stop: int, batch_size: int, rank: int = 0, num_processes: int = 1, same_shape_run: int = 1
     ) -> None:
         if same_shape_run > 1 and (same_shape_run % batch_size or start % batch_size):
-            raise UserError(
-                f"train_batch_size={batch_size} does not divide the {same_shape_run} consecutive clips of one shape, "
-                f"or the {start} clips trained so far; choose another train_batch_size, or data.bucket_run"
-            )
+            clips = f"the {same_shape_run} consecutive clips of one shape, or the {start} clips trained so far"
+            advice = "choose another train_batch_size, or data.bucket_run"
+            raise UserError(f"train_batch_size={batch_size} does not divide {clips}; {advice}")
         self.global_batch_size = batch_size * num_processes
         if (stop - start) % self.global_batch_size:
             raise ValueError(f"clips {start}..{stop} are not a multiple of {self.global_batch_size}")

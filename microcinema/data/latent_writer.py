@@ -43,9 +43,8 @@ def create_folder(
         changes = differences({**asdict(layout), **contents}, {**asdict(old_layout), **old}, common_only=True)
         changes += [f"{name} was{' not' * (name in contents)} cached" for name in sorted(set(old) ^ set(contents))]
         if changes:
-            raise UserError(
-                f"'{folder}' holds other latents ({', '.join(changes)}); delete it, or choose another folder"
-            )
+            fault = f"'{folder}' holds other latents ({', '.join(changes)})"
+            raise UserError(f"{fault}; delete it, or choose another folder")
         for partial in folder.glob(".*.partial*"):  # of a killed process
             partial.unlink()
         return

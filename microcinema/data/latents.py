@@ -140,10 +140,8 @@ class EncodedClips(ClipWrapper):
             locations = np.load(self.folder / INDEX, mmap_mode="r")
         except FileNotFoundError:
             finished = sum(shard_path(self.folder, shard).is_file() for shard in range(self.layout.num_shards))
-            state = f"{finished} of {self.layout.num_shards} shards are finished"
-            raise UserError(
-                f"latents '{self.folder}' are incomplete: {state}; continue `microcinema prepare latents`"
-            ) from None
+            state = f"incomplete: {finished} of {self.layout.num_shards} shards are finished"
+            raise UserError(f"latents '{self.folder}' are {state}; continue `microcinema prepare latents`") from None
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
         if locations.dtype != LOCATION or len(locations) != self.layout.num_rows:

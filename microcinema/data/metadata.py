@@ -97,9 +97,8 @@ def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | 
             missing = ["id or file"]
         if missing:
             advice = "the first line must name the columns" if FORMATS[path.suffix] else "name them in columns"
-            raise UserError(
-                f"list '{path}' lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'}); {advice}"
-            )
+            fault = f"lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'})"
+            raise UserError(f"list '{path}' {fault}; {advice}")
         names = {key: name for key, name in names.items() if name in available}
         table = _read_table(path, sorted(set(names.values())))
         strings = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in names.values()]

@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from microcinema.data.quality import ClipSurvey
-from microcinema.utils.files import atomic_path
-from microcinema.utils.templates import open_template
+from microcinema.utils.templates import write_page
 
-TEMPLATE = "quality_report.html.jinja"
+TEMPLATE = Path(__file__).with_name("templates") / "quality_report.html.jinja"
 _BINS = 40
 _MAX_THUMBNAILS = 24  # of each verdict
 _MAX_ROWS = 200  # of the tables of broken clips and of duplicates
@@ -77,7 +76,9 @@ def write_report(path: str | os.PathLike[str], table: pa.Table, num_clips: int, 
         rows = thumbnails.setdefault(row["rejected_for"] or "accepted", [])
         if len(rows) < _MAX_THUMBNAILS:
             rows.append({**row, "thumbnail": base64.b64encode(row["thumbnail"]).decode()})
-    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
+    write_page(
+        path,
+        TEMPLATE,
         checked=table.num_rows,
         num_clips=num_clips,
         skipped={reason: count for reason, count in skipped.items() if count},
@@ -88,5 +89,3 @@ def write_report(path: str | os.PathLike[str], table: pa.Table, num_clips: int, 
         broken=table.filter(pc.equal(table.column("decodable"), False)).slice(0, _MAX_ROWS).to_pylist(),
         copies=table.filter(pc.is_valid(table.column("duplicate_of"))).slice(0, _MAX_ROWS).to_pylist(),
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")

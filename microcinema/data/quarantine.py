@@ -32,17 +32,15 @@ class Quarantine:
     def __init__(self, folder: str | os.PathLike[str], retries: int = 1, rank: int = 0) -> None:
         self.folder, self.retries = Path(folder), retries
         self.path = self.folder / f"rank-{rank:05d}.jsonl"
-        _remove_partial_line(self.path)
+        if self.path.is_file():  # a killed process may have left a part of a line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         self.reason = "recorded by an earlier run"
         self._recorded = {(record["sample_index"], record["index"]) for record in read_quarantine(self.folder)}
 
     def read(
         self, dataset: ClipSource, sample_index: int, index: int, replacement: Callable[[int], int]
     ) -> tuple[dict[str, Any], int]:
-        """`dataset[index]`, or the first replacement that can be read; and the number of broken clips before it.
-
-        Args:
-            replacement: gives the index of the first, second, ... replacement.
+        """`dataset[index]`, or the first of the replacements 1, 2, ... that can be read; and the number of broken clips before it.
 
         Raises:
             UserError: all replacements are broken as well.
@@ -52,10 +50,8 @@ class Quarantine:
             item = self.try_read(dataset, sample_index, index)
             if item is not None:
                 return item, attempt
-        raise UserError(
-            f"clip {sample_index} and {MAX_REPLACEMENTS} replacements are broken (last: {self.reason}); "
-            f"see '{self.folder}', check the data"
-        )
+        fault = f"clip {sample_index} and {MAX_REPLACEMENTS} replacements are broken (last: {self.reason})"
+        raise UserError(f"{fault}; see '{self.folder}', check the data")
 
     def try_read(self, dataset: ClipSource, sample_index: int, index: int) -> dict[str, Any] | None:
         """`dataset[index]`, or None if it cannot be read or is recorded under this sample index; `reason` then says why."""
@@ -95,12 +91,6 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"line {number} of '{path}' is no record of a broken clip; delete the line") from None
     return records
-
-
-def _remove_partial_line(path: Path) -> None:
-    """Removes what a killed process may have left of a line."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class ErrorRate:

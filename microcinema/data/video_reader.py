@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -266,8 +266,7 @@ def read_clip(
     """
     from av.video.reformatter import VideoReformatter
 
-    if decoder not in DECODERS:
-        raise UserError(f"decoder='{decoder}' is not known; choose one of {', '.join(DECODERS)}")
+    check_choice("decoder", decoder, DECODERS)
     index = _read_index(path)
     indices = _select_frames(path, index, num_frames, fps, start, position)
     frames = _decode_decord(path, index, indices) if decoder == "decord" else None

@@ -11,19 +11,13 @@ from microcinema.data.video_reader import PathLike
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 
-_MARGIN, _SPACE, _GAP, _LINE = (
-    8,
-    12,
-    4,
-    18,
-)  # of a contact sheet: border, between clips, between frames, line height; pixels
+# Of a contact sheet, in pixels: border, space between clips, between frames, height of a line.
+_MARGIN, _SPACE, _GAP, _LINE = 8, 12, 4, 18
 
 
 def _check(frames: np.ndarray, fps: float = 1.0) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise UserError(
-            f"frames are {frames.dtype} {frames.shape}; give uint8 (frames, height, width, 3), none of them 0"
-        )
+        raise UserError(f"frames are {frames.dtype} {frames.shape}; give uint8 (frames, height, width, 3), not empty")
     if not fps > 0:
         raise UserError(f"fps={fps}; give a positive number of frames per second")
     return np.ascontiguousarray(frames)

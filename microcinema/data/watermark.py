@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, check_choice
 
 ACTIONS = ("crop", "mask", "tag")
 
@@ -23,8 +23,7 @@ class Watermark:
     """
 
     def __init__(self, action: str, box: Sequence[float], tag: str = "watermark") -> None:
-        if action not in ACTIONS:
-            raise UserError(f"watermark action='{action}' is not known; choose one of {', '.join(ACTIONS)}")
+        check_choice("watermark action", action, ACTIONS)
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise UserError(f"watermark box={list(box)}; give [left, top, right, bottom], each in [0, 1]")
         if action == "crop" and (box[0], box[1], box[2], box[3]) == (0, 0, 1, 1):

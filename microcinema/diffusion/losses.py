@@ -32,19 +32,6 @@ def target(scheduler: SchedulerMixin, z0: torch.Tensor, noise: torch.Tensor, t: 
     return signal * noise - sigma * z0
 
 
-def predicted_sample(
-    scheduler: SchedulerMixin, prediction: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
-    """The `z0` implied by a prediction at `z_t`: the inverse of `target`."""
-    kind = scheduler.config["prediction_type"]
-    if kind == "sample":
-        return prediction
-    signal, sigma = signal_and_noise(scheduler, t, z_t)
-    if kind == "epsilon":
-        return (z_t - sigma * prediction) / signal
-    return signal * z_t - sigma * prediction
-
-
 def loss_weights(scheduler: SchedulerMixin, t: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
     """Min-SNR weight of every clip, `(b,)` (arXiv 2303.09556, section 3.4); ones if `snr_gamma` is None.
 

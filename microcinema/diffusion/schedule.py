@@ -124,9 +124,8 @@ def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
     check_schedules_agree(training, sampling)
     name = type(sampling).__name__
     if "noise_sampler_seed" in sampling.config:
-        raise UserError(
-            f"{name} draws noise from its own generator, not from the seed's; use for example EulerAncestralDiscreteScheduler"
-        )
+        fault = f"{name} draws noise from its own generator, not from the seed's"
+        raise UserError(f"{fault}; use for example EulerAncestralDiscreteScheduler")
     trial = copy.deepcopy(sampling)
     try:
         trial.set_timesteps(2)

@@ -101,11 +101,7 @@ class Features:
     batch_size: int
 
     def batches(self, name: str) -> Iterator[np.ndarray]:
-        """Yields an array (b, ...) for each batch.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
+        """Yields an array (b, ...) for each batch; a UserError if its file is missing or damaged."""
         for batch in RankShare().batches(self.count, self.batch_size):
             path = _path(self.folder, batch)
             try:

@@ -89,11 +89,7 @@ class I3D(nn.Module):
         self.logits = Unit3d(1024, num_classes, 1, 1, eps, bare=True)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(b, 3, f, 224, 224) in [-1, 1] -> (b, num_classes).
-
-        Raises:
-            UserError: clips of another size, or shorter than `MIN_FRAMES`.
-        """
+        """(b, 3, f, 224, 224) in [-1, 1] -> (b, num_classes); a UserError for another size, or f below `MIN_FRAMES`."""
         frames, height, width = video.shape[2:]
         if (height, width) != (SIZE, SIZE) or frames < MIN_FRAMES:
             clips = f"{frames} frames of {height}x{width}"
@@ -111,11 +107,7 @@ class I3D(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], eps: float = 1e-3) -> "I3D":
-        """Of a published file's content, in evaluation mode.
-
-        Raises:
-            UserError: names or shapes that are not I3D's.
-        """
+        """Of a published file's content, in evaluation mode; a UserError if names or shapes are not I3D's."""
         weight = state.get("logits.conv3d.weight")
         network = cls(400 if weight is None else len(weight), eps)
         try:  # files from before PyTorch 0.4 lack num_batches_tracked, which is then not counted as missing

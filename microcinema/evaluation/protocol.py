@@ -72,11 +72,7 @@ class ZeroShotProtocol:
             raise UserError(f"selection={self.selection} needs num_samples; give a number")
 
     def open(self, root: str | os.PathLike[str]) -> "Ucf101 | MsrVtt | _Folder":
-        """The data set on disk.
-
-        Raises:
-            UserError: it is not there, or has another layout.
-        """
+        """The data set on disk; a UserError if it is not there, or has another layout."""
         return {"ucf101": Ucf101, "msrvtt": MsrVtt, "folder": _Folder}[self.dataset](root)
 
     def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[PromptItem]:

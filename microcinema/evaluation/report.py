@@ -13,10 +13,9 @@ import cv2
 import numpy as np
 
 from microcinema.data.video_writer import write_video
-from microcinema.utils.files import atomic_path
-from microcinema.utils.templates import open_template
+from microcinema.utils.templates import write_page
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 PUBLISHED_FILE = Path(__file__).parent / "published.csv"
 WARNING = "Protocols differ from paper to paper and are seldom written down whole: an order among these numbers is weak evidence."
 
@@ -102,10 +101,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     ]
     chart = _chart(results["values"].get("fvd"))
     tables = {"rows": rows(results), "published": published()}
-    template = open_template(Path(__file__).with_name("templates") / TEMPLATE)
-    page = template.render(results=results, chart=chart, warning=WARNING, pictures=videos, **tables)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page(path, TEMPLATE, results=results, chart=chart, warning=WARNING, pictures=videos, **tables)
 
 
 def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -22,11 +22,7 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def image_fidelity(image: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """PSNR (dB, at most 60) and SSIM (Wang et al. 2004, Gaussian weights) of an image, both uint8 (h, w, 3).
-
-    Raises:
-        UserError: images of different sizes.
-    """
+    """PSNR (dB, at most 60) and SSIM (Wang et al. 2004, Gaussian weights) of an image, both uint8 (h, w, 3) of one size."""
     if image.shape != reference.shape:
         raise UserError(f"images of {image.shape[:2]} and {reference.shape[:2]} pixels cannot be compared; resize one")
     ssim = structural_similarity(reference, image, channel_axis=-1, gaussian_weights=True, data_range=255)

@@ -61,11 +61,7 @@ def hash_list(videos: Sequence[Video]) -> str:
 
 
 def first_of(candidates: Sequence[Path], what: str) -> Path:
-    """The first path that is there.
-
-    Raises:
-        UserError: none is; all that was looked for is named.
-    """
+    """The first path that is there; if none is, a UserError that names all."""
     if existing := next(filter(Path.exists, candidates), None):
         return existing
     looked = ", ".join(f"'{path}'" for path in candidates)

@@ -27,11 +27,7 @@ def unreadable(path: Any, error: Exception) -> UserError:
 
 
 def check_keys(missing: Collection[str], unexpected: Collection[str], source: str) -> None:
-    """Refuses weights whose keys are not the network's.
-
-    Raises:
-        UserError: names all missing and unexpected keys.
-    """
+    """Refuses weights whose keys are not the network's with a UserError that names all missing and unexpected ones."""
     named = {"missing": missing, "unexpected": unexpected}
     problems = [f"{kind} keys: {', '.join(sorted(keys))}" for kind, keys in named.items() if keys]
     if problems:

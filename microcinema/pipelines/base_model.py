@@ -69,9 +69,8 @@ def load_base(
     scheduler = make_scheduler(load_scheduler_config(folder))
     actual = scheduler.config["prediction_type"]
     if prediction_type not in (None, actual):
-        raise UserError(
-            f"base.prediction_type is {prediction_type}, but '{name}' says {actual}; set it to null, or name another base"
-        )
+        fault = f"base.prediction_type is {prediction_type}, but '{name}' says {actual}"
+        raise UserError(f"{fault}; set it to null, or name another base")
     classes = {**BASE_COMPONENTS, "unet": UNet2DConditionModel}
     if weights:
         folder = resolve_snapshot(name, classes, revision, variant)

@@ -31,10 +31,8 @@ def resolve_model_path(name: str | os.PathLike[str]) -> str:
     if is_embedded(text):
         return str(ASSETS / text)
     if text.endswith((".safetensors", *_PICKLES)):
-        raise UserError(
-            f"model '{text}' is a single file; convert it once with "
-            f"StableDiffusionPipeline.from_single_file('{text}').save_pretrained(folder), and give that folder"
-        )
+        conversion = f"StableDiffusionPipeline.from_single_file('{text}').save_pretrained(folder)"
+        raise UserError(f"model '{text}' is a single file; convert it once with {conversion}, and give that folder")
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     names = ", ".join(sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}")))
@@ -182,9 +180,8 @@ def load_component(
     except UserError:
         raise
     except Exception as error:  # each library has its own for files that are missing, damaged or of another shape
-        raise UserError(
-            f"cannot load the {path.name} of '{path.parent}' ({first_line(error)}); give a complete model of safetensors"
-        ) from error
+        fault = f"cannot load the {path.name} of '{path.parent}' ({first_line(error)})"
+        raise UserError(f"{fault}; give a complete model of safetensors") from error
     return freeze(network, dtype)
 
 

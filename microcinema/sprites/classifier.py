@@ -125,11 +125,7 @@ class SpriteClassifier(ModelMixin, ConfigMixin):
 
 
 def encode_labels(classes: Mapping[str, Sequence[str]], attributes: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-    """Class numbers (b,) of every attribute; an empty string (no such attribute) becomes `IGNORED`.
-
-    Raises:
-        UserError: a name that is not among the classes.
-    """
+    """Class numbers (b,) of every attribute: `IGNORED` for an empty string (no such attribute), a UserError for an unknown name."""
     targets = {}
     for name, names in classes.items():
         values = [item[name] for item in attributes]

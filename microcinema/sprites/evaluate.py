@@ -21,9 +21,9 @@ from microcinema.sprites import metrics, scene
 from microcinema.sprites.judge import SpriteJudge, Verdict, judge_clips
 from microcinema.sprites.protocol import PARTS, SpritesProtocol, Task
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder, write_json
+from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.provenance import describe_code
-from microcinema.utils.templates import open_template
+from microcinema.utils.templates import write_page
 
 if TYPE_CHECKING:
     from microcinema.config.schema import Evaluate
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 SAMPLES_FOLDER = "samples"
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}
 _SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
 
@@ -141,11 +141,8 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sampl
         video = embedded_video(np.stack(enlarged), results["protocol"]["fps"])
         picture = embedded_picture(sample.keyframe)
         clips.append({**clip, "badges": _badges(clip), "video": video, "keyframe": picture})
-    page = open_template(Path(__file__).with_name("templates") / TEMPLATE).render(
-        results=results, clips=clips, measures={m.key: m for m in metrics.MEASURES}, titles=TITLES, meanings=PARTS
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    measures = {measure.key: measure for measure in metrics.MEASURES}
+    write_page(path, TEMPLATE, results=results, clips=clips, measures=measures, titles=TITLES, meanings=PARTS)
 
 
 def _badges(clip: Mapping[str, Any]) -> list[dict[str, Any]]:

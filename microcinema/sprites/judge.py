@@ -32,11 +32,7 @@ class SpriteJudge:
 
     @classmethod
     def load(cls, name: str | os.PathLike[str], batch_size: int = 16) -> "SpriteJudge":
-        """Opens an embedded classifier by name, or one in a folder.
-
-        Raises:
-            UserError: there is none, or its files are damaged.
-        """
+        """Opens an embedded classifier by name, or one in a folder; a UserError if there is none, or it is damaged."""
         embedded = ASSETS / name / "config.json"
         folder = embedded.parent if embedded.is_file() else Path(name)
         if not (folder / "config.json").is_file():

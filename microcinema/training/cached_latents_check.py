@@ -47,25 +47,17 @@ def fingerprint(pipeline: ImageToVideoPipeline, dataset: ClipSource, flow_model:
 
 
 def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str | None) -> None:
-    """Checks that cached latents fit a run. A part that is not cached but can be computed from what is, may be missing.
-
-    Raises:
-        UserError: names what differs, or what is missing.
-    """
+    """Refuses cached latents that do not fit a run (UserError); a part that can be computed from cached ones may be missing."""
     expected, cached = fingerprint(pipeline, clips.dataset, flow_model), clips.contents
     if changes := differences(expected, cached, common_only=True):
-        raise UserError(
-            f"latents '{clips.folder}' do not match this run: {', '.join(changes)}; "
-            "make others with `microcinema prepare latents` and the keys of this run, or set cached_latents=null"
-        )
+        advice = "make others with `microcinema prepare latents` and the keys of this run, or set cached_latents=null"
+        raise UserError(f"latents '{clips.folder}' do not match this run: {', '.join(changes)}; {advice}")
     missing = {"flow", "keyframe"} & (expected.keys() - cached.keys())
     if "image_tokens" in cached and not pipeline.uses_keyframe_pixels:
         missing.discard("keyframe")
     if missing:
-        raise UserError(
-            f"latents '{clips.folder}' come without {' and '.join(sorted(missing))}, which this model needs; "
-            f"make others with cached_parts=[{', '.join(CACHED_PARTS)}]"
-        )
+        fault = f"latents '{clips.folder}' come without {' and '.join(sorted(missing))}, which this model needs"
+        raise UserError(f"{fault}; make others with cached_parts=[{', '.join(CACHED_PARTS)}]")
 
 
 def _sha256(network: nn.Module, *settings: Any) -> str:

@@ -61,10 +61,9 @@ class NanGuard:
             self._save(self._path(step, self.accelerator.process_index), step)
         self.accelerator.wait_for_everyone()  # the first process to exit takes the others with it
         more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-        raise UserError(
-            f"{problem} at step {step}; its clips are saved in '{self._path(step, ranks[0])}'{more}; "
-            "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
-        )
+        fault = f"{problem} at step {step}; its clips are saved in '{self._path(step, ranks[0])}'{more}"
+        advice = "lower learning_rate or use mixed_precision=no, and resume from the last checkpoint"
+        raise UserError(f"{fault}; {advice}")
 
     def _path(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step}-rank-{rank:05d}.safetensors"

@@ -83,10 +83,8 @@ def choose_checkpoint(
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:
-            name = checkpoints[-1].name
-            raise UserError(
-                f"'{output_dir}' already holds {name}; set resume_from_checkpoint=latest or another output_dir"
-            )
+            advice = "set resume_from_checkpoint=latest or another output_dir"
+            raise UserError(f"'{output_dir}' already holds {checkpoints[-1].name}; {advice}")
         return None
     if resume_from_checkpoint == "latest":
         for folder in reversed(checkpoints):

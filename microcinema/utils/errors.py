@@ -21,10 +21,6 @@ def first_line(error: BaseException) -> str:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Refuses a value that is none of the choices.
-
-    Raises:
-        UserError: names the choices.
-    """
+    """Refuses a value that is none of the choices with a UserError that names them."""
     if value not in choices:
         raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}")

@@ -21,11 +21,7 @@ def _sync(path: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Creates a folder and its parents, and checks that files can be written into it.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
+    """Creates a folder and its parents; a UserError if this fails, or if no files can be written into it."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
