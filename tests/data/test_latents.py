@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
 
 
 def test_sizes_that_do_not_divide(root, model, tmp_path):
-    with pytest.raises(UserError, match=r"30x32, which the VAE.s factor 4 does not divide"):
+    with pytest.raises(UserError, match=r"30x32, but VAE factor 4 needs multiples of 4"):
         encode_clips(model, clips(root, resolution=(30, 32), multiple_of=2), tmp_path / "latents")
     assert not list((tmp_path / "latents").glob("[0-9]*.tar")) and not list((tmp_path / "latents").glob(".*"))
 

@@ -81,7 +81,10 @@ class Clips(ClipSource):
 def test_sampling_takes_what_was_estimated(composed, model, arguments):
     train = composed(f"model={model}")
     estimate = memory_estimate.sampling_memory(memory_estimate.empty_pipeline(train), **arguments)
-    assert estimate == memory_estimate.sampling_memory(real_pipeline(train).to("cpu"), **arguments)
+    measured = memory_estimate.sampling_memory(real_pipeline(train).to("cpu"), **arguments)
+    assert estimate.weights == measured.weights
+    # Masks of a few bytes may be released later in one run than in the other.
+    assert estimate.phases == pytest.approx(measured.phases, rel=0, abs=16)
     assert estimate.peak == max(estimate.phases.values()) == estimate.phases[estimate.worst]
 
 
