@@ -333,12 +333,12 @@ def test_the_grid_goes_on_where_it_stopped(
     # Other settings do not come into the same folder: neither those that all share nor those of a variant.
     capsys.readouterr()
     assert ablation.main([*command, "--steps", "3"], runner) == 2
-    assert "max_train_steps was 2, now 3" in capsys.readouterr().err
+    assert "max_train_steps was 2 and is 3" in capsys.readouterr().err
     grid = yaml.safe_load((world / "grid.yaml").read_text())
     grid["papers"]["paper"]["variants"]["without"].append("motion_weight=1")
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(grid))
     assert ablation.main([*command, "--grid", str(tmp_path / "other.yaml")], runner) == 2
-    assert "train.motion_weight was 0.0, now 1.0" in capsys.readouterr().err
+    assert "train.motion_weight was 0.0 and is 1.0" in capsys.readouterr().err
     assert not runner.asked
 
 
