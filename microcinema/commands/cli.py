@@ -132,17 +132,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(options: argparse.Namespace) -> int:
     command, composed = COMMANDS[options.command], False
     try:
         if options.help:
-            print(command_help(options.command, options.overrides))
+            _print(command_help(options.command, options.overrides))
             return 0
         from microcinema.config.compose import compose, to_yaml
 
         config = compose(command.config or options.command, options.overrides)
         if options.print_config:
-            print(to_yaml(config), end="")
+            _print(to_yaml(config).rstrip())
             return 0
         command.check(config)
         composed = True

@@ -225,3 +225,9 @@ def test_an_error_of_two_processes_is_printed_once(
     errors = [line for process in ended for line in process.said.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and said in errors[0], [process.said for process in ended]
     assert ended[0].status == 2
+
+
+def test_help_may_be_cut_by_its_reader():
+    command = f"'{sys.executable}' -m microcinema train --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: microcinema train")
