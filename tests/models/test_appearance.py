@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch.nn import functional
 
 from microcinema.models.appearance import AppearanceNet, fuse
@@ -8,20 +7,6 @@ from microcinema.utils.errors import UserError
 
 # With two levels and one layer in each there are 2 down layers, 2 in the mid block and 4 up layers.
 WIDTHS = {"encoder": [16, 32, 32, 32], "decoder": [32, 32, 16, 16], "both": [16, 32, 32, 32, 32, 32, 16, 16]}
-
-
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
 
 
 def identity_projections(net):

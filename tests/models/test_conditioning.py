@@ -1,23 +1,8 @@
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from microcinema.models.conditioning import ConditionEncoder
 from microcinema.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
 
 
 def trained_encoder(unet, **options):

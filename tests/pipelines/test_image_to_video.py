@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fixtures import tiny, tiny_sampling
+from fixtures import tiny
 from fixtures.tiny_sampling import PROMPTS, sample
 from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.rng import generator
@@ -25,21 +25,6 @@ from microcinema.utils.errors import UserError
 @pytest.fixture(scope="module", params=tiny.FLAVOURS)
 def any_base(request, tmp_path_factory):
     return tiny.base_folder(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny.base_folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(base):
-    return tiny.video_pipeline(base)
-
-
-@pytest.fixture(scope="module")
-def image():
-    return tiny_sampling.image()
 
 
 def count_calls(module):

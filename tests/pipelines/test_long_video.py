@@ -8,7 +8,7 @@ import pytest
 import torch
 from einops import repeat
 
-from fixtures import tiny, tiny_sampling
+from fixtures import tiny
 from fixtures.tiny_sampling import PROMPTS, Oracle, sample
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import make_sampler
@@ -16,21 +16,6 @@ from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
 
 TRAINED = 4  # frames of the tiny models
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny.base_folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(base):
-    return tiny.video_pipeline(base)
-
-
-@pytest.fixture(scope="module")
-def image():
-    return tiny_sampling.image()
 
 
 def latents(pipeline, image, prompt=PROMPTS[0], seeds=(0,), **arguments):
