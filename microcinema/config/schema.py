@@ -183,6 +183,7 @@ class Sample:
     num_inference_steps: Count | None
     guidance_scale: NotNegative | None
     image_guidance_scale: NotNegative | None
+    gamma: NotNegative | None
     negative_prompt: str
     num_videos_per_prompt: Count
     decode_chunk_size: Count | None
@@ -198,6 +199,7 @@ class Generation:
     num_inference_steps: Count | None
     guidance_scale: NotNegative | None
     image_guidance_scale: NotNegative | None
+    gamma: NotNegative | None
     keyframe_num_inference_steps: Count | None
     keyframe_guidance_scale: NotNegative | None
 

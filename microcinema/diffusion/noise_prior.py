@@ -1,6 +1,6 @@
 """Noise priors: the noise that diffuses a clip, given its key frame (our reading of arXiv 2311.18829)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
@@ -8,6 +8,7 @@ from einops import einsum, rearrange
 from microcinema.utils.errors import UserError, check_choice
 
 KINDS = ("none", "appearance", "mixed", "progressive")
+_BEST_GAMMA = 0.02  # in the authors' figure of FVD over lambda and gamma, beside lambda 0.03
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class NoisePrior:
     - `appearance`: `eps_hat = eps + lam z_ref`, the appearance noise prior, `lam = strength`;
     - `mixed`, `progressive`: unit variance in each frame, correlated over frames, `a = strength` (arXiv 2305.10474).
 
-    At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling closer to the key frame.
+    At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling closer to the key frame; None until
+    `resolve` chooses it.
 
     Raises:
         UserError: an unknown kind, or a negative or infinite number.
@@ -26,13 +28,22 @@ class NoisePrior:
 
     kind: str = "appearance"
     strength: float = 0.03
-    gamma: float = 0.0
+    gamma: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("the noise prior's kind", self.kind, KINDS)
         for name, value in (("strength", self.strength), ("gamma", self.gamma)):
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"the noise prior's {name} is {value}; use a number >= 0")
+
+    def resolve(self, abar_T: float) -> "NoisePrior":
+        """The prior with a gamma, given the signal `abar_T` at the last step of the training schedule.
+
+        Sampling from pure noise lacks that signal, and gamma gives some of it back. By default it is the authors' 0.02 for
+        `appearance`; 0 if there is nothing to give back, and for other kinds, for which no value is known.
+        """
+        default = _BEST_GAMMA if self.kind == "appearance" and abar_T > 0 else 0.0
+        return replace(self, gamma=default) if self.gamma is None else self
 
     def covariance(self, frames: int) -> torch.Tensor:
         """Covariance of one pixel's noise over frames, float64 (f, f).
@@ -61,4 +72,5 @@ class NoisePrior:
 
     def initial_noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
         """`z_T`, from which sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""
+        assert self.gamma is not None, "resolve() chooses it"
         return self.noise(eps, z_ref) + self.gamma * rearrange(z_ref, "b c h w -> b 1 c h w")

@@ -46,8 +46,8 @@ def protocol_sampler(
         UserError: a model that cannot be loaded, or settings that do not work with it.
     """
     settings = config.evaluation
-    guidance = settings.guidance_scale, settings.image_guidance_scale
-    sampling = SamplingSettings(height, width, num_frames, fps, settings.num_inference_steps, *guidance)
+    scales = settings.guidance_scale, settings.image_guidance_scale, settings.gamma
+    sampling = SamplingSettings(height, width, num_frames, fps, settings.num_inference_steps, *scales)
     keyframe = KeyframeSettings(
         settings.keyframe_model,
         num_inference_steps=settings.keyframe_num_inference_steps,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
+    alphas_cumprod,
     check_sampler,
     make_scheduler,
     match_snr_timesteps,
@@ -62,7 +63,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
         scheduler: of sampling; it must agree with the training schedule.
         image_encoder, motion_encoder, motion_tokenizer: of the adapter and of motion captions, if the model uses them; None: loaded
             from `image_encoder_source` (None: the base) and `motion_encoder_source`.
-        noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`.
+        noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`; gamma is the default of a call, None:
+            that of `NoisePrior.resolve`.
         keyframe_position: frame of a training clip that is the key frame: `first`, `center` or an index.
         num_frames, fps, height, width: of the training clips, and the defaults of a call. Pixels; None: the base's training size.
         num_inference_steps, guidance_scale, image_guidance_scale: the defaults of a call, see `SamplingSettings`.
@@ -96,7 +98,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         motion_tokenizer: T5TokenizerFast | None = None,
         noise_prior: str = "appearance",
         noise_prior_strength: float = 0.03,
-        noise_prior_gamma: float = 0.0,
+        noise_prior_gamma: float | None = None,
         keyframe_position: str | int = "first",
         num_frames: int = 16,
         fps: float = 8.0,
@@ -128,13 +130,14 @@ class ImageToVideoPipeline(DiffusionPipeline):
         native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
         config |= {"height": height or native, "width": width or native}
         config["training_schedule"] = training_schedule or schedule_summary(scheduler)
-        self.register_to_config(**config)
+        abar_T = alphas_cumprod(make_scheduler(config["training_schedule"]))[-1].item()
+        prior = NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma).resolve(abar_T)
+        self.register_to_config(**{**config, "noise_prior_gamma": prior.gamma})
         # The hooks of offloading ask a network where its weights are; this one may have none.
         if next(condition_encoder.parameters(), None) is None:
             self.model_cpu_offload_seq = self.model_cpu_offload_seq.replace("condition_encoder->", "")
             self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
-        NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma)
         keyframe_index(keyframe_position, num_frames)
         SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
         check_sampler(self.training_scheduler, scheduler)
@@ -245,6 +248,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_segments: int = 1,
         window_overlap: int | None = None,
+        gamma: float | None = None,
     ) -> ImageToVideoOutput:
         """Animates key frames.
 
@@ -253,7 +257,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             image, motion_prompt, negative_prompt: one for all prompts, or one each. PIL images or uint8 arrays (h, w, 3), resized and
                 cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
                 text where guidance drops it (None: the empty text).
-            height ... image_guidance_scale, decode_chunk_size, num_segments, window_overlap: see `SamplingSettings`.
+            height ... image_guidance_scale, decode_chunk_size, num_segments, window_overlap, gamma: see `SamplingSettings`.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one per video (which makes a video independent of its batch), or one for all.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -309,6 +313,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         assert height and width and steps and settings.num_frames and settings.fps is not None
         assert settings.guidance_scale is not None and settings.image_guidance_scale is not None
         check_sampler(self.training_scheduler, self.scheduler)
+        prior = replace(self.noise_prior, gamma=settings.gamma)
         guidance = CFG(settings.guidance_scale, settings.image_guidance_scale)
         windows, device = self.windows(settings), self._execution_device
         self._log_long_video(windows, settings)
@@ -327,7 +332,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             set_timesteps(self.scheduler, steps, device)
             with self.progress_bar(total=steps) as bar:
-                z_T, timesteps = self.noise_prior.initial_noise(eps, z_ref), self.remapped_timesteps
+                z_T, timesteps = prior.initial_noise(eps, z_ref), self.remapped_timesteps
                 inputs = (conditions, guidance, windows, timesteps, generator, step_end, bar)
                 z = denoise(self.unet, self.scheduler, z_T, *inputs)
             clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())

@@ -8,8 +8,9 @@ from microcinema.config.schema import Count, NotNegative
 from microcinema.pipelines.keyframe import ResizeMode
 from microcinema.utils.errors import UserError
 
-_DEFAULTS = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
-"""Settings for which None stands for the value in the pipeline's config."""
+_OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+_DEFAULTS = {**dict(zip(_OWN, _OWN, strict=True)), "gamma": "noise_prior_gamma"}
+"""Settings for which None stands for a value in the pipeline's config, and its key there."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class SamplingSettings:
         fps: frames per second.
         num_inference_steps: denoising steps.
         guidance_scale, image_guidance_scale: of text and key frame, see `CFG`; 1 is no guidance.
+        gamma: moves the start of sampling towards the key frame, see `NoisePrior.initial_noise`; 0 for none.
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
@@ -38,13 +40,14 @@ class SamplingSettings:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
+    gamma: float | None = None
     num_segments: int = 1
     window_overlap: int | None = None
     decode_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         counts = {"num_frames", "num_inference_steps", "decode_chunk_size", "num_segments"}
-        for name in sorted(counts | {"guidance_scale", "image_guidance_scale", "fps"}):
+        for name in sorted(counts | {"guidance_scale", "image_guidance_scale", "fps", "gamma"}):
             value = getattr(self, name)
             if value is not None and not (1 if name in counts else 0) <= value < float("inf"):
                 raise UserError(f"{name} is {value}; use a number >= {1 if name in counts else 0}")
@@ -53,7 +56,9 @@ class SamplingSettings:
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
-        settings = replace(self, **{name: defaults[name] for name in _DEFAULTS if getattr(self, name) is None})
+        settings = replace(
+            self, **{name: defaults[key] for name, key in _DEFAULTS.items() if getattr(self, name) is None}
+        )
         if settings.height is None or settings.width is None:
             raise UserError("the model does not say at which size it was trained; give height and width")
         for name, value in (("height", settings.height), ("width", settings.width)):

@@ -115,8 +115,12 @@ def test_bad_input_ends_in_one_line(run, models, tmp_path):
 
 def test_clips_of_other_settings_are_refused_before_anything_is_judged(run):
     assert run("evaluation.protocol.num_heldout_prompts=0", "evaluation.protocol.num_image_prompts=0")[0] == 0
-    code, _, told = run("evaluation.guidance_scale=3")
-    assert code == 2 and "guidance_scale was 7.5 and is 3" in told
+    for override, words in (
+        ("guidance_scale=3", "guidance_scale was 7.5 and is 3"),
+        ("gamma=0.1", "gamma was 0.02 and is 0.1"),
+    ):
+        code, _, told = run(f"evaluation.{override}")
+        assert code == 2 and words in told
 
 
 @pytest.mark.slow

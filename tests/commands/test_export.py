@@ -224,7 +224,7 @@ def test_the_card_says_where_the_weights_come_from(trained, exported):
         "| clips per step | 2 |",
         "| data | `ClipDataset`, see the config below |",
         "moving averages, decay 0.5; stored as float32",
-        "| noise prior | appearance, strength 0.05, gamma 0.0 |",
+        "| noise prior | appearance, strength 0.05, gamma 0.02 |",
         "| noise schedule: prediction_type | v_prediction |",
         "arXiv:2311.18829",
     ):

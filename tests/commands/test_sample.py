@@ -324,7 +324,7 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "start.png")
     (tmp_path / "p.csv").write_text("id,prompt,image\na,a star,start.png")
     settings = ["prompts=p.csv", "num_inference_steps=1"]
-    changes = ["seed=1", "guidance_scale=5", "image_guidance_scale=2", "negative_prompt=grass"]
+    changes = ["seed=1", "guidance_scale=5", "image_guidance_scale=2", "gamma=0.1", "negative_prompt=grass"]
     changes += [
         "num_frames=3",
         "num_frames=5",

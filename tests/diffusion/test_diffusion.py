@@ -227,7 +227,18 @@ def test_sampling_starts_at_the_key_frames_noise(clip):
     _, eps, z_ref = clip
     z_T = NoisePrior("appearance", 0.03, gamma=0.02).initial_noise(eps, z_ref)
     assert torch.allclose(z_T, eps + 0.05 * z_ref[:, None], atol=1e-14)
-    assert torch.equal(NoisePrior("none").initial_noise(eps, z_ref), eps)
+    assert torch.equal(NoisePrior("none", gamma=0.0).initial_noise(eps, z_ref), eps)
+
+
+def test_gamma_by_default_gives_back_the_signal_that_sampling_lacks():
+    for prior, abar_T, gamma in [
+        (NoisePrior("appearance"), 0.0047, 0.02),
+        (NoisePrior("appearance"), 0.0, 0.0),
+        (NoisePrior("appearance", gamma=0.5), 0.0, 0.5),
+        (NoisePrior("appearance", gamma=0.0), 0.0047, 0.0),
+        (NoisePrior("progressive"), 0.0047, 0.0),
+    ]:
+        assert prior.resolve(abar_T) == NoisePrior(prior.kind, 0.03, gamma)
 
 
 @pytest.mark.parametrize("frames", [1, 6])

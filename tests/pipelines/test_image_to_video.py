@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from fixtures import tiny
 from fixtures.tiny_sampling import PROMPTS, sample
 from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
+from microcinema.diffusion.schedule import make_sampler, make_scheduler
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.denoise import prepare_conditions
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -159,6 +161,7 @@ def test_every_condition_matters(pipeline, image):
         {"negative_prompt": "grass"},
         {"guidance_scale": 2.0},
         {"image_guidance_scale": 2.0},
+        {"gamma": 0.5},
         {"seeds": (1,)},
     ):
         given = {"prompt": PROMPTS[0], "image": image, **change}
@@ -206,12 +209,36 @@ def test_sampling_starts_where_the_prior_says(base, image, kind):
     pipeline = tiny.video_pipeline(base, noise_prior=kind, noise_prior_strength=0.5, noise_prior_gamma=0.25)
     seen = []
     pipeline.unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
-    sample(pipeline, PROMPTS[0], image, guidance_scale=1.0, output_type="latent")
+    for gamma in (None, 0.0, 2.0):
+        sample(
+            pipeline, PROMPTS[0], image, num_inference_steps=1, guidance_scale=1.0, gamma=gamma, output_type="latent"
+        )
     eps = torch.randn(1, 4, tiny.LATENT_CHANNELS, 8, 8, generator=generator(7, 0))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     z_ref = pipeline.encode_image(pixels)
-    assert torch.allclose(seen[0], pipeline.noise_prior.initial_noise(eps, z_ref), atol=1e-5)
     assert pipeline.noise_prior.kind == kind
+    for z_T, gamma in zip(seen, (0.25, 0.0, 2.0), strict=True):
+        assert torch.allclose(z_T, pipeline.noise_prior.noise(eps, z_ref) + gamma * z_ref[:, None], atol=1e-5)
+
+
+def test_gamma_is_the_authors_where_the_schedule_ends_with_signal(base, tmp_path):
+    """Saved with the pipeline, which keeps it whatever the default becomes."""
+    for settings, gamma in (
+        ({}, 0.02),
+        ({"noise_prior_strength": 0.0}, 0.02),
+        ({"noise_prior_gamma": 0.0}, 0.0),
+        ({"noise_prior_gamma": 0.3}, 0.3),
+        ({"noise_prior": "none"}, 0.0),
+        ({"noise_prior": "mixed"}, 0.0),
+    ):
+        pipeline = tiny.video_pipeline(base, **settings)
+        assert pipeline.config["noise_prior_gamma"] == gamma, settings
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    silent = make_sampler(make_scheduler(tiny.scheduler().config, changes))
+    pipeline = ImageToVideoPipeline(**{**pipeline.components, "scheduler": silent}, base=str(base))
+    assert pipeline.noise_prior == NoisePrior("appearance", 0.03, 0.0)
+    save_pipeline(pipeline, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["noise_prior_gamma"] == 0.0
 
 
 def test_chunked_decoding_changes_nothing(pipeline, image):
@@ -270,6 +297,7 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"motion_prompt": "up"}, "no motion encoder"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1"),
         ({"callback_on_step_end_tensor_inputs": ["text"]}, "no tensor 'text'.*latents, prediction"),
+        ({"gamma": -1}, "gamma is -1"),
         ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),
         ({"seeds": (1, 2)}, "2 generators for 1"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),

@@ -142,7 +142,7 @@ def test_from_an_image_the_second_stage_alone_makes_the_video_of_the_command(mod
 
 def test_none_means_the_model_s_own_defaults_everywhere(plain_model):
     """Those that the model was saved with; a key frame's steps are the video's, since the model has none for them."""
-    expected = SamplingSettings(tiny.SIZE, tiny.SIZE, FRAMES, 8.0, 2, 1.5, 1.0)
+    expected = SamplingSettings(tiny.SIZE, tiny.SIZE, FRAMES, 8.0, 2, 1.5, 1.0, gamma=0.02)
     video = load_pipeline(plain_model)
     assert video.resolve(SamplingSettings()) == expected
     sample, evaluate = compose("sample"), compose("evaluate", [f"pipeline={plain_model}"])
