@@ -11,8 +11,9 @@ from microcinema.data.video_reader import PathLike
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 
-# Of a contact sheet, in pixels: border, space between clips, between frames, height of a line.
-_MARGIN, _SPACE, _GAP, _LINE = 8, 12, 4, 18
+# Of a contact sheet, in pixels: space round and between clips, round and between frames, height of a line.
+_SPACE, _GAP, _LINE = 4, 4, 18
+_MARK = (225, 0, 110)  # color of the border round a key frame
 
 
 def _check(frames: np.ndarray, fps: float = 1.0) -> np.ndarray:
@@ -86,33 +87,37 @@ def write_contact_sheet(
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     below: bool = False,
+    keyframes: Sequence[int | None] | None = None,
 ) -> None:
     """Writes a PNG with the frames of one or several clips, one clip below the other.
 
     Args:
         captions: a text above each clip, or below it, broken into lines.
         columns: frames in a row; None: all frames of a clip.
+        keyframes: index of each clip's key frame, which gets a border; None: there is none, or it is not known.
     """
     from PIL import Image
 
     clips = [_check(clip) for clip in ([clips] if isinstance(clips, np.ndarray) else clips)]
     captions = [""] * len(clips) if captions is None else captions
-    if not clips or len(captions) != len(clips) or (columns is not None and columns < 1):
-        sheet = f"contact sheet of {len(clips)} clips, {len(captions)} captions, columns={columns}"
-        raise UserError(f"{sheet}; give at least 1 clip, a caption for each or none, and at least 1 column")
-    strips = [_strip(clip, caption, columns, below) for clip, caption in zip(clips, captions, strict=True)]
-    height = sum(strip.height + _SPACE for strip in strips) - _SPACE
-    page = Image.new("RGB", (max(strip.width for strip in strips) + 2 * _MARGIN, height + 2 * _MARGIN), "white")
-    top = _MARGIN
+    keyframes = [None] * len(clips) if keyframes is None else keyframes
+    if not clips or {len(captions), len(keyframes)} != {len(clips)} or (columns is not None and columns < 1):
+        sheet = f"contact sheet of {len(clips)} clips, {len(captions)} captions, {len(keyframes)} key frames, columns={columns}"
+        raise UserError(f"{sheet}; give at least 1 clip, captions and key frames of all or none, at least 1 column")
+    rows = zip(clips, captions, keyframes, strict=True)
+    strips = [_strip(clip, caption, columns, below, keyframe) for clip, caption, keyframe in rows]
+    height = sum(strip.height + _SPACE for strip in strips) + _SPACE
+    page = Image.new("RGB", (max(strip.width for strip in strips) + 2 * _SPACE, height), "white")
+    top = _SPACE
     for strip in strips:
-        page.paste(strip, (_MARGIN, top))
+        page.paste(strip, (_SPACE, top))
         top += strip.height + _SPACE
     with atomic_path(path) as temporary:
         page.save(temporary, format="PNG")
 
 
-def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool) -> Any:
-    """The frames of a clip with its caption, as an image."""
+def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool, keyframe: int | None) -> Any:
+    """The frames of a clip with its caption and a margin of `_GAP`, as an image."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)
@@ -126,11 +131,14 @@ def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool) -> 
         else:
             lines.append(word)
     text_height, frames_height = _LINE * len(lines) + _GAP * bool(lines), -(-count // columns) * (height + _GAP) - _GAP
-    text_top, frames_top = (frames_height + _GAP, 0) if below else (0, text_height)
-    sheet = Image.new("RGB", (sheet_width, text_height + frames_height), "white")
+    text_top, frames_top = (frames_height + 2 * _GAP, _GAP) if below else (_GAP, text_height + _GAP)
+    sheet = Image.new("RGB", (sheet_width + 2 * _GAP, text_height + frames_height + 2 * _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
     for k, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((0, text_top + _LINE * k), line, fill="black", font=font)
+        draw.text((_GAP, text_top + _LINE * k), line, fill="black", font=font)
     for k, frame in enumerate(clip):
-        corner = (k % columns * (width + _GAP), frames_top + k // columns * (height + _GAP))
-        sheet.paste(Image.fromarray(frame), corner)
+        left, top = _GAP + k % columns * (width + _GAP), frames_top + k // columns * (height + _GAP)
+        if k == keyframe:  # on the white between the frames, so that it shows beside any picture and covers none
+            draw.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), outline=_MARK, width=2)
+        sheet.paste(Image.fromarray(frame), (left, top))
     return sheet

@@ -9,7 +9,6 @@ import numpy as np
 from accelerate import PartialState
 
 from microcinema.config.schema import Evaluate, ZeroShotEvaluation
-from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.videos import folder_videos, hash_list
@@ -75,11 +74,6 @@ def generate(
     return samples, fingerprint
 
 
-def sampled_keyframe_index(sampler: Sampler, num_frames: int) -> int:
-    """Frame of a sampler's clips at which the model has the key frame; with several windows, that of the first one."""
-    return keyframe_index(sampler.defaults["keyframe_position"], min(num_frames, sampler.defaults["num_frames"]))
-
-
 def generate_clips(
     config: Evaluate, protocol: ZeroShotProtocol, samples: list[PromptItem], folder: Path, state: PartialState
 ) -> Generated:
@@ -89,13 +83,12 @@ def generate_clips(
     sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
     prompts_sha256 = hash_json([sample.prompt for sample in samples])
     clips, fingerprint = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts_sha256)
-    index = sampled_keyframe_index(sampler, protocol.num_frames)
 
     def load(number: int) -> tuple[np.ndarray, np.ndarray | None]:
         clip = clips.load(samples[number].id)
         return clip.frames, clip.keyframe
 
-    return Generated(samples, load, fingerprint["fps"], {**fingerprint, "keyframe_index": index}, index)
+    return Generated(samples, load, fingerprint["fps"], fingerprint, sampler.keyframe_index)
 
 
 def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem]) -> Generated:

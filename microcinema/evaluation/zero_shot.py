@@ -107,7 +107,8 @@ def _write(
 ) -> None:
     """Writes manifest, results and report, and prints the numbers."""
     clips = {"samples": [manifest_entry(sample) for sample in samples], "real": [video.name for video in real]}
-    write_json(folder / MANIFEST_FILE, {**results["protocol"], "detectors": results["detectors"], **clips})
+    facts = {"detectors": results["detectors"], "keyframe_index": results["generated"].get("keyframe_index")}
+    write_json(folder / MANIFEST_FILE, {**results["protocol"], **facts, **clips})
     write_json(folder / RESULTS_FILE, results)
     indices = np.unique(np.linspace(0, len(generated.samples) - 1, NUM_PICTURES).round().astype(int)).tolist()
     captions = [sample.prompt or sample.source for sample in generated.samples]

@@ -217,7 +217,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         stride = self.vae_scale_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
         settings = settings.resolve(self.config, stride)
         assert settings.num_frames is not None
-        self.windows(settings)
+        self.windows(settings).keyframe_index(self.keyframe_position)
         check_continuation(settings.num_segments, settings.num_frames, self.keyframe_position)
         return settings
 

@@ -44,6 +44,13 @@ class Windows:
         starts = [step * span // steps for step in range(steps + 1)] if steps else [0]
         return [slice(start, start + min(self.length, self.frames)) for start in starts]
 
+    def keyframe_index(self, keyframe_position: str | int) -> int:
+        """Index of the key frame in the whole video: every window has it at its own place, and of these this is the one nearest to
+        that of the whole video. A UserError if there is none."""
+        wanted = keyframe_index(keyframe_position, self.frames)
+        own = (w.start + keyframe_index(keyframe_position, w.stop - w.start) for w in self.slices)
+        return min(own, key=lambda index: abs(index - wanted))
+
     def average(self, predict: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """The prediction for a whole video `b f ...`: at every frame, the mean of `predict` over the windows that contain it."""
         slices = self.slices

@@ -35,6 +35,9 @@ class Sampler:
         batch_size: videos made at once; key frames are drawn one at a time.
         progress: show bars.
 
+    Attributes:
+        keyframe_index: frame of the videos that the key frame is.
+
     Raises:
         UserError: a video model that cannot be loaded, or settings that do not work with it.
     """
@@ -59,9 +62,11 @@ class Sampler:
         self.defaults = dict(video.config)
         self.uses_motion_caption = video.uses_motion_caption
         windows = video.windows(self.settings)
+        self.keyframe_index = windows.keyframe_index(video.keyframe_position)
         self.video_record = {
             **asdict(self.settings),
             "windows": [[window.start, window.stop] for window in windows.slices],
+            "keyframe_index": self.keyframe_index,
             "frames_of_all_clips": self.settings.num_segments * (windows.frames - 1) + 1,
             "memory": asdict(memory),
             **_model_record(video, self.settings.num_inference_steps or 0),
@@ -104,6 +109,7 @@ class Sampler:
         return {
             "pipeline": self.pipeline,
             **asdict(self.settings),
+            "keyframe_index": self.keyframe_index,
             **{f"keyframe_{name}": stage1[name] for name in ("num_inference_steps", "guidance_scale")},
             "torch_dtype": self.memory.torch_dtype,
             "keyframe_model": self.keyframe.pretrained_model_name_or_path,

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from microcinema.evaluation.generate import generate, protocol_sampler, sampled_keyframe_index
+from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.evaluation.report import embedded_picture, embedded_video
 from microcinema.evaluation.statistics import CONFIDENCE
 from microcinema.pipelines.sample_folder import Sample
@@ -48,7 +48,7 @@ def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialSta
     tasks = protocol.tasks()
     judge_clips(tasks[:1], lambda task: real_sample(task.sprite, protocol), protocol, judge, label="")
     sampler = protocol_sampler(config, protocol.size, protocol.size, protocol.num_frames, protocol.fps, state)
-    index = sampled_keyframe_index(sampler, protocol.num_frames)
+    index = sampler.keyframe_index
     items = []
     for task in tasks:
         keyframe = real_sample(task.sprite, protocol, index).keyframe if task.part == "image" else None
@@ -83,7 +83,7 @@ def evaluate(
     sides = model, real, other
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
-        "model": dict(fingerprint),
+        "model": {**fingerprint, "keyframe_index": keyframe_index},
         "versions": describe_code(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,

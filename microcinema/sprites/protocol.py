@@ -19,7 +19,7 @@ _WORLD_SEEDS = {"seen": 231118829, "heldout": 231118829, "image": 240810119}  # 
 
 @dataclass(frozen=True)
 class Task:
-    """One clip to make. `sprite` is the right answer; in the part `image` its first frame is given."""
+    """One clip to make. `sprite` is the right answer; in the part `image` its frame at the place of the model's key frame is given."""
 
     part: str
     index: int

@@ -65,22 +65,23 @@ class Validation:
             with accelerator.autocast():
                 output = animate(pipeline, [self.items[i]], [image], SamplingSettings(), output_type="np")
             frames = to_uint8(output.frames[0], f"the validation video of '{self.items[i].prompt}'")
-            reference = frames[keyframe_index(pipeline.keyframe_position, len(frames))]
-            fidelity = video_metrics.image_fidelity(reference, np.asarray(output.keyframes[0]))
-            results.append((i, frames, (*fidelity, _motion(frames))))
+            index = keyframe_index(pipeline.keyframe_position, len(frames))
+            fidelity = video_metrics.image_fidelity(frames[index], np.asarray(output.keyframes[0]))
+            results.append((i, frames, index, (*fidelity, _motion(frames))))
         results = sorted(gather_object(results), key=lambda entry: entry[0])
         if accelerator.is_main_process:
-            clips = [frames for _, frames, _ in results]
-            self._write(clips, pipeline.config["fps"], self.folder / f"step-{step}")
+            clips, indices = [frames for _, frames, *_ in results], [index for *_, index, _ in results]
+            self._write(clips, indices, pipeline.config["fps"], self.folder / f"step-{step}")
             self._log(accelerator, clips, step)
         means = np.mean([figures for *_, figures in results], axis=0)
         accelerator.log({f"validation/{name}": float(mean) for name, mean in zip(FIGURES, means, strict=True)}, step)
 
-    def _write(self, clips: list[np.ndarray], fps: float, folder: Path) -> None:
+    def _write(self, clips: list[np.ndarray], keyframes: list[int], fps: float, folder: Path) -> None:
         for i, frames in enumerate(clips):
             write_video(folder / f"{i}.mp4", frames, fps)
             write_gif(folder / f"{i}.gif", frames, fps)
-        write_contact_sheet(folder / "contact_sheet.png", clips, [item.prompt for item in self.items])
+        prompts = [item.prompt for item in self.items]
+        write_contact_sheet(folder / "contact_sheet.png", clips, prompts, keyframes=keyframes)
 
     def _log(self, accelerator: Accelerator, clips: list[np.ndarray], step: int) -> None:
         files = [self.folder / f"step-{step}" / f"{i}.gif" for i in range(len(clips))]

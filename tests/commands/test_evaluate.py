@@ -12,11 +12,13 @@ import torch
 
 from fixtures import tiny
 from microcinema.commands import cli
+from microcinema.evaluation.video_metrics import psnr
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.saving import save_pipeline
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.evaluate import REPORT_FILE, RESULTS_FILE, SAMPLES_FOLDER
+from microcinema.sprites.protocol import SpritesProtocol
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"num_prompts": 2, "num_heldout_prompts": 1, "num_image_prompts": 1, "num_frames": 4, "size": 32}
@@ -86,15 +88,25 @@ def test_measures_a_pipeline_and_goes_on_where_it_stopped(run, tmp_path):
     assert [name for name in sorted(times) if now[name] != times[name]] == ["seen-00001.json", "seen-00001.npz"]
 
 
-def test_the_image_part_starts_from_the_real_first_frame(run, tmp_path):
-    from microcinema.sprites.protocol import SpritesProtocol
-
-    assert run("evaluation.protocol.num_prompts=0", "evaluation.protocol.num_heldout_prompts=0")[0] == 0
+@pytest.mark.parametrize(("position", "index"), [("first", 0), ("center", 2), (3, 3)])
+def test_the_image_part_gives_the_real_frame_at_the_place_of_the_models_key_frame(
+    run, models, tmp_path, position, index
+):
+    video = models / f"video-{position}"
+    pipeline = tiny.video_pipeline(models / "base", keyframe_position=position)
+    save_pipeline(pipeline, video, with_base=False)
+    none = ["evaluation.protocol.num_prompts=0", "evaluation.protocol.num_heldout_prompts=0"]
+    assert run(*none, f"pipeline={video}")[0] == 0
     protocol = SpritesProtocol(0, 0, 1, num_frames=4, size=32)
     (task,) = protocol.tasks()
-    np.testing.assert_array_equal(
-        samples(tmp_path / "out")[task.name]["keyframe"], protocol.render(task.sprite).frames[0]
-    )
+    clip = samples(tmp_path / "out")[task.name]
+    np.testing.assert_array_equal(clip["keyframe"], protocol.render(task.sprite).frames[index])
+    results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
+    assert results["protocol"]["identifier"] == protocol.identifier
+    assert results["model"]["keyframe_index"] == index
+    assert f"which is frame {index} of the clip" in (tmp_path / "out" / REPORT_FILE).read_text()
+    fidelity = psnr(clip["frames"][index].astype(np.uint8), clip["keyframe"].astype(np.uint8))
+    assert results["clips"][0]["measures"]["psnr"] == fidelity
 
 
 def test_bad_input_ends_in_one_line(run, models, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from fixtures import tiny, tiny_detectors, zero_shot_data
 from microcinema.commands import cli
 from microcinema.data.video_writer import write_video
+from microcinema.evaluation.video_metrics import psnr
 from microcinema.evaluation.zero_shot import (
     FEATURES_FOLDER,
     MANIFEST_FILE,
@@ -23,6 +24,7 @@ from microcinema.evaluation.zero_shot import (
     RESULTS_FILE,
     SAMPLES_FOLDER,
 )
+from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.saving import save_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +37,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero-shot")
     zero_shot_data.ucf101(folder / "ucf101")
     zero_shot_data.msrvtt(folder / "msrvtt")
-    save_pipeline(tiny.video_pipeline(folder / "base"), folder / "model", with_base=False)
+    pipeline = tiny.video_pipeline(folder / "base", keyframe_position=1)
+    save_pipeline(pipeline, folder / "model", with_base=False)
     tiny_detectors.clip_folder(folder / "clip")
     return folder
 
@@ -109,6 +112,10 @@ def test_everything_is_measured(whole):
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     assert manifest["identifier"] == results["protocol"]["identifier"]
     assert len(manifest["samples"]) == SAMPLES and len(manifest["real"]) == REAL
+    assert manifest["keyframe_index"] == results["generated"]["keyframe_index"] == 1
+    clips = [SampleFolder(folder / SAMPLES_FOLDER, ("frames",)).load(f"{index:05d}") for index in range(SAMPLES)]
+    fidelity = np.mean([psnr(clip.frames[1], clip.keyframe) for clip in clips])
+    assert results["values"]["psnr"]["value"] == pytest.approx(fidelity)
     assert {"unet", "keyframe.unet"} <= set(results["generated"]["weights_sha256"])
 
 

@@ -309,6 +309,33 @@ def test_contact_sheet_of_several_clips_with_captions(tmp_path):
     np.testing.assert_array_equal(sheet[height - 40 : height - 8, 8:40], clips[1][0])
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_contact_sheet_marks_the_key_frame_beside_its_pixels(tmp_path, below):
+    """Also where they have the color of the mark itself; and nothing else on the sheet moves."""
+    mark = np.array(video_writer._MARK, np.uint8)
+    assert 255 - mark.min() > 200  # seen on white
+    clips = [picture_frames(6, 40, 60), np.zeros((4, 40, 60, 3), np.uint8) + mark, picture_frames(3, 40, 60)]
+    sheets = []
+    for keyframes in (None, [4, 0, None]):
+        path = tmp_path / "a.png"
+        video_writer.write_contact_sheet(path, clips, ["one", "two", ""], 3, below, keyframes)
+        sheets.append(np.array(Image.open(path)).astype(int))
+    plain, marked = sheets
+    changed = (plain != marked).any(axis=2)
+    assert (marked[changed] == mark).all() and (plain[changed] == 255).all()
+    text = 0 if below else 18 + 4
+    tops, lefts = (
+        (8 + text + 44, 8 + text + 84 + (18 + 4) + 12),
+        (8 + 64, 8),
+    )  # frame 4 of the first clip, 0 of the second
+    expected = np.zeros_like(changed)
+    for top, left in zip(tops, lefts, strict=True):
+        expected[top - 3 : top + 43, left - 3 : left + 63] = True
+        expected[top - 1 : top + 41, left - 1 : left + 61] = False
+        assert (marked[top - 1, left - 1 : left + 61] == 255).all()  # white between border and picture
+    np.testing.assert_array_equal(changed, expected)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -389,8 +416,9 @@ def test_nothing_is_written_from_bad_input(tmp_path):
     ]:
         with pytest.raises(UserError):
             video_writer.write_video(tmp_path / "a.mp4", frames, **{"fps": 8, **keywords})
-    with pytest.raises(UserError, match="caption for each"):
-        video_writer.write_contact_sheet(tmp_path / "a.png", [good, good], captions=["one"])
+    for keywords in ({"captions": ["one"]}, {"keyframes": [0]}):
+        with pytest.raises(UserError, match="captions and key frames of all or none"):
+            video_writer.write_contact_sheet(tmp_path / "a.png", [good, good], **keywords)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):

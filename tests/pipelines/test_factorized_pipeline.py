@@ -210,6 +210,24 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
         cached_latents_check.check(kept, model, "dis")
 
 
+def test_what_is_kept_of_the_key_frame_is_of_the_models_own_place(folder, clips, tmp_path):
+    """Pixels and image tokens; and those of another place are refused in one line."""
+    model = tiny.video_pipeline(folder, fusion=None, factorized=True, keyframe_position="center")
+    kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents")
+    video = (dataset(clips)[1]["video"] + 1) * 127.5
+    assert not torch.equal(video[0], video[FRAMES // 2])
+    torch.testing.assert_close(kept[1]["keyframe"].float(), video[FRAMES // 2].round(), atol=0, rtol=0)
+    tokens = model.encode_pixels(video[FRAMES // 2][None] / 127.5 - 1)["image_tokens"][0]
+    torch.testing.assert_close(kept[1]["image_tokens"].float(), tokens, atol=4e-3, rtol=2e-3)
+    cached_latents_check.check(kept, model, None)
+    for position, told in (("first", "0"), (0, "0"), (1, "1")):
+        model.register_to_config(keyframe_position=position)
+        fault = f"image_tokens.keyframe_position was center and is {told}, keyframe.keyframe_position was center and is {told}"
+        with pytest.raises(UserError, match=f"do not match this run: {fault}; make others") as caught:
+            cached_latents_check.check(kept, model, None)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_these_latents_are_not(folder, model, clips, tmp_path):
     kept = tiny_training.encode_clips(
         model, dataset(clips), tmp_path / "latents", cached_parts=["text", "motion_tokens"]

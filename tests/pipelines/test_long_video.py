@@ -56,6 +56,26 @@ def test_averaging_is_linear_and_its_weights_sum_to_one_at_every_frame(frames, o
         torch.testing.assert_close(found[:, frame], torch.full_like(z[:, frame], np.mean(inside)))
 
 
+def test_the_key_frame_of_windows_is_the_one_nearest_to_its_place_in_the_whole_video():
+    for frames, length, position in itertools.product(range(1, 30), (1, 4, 8), ("first", "center", 0, 1, 3)):
+        windows = Windows(frames, length)
+        short = min(frames, length)
+        index = {"first": 0, "center": short // 2}.get(position, position)
+        if index >= short:
+            with pytest.raises(UserError, match=f"keyframe_position={position} is not in a clip"):
+                windows.keyframe_index(position)
+            continue
+        places = [window.start + index for window in windows.slices]
+        found = windows.keyframe_index(position)
+        assert found in places
+        if position == "center":
+            assert abs(found - frames // 2) == min(abs(place - frames // 2) for place in places)
+        else:
+            assert found == index  # the first window's
+    assert [Windows(frames, 16).keyframe_index("center") for frames in (8, 16, 32, 48)] == [4, 8, 16, 24]
+    assert Windows(32, 16, 0).keyframe_index("center") == 8  # no window has it at frame 16
+
+
 def test_an_oracle_of_each_window_gives_the_whole_video(pipeline, image):
     frames = 11
     z0 = torch.randn(1, frames, tiny.LATENT_CHANNELS, 8, 8, generator=generator(3))
@@ -184,4 +204,7 @@ def test_clips_are_continued_only_from_a_first_frame(base, image, reference):
     with pytest.raises(UserError, match=f"keyframe_position={reference}.*num_segments=1"):
         latents(pipeline, image, num_segments=2)
     assert latents(pipeline, image, num_segments=1).shape[1] == TRAINED
+    if reference == 1:
+        with pytest.raises(UserError, match="keyframe_position=1 is not in a clip of 1 frames"):
+            latents(pipeline, image, num_frames=1)
     assert latents(tiny.video_pipeline(base, keyframe_position=0), image, num_segments=2).shape[1] == 2 * TRAINED - 1

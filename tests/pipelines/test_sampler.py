@@ -1,6 +1,7 @@
 """The command `sample`, the Python API and the protocols make the same key frames and videos of a prompt and a seed, bit for bit."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from fixtures import tiny, zero_shot_data
 from microcinema.commands import cli
 from microcinema.config.compose import compose
+from microcinema.data.video_writer import _MARK
 from microcinema.diffusion.rng import sample_generator
 from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.pipelines import sample_folder
@@ -114,6 +116,24 @@ def test_moving_sprites_makes_the_videos_of_the_command(model, command, tmp_path
         if batch_size == 1:
             assert np.array_equal(frames, clip.frames)
         assert np.abs(frames.astype(int) - clip.frames).max() <= TOLERANCE
+
+
+def test_a_key_frame_in_the_middle_is_recorded_and_marked_and_never_continued_from(tmp_path, capsys):
+    pipeline = tiny.video_pipeline(tmp_path / "base", keyframe_position="center", **DEFAULTS)
+    save_pipeline(pipeline, tmp_path / "video", with_base=False)
+    command = ["sample", f"pipeline={tmp_path / 'video'}", f"output_dir={tmp_path}", "prompt=a star"]
+    assert cli.main([*command, "num_segments=2"]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "this model's key frame is not the first (keyframe_position=center)" in told
+    assert not list(tmp_path.glob("*.png"))
+    for frames, index in ((FRAMES, 2), (8, 4)):  # 8 frames: three windows
+        assert cli.main([*command, f"num_frames={frames}"]) == 0
+        (record,) = (path for path in tmp_path.glob("*.json") if "keyframe" not in path.name)
+        assert json.loads(record.read_text())["keyframe_index"] == index
+        sheet = np.array(Image.open(record.with_suffix(".png")))
+        marked = np.flatnonzero((sheet == _MARK).all(axis=2).sum(axis=0) == tiny.SIZE + 6)  # sides of the border
+        left = 8 + index * (tiny.SIZE + 4)
+        assert marked.tolist() == [left - 3, left - 2, left + tiny.SIZE + 1, left + tiny.SIZE + 2]
 
 
 def test_a_zero_shot_protocol_makes_the_videos_of_the_python_api(model, tmp_path):

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fixtures import tiny, tiny_training
 from microcinema.data.video_reader import probe, read_clip
+from microcinema.data.video_writer import _MARK
 from microcinema.pipelines import image_to_video
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
@@ -56,10 +57,11 @@ def test_videos_and_fidelity_go_to_the_tracker(validated):
     assert events.Images("validation/1")[0].encoded_image_string == (validated / "validation/step-7/1.gif").read_bytes()
 
 
-def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
+@pytest.mark.parametrize(("position", "index"), [("first", 0), ("center", 2), (3, 3)])
+def test_fidelity_and_motion_are_those_of_the_videos(tmp_path, position, index):
     """Two videos of which all is known: one stands still, a grey level off its key frame; the other moves two pixels a frame."""
     keyframe = np.random.default_rng(0).integers(60, 200, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    videos = [np.stack([keyframe + 1] * 4), np.stack([np.roll(keyframe, 2 * f, axis=1) for f in range(4)])]
+    videos = [np.stack([keyframe + 1] * 4), np.stack([np.roll(keyframe, 2 * (f - index), axis=1) for f in range(4)])]
     Image.fromarray(keyframe).save(tmp_path / "keyframe.png")
 
     class Known(types.SimpleNamespace):
@@ -71,7 +73,7 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
     accelerator.init_trackers("microcinema")
     model = Known(
         set_progress_bar_config=lambda **_: None,
-        keyframe_position="first",
+        keyframe_position=position,
         config={"fps": 8.0, "keyframe_num_inference_steps": None, "keyframe_guidance_scale": None},
         resolve=lambda _: SamplingSettings(64, 64, num_inference_steps=1, guidance_scale=1.0),
     )
@@ -82,6 +84,10 @@ def test_fidelity_and_motion_are_those_of_the_videos(tmp_path):
     assert found["keyframe_psnr"] == pytest.approx((20 * math.log10(255) + 60) / 2)
     assert 0.99 < found["keyframe_ssim"] <= 1
     assert 0.7 < found["motion_magnitude"] < 1.1  # at the edge what comes in is from the other side
+    sheet = np.array(Image.open(tmp_path / "validation/step-3/contact_sheet.png"))
+    left = 8 + index * (64 + 4)
+    marked = np.flatnonzero((sheet == _MARK).all(axis=2).sum(axis=0) == len(PROMPTS) * (64 + 6))
+    assert marked.tolist() == [left - 3, left - 2, left + 64 + 1, left + 64 + 2]
 
 
 def test_both_stages_use_the_model_s_own_defaults(tmp_path, monkeypatch):
