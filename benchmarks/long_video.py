@@ -9,9 +9,11 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion.rng import generator
 from microcinema.evaluation.video_metrics import psnr
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.long_video import Windows
 from microcinema.pipelines.sample_folder import to_uint8
 from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
@@ -41,9 +43,10 @@ def makers(
     window_overlap: int | None = None,
     seed: int = 0,
 ) -> dict[str, Maker]:
-    """`real`, as a perfect model would make them; `continuation` of so many clips; `windows`, at once and of the same length."""
-    clip, fps = pipeline.config["num_frames"], pipeline.config["fps"]
-    frames = num_segments * (clip - 1) + 1
+    """`real`, as a perfect model would make them; `continuation` of so many clips, by a model whose key frame is the first frame of a clip;
+    `windows`, at once and of the same length."""
+    fps, windows = pipeline.config["fps"], windows_of(pipeline, num_segments, window_overlap)
+    frames = windows.frames
     sample = partial(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="np")
 
     def made(**length: Any) -> Maker:
@@ -53,17 +56,28 @@ def makers(
 
         return make
 
-    return {
-        "real": lambda sprite, keyframe: scene.render(sprite, frames, len(keyframe), fps).frames,
-        "continuation": made(num_segments=num_segments),
-        "windows": made(num_frames=frames, window_overlap=window_overlap),
-    }
+    kinds: dict[str, Maker] = {"real": lambda sprite, key: scene.render(sprite, frames, len(key), fps).frames}
+    if keyframe_index(pipeline.keyframe_position, windows.length) == 0:
+        kinds["continuation"] = made(num_segments=num_segments)
+    return {**kinds, "windows": made(num_frames=frames, window_overlap=window_overlap)}
+
+
+def windows_of(pipeline: ImageToVideoPipeline, num_segments: int, window_overlap: int | None = None) -> Windows:
+    """The windows over a video that is as long as so many clips in a row."""
+    clip = pipeline.config["num_frames"]
+    return Windows(num_segments * (clip - 1) + 1, clip, window_overlap)
 
 
 def measure(
-    makers: Mapping[str, Maker], sprites: Sequence[scene.Sprite], judge: SpriteJudge, size: int
+    makers: Mapping[str, Maker],
+    sprites: Sequence[scene.Sprite],
+    judge: SpriteJudge,
+    size: int,
+    index: int = 0,
+    fps: float = 8.0,
 ) -> dict[str, list[dict[str, float]]]:
-    """Fidelity of objects and backgrounds, clip by clip, in a video of each sprite by each maker from a key frame of `size` pixels.
+    """Fidelity of objects and backgrounds, clip by clip, in a video of each sprite by each maker from a key frame of `size` pixels: frame
+    `index` of the real video, of `fps` frames a second.
 
     Consecutive clips share a frame and have as many frames as the judge's.
 
@@ -79,7 +93,7 @@ def measure(
     length = judge.classifier.config["num_frames"]
     values: dict[str, list[list[tuple[bool, float]]]] = {kind: [] for kind in makers}
     for sprite in tqdm(sprites, desc="drift", unit="key frame"):
-        keyframe = scene.render(sprite, 1, size).frames[0]
+        keyframe = scene.render(sprite, index + 1, size, fps).frames[index]
         for kind, make in makers.items():
             video = make(sprite, keyframe)
             clips = np.stack([video[start : start + length] for start in range(0, len(video) - 1, length - 1)])

@@ -52,9 +52,17 @@ def pipeline_maker(
     return make
 
 
-def real(sprites: Sequence[scene.Sprite], keyframe: np.ndarray) -> np.ndarray:
-    """Real clips, whose result is the accuracy of the judge."""
-    return np.stack([scene.render(sprite, size=len(keyframe)).frames for sprite in sprites])
+def real(sprites: Sequence[scene.Sprite], keyframe: np.ndarray, index: int = 0, fps: float = 8.0) -> np.ndarray:
+    """Real clips, with the key frame as their frame `index`; their result is the accuracy of the judge."""
+    size = len(keyframe)
+    return np.stack([scene.render(started_earlier(s, index / fps), size=size, fps=fps).frames for s in sprites])
+
+
+def started_earlier(sprite: scene.Sprite, seconds: float) -> scene.Sprite:
+    """The sprite that is, so long after its start, where this one is at its start."""
+    x, y, radius, angle = (float(value) for value in scene.poses(sprite, np.array([seconds]))[0])
+    x, y, angle = 2 * sprite.x - x, 2 * sprite.y - y, 2 * sprite.angle - angle
+    return replace(sprite, x=x, y=y, radius=sprite.radius**2 / radius, angle=angle)
 
 
 def measure(make: Maker, variants: Sequence[Sequence[scene.Sprite]], size: int, fps: float) -> dict[str, Any]:

@@ -5,10 +5,12 @@ python -m benchmarks.sprites long_video --prompts 8
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting import make_parser, run
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.pipelines.saving import load_pipeline
 from microcinema.utils.errors import UserError
 
@@ -26,7 +28,12 @@ def long_video(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("num_segments", "num_inference_steps", "guidance_scale", "window_overlap", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     sprites = measurement.lasting_sprites(arguments.prompts)
-    drift = measurement.measure(measurement.makers(pipeline, **settings), sprites, judge, pipeline.config["height"])
+    windows = measurement.windows_of(pipeline, arguments.num_segments, arguments.window_overlap)
+    place = windows.keyframe_index(pipeline.keyframe_position), pipeline.config["fps"]
+    makers = measurement.makers(pipeline, **settings)
+    drift = measurement.measure(makers, sprites, judge, pipeline.config["height"], *place)
+    if place[0]:
+        print("\ncontinuation is not measured: this model's key frame is not the first frame of a clip")
     print(f"\n{measurement.text_table(drift)}")
     return {"pipeline": arguments.pipeline, "prompts": arguments.prompts, **settings, "drift": drift}
 
@@ -40,7 +47,9 @@ def motion_following(arguments: argparse.Namespace) -> dict[str, Any]:
     scenes = measurement.scenes(arguments.keyframes)
     size, fps = pipeline.config["height"], pipeline.config["fps"]
     settings = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
-    makers = {"model": measurement.pipeline_maker(pipeline, **settings), "real": measurement.real}
+    index = keyframe_index(pipeline.keyframe_position, pipeline.config["num_frames"])
+    real = partial(measurement.real, index=index, fps=fps)
+    makers = {"model": measurement.pipeline_maker(pipeline, **settings), "real": real}
     figures = {name: measurement.measure(maker, scenes, size, fps) for name, maker in makers.items()}
     for name, figure in figures.items():
         motion = figure["motion"]

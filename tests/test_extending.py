@@ -50,6 +50,8 @@ def test_a_noise_prior(examples):
     assert prior.noise(eps, z_ref).flatten().tolist() == pytest.approx([0.5 * 2 ** (-k / 2) for k in range(5)])
     start = prior.initial_noise(eps, z_ref).flatten()
     assert start.tolist() == pytest.approx([0.5 * 2 ** (-k / 2) + 0.25 for k in range(5)])
+    centered = examples["FadingPrior"](strength=0.5, half_life=2.0, keyframe_position="center").noise(eps, z_ref)
+    assert centered.flatten().tolist() == pytest.approx([0.5 * 2 ** (-abs(k - 2) / 2) for k in range(5)])
     noise = torch.randn(2, 5, 4, 8, 8)
     assert torch.equal(examples["FadingPrior"](strength=0.0).noise(noise, torch.randn(2, 4, 8, 8)), noise)
 

@@ -1,6 +1,7 @@
 """`make demo`: the whole system on Moving Sprites, each step the command that a user would type, shown before it runs."""
 
 import csv
+import json
 import shlex
 import shutil
 import sys
@@ -68,7 +69,7 @@ STEPS = [
 
 
 def write_prompts() -> None:
-    """One caption each for MicroCinema; for Factorized-Dreamer the two parts of it, and the key frame that MicroCinema began with."""
+    """One caption each for MicroCinema; for Factorized-Dreamer the two parts of it, and MicroCinema's key frame."""
     with (
         open(PROMPTS, "w", encoding="utf-8", newline="") as one,
         open(TWO_PROMPTS, "w", encoding="utf-8", newline="") as two,
@@ -84,17 +85,20 @@ def write_prompts() -> None:
 def show_both() -> None:
     """A GIF of all scenes, MicroCinema's videos above Factorized-Dreamer's, and a sheet of their frames with the prompts."""
     BOTH.mkdir()
-    rows, sheet, captions = [], [], []
+    rows, sheet, captions, keyframes = [], [], [], []
     for paper, title in PAPERS.items():
         files = {name: HERE / paper / f"{name}.mp4" for name in SCENES}
         info = probe(files["star"])
         clips = {name: read_clip(file, info.num_frames) for name, file in files.items()}
         rows.append(np.concatenate(list(clips.values()), axis=2))
-        sheet += [clip[::2] for clip in clips.values()]
+        for name, clip in clips.items():
+            key = json.loads((HERE / paper / f"{name}.json").read_text(encoding="utf-8"))["keyframe_index"]
+            sheet.append(clip[key % 2 :: 2])  # every second frame, the key frame among them
+            keyframes.append(key // 2)
         captions += [f"{title}: {scene.format('')} | {motion}" for scene, motion in SCENES.values()]
     grid = np.concatenate(rows, axis=1).repeat(SCALE, axis=1).repeat(SCALE, axis=2)
     write_gif(BOTH / "all.gif", grid, info.fps)
-    write_contact_sheet(BOTH / "sheet.png", sheet, captions)
+    write_contact_sheet(BOTH / "sheet.png", sheet, captions, keyframes=keyframes)
 
 
 def main() -> int:

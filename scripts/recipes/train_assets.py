@@ -38,8 +38,9 @@ from transformers import (
 )
 
 from microcinema.commands.cli import main as microcinema
-from microcinema.config.compose import load
+from microcinema.config.compose import compose, load
 from microcinema.data.clips import ClipDataset
+from microcinema.data.keyframe_index import keyframe_index
 from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites import scene
@@ -160,6 +161,10 @@ class Pool:
     def frames_of_named_size(self, clip: np.ndarray, frame: np.ndarray) -> np.ndarray:
         """The frame numbers, but the first frame of clips whose object grows or shrinks: a caption names the size at the start."""
         return np.where([self.sprites[c].motion in scene.SCALINGS for c in clip], 0, frame)
+
+    def frames_to_draw(self, clip: np.ndarray, frame: np.ndarray, any_frame: np.ndarray, keyframe: int) -> np.ndarray:
+        """The frame numbers of the named size for `any_frame` (captions without the motion), elsewhere that of the key frame."""
+        return np.where(any_frame, self.frames_of_named_size(clip, frame), keyframe)
 
     def images(self, clip: np.ndarray, frame: np.ndarray) -> torch.Tensor:
         """Frames (b, 3, h, w) in [-1, 1] of the given clip and frame numbers."""
@@ -428,8 +433,9 @@ def encode_clips(data: Path, base: Path) -> torch.Tensor:
 def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
     """The text-to-image UNet: v-prediction (arXiv 2202.00512) on Stable Diffusion's schedule.
 
-    Half of the pictures are any frame with the descriptive caption, half are first frames with the motion named as well, since the key
-    frame of a motion must leave it room; one caption in ten is empty, for guidance. Most diffusion times are drawn where shapes are decided,
+    Half of the pictures are any frame with the descriptive caption. Half are frames at the place of MicroCinema's key frame with the motion
+    named as well, since the key frame of a motion must leave it room before and after; what turns or grows has then begun to, whatever size
+    the caption names for its start. One caption in ten is empty, for guidance. Most diffusion times are drawn where shapes are decided,
     by a logit-normal distribution (arXiv 2403.03206): at the noisiest times the object's place is all that matters, and it cannot be known.
     """
     torch.manual_seed(recipe.seed)
@@ -454,7 +460,7 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    latents = encode_clips(make_data(recipe), base)
+    latents, keyframe = encode_clips(make_data(recipe), base), keyframe_index(keyframe_position(0), NUM_FRAMES)
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32).to(DEVICE).eval()
     encoder.requires_grad_(False)
@@ -464,7 +470,7 @@ def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         clip = rng.integers(len(pool.sprites), size=48)
         any_frame = rng.random(48) < 0.5
-        frame = pool.frames_of_named_size(clip, np.where(any_frame, rng.integers(NUM_FRAMES, size=48), 0))
+        frame = pool.frames_to_draw(clip, rng.integers(NUM_FRAMES, size=48), any_frame, keyframe)
         captions = [brief(rng, pool.sprites[c], not d)[0] for c, d in zip(clip, any_frame, strict=True)]
         captions = ["" if empty else caption for empty, caption in zip(rng.random(48) < 0.1, captions, strict=True)]
         clean = latents[clip, frame].float().to(DEVICE)
@@ -539,6 +545,12 @@ def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:
     save_half(model, folder)
 
 
+def keyframe_position(model: int) -> str | int:
+    """Of one of `VIDEO_MODELS`, as its experiment says."""
+    name = VIDEO_MODELS[model].replace("-", "_")
+    return compose("train", [f"experiment={name}"]).model.keyframe_position
+
+
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
@@ -549,8 +561,9 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"data.root={make_data(recipe, rotation_weight)}",
         f"experiment=sprites_{name}",
     ]
-    # The same for both models, which read other captions: these are encoded as they train.
+    # The same for both models, which read other captions: these are encoded as they train. Key frames are for the second one.
     reads = [
+        f"model.keyframe_position={keyframe_position(1)}",
         "model.pixel_scales=[1]",
         "model.flow_model=microcinema.sprites.flow.GroundTruthFlow",
         "cached_parts=[keyframe, flow]",

@@ -80,6 +80,22 @@ def test_a_pipeline_makes_both_kinds_of_the_same_length(tmp_path):
     assert not np.array_equal(videos["continuation"], videos["windows"])
 
 
+def test_from_a_key_frame_in_the_middle_there_is_no_continuation(tmp_path, judge):
+    pipeline = tiny.video_pipeline(tmp_path, keyframe_position="center")
+    kinds = long_video.makers(pipeline, num_segments=3, num_inference_steps=1, guidance_scale=1.0)
+    assert list(kinds) == ["real", "windows"]
+    windows = long_video.windows_of(pipeline, 3)
+    assert (windows.frames, windows.length, windows.keyframe_index("center")) == (10, 4, 4)
+    shown = long_video.lasting_sprites(4)
+
+    def perfect(sprite, keyframe):
+        assert np.array_equal(keyframe, real(sprite, 31)[15])
+        return real(sprite, 31)
+
+    found = long_video.measure({"perfect": perfect}, shown, judge, SIZE, 15, 8.0)
+    assert all(row["object"] == 1 and row["background_psnr"] > 50 for row in found["perfect"])
+
+
 def test_nothing_to_show_is_refused(judge):
     with pytest.raises(UserError, match="at least one"):
         long_video.measure({}, [], judge, SIZE)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,18 @@ def test_real_clips_follow_and_still_ones_only_when_told_to():
     assert found["confusion"]["left"] == {"still": 2} and found["speed"] is None
     with pytest.raises(UserError, match="no key frame"):
         motion_following.measure(frozen, [], 64, 8.0)
+
+
+def test_real_clips_around_a_key_frame_in_the_middle_show_it_there_and_follow_as_well():
+    shown = motion_following.scenes(2)
+    for variants in shown:
+        keyframe = scene.render(variants[0], 1).frames[0]
+        clips = motion_following.real(variants, keyframe, index=8)
+        assert np.abs(clips[:, 8].astype(int) - keyframe).max() <= 1
+        moving = [sprite.motion != "still" for sprite in variants]
+        assert [bool((clip[0] != keyframe).any()) for clip in clips] == moving
+    found = motion_following.measure(partial(motion_following.real, index=8), shown, 64, 8.0)
+    assert found["motion"]["value"] == 1 and found["speed"]["value"] == 1
 
 
 @pytest.mark.parametrize("factorized", [False, True])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import long_video, motion_following, sprites
+from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites import scene
 
 
@@ -26,6 +27,21 @@ def test_long_video_passes_its_options_on(tmp_path, monkeypatch, capsys):
     assert report | settings == report
     assert [set(row) for row in report["drift"]["real"]] == [{"object", "background_psnr"}] * 2
     assert "object as asked for" in capsys.readouterr().out
+
+
+def test_long_video_says_that_it_leaves_continuation_out(tmp_path, monkeypatch, capsys):
+    """And measures windows from the real frame at the place of the key frame."""
+    pipeline = load_pipeline("sprites-microcinema")
+    pipeline.register_to_config(keyframe_position="center")
+    monkeypatch.setattr(sprites, "load_pipeline", lambda name: pipeline)
+    path, asked = tmp_path / "figures.json", {}
+    measure = long_video.measure
+    monkeypatch.setattr(long_video, "measure", lambda *args: asked.update(place=args[4:]) or measure(*args))
+    options = ["--prompts", "1", "--num-segments", "2", "--num-inference-steps", "1", "--guidance-scale", "1"]
+    assert sprites.main(["--json", str(path), "long_video", *options]) == 0
+    assert list(json.loads(path.read_text())["drift"]) == ["real", "windows"]
+    assert asked["place"] == (15, 8.0)  # of 31 frames in three windows
+    assert "continuation is not measured: this model's key frame is not the first" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from PIL import Image
 
 from microcinema.commands import cli
 from microcinema.config.compose import compose
-from microcinema.data.video_writer import write_video
+from microcinema.data.video_writer import _MARK, write_video
 from microcinema.pipelines.prompts import read_prompt_items
 from microcinema.sprites import scene
 from scripts.recipes import demo
@@ -53,9 +53,16 @@ def test_both_papers_videos_are_shown_one_above_the_other(here: Path):
     for paper, shade in shades.items():
         for name in demo.SCENES:
             write_video(here / paper / f"{name}.mp4", clip + np.uint8(shade), 8.0, lossless=True)
+            (here / paper / f"{name}.json").write_text('{"keyframe_index": 3}')
     demo.show_both()
     with Image.open(here / "both_papers" / "all.gif") as gif:
         assert gif.n_frames == 4 and gif.size == (4 * 64 * demo.SCALE, 2 * 64 * demo.SCALE)
         above, below = (gif.convert("RGB").getpixel((5, y))[0] for y in (10, gif.height - 10))
     assert abs(above - 40) < 4 and abs(below - 200) < 4
+    sheet = np.array(Image.open(here / "both_papers" / "sheet.png"))
+    rows = np.flatnonzero(
+        (sheet[:, 8 + 64 + 4 : 8 + 2 * 64 + 4] == _MARK).all(axis=(1, 2))
+    )  # of the second frame of two
+    assert len(rows) == 2 * 2 * 2 * len(demo.SCENES)  # two lines above and two below, in each row of either paper
+    assert sheet[rows[2] - 10, 8 + 64 + 4, 0] == pytest.approx(40 + 30, abs=4)  # frame 3
     assert {path.name for path in (here / "both_papers").iterdir()} == {"all.gif", "sheet.png"}

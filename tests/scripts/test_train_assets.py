@@ -6,10 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
 from scripts.recipes import train_assets
 
@@ -43,6 +45,18 @@ def test_the_recipe_makes_a_stable_diffusion_and_a_judge(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
     subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=ROOT)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "assets").rglob("*.safetensors")}
+
+
+def test_a_caption_with_the_motion_is_drawn_at_the_key_frame_and_one_without_at_its_named_size():
+    sprites = [scene.sample_attributes(0, index) for index in range(40)]
+    clip, frame = np.arange(40), np.arange(40) % 15 + 1
+    any_frame = np.arange(40) % 2 == 0
+    found = train_assets.Pool(np.empty(0), np.empty(0), sprites).frames_to_draw(clip, frame, any_frame, keyframe=8)
+    scaling = np.array([sprite.motion in scene.SCALINGS for sprite in sprites])
+    assert scaling[any_frame].any() and scaling[~any_frame].any()
+    assert found[~any_frame].tolist() == [8] * 20
+    assert not found[any_frame & scaling].any()
+    assert np.array_equal(found[any_frame & ~scaling], frame[any_frame & ~scaling])
 
 
 def test_the_card_tells_what_was_measured_of_both_video_models():
