@@ -1,6 +1,7 @@
 """End-point error of a trained PredictNet on clips of Moving Sprites."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import default_collate
@@ -15,6 +16,18 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.sprites import scene
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.loss import TrainableModel
+
+
+def training_item(sprite: scene.Sprite, rendered: scene.Rendered, fps: float, number: int) -> dict[str, Any]:
+    """What training reads of a clip, as an item of a data set."""
+    return {
+        "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        "caption": scene.combined_caption(sprite),
+        "description": scene.caption(sprite),
+        "motion": scene.motion_caption(sprite),
+        "fps": fps,
+        "sample_index": number,
+    }
 
 
 @torch.no_grad()
@@ -33,15 +46,7 @@ def flow_error(
     errors: dict[str, list[float]] = {"predict_net": [], "zero": []}
     for number, sprite in enumerate(tqdm(sprites, desc="flow error", unit="clip")):
         rendered = scene.render(sprite, frames, size, fps)
-        item = {
-            "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
-            "caption": scene.combined_caption(sprite),
-            "description": scene.caption(sprite),
-            "motion": scene.motion_caption(sprite),
-            "fps": fps,
-            "sample_index": number,
-        }
-        batch = encode(default_collate([item]))
+        batch = encode(default_collate([training_item(sprite, rendered, fps, number)]))
         z_ref = batch.latents[:, keyframe_index(pipeline.keyframe_position, frames)]
         eps = torch.randn(batch.latents.shape, generator=generator(0, number)).to(batch.latents.device)
         z_t = add_noise(pipeline.training_scheduler, batch.latents, pipeline.noise_prior.noise(eps, z_ref), step)

@@ -59,6 +59,19 @@ def motion_following(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"pipeline": arguments.pipeline, "keyframes": arguments.keyframes, **settings, **figures}
 
 
+def text_sensitivity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints by how much the loss in moving places rises when the caption names the opposite motion, on held-out clips."""
+    from benchmarks import text_sensitivity as measurement
+    from microcinema.training.loss import TrainableModel
+
+    pipeline = load_pipeline(arguments.pipeline)
+    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder).eval()
+    figures = measurement.measure(pipeline, denoiser, measurement.moving_sprites(arguments.clips))
+    for name, part in {"all": figures, **figures["parts"]}.items():
+        print(f"{name:<18}{part['moving_loss']:.4f}, with the opposite motion {part['text_sensitivity']:+.1%}")
+    return {"pipeline": arguments.pipeline, "clips": arguments.clips, **figures}
+
+
 def flow_error(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints the end-point errors of a checkpoint's PredictNet and of predicting no motion, on held-out clips.
 
@@ -111,6 +124,11 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(measure=motion_following)
     command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved pipeline")
     command.add_argument("--keyframes", type=int, default=20)
+
+    command = commands.add_parser("text_sensitivity", help=text_sensitivity.__doc__)
+    command.set_defaults(measure=text_sensitivity)
+    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved pipeline")
+    command.add_argument("--clips", type=int, default=64)
 
     command = commands.add_parser("flow_error", help="end-point error of the PredictNet in a training checkpoint")
     command.set_defaults(measure=flow_error)

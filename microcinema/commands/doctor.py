@@ -24,6 +24,7 @@ from microcinema.config.schema import Train
 from microcinema.pipelines.base_model import check_base_weights
 from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
+from microcinema.training.build import held_out_data
 from microcinema.utils.errors import UserError, first_line
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -75,6 +76,8 @@ def examine(config: Train) -> Iterator[Finding]:
     if config.use_8bit_adam:
         yield modules("optimizer", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
     yield data(config.data, config.cached_latents)
+    if (held_out := held_out_data(config)) is not None:
+        yield data(held_out, None)
     found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
     if folder is not None:

@@ -93,7 +93,7 @@ def predict(config: Train, processes: int, found: Measured) -> Prediction:
     saves, validations = (-(-steps // each) for each in (config.checkpointing_steps, config.validation_steps))
     # While the newest is written, the oldest is still there.
     kept = min(saves, (config.checkpoints_total_limit or saves) + 1)
-    rounds = -(-len(config.validation_prompts) // processes)
+    rounds = max(1, -(-len(config.validation_prompts) // processes))  # held-out clips alone are one
     return Prediction(
         steps=steps * clips / found.median("clips_per_second"),
         checkpoints=saves * (found.checkpoint_seconds or 0.0),
@@ -116,7 +116,7 @@ def describe(config: Train, processes: int, found: Measured, run: Prediction, es
     if found.checkpoint_seconds is not None:
         yield f"checkpoint  {found.checkpoint_seconds:.3g} s, {found.checkpoint_bytes / GIB:.2f} GiB"
     if found.validation_seconds is not None:
-        yield f"validation  {found.validation_seconds:.3g} s for one prompt of each process"
+        yield f"validation  {found.validation_seconds:.3g} s with at most one prompt of each process"
     parts = {"training": run.steps, "checkpoints": run.checkpoints, "validation": run.validations}
     shares = ", ".join(f"{_duration(seconds)} of {name}" for name, seconds in parts.items())
     yield f"time        {_duration(run.seconds)} for {config.max_train_steps} steps: {shares}"

@@ -129,6 +129,8 @@ class Train(Clips):
     max_error_rate: Fraction
     sampling: SamplingDefaults
     validation_prompts: list[str]
+    validation_data: Annotated[dict[str, Any], BeforeValidator(components)] | None
+    validation_clips: Count
     validation_steps: Count
     report_to: Literal["tensorboard", "wandb"] | None
     checkpointing_steps: Count

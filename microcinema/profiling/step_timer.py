@@ -89,7 +89,7 @@ def measure(config: "Train", steps: int, clock: Callable[[], float] = time.perf_
     """
     total = WARM_UP + steps
     changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}
-    config = replace(config, **changes, report_to=None, resume_from_checkpoint=None)
+    config = replace(config, **changes, validation_data=None, report_to=None, resume_from_checkpoint=None)
     timer = StepTimer(clock)
     trainer = build_trainer(config, timer.on_metrics, timer.region)
     if isinstance(trainer.model, DistributedDataParallel):

@@ -10,8 +10,11 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.profiler import record_function
 
 from microcinema.config.compose import save
+from microcinema.config.instantiate import Component
+from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.optical_flow import FlowClips
+from microcinema.data.quarantine import Quarantine
 from microcinema.data.source import ClipSource
 from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
@@ -22,6 +25,7 @@ from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import Region
 from microcinema.training.distributed import make_accelerator
+from microcinema.training.heldout_loss import SEED, HeldOutLoss
 from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import warm_start, warm_start_summary
@@ -69,6 +73,11 @@ def build_trainer(
         validation = Validation(accelerator, pipeline, keyframes, config.validation_prompts, output_dir, config.seed)
 
     trainer = Trainer(accelerator, pipeline, dataset, config, validation, predict_net, on_metrics, region)
+    if (held_out := held_out_data(config)) is not None:
+        quarantine = Quarantine(output_dir / "validation/quarantine", config.clip_retries, accelerator.process_index)
+        clips = IndexedDataset(held_out.build(), SEED, quarantine)
+        measured = trainer.encode, trainer.loss_config, clips, config.validation_clips
+        trainer.validations.append(HeldOutLoss(accelerator, *measured))
     if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
         append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
@@ -86,6 +95,13 @@ def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: i
     if config.model.flow_model is not None:
         return FlowClips(dataset, config.model.flow_model, vae_scale_factor)
     return dataset
+
+
+def held_out_data(config: "Train") -> Component | None:
+    """`data` with the changes of `validation_data`, its random clip positions independent of the run's seed; None without them."""
+    data, changes = config.data, config.validation_data
+    seed = {"seed": SEED} if "seed" in data.arguments else {}
+    return None if changes is None else Component(data.target, {**data.arguments, **seed, **changes})
 
 
 def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class LossConfig:
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
         return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1])
 
+    def keyframes(self, latents: torch.Tensor) -> torch.Tensor:
+        """Key frames of clips (b, f, c, h, w): (b, c, h, w)."""
+        return latents[:, keyframe_index(self.keyframe_position, latents.shape[1])]
+
     def _sample_timestep(self, rng: torch.Generator) -> torch.Tensor:
         steps = self.scheduler.config["num_train_timesteps"]
         if self.timestep_logit_normal is None:
@@ -178,7 +182,20 @@ def training_loss(
     denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> Losses:
     """The weighted squared error of every clip, plus PredictNet's flow loss if enabled; `noise` is on the batch's device."""
-    z_ref = batch.latents[:, keyframe_index(config.keyframe_position, batch.latents.shape[1])]
+    prediction, expected, flow = predict(denoiser, batch, noise, null, config)
+    weights = motion_weights(batch.latents, config.keyframes(batch.latents), config.motion_weight)
+    losses = squared_error(prediction, expected, weights) * loss_weights(config.scheduler, noise.t, config.snr_gamma)
+    if flow is None or batch.flow is None:
+        return Losses(losses)
+    flow_losses = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
+    return Losses(losses + config.flow_weight * flow_losses, flow_losses)
+
+
+def predict(
+    denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The prediction for noisy clips, its target, both (b, f, c, h, w), and PredictNet's flow, or None."""
+    z_ref = config.keyframes(batch.latents)
     eps = config.prior.noise(noise.noise, z_ref)
     z_t = add_noise(config.scheduler, batch.latents, eps, noise.t)
     text_mask, inputs = noise.text_mask[:, None, None], dict(batch.image)
@@ -187,10 +204,4 @@ def training_loss(
         inputs["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, null.motion_tokens)
     t_model = noise.t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[noise.t]
     prediction, flow = denoiser(z_t, t_model, text, z_ref, batch.fps, noise.image_mask, **inputs)
-    expected = target(config.scheduler, batch.latents, eps, noise.t)
-    error = squared_error(prediction, expected, motion_weights(batch.latents, z_ref, config.motion_weight))
-    losses = error * loss_weights(config.scheduler, noise.t, config.snr_gamma)
-    if flow is None or batch.flow is None:
-        return Losses(losses)
-    flow_losses = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
-    return Losses(losses + config.flow_weight * flow_losses, flow_losses)
+    return prediction, target(config.scheduler, batch.latents, eps, noise.t), flow

@@ -52,7 +52,7 @@ class Trainer:
     Args:
         accelerator: from `make_accelerator`, for this run alone.
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
-        validation: called on every rank every `validation_steps` and after the last step, when the pipeline holds the averages.
+        validation: of `validations`, which are called on every rank every `validation_steps` and at the end, on averaged weights.
         predict_net: trained beside the pipeline, saved in checkpoints alone; needs clips with `flow` and `flow_valid`.
         on_metrics: called with all metrics that are logged: those of each step, and the seconds of each checkpoint and validation.
         region: marks named parts of a step for a profiler: `VAE`, `encoders`, `forward`, `backward`, `optimizer`.
@@ -73,7 +73,7 @@ class Trainer:
         region: Region = record_function,
     ) -> None:
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
-        self.validation, self.on_metrics, self.region = validation, on_metrics, region
+        self.validations, self.on_metrics, self.region = [validation] if validation else [], on_metrics, region
         self.output_dir = make_folder(config.output_dir)
         resume_from = config.resume_from_checkpoint
         checkpoint = broadcast_from_main(accelerator, lambda: choose_checkpoint(self.output_dir, resume_from))
@@ -175,14 +175,15 @@ class Trainer:
         self._log({"checkpoint_seconds": self.metrics.paused_seconds})
 
     def validate(self) -> None:
-        """Runs the validation, if there is one, with the averaged weights. Collective."""
-        if self.validation is None:
+        """Runs the validations, if there are any, with the averaged weights. Collective."""
+        if not self.validations:
             return
         with (
             self.metrics.paused(),
             ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline,
         ):
-            self.validation(self.accelerator, pipeline, self.progress.step)
+            for validation in self.validations:
+                validation(self.accelerator, pipeline, self.progress.step)
         self._log({"validation_seconds": self.metrics.paused_seconds})
 
     def export(self) -> None:

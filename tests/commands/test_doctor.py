@@ -71,6 +71,13 @@ def test_a_run_that_cannot_is_exit_code_1_and_not_2(arguments, tmp_path, monkeyp
     assert "did you mean 'train_batch_size'?" in capsys.readouterr().err
 
 
+def test_held_out_clips_have_to_be_there(arguments, tmp_path, capsys):
+    assert cli.main([*arguments, f"validation_data={{metadata: {tmp_path / 'clips.csv'}}}"]) == 0
+    assert len(re.findall("^ok +data ", capsys.readouterr().out, re.MULTILINE)) == 2
+    assert cli.main([*arguments, f"validation_data={{metadata: {tmp_path / 'val.csv'}}}"]) == 1
+    assert f"{tmp_path / 'val.csv'} not there" in capsys.readouterr().out
+
+
 def test_it_takes_the_keys_of_train():
     assert cli.COMMANDS["doctor"].config == "train"
     assert cli.command_help("doctor").count("\n") == cli.command_help("train").count("\n")

@@ -93,6 +93,9 @@ def test_the_prediction_is_arithmetic():
     assert found.disk == 3 * 1000 + 300  # two stay while a third is written
     assert found.seconds == 300 + 28 + 20
     assert dry_run.predict(replace(SETTINGS, checkpoints_total_limit=None), 2, FOUND).disk == 4 * 1000 + 300
+    assert (
+        dry_run.predict(replace(SETTINGS, validation_prompts=[]), 2, FOUND).validations == 2 * 5
+    )  # held-out clips alone
 
 
 def test_what_is_wrong_is_said():
