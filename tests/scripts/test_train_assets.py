@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from benchmarks.motion_following import started_earlier
 from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
 from scripts.recipes import train_assets
@@ -57,6 +58,18 @@ def test_a_caption_with_the_motion_is_drawn_at_the_key_frame_and_one_without_at_
     assert found[~any_frame].tolist() == [8] * 20
     assert not found[any_frame & scaling].any()
     assert np.array_equal(found[any_frame & ~scaling], frame[any_frame & ~scaling])
+
+
+def test_an_object_drawn_as_at_the_start_costs_even_a_perfect_centre_frame_model_right_clips():
+    """Drawn upright in the middle of a turn, it would have to begin turned back, as no real clip does."""
+    sprites = [scene.sample_attributes(0, index, rotation_weight=100) for index in range(24)]
+    turning = [sprite for sprite in sprites if sprite.motion in scene.ROTATIONS and sprite.speed == "quickly"]
+    judge, right = SpriteJudge.load("sprites-classifier"), []
+    for seconds in (0.0, 1.0):
+        clips = np.stack([scene.render(started_earlier(sprite, seconds)).frames for sprite in turning])
+        names, _ = judge(clips)
+        right.append(np.mean([name["shape"] == sprite.shape for name, sprite in zip(names, turning, strict=True)]))
+    assert len(turning) > 5 and right[0] == 1 and right[1] < 0.9
 
 
 def test_the_card_tells_what_was_measured_of_both_video_models():
