@@ -28,6 +28,7 @@ class Grid:
     seeds: list[int]
     max_train_steps: int
     train: list[str]
+    text_sensitivity: list[str]
     evaluate: list[str]
     papers: dict[str, Paper]
 

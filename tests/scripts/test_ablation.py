@@ -11,17 +11,17 @@ import torch
 import yaml
 from scipy import stats
 
-from fixtures import tiny
-from fixtures.tiny_training import reset_accelerator
+from benchmarks import sprites
+from fixtures import tiny, tiny_training
 from microcinema.commands import cli
-from microcinema.config.compose import compose, plain
+from microcinema.config.compose import compose, plain, save
 from microcinema.pipelines.base_model import load_base
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.training.build import build_networks
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.utils.errors import UserError
-from scripts.recipes import ablation, ablation_grid, ablation_report
+from scripts.recipes import ablation, ablation_curves, ablation_grid, ablation_report
 
 NONE = {"diffusion.noise_prior.kind": "none", "diffusion.noise_prior.strength": 0.0}
 WITHOUT_APPEARANCE = dict.fromkeys(
@@ -137,13 +137,18 @@ def results(shipped: Any, tmp_path: Path) -> Path:
     ablation.write_or_verify(tmp_path, settings)
     for variant, values in VALUES.items():
         for seed, value in enumerate(values):
+            pace = 1 if variant == "full" else 2  # seconds of a step
             result = {
-                "object": value,
-                "motion": 1 - value,
-                "psnr": 30 * value,
                 "loss": value / 10,
+                "loss/t=100": value / 20,
+                "text_sensitivity": value,
+                "moving_loss": value,
+                "seconds": 1200 * pace,
+                "curves": {"step": [600, 1200], "seconds": [600 * pace, 1200 * pace], "loss": [value / 5, value / 10]},
                 "versions": {"v": 1},
             }
+            if variant != "without_adapter":
+                result |= {"object": value, "motion": 1 - value, "psnr": 30 * value}
             ablation_report.write_json(
                 tmp_path / "factorized_dreamer" / variant / f"seed-{seed}" / ablation_report.RESULT_FILE, result
             )
@@ -164,8 +169,13 @@ def test_differences_are_of_the_same_seed(shipped: Any, results: Path):
     paired = stats.ttest_rel(VALUES["without_t5"], VALUES["full"]).confidence_interval(0.95)
     difference = rows["without_t5"]["measures"]["object"]["difference"]
     assert (difference["low"], difference["high"]) == pytest.approx((paired.low, paired.high))
-    single = rows["without_adapter"]["measures"]["psnr"]["difference"]
-    assert single["mean"] == pytest.approx(30 * (0.5 - 0.9)) and single["n"] == 1 and single["low"] is None
+    assert difference["values"] == pytest.approx({0: 0.7 - 0.9, 1: 0.75 - 0.8, 2: 0.6 - 0.95})
+    single = rows["without_adapter"]["measures"]["loss"]["difference"]
+    assert single["mean"] == pytest.approx((0.5 - 0.9) / 10) and single["n"] == 1 and single["low"] is None
+    # When `full` is done, in 1200 s, a run of half its pace has been measured at its step 600.
+    assert rows["without_adapter"]["measures"]["loss_at_equal_time"]["values"] == pytest.approx({0: 0.5 / 5})
+    slow = rows["without_adapter"]["measures"]["loss_at_equal_time"]["difference"]
+    assert slow["mean"] == pytest.approx(0.5 / 5 - 0.9 / 10)
     assert rows["full"]["measures"]["object"]["difference"] is None
 
 
@@ -182,12 +192,17 @@ def test_the_table_and_the_figure_tell_what_is_missing(shipped: Any, results: Pa
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (results / "ablation.md").read_text().splitlines()
     ]
-    table = {row[0]: row[2:] for row in rows if len(row) == 7}
-    low, mean = ablation_report.interval(VALUES["full"])["low"], sum(VALUES["full"]) / 3
-    assert table["full"][:2] == ["3", f"{100 * mean:.1f} ± {100 * (mean - low):.1f}"]
-    assert table["without t5"][1].startswith("68.3 ± ") and "(-20.0 ± " in table["without t5"][1]
-    assert table["without adapter"] == ["1", "50.0 (-40.0)", "50.0 (+40.0)", "15.0 (-12.0)", "0.0500 (-0.0400)"]
-    assert table["without schedule"] == ["0"] + ["missing"] * 4
+    table = {row[0]: row[2:] for row in rows if len(row) == 3 + len(ablation_report.QUANTITIES)}
+    levels = {row[0]: row[1:] for row in rows if len(row) == 5}
+    found, mean = ablation_report.interval(VALUES["full"]), sum(VALUES["full"]) / 3
+    assert table["full"][:2] == ["3", f"{mean / 10:.4f} ± {(mean - found['low']) / 10:.4f}"]
+    assert table["without t5"][3].startswith("68.3 ± ") and "(-20.0 ± " in table["without t5"][3]
+    single = ["0.0500 (-0.0400)", "0.1000 (+0.0100)", "50.0 (-40.0)", "0.5000 (-0.4000)", "2400.0 (+1200.0)"]
+    assert table["without adapter"] == ["1", *single, *["missing"] * 3]
+    assert table["without schedule"] == ["0"] + ["missing"] * 8
+    assert levels["held-out loss less that of full"] == ["seed 0", "seed 1", "seed 2", "t=100"]
+    assert levels["without adapter"] == ["-0.0400", "missing", "missing", "-0.0200"]
+    assert levels["without t5"][:3] == ["-0.0200", "-0.0050", "-0.0350"] and " ± " in levels["without t5"][3]
     last = (results / "ablation.md").read_text().splitlines()[-1]
     assert "factorized_dreamer/without_adapter (seeds 1, 2)" in last
     assert "microcinema/full (seeds 0, 1, 2)" in last and "without_t5" not in last
@@ -199,20 +214,52 @@ def test_the_table_and_the_figure_tell_what_is_missing(shipped: Any, results: Pa
 
     cells = sum(len(paper.variants) for paper in shipped.papers.values())
     found, whole = len(VALUES) - 1, len(shipped.papers)  # `full` is what the others are drawn beside
-    assert drawn.count("missing") == (cells - whole - found) * len(ablation_report.QUANTITIES)
-    assert (results / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    not_judged = 3
+    assert drawn.count("missing") == (cells - whole - found) * len(ablation_report.QUANTITIES) + not_judged
+    assert all((results / name).read_bytes().startswith(b"\x89PNG") for name in ("ablation.png", "ablation_curves.png"))
 
 
-def test_the_loss_is_of_the_last_tenth_without_that_of_flow(tmp_path: Path):
+def test_what_is_not_judged_has_no_columns(shipped: Any, results: Path):
+    for file in results.rglob("result.json"):
+        result = json.loads(file.read_text())
+        ablation_report.write_json(file, {k: v for k, v in result.items() if k not in ablation_report.JUDGED})
+    page = ablation_report.markdown(ablation_report.summarise(shipped, results))
+    assert "| Held-out loss | Held-out loss at equal time | Text sensitivity, % |" in page and "Object" not in page
+
+
+def test_curves_are_what_was_logged_of_held_out_clips(tmp_path: Path):
     from torch.utils.tensorboard import SummaryWriter
 
+    save(tiny_training.make_config(tmp_path, max_train_steps=6, train_batch_size=2), tmp_path / "config.yaml")
     with SummaryWriter(str(tmp_path / "logs" / "microcinema")) as writer:
-        for step in [*range(1, 20), 19, 20]:  # broken off, and one step done again
-            writer.add_scalar("loss", 2.0 * step, step)
-            writer.add_scalar("loss/flow", 10.0, step)
-    assert ablation.final_loss(tmp_path, 20, 0.1) == pytest.approx((38 + 40) / 2 - 1)
-    with pytest.raises(UserError, match="steps 28 to 30"):
-        ablation.final_loss(tmp_path, 30, 0.1)
+        for step in [1, 2, 3, 3, 4, 5, 6]:  # broken off, and one step done again
+            writer.add_scalar(
+                "clips_per_second", 2.0 / (step if step < 6 else 11), step
+            )  # the last while the machine was busy
+        for step, loss in ((3, 9.0), (3, 4.0), (6, 2.0)):
+            writer.add_scalar("validation/loss", loss, step)
+            writer.add_scalar("validation/loss/t=100", loss / 2, step)
+    curves, wall_seconds = ablation_curves.read_curves(tmp_path)
+    assert curves.pop("seconds") == pytest.approx([3 * 3.5, 6 * 3.5]) and wall_seconds == pytest.approx(26)
+    assert curves == {"step": [3, 6], "loss": [4, 2], "loss/t=100": [2, 1]}
+    save(tiny_training.make_config(tmp_path, max_train_steps=7), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="lacks some of its 7 steps"):
+        ablation_curves.read_curves(tmp_path)
+
+
+def test_equal_time_ends_with_the_shorter_run():
+    fast = {"step": [2, 4], "seconds": [10.0, 20.0], "loss": [3.0, 1.0]}
+    slow = {"step": [2, 4], "seconds": [15.0, 30.0], "loss": [5.0, 2.0]}
+    assert ablation_curves.at_equal_time(slow, fast) == (4.0, 1.0)
+    assert ablation_curves.at_equal_time(fast, slow) == (1.0, 4.0)
+    slowest = {"step": [2, 4], "seconds": [25.0, 50.0], "loss": [5.0, 2.0]}
+    assert ablation_curves.at_equal_time(slowest, fast) is None  # it had not been measured then
+
+    steps, values = ablation_curves.differences({0: slow, 1: slow}, {0: fast, 2: fast}, "step")
+    assert steps.tolist() == [2, 4] and values.tolist() == [[2.0, 1.0]]
+    seconds, values = ablation_curves.differences({0: slow}, {0: fast}, "seconds")
+    assert seconds.tolist() == [15, 20] and values.tolist() == [[5.0 - 2.0, 4.0 - 1.0]]
+    assert len(ablation_curves.differences({}, {0: fast}, "step")[0]) == 0
 
 
 # runs
@@ -227,6 +274,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cli.main(["prepare", "sprites", "num_videos=2", "num_frames=4", "size=32", f"output_dir={folder / 'data'}"])
         == 0
     )
+    held_out = f"output_dir={folder / 'held_out'}"
+    assert cli.main(["prepare", "sprites", "split=heldout", "num_videos=2", "num_frames=4", "size=32", held_out]) == 0
     train = [
         f"base.pretrained_model_name_or_path={base}",
         f"cached_latents={folder / 'data/latents'}",
@@ -254,6 +303,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds": [5],
         "max_train_steps": 2,
         "train": train,
+        "text_sensitivity": ["--clips=2"],
         "evaluate": [f"evaluation.protocol.{key}={value}" for key, value in protocol.items()],
         "papers": {
             "paper": {
@@ -265,7 +315,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         },
     }
-    grid["train"] += ["checkpointing_steps=1", "learning_rate=1e-3", "lr_warmup_steps=0"]
+    grid["train"] += [
+        "checkpointing_steps=1",
+        "validation_steps=1",
+        "validation_clips=2",
+        "learning_rate=1e-3",
+        "lr_warmup_steps=0",
+    ]
     grid["evaluate"] += [f"evaluation.classifier={folder / 'classifier'}", "evaluation.num_inference_steps=1"]
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     return folder
@@ -279,12 +335,22 @@ class InProcess:
 
     def __call__(self, command: str, overrides: list[str], log: Path) -> int:
         self.asked.append((command, overrides))
-        reset_accelerator()
+        if command == "benchmark":
+            return sprites.main(overrides)
+        tiny_training.reset_accelerator()
         return cli.main([command, *overrides])
 
 
 def arguments(world: Path, *more: str) -> list[str]:
-    return ["--grid", str(world / "grid.yaml"), "--data", str(world / "data"), *more]
+    return [
+        "--grid",
+        str(world / "grid.yaml"),
+        "--data",
+        str(world / "data"),
+        "--held-out",
+        str(world / "held_out"),
+        *more,
+    ]
 
 
 @pytest.mark.slow
@@ -306,29 +372,46 @@ def test_the_grid_goes_on_where_it_stopped(
     assert [name for name, _ in broken.asked] == ["train"]
     assert "paper/full/seed-5: failed; see" in capsys.readouterr().out
 
+    def results() -> dict[str, Any]:
+        return {v: json.loads((out / "paper" / v / "seed-5/result.json").read_text()) for v in ("full", "without")}
+
     runner = InProcess()
     assert ablation.main(command, runner) == 0
-    assert [name for name, _ in runner.asked] == ["train", "evaluate"] * 2
-    results = {v: json.loads((out / "paper" / v / "seed-5" / "result.json").read_text()) for v in ("full", "without")}
-    evaluated = json.loads((out / "paper" / "full" / "seed-5" / "evaluate" / "results.json").read_text())
-    shares = {part: evaluated["parts"][part]["model"]["psnr"]["value"] for part in ("seen", "image")}
-    assert results["full"]["psnr"] == pytest.approx((shares["seen"] + 2 * shares["image"]) / 3)
-    assert evaluated["model"]["seed"] == 5 and evaluated["protocol"]["num_image_prompts"] == 2
+    assert [name for name, _ in runner.asked] == ["train", "benchmark"] * 2
+    measured = results()
+    full, trained = measured["full"], out / "paper/full/seed-5/train"
+    assert measured["without"]["curves"]["step"] == [1, 2]
+    assert full["curves"]["step"] == [2]  # it was broken off between a checkpoint and its measurement
+    assert full["loss"] == full["curves"]["loss"][-1] > 0
+    assert full["text_sensitivity"] == full["text"]["text_sensitivity"] and full["text"]["clips"] == 2
+    assert measured["without"]["seconds"] == 2 * measured["without"]["curves"]["seconds"][0] > 0
+    assert full["wall_seconds"] > 0 and "object" not in full
     # The run that was broken off after its first step went on with the second.
-    checkpoints = sorted(path.name for path in (out / "paper" / "full" / "seed-5" / "train").glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-1", "checkpoint-2"]
-    assert logged_steps(out / "paper" / "full" / "seed-5" / "train") == [1, 2]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(tiny_training.logged(trained)) == [1, 2]
     summary = json.loads((out / "ablation.json").read_text())
-    assert summary["papers"]["paper"]["without"]["measures"]["loss"]["values"] == {"5": results["without"]["loss"]}
+    assert summary["papers"]["paper"]["without"]["measures"]["loss"]["values"] == {"5": measured["without"]["loss"]}
 
-    # An evaluation that is lost is made again without training; what stands is left alone.
+    # A measurement that is lost is made again without training; what stands is left alone.
     (out / "paper" / "without" / "seed-5" / "result.json").unlink()
     runner = InProcess()
     assert ablation.main(command, runner) == 0
-    assert [name for name, _ in runner.asked] == ["evaluate"]
+    assert [name for name, _ in runner.asked] == ["benchmark"]
     runner = InProcess()
     assert ablation.main(command, runner) == 0 and not runner.asked
-    assert {v: json.loads((out / "paper" / v / "seed-5" / "result.json").read_text()) for v in results} == results
+    assert results() == measured
+
+    # Videos are judged later.
+    assert ablation.main([*command, "--judged"], runner) == 0
+    assert [name for name, _ in runner.asked] == ["evaluate"] * 2
+    judged = results()
+    assert all(judged[variant] | measured[variant] == judged[variant] for variant in measured)
+    evaluated = json.loads((out / "paper" / "full" / "seed-5" / "evaluate" / "results.json").read_text())
+    shares = {part: evaluated["parts"][part]["model"]["psnr"]["value"] for part in ("seen", "image")}
+    assert judged["full"]["psnr"] == pytest.approx((shares["seen"] + 2 * shares["image"]) / 3)
+    assert evaluated["model"]["seed"] == 5 and evaluated["protocol"]["num_image_prompts"] == 2
+    runner = InProcess()
+    assert ablation.main([*command, "--judged"], runner) == 0 and not runner.asked
 
     # Other settings do not come into the same folder: neither those that all share nor those of a variant.
     capsys.readouterr()
@@ -340,14 +423,6 @@ def test_the_grid_goes_on_where_it_stopped(
     assert ablation.main([*command, "--grid", str(tmp_path / "other.yaml")], runner) == 2
     assert "train.motion_weight was 0.0 and is 1.0" in capsys.readouterr().err
     assert not runner.asked
-
-
-def logged_steps(trained: Path) -> list[int]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(trained / "logs" / "microcinema"))
-    log.Reload()
-    return [event.step for event in log.Scalars("loss")]
 
 
 def test_a_choice_of_the_grid(shipped: Any):
@@ -365,12 +440,12 @@ def test_a_failure_is_alone(world: Path, tmp_path: Path, capsys: pytest.CaptureF
     def runner(command: str, overrides: list[str], log: Path) -> int:
         if command == "train":
             together.wait()
-        return 2 if command == "evaluate" or "model.flow_model=null" in overrides else 0
+        return 2 if command == "benchmark" or "model.flow_model=null" in overrides else 0
 
     out = tmp_path / "out"
     assert ablation.main(arguments(world, "--output-dir", str(out), "--workers", "2"), runner) == 1
     assert capsys.readouterr().out.count("failed; see") == 2
-    assert (out / "ablation.md").read_text().count("missing") == 2 * len(ablation_report.QUANTITIES)
+    assert (out / "ablation.md").read_text().count("missing") == 2 * (len(ablation_report.QUANTITIES) - 3)
 
 
 def test_bad_input_ends_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -383,6 +458,7 @@ def test_bad_input_ends_in_one_line(world: Path, tmp_path: Path, capsys: pytest.
         (["--papers", "nobody"], "no paper 'nobody'; it has paper"),
         (["--variants", "fulll"], "no variant 'fulll'; it has full, without"),
         (["--data", str(tmp_path / "nowhere")], "no data set"),
+        (["--held-out", str(tmp_path / "nowhere")], "no data set"),
         (["--steps", "0"], "max_train_steps is 0"),
         (["--grid", str(tmp_path / "none.yaml")], "is no grid"),
         (["--grid", str(tmp_path / "list.yaml")], "is no grid"),
@@ -403,7 +479,7 @@ def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.py").write_text(
         code + "time.sleep(float(sys.argv[1]) if sys.argv[1].isdigit() else 60); sys.exit(2)"
     )
-    monkeypatch.setattr(ablation, "LAUNCHERS", tmp_path)
+    monkeypatch.setitem(ablation.COMMANDS, "train", [str(tmp_path / "train.py")])
     monkeypatch.setattr(ablation.os, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -415,8 +491,13 @@ def wait_for(text: str, log: Path) -> None:
         time.sleep(0.01)
 
 
-def test_each_command_of_a_run_has_a_launcher():
-    assert all((ablation.LAUNCHERS / f"{command}.py").is_file() for command in ("train", "evaluate"))
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "evaluate", "benchmark"])
+def test_each_command_of_a_run_starts_from_anywhere(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert ablation.Processes(1)(command, ["--help"], tmp_path / "log.txt") == 0
+    assert (tmp_path / "log.txt").read_text().startswith("usage")
 
 
 def test_commands_are_processes(sleeper: None, tmp_path: Path):
