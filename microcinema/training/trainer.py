@@ -104,6 +104,8 @@ class Trainer:
             settings = {key: value if isinstance(value, LOGGABLE) else str(value) for key, value in values}
             self.accelerator.init_trackers("microcinema", settings)
         with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
+            if self.progress.step > 0:
+                self.validate()  # in case the run was killed between the checkpoint and this
             self.metrics.start_step()
             while self.progress.step < config.max_train_steps and not preempted:
                 metrics = self.step(micro_batches)
@@ -116,7 +118,7 @@ class Trainer:
                 preempted = preemption.on_any_rank(self.accelerator) and not last
                 if last or preempted or step % config.checkpointing_steps == 0:
                     self.save()
-                if last or (step % config.validation_steps == 0 and not preempted):
+                if not preempted:
                     self.validate()
         if not preempted:
             self.export()
@@ -175,15 +177,16 @@ class Trainer:
         self._log({"checkpoint_seconds": self.metrics.paused_seconds})
 
     def validate(self) -> None:
-        """Runs the validations, if there are any, with the averaged weights. Collective."""
-        if not self.validations:
+        """Runs the validations, if they are due after this step, with the averaged weights. Collective."""
+        step, config = self.progress.step, self.config
+        if not self.validations or (step % config.validation_steps and step != config.max_train_steps):
             return
         with (
             self.metrics.paused(),
             ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline,
         ):
             for validation in self.validations:
-                validation(self.accelerator, pipeline, self.progress.step)
+                validation(self.accelerator, pipeline, step)
         self._log({"validation_seconds": self.metrics.paused_seconds})
 
     def export(self) -> None:

@@ -207,11 +207,12 @@ def test_a_run_logs_the_loss_of_its_averaged_weights_and_resumes_with_the_same(
         save(self, progress)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as context:
+    parts = arguments(world, tmp_path / "parts", "checkpointing_steps=2", "resume_from_checkpoint=latest")
+    with monkeypatch.context() as context:  # between a checkpoint and its measurement, twice
         context.setattr(Checkpoints, "save", save_and_break_off)
-        assert call(*arguments(world, tmp_path / "parts", "checkpointing_steps=2")) == 130
-    assert call(*arguments(world, tmp_path / "parts", "resume_from_checkpoint=latest")) == 0
-    assert found_at(tmp_path / "parts", 4) == whole
+        assert [call(*parts), call(*parts)] == [130, 130]
+    assert call(*parts) == 0
+    assert (found_at(tmp_path / "parts", 2), found_at(tmp_path / "parts", 4)) == (before, whole)
 
     saved = load_pipeline(tmp_path / "whole")
     data = ClipDataset(
