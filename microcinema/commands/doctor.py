@@ -24,7 +24,6 @@ from microcinema.config.schema import Train
 from microcinema.pipelines.base_model import check_base_weights
 from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
-from microcinema.training.build import held_out_data
 from microcinema.utils.errors import UserError, first_line
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -75,9 +74,7 @@ def examine(config: Train) -> Iterator[Finding]:
     yield modules("trackers", TRACKERS, config.report_to, "report_to")
     if config.use_8bit_adam:
         yield modules("optimizer", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
-    yield data(config.data, config.cached_latents)
-    if (held_out := held_out_data(config)) is not None:
-        yield data(held_out, None)
+    yield data(config.data, config.cached_latents, config.validation_data or {})
     found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
     if folder is not None:
@@ -147,9 +144,10 @@ def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) ->
     return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
 
 
-def data(component: Component, latents: str | None) -> Finding:
-    """Whether the files and folders that the data set names are there, and the folder of its latents, if it has one."""
-    places = dict.fromkeys([*_places(plain(component.arguments)), *([] if latents is None else [latents])])
+def data(component: Component, latents: str | None, held_out: Mapping[str, Any]) -> Finding:
+    """Whether the files and folders of the data set, of its latents, if it has any, and of its changes for held-out clips are there."""
+    named = {**component.arguments, "held_out": held_out}
+    places = dict.fromkeys([*_places(plain(named)), *([] if latents is None else [latents])])
     missing = [place for place in places if not Path(place).exists()]
     if not missing:
         return Finding("data", ", ".join(places))

@@ -73,11 +73,12 @@ def build_trainer(
         validation = Validation(accelerator, pipeline, keyframes, config.validation_prompts, output_dir, config.seed)
 
     trainer = Trainer(accelerator, pipeline, dataset, config, validation, predict_net, on_metrics, region)
-    if (held_out := held_out_data(config)) is not None:
+    if config.validation_data is not None:
+        seed = {"seed": SEED} if "seed" in config.data.arguments else {}  # of random clip positions
+        held_out = Component(config.data.target, {**config.data.arguments, **seed, **config.validation_data}).build()
         quarantine = Quarantine(output_dir / "validation/quarantine", config.clip_retries, accelerator.process_index)
-        clips = IndexedDataset(held_out.build(), SEED, quarantine)
-        measured = trainer.encode, trainer.loss_config, clips, config.validation_clips
-        trainer.validations.append(HeldOutLoss(accelerator, *measured))
+        measured = IndexedDataset(held_out, SEED, quarantine), config.validation_clips
+        trainer.validations.append(HeldOutLoss(accelerator, trainer.encode, trainer.loss_config, *measured))
     if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
         append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
@@ -95,13 +96,6 @@ def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: i
     if config.model.flow_model is not None:
         return FlowClips(dataset, config.model.flow_model, vae_scale_factor)
     return dataset
-
-
-def held_out_data(config: "Train") -> Component | None:
-    """`data` with the changes of `validation_data`, its random clip positions independent of the run's seed; None without them."""
-    data, changes = config.data, config.validation_data
-    seed = {"seed": SEED} if "seed" in data.arguments else {}
-    return None if changes is None else Component(data.target, {**data.arguments, **seed, **changes})
 
 
 def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:
