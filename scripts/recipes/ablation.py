@@ -1,7 +1,7 @@
 """The ablation grid: trains and measures every variant of every paper for several seeds, and draws one table and two figures.
 
     microcinema prepare sprites num_videos=6000 rotation_weight=4
-    microcinema prepare sprites split=heldout num_videos=64 rotation_weight=4 output_dir=runs/data/sprites_heldout
+    microcinema prepare sprites split=heldout num_videos=32 rotation_weight=4 output_dir=runs/data/sprites_heldout
     microcinema prepare latents experiment=sprites_factorized_dreamer "cached_parts=[keyframe, flow]"
     python -m scripts.recipes.ablation --workers 2
 
@@ -11,6 +11,7 @@ resumes: a run whose result stands is skipped, an interrupted training resumes f
 run of an output directory are the same but for what its variant changes; others are refused. `ablation.md`, `ablation.json`, `ablation.png` and
 `ablation_curves.png` are drawn after the last run, and by `--table` at any time from the results there are.
 
+A measurement of the 32 held-out clips takes some 20 s on one core, six of them two minutes of each run, and text sensitivity 45 s.
 Runs compare at equal steps, and at equal time of training by the median pace of each; for that they should share the machine alike.
 """
 
