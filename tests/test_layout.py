@@ -39,7 +39,6 @@ TESTED_IN = {
     "models/unet2d": "models/test_video_unet.py",
     "models/weights": "models/test_video_unet.py",
     "pipelines/components": "pipelines/test_base_model.py",
-    "pipelines/denoise": "pipelines/test_image_to_video.py",
     "pipelines/encoders": "pipelines/test_factorized_pipeline.py",
     "pipelines/loading": "pipelines/test_base_model.py",
     "pipelines/sample_folder": "commands/test_sample.py",

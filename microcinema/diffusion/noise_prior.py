@@ -1,5 +1,6 @@
 """Noise priors: the noise that diffuses a clip, given its key frame (our reading of arXiv 2311.18829)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,11 +38,8 @@ class NoisePrior:
                 raise UserError(f"the noise prior's {name} is {value}; use a number >= 0")
 
     def resolve(self, abar_T: float) -> "NoisePrior":
-        """The prior with a gamma, given the signal `abar_T` at the last step of the training schedule.
-
-        Sampling from pure noise lacks that signal, and gamma gives some of it back. By default it is the authors' 0.02 for
-        `appearance`; 0 if there is nothing to give back, and for other kinds, for which no value is known.
-        """
+        """The prior with a gamma, given the signal `abar_T` at the last step of the training schedule, which sampling from noise lacks
+        and gamma gives back in part: the authors' 0.02 for `appearance`, 0 if there is none, and for other kinds, where none is known."""
         default = _BEST_GAMMA if self.kind == "appearance" and abar_T > 0 else 0.0
         return replace(self, gamma=default) if self.gamma is None else self
 
@@ -61,14 +59,26 @@ class NoisePrior:
         return torch.eye(frames, dtype=torch.float64)
 
     def noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
-        """`eps_hat` for training, of independent standard noise `b f c h w` and the key frame's clean latents `b c h w`."""
-        if self.kind == "appearance":
-            return eps + self.strength * rearrange(z_ref, "b c h w -> b 1 c h w")
-        if self.kind == "none":
-            return eps
-        # Any Gaussian over frames is a linear map of independent noise.
-        root = torch.linalg.cholesky(self.covariance(eps.shape[1])).to(eps)
-        return einsum(root, eps, "f g, b g c h w -> b f c h w")
+        """`eps_hat = L eps + mu` for training, of independent standard noise `b f c h w` and the key frame's clean latents `b c h w`."""
+        return self.correlate(eps) + self.mean(z_ref, eps.shape[1])
+
+    def mean(self, z_ref: torch.Tensor, frames: int) -> torch.Tensor:
+        """`mu`, the mean of the noise of a clip of so many frames, that broadcasts to `b f c h w`."""
+        share = self.strength if self.kind == "appearance" else 0.0
+        return share * rearrange(z_ref, "b c h w -> b 1 c h w")
+
+    def correlate(self, x: torch.Tensor) -> torch.Tensor:
+        """`L x`, of `b f c h w`: independent frames become correlated as those of the noise, whose covariance is `L L^T`."""
+        return self._over_frames(x, torch.linalg.cholesky)
+
+    def whiten(self, x: torch.Tensor) -> torch.Tensor:
+        """`L^-1 x`, of `b f c h w`; see `denoise`, which shows samplers plain diffusion by it."""
+        return self._over_frames(x, lambda covariance: torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+    def _over_frames(self, x: torch.Tensor, matrix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if self.kind in ("none", "appearance"):
+            return x
+        return einsum(matrix(self.covariance(x.shape[1])).to(x), x, "f g, b g c h w -> b f c h w")
 
     def initial_noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
         """`z_T`, from which sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""

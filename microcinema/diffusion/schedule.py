@@ -3,15 +3,18 @@
 `abar` is alpha_bar, the cumulative signal; tensors over the steps of a schedule are `(t,)`.
 """
 
-import copy
 import inspect
+import json
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from microcinema.utils.errors import UserError, check_choice, first_line
 
@@ -30,7 +33,7 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
         overrides: settings by their names in diffusers, None for the base's; and `snr_shift`, see `shifted_betas`.
 
     Raises:
-        UserError: the schedule has no betas (flow matching), or an override or the prediction type is unknown.
+        UserError: no betas (flow matching), an unknown override or prediction type, or epsilon with zero terminal SNR.
     """
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     shift = overrides.pop("snr_shift", 1.0)
@@ -41,6 +44,10 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
     if unknown := sorted(set(unused) & (set(overrides) - set(base_config))):
         raise UserError(f"unknown scheduler settings {unknown}; use the names of diffusers' DDPMScheduler")
     check_choice("prediction_type", scheduler.config.prediction_type, PREDICTION_TYPES)
+    zero_snr = scheduler.config.rescale_betas_zero_snr or (scheduler.config.trained_betas or [0.0])[-1] == 1.0
+    if zero_snr and scheduler.config.prediction_type == "epsilon":
+        fault = "with zero terminal SNR the last step is pure noise, and says nothing of the clip to a model that predicts epsilon"
+        raise UserError(f"{fault}; use prediction_type=v_prediction or sample, or rescale_betas_zero_snr=false")
     if shift == 1.0:
         return scheduler
     betas = shifted_betas(scheduler.alphas_cumprod, shift)
@@ -107,40 +114,75 @@ def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overri
         packages = ", ".join(getattr(kind, "_backends", ()))
         missing = f" (it needs {packages})" if packages else ""
         raise UserError(f"diffusers has no scheduler '{name}' here{missing}; use for example DDIMScheduler")
-    try:
-        sampler = kind.from_config(training.config, **{**overrides, **_FOR_LATENTS})  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
-        raise _cannot_sample(name, first_line(error)) from error
-    check_sampler(training, sampler)
+    sampler, fault = _sampler_and_fault(training, name, overrides)
+    if fault:
+        raise _cannot_sample(training, name, fault)
     return sampler
 
 
 def check_sampler(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
     """Refuses a scheduler that cannot sample a model of this training schedule.
 
-    The schedules must agree, and two trial steps must work: some schedulers of diffusers run from data to noise, need more than a
-    prediction, or do not support every prediction type.
+    The schedules must agree, and a trial must give the right numbers: some schedulers of diffusers run from data to noise, need more
+    than a prediction, do not support every prediction type, or divide by the signal of the last step, which may be zero.
     """
     check_schedules_agree(training, sampling)
-    name = type(sampling).__name__
+    if fault := trial_fault(sampling):
+        raise _cannot_sample(training, type(sampling).__name__, fault)
+
+
+def right_samplers(training: SchedulerMixin) -> list[str]:
+    """The schedulers of diffusers that are right for a model of this training schedule, by class name."""
+    trials = {kind.name: _sampler_and_fault(training, kind.name, {}) for kind in KarrasDiffusionSchedulers}
+    return sorted(name for name, (_, fault) in trials.items() if not fault)
+
+
+def trial_fault(sampling: SchedulerMixin, steps: int | None = None) -> str:
+    """Why a sampler's results are wrong; empty if they are right. Tried once for each class, config and number of steps (None: 20).
+
+    The trial samples 8192 independent numbers of mean 1 and deviation 0.5, whose denoiser has a closed form, from their noisy state
+    at the first timestep. Their mean must be right, whatever the number of steps. With few steps every sampler loses deviation, so
+    that at least half of it must be left after 20.
+    """
     if "noise_sampler_seed" in sampling.config:
-        fault = f"{name} draws noise from its own generator, not from the seed's"
-        raise UserError(f"{fault}; use for example EulerAncestralDiscreteScheduler")
-    trial = copy.deepcopy(sampling)
+        return "it draws noise from its own generator, not from the seed's"
+    steps = steps or min(20, sampling.config["num_train_timesteps"] // 2)
+    kind: Any = type(sampling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the numbers are judged, whatever scipy says of them
+        return _trial_fault(kind, json.dumps(dict(sampling.config), default=str), steps)
+
+
+@cache
+def _trial_fault(kind: Any, config: str, steps: int) -> str:
+    sampler, generator = kind.from_config(json.loads(config)), torch.Generator().manual_seed(0)
+    mean, deviation = 1.0, 0.5
+    prediction_type, arguments = sampler.config["prediction_type"], step_arguments(sampler, generator)
+    eps = torch.randn(1, 1, 1, 1, 8192, generator=generator, dtype=torch.float32)
     try:
-        trial.set_timesteps(2)
-        z = torch.zeros(1, 1, 1, 1, 1)
-        for t in trial.timesteps:
-            arguments = step_arguments(trial, torch.Generator())
-            z = trial.step(trial.scale_model_input(z, t), t, z, **arguments).prev_sample
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise _cannot_sample(name, first_line(error)) from error
-    if trial.timesteps[0] < trial.timesteps[-1]:
-        raise _cannot_sample(name, "it runs from data to noise")
+        sampler.set_timesteps(steps)
+        if not sampler.timesteps.isfinite().all():
+            return "its timesteps are not finite"
+        signal = signal_and_noise(sampler, sampler.timesteps[0], eps)[0]
+        z = sampler.init_noise_sigma * (signal * mean + (1 - signal**2 * (1 - deviation**2)) ** 0.5 * eps)
+        for t in sampler.timesteps:
+            z_t, (signal, sigma) = sampler.scale_model_input(z, t), signal_and_noise(sampler, t, z)
+            z0 = mean + signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * (z_t - signal * mean)
+            eps = (z_t - signal * z0) / sigma
+            prediction = {"epsilon": eps, "v_prediction": signal * eps - sigma * z0, "sample": z0}[prediction_type]
+            z = sampler.step(prediction, t, z, **arguments).prev_sample
+    except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+        return first_line(error)
+    if not z.isfinite().all():
+        return "its results are not finite"
+    ratio = z.std().item() / deviation
+    if abs(z.mean().item() - mean) <= 0.05 and (0.5 if steps >= 20 else 0.0) <= ratio <= 1.5:
+        return ""
+    return f"in a trial the mean became {z.mean():.2f} times and the deviation {ratio:.2f} times what it should be"
 
 
 def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> None:
-    """Sets the timesteps of a scheduler; a number of steps that it does not support is a UserError."""
+    """Sets the timesteps of a scheduler; a number of steps with which it is not right (see `trial_fault`) is a UserError."""
     name, trained = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
     try:
         scheduler.set_timesteps(steps, device=device)
@@ -148,6 +190,8 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | 
         raise UserError(f"{name} cannot make {steps} steps ({error}); ask for fewer") from None
     if scheduler.timesteps.max() > trained - 1:  # by an offset, with as many steps as in training
         raise UserError(f"{name} cannot make {steps} steps of the {trained} in training; ask for fewer")
+    if fault := trial_fault(scheduler, steps):
+        raise UserError(f"{name} does not work with {steps} steps ({fault}); ask for another number")
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
@@ -155,8 +199,18 @@ def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def _cannot_sample(name: str, reason: str) -> UserError:
-    return UserError(f"{name} does not sample this model ({reason}); use for example DDIMScheduler")
+def _sampler_and_fault(training: SchedulerMixin, name: str, overrides: Mapping[str, Any]) -> tuple[Any, str]:
+    """A scheduler of diffusers for this training schedule, None if it cannot be made; and why it is wrong, or nothing."""
+    try:
+        sampler = getattr(diffusers, name).from_config(training.config, **{**overrides, **_FOR_LATENTS})
+        check_schedules_agree(training, sampler)
+    except (ImportError, TypeError, ValueError, UserError) as error:
+        return None, first_line(error).partition("; ")[0]  # without its advice
+    return sampler, trial_fault(sampler)
+
+
+def _cannot_sample(training: SchedulerMixin, name: str, reason: str) -> UserError:
+    return UserError(f"{name} does not sample this model ({reason}); use {', '.join(right_samplers(training))}")
 
 
 def alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:
@@ -176,9 +230,12 @@ def snr(scheduler: SchedulerMixin, t: torch.Tensor) -> torch.Tensor:
 def signal_and_noise(
     scheduler: SchedulerMixin, t: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sqrt(abar_t)` and `sqrt(1 - abar_t)` for `t`, `(b,)` or a scalar, shaped to multiply `like`, `b ...`; at least float32."""
+    """`sqrt(abar_t)` and `sqrt(1 - abar_t)` for `t`, `(b,)` or a scalar, shaped to multiply `like`, `b ...`; at least float32.
+    Between two steps, which samplers ask for as well, `abar` is interpolated."""
     abar = alphas_cumprod(scheduler).to(like.device, torch.promote_types(like.dtype, torch.float32))
-    abar = abar[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+    t, before = t.to(like.device), t.to(like.device).long()
+    after = (before + 1).clamp(max=len(abar) - 1)
+    abar = torch.lerp(abar[before], abar[after], (t - before).to(abar)).reshape(-1, *[1] * (like.ndim - 1))
     return abar**0.5, (1 - abar) ** 0.5
 
 

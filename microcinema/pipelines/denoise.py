@@ -10,7 +10,8 @@ from diffusers import SchedulerMixin
 from einops import repeat
 
 from microcinema.diffusion.guidance import CFG
-from microcinema.diffusion.schedule import step_arguments
+from microcinema.diffusion.noise_prior import NoisePrior
+from microcinema.diffusion.schedule import signal_and_noise, step_arguments
 from microcinema.models.conditioning import ConditionEncoder, Conditions
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.long_video import Windows
@@ -77,7 +78,9 @@ def prepare_conditions(
 def denoise(
     unet: VideoUNet,
     scheduler: SchedulerMixin,
-    z: torch.Tensor,
+    z_T: torch.Tensor,
+    prior: NoisePrior,
+    z_ref: torch.Tensor,
     conditions: Conditions,
     guidance: CFG,
     windows: Windows,
@@ -86,15 +89,26 @@ def denoise(
     step_end: StepCallback,
     bar: Any,
 ) -> torch.Tensor:
-    """z0 (b, f, c, h, w) of noise z at unit variance (b, f, c, h, w), along the timesteps that the scheduler has been set to.
+    """z0 (b, f, c, h, w) of initial noise z_T, along the timesteps that the scheduler has been set to.
+
+    With a prior `eps_hat = L eps + mu` the network knows `z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps_hat`. The scheduler is shown
+
+        u_t = L^-1 (z_t - sqrt(1 - abar_t) mu) = sqrt(abar_t) L^-1 z0 + sqrt(1 - abar_t) eps
+
+    which is plain diffusion, with the network's prediction changed alike. So every scheduler is right as it is, also one that adds
+    noise of its own; for others, whose steps are linear, nothing changes.
 
     Args:
+        z_T: at unit variance (b, f, c, h, w), see `NoisePrior.initial_noise`.
+        prior: of training.
+        z_ref: latents of the key frame (b, c, h, w).
         conditions: of `(k b)` clips, for the k terms of the guidance.
         remapped_timesteps: input of the network for every step of the training schedule, (t,); None: the step itself.
         generator: of schedulers that add noise.
         bar: progress bar over steps (tqdm).
     """
-    z = z * scheduler.init_noise_sigma
+    mean = prior.mean(z_ref, z_T.shape[1])
+    z = (z_T - signal_and_noise(scheduler, scheduler.timesteps[0], z_T)[1] * mean) * scheduler.init_noise_sigma
     arguments = step_arguments(scheduler, generator)
 
     def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -104,8 +118,12 @@ def denoise(
         return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
 
     for step, t in enumerate(scheduler.timesteps):
-        prediction = guidance(denoiser, scheduler.scale_model_input(z, t), t)
-        z = scheduler.step(prediction, t, z, **arguments).prev_sample
+        # Here z is L u, the latents without their share of the prior's mean.
+        signal, sigma = signal_and_noise(scheduler, t, z)
+        prediction = guidance(denoiser, scheduler.scale_model_input(z, t) + sigma * mean, t)
+        share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
+        plain = prior.whiten(prediction - share * mean)
+        z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)
         z = step_end(step, t, {"latents": z, "prediction": prediction})
         # Second-order solvers visit a timestep twice; the bar counts steps.
         bar.update(min(1, bar.total - bar.n))

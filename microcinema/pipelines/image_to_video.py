@@ -333,7 +333,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             set_timesteps(self.scheduler, steps, device)
             with self.progress_bar(total=steps) as bar:
                 z_T, timesteps = prior.initial_noise(eps, z_ref), self.remapped_timesteps
-                inputs = (conditions, guidance, windows, timesteps, generator, step_end, bar)
+                inputs = (prior, z_ref, conditions, guidance, windows, timesteps, generator, step_end, bar)
                 z = denoise(self.unet, self.scheduler, z_T, *inputs)
             clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())
             if clip < settings.num_segments - 1:

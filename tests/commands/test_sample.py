@@ -332,7 +332,7 @@ def test_a_changed_setting_of_a_video_alone_makes_that_again(run, tmp_path, made
         "num_segments=2",
         "fps=4",
         "decode_chunk_size=1",
-        "scheduler=EulerDiscreteScheduler",
+        "scheduler=DPMSolverMultistepScheduler",
         "video_crf=30",
     ]
     drawn = None

@@ -21,13 +21,17 @@ from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import (
     PREDICTION_TYPES,
     alphas_cumprod,
+    check_sampler,
     check_schedules_agree,
     make_sampler,
     make_scheduler,
     match_snr_timesteps,
+    right_samplers,
+    set_timesteps,
     shifted_betas,
     signal_and_noise,
     snr,
+    trial_fault,
 )
 from microcinema.utils.errors import UserError
 
@@ -168,6 +172,69 @@ def test_bad_schedules_are_named():
         make_sampler(make_scheduler(SD15), "NoScheduler")
 
 
+def test_epsilon_with_zero_terminal_snr_is_refused():
+    """The last step holds nothing of the clip, and epsilon predicted there says nothing of it either."""
+    for overrides in ({"rescale_betas_zero_snr": True}, {**FACTORIZED, "prediction_type": None}):
+        with pytest.raises(UserError, match="zero terminal SNR.*prediction_type=v_prediction"):
+            make_scheduler(SD15, overrides)
+    for kind in ("v_prediction", "sample"):
+        assert make_scheduler(SD15, {**FACTORIZED, "prediction_type": kind}).alphas_cumprod[-1] == 0
+
+
+def test_a_refusal_names_the_samplers_that_are_right():
+    for overrides, wrong in [
+        (FACTORIZED, ["HeunDiscrete", "FlowMatchEulerDiscrete"]),
+        ({"prediction_type": "sample"}, ["EulerAncestralDiscrete", "DDIMInverse"]),
+    ]:
+        training = make_scheduler(SD15, overrides)
+        right = right_samplers(training)
+        assert {"DDIMScheduler", "DDPMScheduler", "UniPCMultistepScheduler"} <= set(right)
+        for name in wrong:
+            assert f"{name}Scheduler" not in right
+            with pytest.raises(UserError, match=f"^{name}Scheduler does not sample .*; use {', '.join(right)}$"):
+                make_sampler(training, f"{name}Scheduler")
+
+
+class HalfTheMean(DDIMScheduler):
+    """Finite, and wrong."""
+
+    def step(self, *arguments, **settings):
+        result = super().step(*arguments, **settings)
+        return type(result)(prev_sample=result.prev_sample - 0.05)
+
+
+def test_a_trial_looks_at_the_numbers():
+    training = make_scheduler(SD15)
+    assert "the mean became 0." in trial_fault(HalfTheMean.from_config(training.config))
+    with pytest.raises(UserError, match="HalfTheMean does not sample this model"):
+        check_sampler(training, HalfTheMean.from_config(training.config))
+    assert trial_fault(DDIMScheduler.from_config(training.config)) == ""
+
+
+@pytest.mark.parametrize(
+    "name, overrides, steps, words",
+    [
+        ("DDIM", FACTORIZED, 400, "the mean became 0.8"),  # it jumps by 2 steps of training, but stops at every 2.5th
+        ("UniPCMultistep", {}, 1000, "not finite"),
+        ("HeunDiscrete", {}, 2, "deviation"),
+    ],
+)
+def test_numbers_of_steps_that_give_wrong_numbers_are_refused(name, overrides, steps, words):
+    sampler = make_sampler(make_scheduler(SD15, overrides), f"{name}Scheduler")
+    set_timesteps(sampler, 20)
+    with pytest.raises(UserError, match=f"{name}Scheduler does not work with {steps} steps .*{words}"):
+        set_timesteps(sampler, steps)
+
+
+def test_noise_levels_between_two_steps_are_interpolated(clip):
+    scheduler, (z, *_) = double(make_scheduler(SD15)), clip
+    abar = scheduler.alphas_cumprod
+    for t, expected in [(7, abar[7]), (7.0, abar[7]), (7.25, 0.75 * abar[7] + 0.25 * abar[8]), (999.0, abar[999])]:
+        signal, sigma = signal_and_noise(scheduler, torch.tensor(t), z)
+        torch.testing.assert_close(signal.flatten() ** 2, expected[None])
+        torch.testing.assert_close(signal**2 + sigma**2, torch.ones_like(signal))
+
+
 def test_snr_is_its_definition():
     scheduler = double(make_scheduler(SD15))
     t = torch.tensor([0, 500, 999])
@@ -259,6 +326,17 @@ def test_correlated_priors_have_pyocos_covariance(frames):
         )
         assert torch.allclose(root @ root.T, covariance, atol=1e-12), kind
         assert torch.allclose((root @ root.T).diagonal(), torch.ones(frames, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["none", "appearance", "mixed", "progressive"])
+def test_whitening_undoes_the_correlation_of_frames(kind, clip):
+    _, eps, z_ref = clip
+    prior = NoisePrior(kind, 1.5)
+    noise = prior.noise(eps, z_ref)
+    torch.testing.assert_close(prior.whiten(noise - prior.mean(z_ref, eps.shape[1])), eps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(prior.correlate(prior.whiten(noise)), noise, rtol=0, atol=1e-12)
+    correlated = not torch.equal(prior.correlate(eps), eps)
+    assert correlated == (kind in ("mixed", "progressive"))
 
 
 def test_progressive_noise_is_pyocos_recursion():
@@ -435,6 +513,6 @@ def test_a_network_is_told_the_time_at_which_it_knows_the_noise():
     # Between two of its steps, hence not to the last digit.
     ratio = snr[whole][inside] / (snr / 4)[inside]
     assert (ratio[20:] - 1).abs().max() < 0.02
-    silent = make_scheduler(known.config, {"rescale_betas_zero_snr": True})
+    silent = make_scheduler(known.config, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     assert match_snr_timesteps(silent, known)[-1] == 999
     assert match_snr_timesteps(known, silent).isfinite().all()

@@ -1,0 +1,93 @@
+"""The sampling loop with noise priors: schedulers see plain diffusion, the network what it was trained with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.noise_prior import NoisePrior
+from microcinema.diffusion.rng import generator
+from microcinema.diffusion.schedule import PREDICTION_TYPES, make_sampler, make_scheduler, set_timesteps
+from microcinema.pipelines.denoise import StepCallback, denoise
+from microcinema.pipelines.long_video import Windows
+from scripts.recipes import sampler_table
+from scripts.recipes.sampler_table import STABLE_DIFFUSION, ZERO_SNR, measure
+
+SHAPE, STEPS = (2, 5, 4, 3, 3), 10  # steps of 100: DDIM rounds other numbers to whole steps of training
+PRIORS = [NoisePrior("appearance", 0.3, 0.1), NoisePrior("mixed", 2.0, 0.1), NoisePrior("progressive", 0.7, 0.0)]
+
+
+class Network:
+    """Any function that is neither linear nor the same at all times, in float64."""
+
+    dtype = torch.float64
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, z_t, t, conditions):
+        self.seen.append(z_t)
+        return torch.tanh(z_t.roll(1, dims=1) + z_t * (0.5 + float(t) / 1000))
+
+
+def sample(scheduler, prior, callback=None):
+    """z0, the network, the key frame and z_T."""
+    z_ref = torch.randn(SHAPE[0], *SHAPE[2:], dtype=torch.float64, generator=generator(1))
+    eps = torch.randn(SHAPE, dtype=torch.float64, generator=generator(2))
+    z_T, network = prior.initial_noise(eps, z_ref), Network()
+    set_timesteps(scheduler, STEPS)
+    bar = SimpleNamespace(update=lambda n: None, total=STEPS, n=0)
+    windows, step_end = Windows(SHAPE[1], SHAPE[1]), StepCallback(None, callback, ("latents",))
+    inputs = (None, CFG(1.0, 1.0), windows, None, generator(3), step_end, bar)
+    return denoise(network, scheduler, z_T, prior, z_ref, *inputs), network, z_ref, z_T
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: prior.kind)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_samplers_without_noise_of_their_own_give_what_they_give_on_the_networks_latents(
+    prior, prediction_type, zero_snr
+):
+    """Their steps are linear, so that a change of variables and back changes nothing but the last digits."""
+    if zero_snr and prediction_type == "epsilon":
+        return
+    changes = {**(ZERO_SNR if zero_snr else {"timestep_spacing": "leading"}), "prediction_type": prediction_type}
+    training = make_scheduler({**STABLE_DIFFUSION, "set_alpha_to_one": True}, changes)
+    for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"):
+        scheduler = make_sampler(training, f"{name}Scheduler", timestep_spacing=changes["timestep_spacing"])
+        ours, network, _, z_T = sample(scheduler, prior)
+        first = z_T
+        if name == "EulerDiscrete" and zero_snr:  # it starts at the largest sigma, 4096, in the place of infinity
+            first = z_T / (1 + 2**-24) ** 0.5
+        torch.testing.assert_close(network.seen[0], first, rtol=0, atol=1e-6)
+        scheduler.set_timesteps(STEPS)
+        z, network = z_T * scheduler.init_noise_sigma, Network()
+        for t in scheduler.timesteps:
+            z = scheduler.step(network(scheduler.scale_model_input(z, t), t, None), t, z).prev_sample
+        torch.testing.assert_close(ours, z, rtol=0, atol=2e-5, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: prior.kind)
+def test_callbacks_get_and_return_latents_of_the_clip(prior):
+    training = make_scheduler({**STABLE_DIFFUSION, "set_alpha_to_one": True}, {"prediction_type": "v_prediction"})
+    scheduler, last = make_sampler(training), []
+    z0, *_ = sample(scheduler, prior, lambda pipe, step, t, tensors: last.append(tensors["latents"]))
+    assert torch.equal(last[-1], z0)
+    again, *_ = sample(scheduler, prior, lambda pipe, step, t, tensors: {"latents": tensors["latents"].clone()})
+    assert torch.equal(again, z0)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerAncestralDiscrete"])
+def test_clips_have_the_right_distribution_only_if_the_loop_knows_the_prior(name):
+    """With noise of their own in the place of the prior's, samplers lose the key frame, or the correlation between frames."""
+    training = make_scheduler(STABLE_DIFFUSION, {"prediction_type": "v_prediction"})
+    sampler = make_sampler(training, f"{name}Scheduler")
+    for prior in sampler_table.PRIORS.values():
+        assert measure(training, sampler, prior).verdict == "right", prior
+    unaware = NoisePrior("none")
+    verdicts = [measure(training, sampler, prior, unaware).verdict for prior in sampler_table.PRIORS.values()]
+    wrong = ["right", "wrong mean", "wrong mean", "wrong correlation", "wrong correlation"]
+    assert verdicts == (["right"] * 5 if name == "DDIM" else wrong)
+    strong = measure(training, sampler, sampler_table.PRIORS["appearance 0.3"], unaware)
+    assert strong.mean == pytest.approx(1.0 if name == "DDIM" else 0.68, abs=0.02)
