@@ -107,8 +107,9 @@ def denoise(
         generator: of schedulers that add noise.
         bar: progress bar over steps (tqdm).
     """
-    mean = prior.mean(z_ref, z_T.shape[1])
-    z = (z_T - signal_and_noise(scheduler, scheduler.timesteps[0], z_T)[1] * mean) * scheduler.init_noise_sigma
+    mean, first = prior.mean(z_ref, z_T.shape[1]), scheduler.timesteps[0]
+    scale = scheduler.scale_model_input(torch.ones_like(mean), first)  # not 1 for schedulers in terms of sigma
+    z = z_T * scheduler.init_noise_sigma - signal_and_noise(scheduler, first, z_T)[1] * mean / scale
     arguments = step_arguments(scheduler, generator)
 
     def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build
 from microcinema.training.trainer import Trainer
+from microcinema.utils.errors import UserError
 
 FRAMES = 4
 
@@ -53,6 +54,16 @@ def real_pipeline(composed) -> ImageToVideoPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_the_pipeline_of_a_run_has_the_priors_gamma_and_no_epsilon_without_signal(composed):
+    silent = ["diffusion.scheduler.rescale_betas_zero_snr=true", "diffusion.scheduler.timestep_spacing=trailing"]
+    overrides = [*silent, "diffusion.scheduler.prediction_type=v_prediction", "trainable_parameters=all"]
+    for changes, gamma in [((), 0.02), (["diffusion.noise_prior.gamma=0.05"], 0.05), (["diffusion=mixed"], 0.0)]:
+        assert memory_estimate.empty_pipeline(composed(*changes)).noise_prior.gamma == gamma
+    assert memory_estimate.empty_pipeline(composed(*overrides)).noise_prior.gamma == 0.0
+    with pytest.raises(UserError, match="zero terminal SNR.*epsilon; use prediction_type=v_prediction"):
+        real_pipeline(composed(*silent))
 
 
 class Clips(ClipSource):
