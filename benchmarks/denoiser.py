@@ -1,6 +1,7 @@
-"""Cost of one evaluation and of one training step of VideoUNet, as a ratio to the per-frame 2D UNet that it is built from.
+"""Cost of one evaluation and of one training step of VideoUNet's presets, as a ratio to the per-frame 2D UNet that they are built from.
 
     OMP_NUM_THREADS=1 python -m benchmarks.denoiser --clock cpu
+    python -m benchmarks.denoiser --parts flops        # operations of a forward, at the full width of Stable Diffusion 1.5
 
 Diffusers' video UNets stand beside it, all at equal widths, head widths and depths, each with its own inputs. A round runs every network
 once; the figure is the ratio of median times, which other load on the machine hardly changes. A training step is forward, mean squared
@@ -23,16 +24,23 @@ from diffusers import (
 )
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
-from microcinema.models.appearance import FUSIONS
-from microcinema.models.conditioning import ConditionEncoder
+from microcinema.config.compose import compose
 from microcinema.models.video_unet import VideoUNet, set_trainable
 
 REFERENCE = "2D UNet per frame"
 FULL: dict[str, Any] = {
     "block_out_channels": (160, 320, 640, 640),
     "head_width": 32,
+    "cross_attention_dim": 768,
+    "frames": 16,
+    "latents": 32,
+}
+STABLE_DIFFUSION: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "head_width": 40,
     "cross_attention_dim": 768,
     "frames": 16,
     "latents": 32,
@@ -45,11 +53,8 @@ QUICK: dict[str, Any] = {
     "latents": 8,
 }
 TOKENS = 77
-MODELS: dict[str, dict[str, Any]] = {
-    "VideoUNet, MicroCinema": {"inject": "both"},
-    # As in configs/model/factorized_dreamer.yaml, with the widths of CLIP ViT-L and of flan-t5-base.
-    "VideoUNet, Factorized-Dreamer": {"fusion": None, "inject": None, "pixel_scales": (2,), "motion_attention": True},
-}
+PRESETS = ("plain", "microcinema", "microcinema_once", "factorized_dreamer", "factorized_dreamer_light")
+# Of CLIP ViT-L and of flan-t5-base.
 IMAGE_TOKENS, MOTION_TOKENS, VAE_FACTOR = (257, 1024), (32, 768), 8
 
 
@@ -114,49 +119,45 @@ class Inputs:
         }
 
 
-def video_unets(
-    unet2d: UNet2DConditionModel, inputs: Inputs, fusion: str, training: bool
-) -> dict[str, Callable[[], Contestant]]:
-    """Builders of this project's models.
+def video_unet(unet2d: UNet2DConditionModel, preset: str, *changes: str) -> VideoUNet:
+    """The network of a preset in `configs/model/`, with changes as on the command line."""
+    model = compose("train", [f"model={preset}", *changes]).model
+    image_width = IMAGE_TOKENS[1] if model.adapter else None
+    motion_width = MOTION_TOKENS[1] if model.motion_encoder else None
+    return VideoUNet.from_unet2d(unet2d, model, image_width, motion_width, VAE_FACTOR)
 
-    In training, what runs once per clip (AppearanceNet, the adapter, the pixel pyramid) is part of the step; in the forward its output is
+
+def video_unets(unet2d: UNet2DConditionModel, inputs: Inputs, training: bool) -> dict[str, Callable[[], Contestant]]:
+    """Builders of this project's presets.
+
+    In training, what runs once per clip (ReferenceNet, the adapter, the pixel pyramid) is part of the step; in the forward its output is
     precomputed. The frozen encoders of Factorized-Dreamer are in neither.
     """
+    networks = functools.cache(functools.partial(video_unet, unet2d))
 
-    @functools.cache
-    def networks(model: str) -> tuple[VideoUNet, ConditionEncoder]:
-        options = {"fusion": fusion} | MODELS[model]
-        motion, image = options.get("motion_attention", False), bool(options.get("pixel_scales"))
-        video = VideoUNet.from_unet2d(unet2d, image_attention=image, **options)
-        return video, ConditionEncoder.from_unet2d(
-            unet2d,
-            adapter="decoupled" if image else None,
-            image_width=IMAGE_TOKENS[1] if image else None,
-            vae_scale_factor=VAE_FACTOR,
-            motion_width=MOTION_TOKENS[1] if motion else None,
-            **options,
-        )
+    def encode(video: VideoUNet) -> Any:
+        return video.encode(inputs.text, inputs.z_ref, inputs.fps, **inputs.conditioning)
 
-    def forward(model: str) -> Contestant:
-        video, encoder = networks(model)
+    def forward(preset: str) -> Contestant:
+        video = networks(preset)
         with torch.inference_mode():
-            conditions = encoder(inputs.text, inputs.z_ref, inputs.fps, **inputs.conditioning)
+            conditions = encode(video)
         return Contestant(lambda z_t: video(z_t, inputs.t, conditions), video)
 
-    def training_step(model: str, trainable: str) -> Contestant:
-        video, encoder = networks(model)
+    def training_step(preset: str, trainable: str) -> Contestant:
+        video = networks(preset)
 
         def predict(z_t: Tensor) -> Tensor:
-            set_trainable(video, encoder, trainable)
-            return video(z_t, inputs.t, encoder(inputs.text, inputs.z_ref, inputs.fps, **inputs.conditioning))
+            set_trainable(video, trainable)
+            return video(z_t, inputs.t, encode(video))
 
-        return Contestant(predict, video, encoder)
+        return Contestant(predict, video)
 
     if not training:
-        return {model: functools.partial(forward, model) for model in MODELS}
+        return {f"VideoUNet, {preset}": functools.partial(forward, preset) for preset in PRESETS}
     return {
-        f"{model}, train: {trainable}": functools.partial(training_step, model, trainable)
-        for model in MODELS
+        f"VideoUNet, {preset}, train: {trainable}": functools.partial(training_step, preset, trainable)
+        for preset in PRESETS
         for trainable in ("all", "temporal")
     }
 
@@ -207,7 +208,7 @@ def peers(size: dict[str, Any], inputs: Inputs) -> dict[str, Callable[[], Contes
     }
 
 
-def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequence[str]) -> Mapping[str, Contestant]:
+def contestants(size: dict[str, Any], training: bool, only: Sequence[str]) -> Mapping[str, Contestant]:
     """Builds the reference, and those whose name contains one of `only` (all if it is empty)."""
     torch.manual_seed(0)
     inputs = Inputs(size)
@@ -217,42 +218,62 @@ def contestants(size: dict[str, Any], fusion: str, training: bool, only: Sequenc
     reference = Contestant(
         lambda z_t: unet2d(rearrange(z_t, "b f c h w -> (b f) c h w"), inputs.t, text_of_frames).sample, unet2d
     )
-    builders = {**video_unets(unet2d, inputs, fusion, training), **peers(size, inputs)}
+    builders = {**video_unets(unet2d, inputs, training), **peers(size, inputs)}
     names = [name for name in builders if not only or any(part in name for part in only)]
     return {REFERENCE: reference, **{name: builders[name]() for name in names}}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table for the forward and one for the training step."""
-    size = (QUICK if arguments.quick else FULL) | ({"latents": arguments.latents} if arguments.latents else {})
-    z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
-    report: dict[str, Any] = {"size": size, "fusion": arguments.fusion, **environment(arguments)}
+    """Prints a table for each part."""
+    latents = {"latents": arguments.latents} if arguments.latents else {}
+    size = (QUICK if arguments.quick else FULL) | latents
+    report: dict[str, Any] = {"size": size, **environment(arguments)}
     for part in arguments.parts:
-        networks = contestants(size, arguments.fusion, part == "training", arguments.only)
-        step = Contestant.training_step if part == "training" else Contestant.forward
-        actions = {name: functools.partial(step, contestant, z_t) for name, contestant in networks.items()}
-        seconds = median_seconds(actions, arguments.rounds, CLOCKS[arguments.clock], part)
-        report[part] = {
-            name: {
-                "seconds": seconds[name],
-                "ratio": seconds[name] / seconds[REFERENCE],
-                "parameters": sum(p.numel() for network in contestant.networks for p in network.parameters()),
-            }
-            for name, contestant in networks.items()
-        }
-        print(f"\n{part:<48}{'ratio':>8}{'seconds':>10}{'M parameters':>14}")
+        if part == "flops":
+            report["flops_size"] = (QUICK if arguments.quick else STABLE_DIFFUSION) | latents
+            report[part] = count_flops(report["flops_size"], arguments.only)
+        else:
+            report[part] = measure_seconds(part, size, arguments)
+        unit = "GFLOPs" if part == "flops" else "seconds"
+        print(f"\n{part:<56}{'ratio':>8}{unit:>12}{'M parameters':>14}")
         for name, row in sorted(report[part].items(), key=lambda item: item[1]["ratio"]):
-            print(f"{name:<48}{row['ratio']:>8.2f}{row['seconds']:>10.3f}{row['parameters'] / 1e6:>14.1f}")
-        del networks, actions
+            value = row["flops"] / 1e9 if part == "flops" else row["seconds"]
+            print(f"{name:<56}{row['ratio']:>8.2f}{value:>12.3f}{row['parameters'] / 1e6:>14.1f}")
     return report
+
+
+def measure_seconds(part: str, size: dict[str, Any], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of the forward or of the training step of every network."""
+    z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
+    networks = contestants(size, part == "training", arguments.only)
+    step = Contestant.training_step if part == "training" else Contestant.forward
+    actions = {name: functools.partial(step, contestant, z_t) for name, contestant in networks.items()}
+    seconds = median_seconds(actions, arguments.rounds, CLOCKS[arguments.clock], part)
+    return {name: _row(networks, name, "seconds", seconds) for name in networks}
+
+
+def count_flops(size: dict[str, Any], only: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Floating-point operations of the forward of every network, counted without computing it; a multiply-add is two."""
+    with torch.device("meta"):
+        z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
+        networks, flops = contestants(size, False, only), {}
+        for name, contestant in networks.items():
+            with FlopCounterMode(display=False) as counter:
+                contestant.forward(z_t)
+            flops[name] = float(counter.get_total_flops())
+    return {name: _row(networks, name, "flops", flops) for name in networks}
+
+
+def _row(networks: Mapping[str, Contestant], name: str, figure: str, values: Mapping[str, float]) -> dict[str, float]:
+    parameters = sum(p.numel() for network in networks[name].networks for p in network.parameters())
+    return {figure: values[name], "ratio": values[name] / values[REFERENCE], "parameters": parameters}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Reads the command line and runs the benchmark."""
     parser = make_parser(__doc__)
     add_timing(parser)
-    parser.add_argument("--parts", nargs="+", choices=("forward", "training"), default=("forward", "training"))
-    parser.add_argument("--fusion", choices=FUSIONS, default="add")
+    parser.add_argument("--parts", nargs="+", choices=("forward", "training", "flops"), default=("forward", "training"))
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="run networks with these words in their names"
     )

@@ -40,7 +40,7 @@ def flow_error(
     """
     config, times = pipeline.config, pipeline.remapped_timesteps
     frames, size, fps = config["num_frames"], config["height"], config["fps"]
-    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net).eval()
+    denoiser = TrainableModel(pipeline.unet, predict_net).eval()
     encode = BatchEncoder(pipeline, pipeline.unet.device)
     step = torch.tensor([t], device=pipeline.unet.device)
     errors: dict[str, list[float]] = {"predict_net": [], "zero": []}

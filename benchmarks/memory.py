@@ -138,12 +138,12 @@ def real_pipeline(composed: Any) -> ImageToVideoPipeline:
 def forward_memory(pipeline: ImageToVideoPipeline) -> memory_estimate.Estimate:
     """One evaluation of the denoiser for one clip, its conditions included."""
     side = pipeline.config["height"] // pipeline.vae_scale_factor
-    z_ref = torch.zeros(1, pipeline.unet.config["in_channels"], side, side)
-    text = torch.zeros(1, TOKENS, pipeline.unet.config["cross_attention_dim"])
+    z_ref = torch.zeros(1, pipeline.unet.options.unet2d["in_channels"], side, side)
+    text = torch.zeros(1, TOKENS, pipeline.unet.options.unet2d["cross_attention_dim"])
     with LiveMemory() as live, torch.no_grad():
         live.watch(memory_estimate.tensors(pipeline))
         weights = live.now
-        conditions = pipeline.condition_encoder(text, z_ref, torch.tensor([8.0]))
+        conditions = pipeline.unet.encode(text, z_ref, torch.tensor([8.0]))
         pipeline.unet(repeat(z_ref, "b c h w -> b f c h w", f=FRAMES), torch.tensor([500]), conditions)
     return memory_estimate.Estimate(weights, {"forward": live.peak})
 

@@ -1,4 +1,4 @@
-"""Cost of a clip's whole denoising loop with each fusion of AppearanceNet's features, as a ratio to the model without AppearanceNet.
+"""Cost of a clip's whole denoising loop with the authors' AppearNet and with ours, as a ratio to the network without either.
 
 OMP_NUM_THREADS=1 python -m benchmarks.sampling --clock cpu
 """
@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from benchmarks.denoiser import FULL, QUICK, TOKENS, unet_settings
+from benchmarks.denoiser import FULL, QUICK, TOKENS, unet_settings, video_unet
 from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
 from microcinema.diffusion.schedule import make_sampler
-from microcinema.models.appearance import FUSIONS
-from microcinema.models.conditioning import ConditionEncoder
-from microcinema.models.video_unet import VideoUNet
 
 TINY: dict[str, Any] = QUICK | {"frames": 16, "latents": 16}
-BASELINE = "without AppearanceNet"
+BASELINE = "microcinema_once without ReferenceNet"
+NETWORKS = {
+    BASELINE: ("microcinema_once", "model.appearance=null"),
+    "microcinema_once": ("microcinema_once",),
+    "microcinema_once, fusion=scale_shift": ("microcinema_once", "model.appearance.fusion=scale_shift"),
+    "microcinema without AppearNet": ("microcinema", "model.appearance=null"),
+    "microcinema": ("microcinema",),
+}
+"""Preset of each network, and what is changed of it."""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -32,26 +37,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     text, fps = torch.randn(1, TOKENS, size["cross_attention_dim"]), torch.tensor([8.0])
     noise = torch.randn(1, size["frames"], *z_ref.shape[1:])
 
-    def loop(fusion: str | None) -> Callable[[], None]:
-        options = {"fusion": fusion, "inject": fusion and "both"}
-        video, encoder = (network.from_unet2d(unet2d, **options).eval() for network in (VideoUNet, ConditionEncoder))
-        scheduler = make_sampler(DDPMScheduler())
+    def loop(preset: str, *changes: str) -> Callable[[], None]:
+        video, scheduler = video_unet(unet2d, preset, *changes).eval(), make_sampler(DDPMScheduler())
 
         def sample() -> None:
             with torch.inference_mode():
                 scheduler.set_timesteps(arguments.steps)
-                conditions, z = encoder(text, z_ref, fps), noise
+                conditions, z = video.encode(text, z_ref, fps), noise
                 for t in scheduler.timesteps:
                     z = scheduler.step(video(z, t, conditions), t, z).prev_sample
 
         return sample
 
-    loops = {BASELINE: loop(None), **{fusion: loop(fusion) for fusion in FUSIONS}}
+    loops = {name: loop(*preset) for name, preset in NETWORKS.items()}
     seconds = median_seconds(loops, arguments.rounds, CLOCKS[arguments.clock], "sampling")
     rows = {name: {"seconds": value, "ratio": value / seconds[BASELINE]} for name, value in seconds.items()}
-    print(f"\n{f'sampling, {arguments.steps} steps':<34}{'ratio':>8}{'seconds':>10}")
+    print(f"\n{f'sampling, {arguments.steps} steps':<40}{'ratio':>8}{'seconds':>10}")
     for name, row in rows.items():
-        print(f"{name:<34}{row['ratio']:>8.3f}{row['seconds']:>10.3f}")
+        print(f"{name:<40}{row['ratio']:>8.3f}{row['seconds']:>10.3f}")
     return {"size": size, "steps": arguments.steps, **environment(arguments), "sampling": rows}
 
 

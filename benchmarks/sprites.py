@@ -65,7 +65,7 @@ def text_sensitivity(arguments: argparse.Namespace) -> dict[str, Any]:
     from microcinema.training.loss import TrainableModel
 
     pipeline = load_pipeline(arguments.pipeline)
-    denoiser = TrainableModel(pipeline.unet, pipeline.condition_encoder).eval()
+    denoiser = TrainableModel(pipeline.unet).eval()
     figures = measurement.measure(pipeline, denoiser, measurement.moving_sprites(arguments.clips))
     for name, part in {"all": figures, **figures["parts"]}.items():
         print(f"{name:<18}{part['moving_loss']:.4f}, with the opposite motion {part['text_sensitivity']:+.1%}")
@@ -92,7 +92,7 @@ def flow_error(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = open_checkpoint(arguments.checkpoint, config, use_ema=False)
     predict_net = PredictNet.from_pretrained(folder)
     if config.use_ema:  # as exported; PredictNet has averaged weights too
-        load_ema(arguments.checkpoint, TrainableModel(pipeline.unet, pipeline.condition_encoder, predict_net))
+        load_ema(arguments.checkpoint, TrainableModel(pipeline.unet, predict_net))
     sprites = [sample_attributes(FLOW_WORLD_SEED, index, "heldout") for index in range(arguments.clips)]
     report: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "clips": arguments.clips}
     for t in arguments.timesteps:

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 _HOME = {
     "UserError": "microcinema.utils.errors",
     "VideoUNet": "microcinema.models.video_unet",
-    "AppearanceNet": "microcinema.models.appearance",
+    "AppearNet": "microcinema.models.appearance",
+    "ReferenceNet": "microcinema.models.appearance",
     "Conditions": "microcinema.models.conditioning",
-    "ConditionEncoder": "microcinema.models.conditioning",
     "NoisePrior": "microcinema.diffusion.noise_prior",
     "KeyframePipeline": "microcinema.pipelines.keyframe",
     "ImageToVideoPipeline": "microcinema.pipelines.image_to_video",

@@ -28,11 +28,11 @@ def examples() -> dict[str, Any]:
 def test_a_condition(examples):
     torch.manual_seed(0)
     unet2d = tiny.unet()
-    unet, encoder = examples["build"](unet2d)
+    unet = examples["build"](unet2d)
     text = torch.randn(2, 3, unet2d.config.cross_attention_dim)
     z_ref, pixels = torch.randn(2, 4, 8, 8), torch.zeros(2, 3, 32, 32)
     pixels[:, :, :, 16:] = 1
-    conditions = encoder(text, z_ref, pixels=pixels, image_mask=torch.tensor([True, False]))
+    conditions = unet.encode(text, z_ref, pixels=pixels, image_mask=torch.tensor([True, False]))
     edges = conditions.keyframe[:, 4]
     assert edges[0].amax(dim=0).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]  # between pixels 15 and 16, in cell 3 of 8
     assert not conditions.keyframe[1].any()

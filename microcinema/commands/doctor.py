@@ -193,8 +193,7 @@ def needs(config: Train, folder: str, device: torch.device) -> Iterator[Finding]
         except UserError as error:
             yield Finding("model", str(error), PROBLEM)
             return
-        trained = (pipeline.unet, pipeline.condition_encoder)
-        networks = sum(parameter.nbytes for network in trained for parameter in network.parameters())
+        networks = sum(parameter.nbytes for parameter in pipeline.unet.parameters())
         bar.update()
         sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
         if free < MARGIN * sampling.peak:

@@ -7,7 +7,6 @@ import torch
 from microcinema.config.compose import load, plain, to_yaml
 from microcinema.config.schema import Export, Train
 from microcinema.diffusion.schedule import make_scheduler
-from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import (
@@ -60,13 +59,11 @@ def run(config: Export) -> None:
 def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:
     """The pipeline of a training checkpoint and the config of its run; a UserError if it lacks averages or keys, or there is no base."""
     unet = VideoUNet.from_pretrained(folder / "unet")
-    condition_encoder = ConditionEncoder.from_pretrained(folder / "condition_encoder")
     if use_ema:
-        load_ema(folder, TrainableModel(unet, condition_encoder))
+        load_ema(folder, TrainableModel(unet))
     name, revision = config.base.pretrained_model_name_or_path, config.base.revision
     scheduler = make_scheduler(load_scheduler_config(resolve_snapshot(name, revision=revision)))
-    parts = {"unet": unet, "condition_encoder": condition_encoder}
-    return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, **parts)
+    return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, unet=unet)
 
 
 def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:

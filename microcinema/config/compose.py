@@ -169,12 +169,20 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
     """Sets the value of a dotted key that the tree has, as the type that the schema declares or, in an open group, of the old value."""
     *path, name = key.split(".")
     node: Any = tree
-    for part in path:
+    for i, part in enumerate(path):
         node, kind = node.get(part) if isinstance(node, dict) else None, _kind_of(kind, part)
+        if node is None and (names := list(_keys_of(kind))):
+            group = ".".join(path[: i + 1])
+            raise UserError(
+                f"{group} is null, so it has no key '{name}'; set the whole, '{group}={{{': , '.join(names)}: }}'"
+            )
     kind = _kind_of(kind, name)
     if not isinstance(node, dict) or name not in node or name == "_target_":
         _refuse_key(key, _dotted(tree))
     old = node[name]
+    if (old is None or isinstance(old, dict)) and _keys_of(kind) and type(None) in typing.get_args(kind):
+        node[name] = _parse(key, text)
+        return
     if isinstance(old, dict):
         inside = [name for name in _dotted(old, f"{key}.") if not name.endswith("._target_")]
         raise UserError(f"'{key}' is a group of keys; set one of {', '.join(inside)}")
@@ -192,9 +200,15 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
 
 
 def _kind_of(kind: Any, key: str) -> Any:
-    """The type of a key of a schema class; None: the class is not of the schema, or has no such key."""
-    closed = is_dataclass(kind) and kind is not Component
-    return typing.get_type_hints(kind, include_extras=True).get(key) if closed else None
+    """The type of a key of a schema class, or of a class that may be None; None: there is no such class or key."""
+    return _keys_of(kind).get(key)
+
+
+def _keys_of(kind: Any) -> dict[str, Any]:
+    """The keys of a schema class, or of a class that may be None, and their types; none for anything else."""
+    members = [member for member in typing.get_args(kind) if member is not type(None)] or [kind]
+    closed = len(members) == 1 and is_dataclass(members[0]) and members[0] is not Component
+    return typing.get_type_hints(members[0], include_extras=True) if closed else {}
 
 
 def _is_text(kind: Any) -> bool:

@@ -18,8 +18,6 @@ TARGETS = (
     "microcinema.diffusion.noise_prior.NoisePrior",
     "microcinema.evaluation.detectors.VideoDetectorSettings",
     "microcinema.evaluation.protocol.ZeroShotProtocol",
-    "microcinema.models.conditioning.ConditionEncoder.from_unet2d",
-    "microcinema.models.video_unet.VideoUNet.from_unet2d",
     "microcinema.sprites.flow.GroundTruthFlow",
     "microcinema.sprites.protocol.SpritesProtocol",
 )
@@ -37,11 +35,9 @@ class Component:
             raise UserError(f"_target_ '{self.target}' is not allowed; use one of {', '.join(TARGETS)}")
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The named parameters of the target, and of its class where a class method passes `**options` on to it."""
-        signature = inspect.signature(self._callable()).parameters
-        options = inspect.signature(owner).parameters if (owner := self._class_of_options()) else {}
+        """The named parameters of the target."""
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return {name: p for name, p in {**options, **signature}.items() if p.kind in named}
+        return {name: p for name, p in inspect.signature(self._callable()).parameters.items() if p.kind in named}
 
     def build(self, **extra: Any) -> Any:
         """Calls the target with its arguments and with `extra` ones that no config can hold, such as a loaded network.
@@ -51,9 +47,9 @@ class Component:
         """
         function, parameters = self._callable(), self.parameters()
         hints: dict[str, Any] = {}
-        for typed in filter(None, (self._class_of_options(), function)):
-            with contextlib.suppress(NameError):  # annotations that only a type checker can resolve
-                hints |= typing.get_type_hints(typed.__init__ if inspect.isclass(typed) else typed, include_extras=True)
+        with contextlib.suppress(NameError):  # annotations that only a type checker can resolve
+            typed = function.__init__ if inspect.isclass(function) else function
+            hints = typing.get_type_hints(typed, include_extras=True)
         arguments = dict(extra)
         for key, node in self.arguments.items():
             if key not in parameters:
@@ -64,13 +60,6 @@ class Component:
         if missing:
             raise UserError(f"'{self.target}' needs the arguments {', '.join(missing)} as well")
         return function(**arguments)
-
-    def _class_of_options(self) -> type | None:
-        """The class to whose constructor a class method passes its `**options`."""
-        function = self._callable()
-        kinds = {p.kind for p in inspect.signature(function).parameters.values()}
-        owner = getattr(function, "__self__", None)
-        return owner if isinstance(owner, type) and inspect.Parameter.VAR_KEYWORD in kinds else None
 
     def _callable(self) -> Any:
         try:

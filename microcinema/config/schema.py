@@ -5,14 +5,12 @@ These objects are frozen and travel as they are; `dataclasses.replace` makes a c
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from microcinema.config.instantiate import Component, components
+from microcinema.config.network import CONFIG, Count, NetworkOptions
 
-CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True)
-
-Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -59,19 +57,12 @@ class Diffusion:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Model:
+class Model(NetworkOptions):
     keyframe_position: Literal["first", "center"] | CountOrZero
-    fusion: str | None
-    inject: str | None
-    keyframe_concat: bool
-    adapter: str | None
     image_encoder: str | None
-    pixel_scales: list[Count]
     motion_encoder: str | None
     num_motion_tokens: Count
     flow_model: str | None
-    unet: Open
-    condition_encoder: Open
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microcinema.models.attention import KeyValue, attention, count_heads
-from microcinema.utils.errors import UserError
-
-MODES = ("decoupled", "concat")
 
 
 class ResamplerBlock(nn.Module):
@@ -52,13 +49,11 @@ class TextImageAdapter(nn.Module):
         image_width: of the image encoder's tokens.
         text_width: of the text tokens and of the result.
         widths: of the spatial cross-attentions, in the order of the layers; empty for `concat`.
-        num_tokens: number of image tokens m, at least 1.
+        num_tokens: number of image tokens m.
     """
 
-    def __init__(self, image_width: int, text_width: int, widths: Sequence[int] = (), num_tokens: int = 16):
+    def __init__(self, image_width: int, text_width: int, widths: Sequence[int], num_tokens: int):
         super().__init__()
-        if num_tokens < 1:
-            raise UserError(f"num_image_tokens is {num_tokens}; it must be at least 1")
         self.queries = nn.Parameter(torch.randn(num_tokens, text_width) / text_width**0.5)
         self.image_in = nn.Linear(image_width, text_width)
         self.text_in = nn.Linear(text_width, text_width)
@@ -74,7 +69,9 @@ class TextImageAdapter(nn.Module):
             tokens = block(tokens, context)
         return self.norm_out(tokens)
 
-    def forward(self, text: Tensor, image: Tensor) -> tuple[KeyValue, ...]:
-        """Keys and values `b m c` of the image tokens for every spatial cross-attention (`decoupled`)."""
+    def forward(self, text: Tensor, image: Tensor) -> tuple[KeyValue, ...] | Tensor:
+        """Keys and values `b m c` of the image tokens for every spatial cross-attention; `concat`: the tokens, `b m d`."""
         tokens = self.tokens(text, image)
+        if not self.to_kv:
+            return tokens
         return tuple(KeyValue(*to_kv(tokens).chunk(2, dim=-1)) for to_kv in self.to_kv)

@@ -45,7 +45,7 @@ class PredictNet(ModelMixin, ConfigMixin):
     @classmethod
     def for_unet(cls, unet: VideoUNet) -> "PredictNet":
         """A new PredictNet for the decoder's last features of a UNet."""
-        return cls(unet.config["block_out_channels"][0], unet.config["norm_num_groups"])
+        return cls(unet.conv_norm_out.num_channels, unet.conv_norm_out.num_groups)
 
     def forward(self, features: Tensor, frames: int) -> Tensor:
         """Flow `b f-1 2 h w` (dx, dy) from each frame to the next, in latent positions, of features `(b f) c h w`."""

@@ -1,9 +1,8 @@
-"""Temporal layers of VideoUNet. Each ends in a zero-initialized projection, so that it starts as exactly the identity.
+"""Temporal layers. Each ends in a zero-initialized projection, so that it starts as exactly the identity.
 
-This is our design: light layers after each ResNet block and each spatial transformer. MicroCinema's authors draw theirs inside the
-ResNet blocks and at full width (see docs/method.md).
+Their places in the network are those of MicroCinema's figure and of its authors' earlier code, or cheaper ones of ours: see UNet3D.
 
-Shapes: b clips, f frames, c channels, h w spatial size, d inner width, m tokens of the motion caption.
+Shapes: b clips, f frames, c channels, h w spatial size, d inner width, m tokens of a caption, e their width.
 """
 
 import math
@@ -24,20 +23,19 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-class TemporalConv(nn.Module):
-    """Residual convolution over frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, `x = silu(norm(h))`, zero-padded.
+class FrameConv(nn.Module):
+    """Residual convolution over three frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, zero-padded and zero-initialized.
 
     One 1x1 convolution computes the three products of every frame; shifting them is then a sum over views, without copies.
     """
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels)
         self.taps = zero_init(nn.Conv2d(channels, 3 * channels, 1, bias=False))
 
-    def forward(self, h: Tensor, frames: int) -> Tensor:
-        """Maps `(b f) c h w` to the same shape; `frames` is f."""
-        taps = rearrange(self.taps(functional.silu(self.norm(h))), "(b f) c h w -> b f c h w", f=frames)
+    def forward(self, h: Tensor, frames: int, x: Tensor | None = None) -> Tensor:
+        """Maps `h`, `(b f) c h w`, to the same shape; `frames` is f, and x is h if it is None."""
+        taps = rearrange(self.taps(h if x is None else x), "(b f) c h w -> b f c h w", f=frames)
         to_next, to_self, to_previous = taps.chunk(3, dim=2)
         out = rearrange(h, "(b f) c h w -> b f c h w", f=frames) + to_self
         out[:, 1:] += to_next[:, :-1]
@@ -45,50 +43,102 @@ class TemporalConv(nn.Module):
         return rearrange(out, "b f c h w -> (b f) c h w")
 
 
+class TemporalConv(FrameConv):
+    """The FrameConv of `x = silu(norm(h))`: the temporal layer of MicroCinema's ResNet block (arXiv 2311.18829, figure of the block).
+
+    Args:
+        over_frames: the statistics of the GroupNorm are those of a clip, over its channels of a group, frames, height and width, as
+            the authors draw it; False: those of each frame.
+    """
+
+    def __init__(self, channels: int, groups: int, over_frames: bool):
+        super().__init__(channels)
+        self.norm = nn.GroupNorm(groups, channels)
+        self.over_frames = over_frames
+
+    def forward(self, h: Tensor, frames: int, scale_shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Maps `(b f) c h w` to the same shape.
+
+        Args:
+            frames: f.
+            scale_shift: gamma and beta `(b f) 2c h w` of the injection, `norm(h) gamma + beta + norm(h)`; None: none.
+        """
+        if self.over_frames:
+            x = self.norm(rearrange(h, "(b f) c h w -> b c f h w", f=frames))
+            x = rearrange(x, "b c f h w -> (b f) c h w")
+        else:
+            x = self.norm(h)
+        if scale_shift is not None:
+            gamma, beta = scale_shift.chunk(2, dim=1)
+            x = x + torch.addcmul(beta, x, gamma)
+        return super().forward(h, frames, functional.silu(x))
+
+
 class TemporalTransformer(nn.Module):
     """Residual transformer over frames: the f frames at each position are one sequence.
 
-        x = W_in norm(h);  x += attention(norm(x) + position);  x += feed_forward(norm(x));  h + W_out x
+        x = W_in norm(h);  x += attention(norm(x) + position);  x += attention(norm(x), text);  x += feed_forward(norm(x));  h + W_out x
 
-    The feed-forward is gated (GEGLU, arXiv 2002.05202). `W_in` narrows to `width` channels; `W_out` is zero-initialized. Positions
-    are learned from a sinusoidal start. With motion attention, x also attends to the tokens of the motion caption, whose keys and
-    values are the same for all positions, frames and steps: Factorized-Dreamer (arXiv 2408.10119) reads the motion caption
-    with T5; that the temporal layers attend to it is our choice.
+    The feed-forward is gated (GEGLU, arXiv 2002.05202). `W_in` narrows to `width` channels; `W_out` is zero-initialized. That it reads
+    the text, at full width, is as in the earlier code of MicroCinema's first author; the positions, learned from a sinusoidal
+    start, are ours. Factorized-Dreamer (arXiv 2408.10119) reads a motion caption with T5; that its tokens come here is our choice.
 
     Args:
         channels, width: of `h`; inner channels d.
-        max_frames: length of the position table.
+        max_frames: length of the table of positions; None: no positions.
+        text_width: width e of the text tokens; None: it reads no text.
+        feed_forward: inner channels of the feed-forward, as a multiple of `width`.
     """
 
-    def __init__(self, channels: int, width: int, groups: int, max_frames: int, motion_attention: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        groups: int,
+        max_frames: int | None,
+        text_width: int | None,
+        feed_forward: int,
+    ):
         super().__init__()
         self.heads = count_heads(width)
         self.norm = nn.GroupNorm(groups, channels)
         self.proj_in = nn.Conv2d(channels, width, 1)
-        self.positions = nn.Parameter(sinusoids(max_frames, width))
+        self.positions = None if max_frames is None else nn.Parameter(sinusoids(max_frames, width))
         self.attention_norm = nn.LayerNorm(width)
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.to_out = nn.Linear(width, width)
-        if motion_attention:
-            self.motion_norm = nn.LayerNorm(width)
-            self.to_motion_query = nn.Linear(width, width, bias=False)
-            self.to_motion_out = nn.Linear(width, width)
+        self.reads_text = text_width is not None
+        if text_width is not None:
+            self.text_norm = nn.LayerNorm(width)
+            self.to_text_query = nn.Linear(width, width, bias=False)
+            self.to_text_kv = nn.Linear(text_width, 2 * width, bias=False)
+            self.to_text_out = nn.Linear(width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, 4 * width)
-        self.feed_forward_out = nn.Linear(2 * width, width)
+        self.feed_forward_in = nn.Linear(width, 2 * feed_forward * width)
+        self.feed_forward_out = nn.Linear(feed_forward * width, width)
         self.proj_out = zero_init(nn.Conv2d(width, channels, 1))
 
-    def forward(self, h: Tensor, frames: int, motion: KeyValue | None = None) -> Tensor:
-        """Maps `(b f) c h w` to the same shape; `frames` is f, `motion` the keys and values `b m d` of the motion caption."""
+    def forward(self, h: Tensor, frames: int, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Maps `(b f) c h w` to the same shape.
+
+        Args:
+            frames: f.
+            text: tokens `b m e`; None: they are skipped.
+            mask: bool `b m`, False where a token is padding.
+        """
         height, width = h.shape[-2:]
         x = rearrange(self.proj_in(self.norm(h)), "(b f) c h w -> (b h w) f c", f=frames)
-        query, key, value = self.to_qkv(self.attention_norm(x) + self.positions[:frames]).chunk(3, dim=-1)
+        normed = self.attention_norm(x)
+        if self.positions is not None:
+            normed = normed + self.positions[:frames]
+        query, key, value = self.to_qkv(normed).chunk(3, dim=-1)
         x = x + self.to_out(attention(query, KeyValue(key, value), self.heads))
-        if motion is not None:
+        if self.reads_text and text is not None:
             # All positions and frames of a clip are queries of the same keys.
-            query = rearrange(self.to_motion_query(self.motion_norm(x)), "(b p) f c -> b (p f) c", b=len(motion.key))
-            out = self.to_motion_out(attention(query, motion, self.heads))
-            x = x + rearrange(out, "b (p f) c -> (b p) f c", f=frames)
+            query = rearrange(self.to_text_query(self.text_norm(x)), "(b p) f c -> b (p f) c", b=len(text))
+            key, value = self.to_text_kv(text).chunk(2, dim=-1)
+            out = attention(query, KeyValue(key, value, mask), self.heads)
+            x = x + rearrange(self.to_text_out(out), "b (p f) c -> (b p) f c", f=frames)
         value, gate = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
         x = x + self.feed_forward_out(value * functional.gelu(gate))
         x = rearrange(x, "(b h w) f c -> (b f) h w c", h=height, w=width)

@@ -1,23 +1,23 @@
-"""The 2D UNet of Stable Diffusion as blocks to build on: VideoUNet and AppearanceNet are both made of it.
+"""The 2D UNet of Stable Diffusion as blocks to build on: all networks here are made of it.
 
 Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, m image tokens, d text width.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from microcinema.models.attention import KeyValue, attention
-from microcinema.models.weights import check_keys, load_checked
+from microcinema.models.weights import check_keys
 from microcinema.utils.errors import UserError
 
 # The config keys of a UNet2DConditionModel that differ among Stable Diffusion 1.x and 2.x; all others must have their defaults.
@@ -47,7 +47,8 @@ BLOCK_TYPES = {
 # Modules of a UNet2DConditionModel; each keeps its name.
 ENCODER_MODULES = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 MODULES = (*ENCODER_MODULES, "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-LayerFunction = Callable[[int, ResnetBlock2D, Transformer2DModel | None, Tensor], Tensor]
+LayerFunction = Callable[[int, "HalvedResnetBlock2D", Transformer2DModel | None, Tensor], tuple[Tensor, Any]]
+HalfFunction = Callable[[Tensor], Tensor]
 
 
 def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +67,16 @@ def block_layers(block: Any) -> list[tuple[ResnetBlock2D, Transformer2DModel | N
     return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
 
 
+def all_blocks(net: Any) -> list[Any]:
+    """All blocks of a UNet2DConditionModel or of a network built from its blocks, in order."""
+    return [*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())]
+
+
+def resamplers_of(block: Any) -> list[Any]:
+    """The down- or upsampler of a block, if it has one."""
+    return [module for name in ("downsamplers", "upsamplers") for module in getattr(block, name, None) or ()]
+
+
 class LayerSpec(NamedTuple):
     """Size of a layer."""
 
@@ -77,7 +88,7 @@ class LayerSpec(NamedTuple):
 def layer_specs(net: Any) -> list[LayerSpec]:
     """All layers, in order, of a UNet2DConditionModel or of a network built from its blocks."""
     specs, scale = [], 1
-    for block in (*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())):
+    for block in all_blocks(net):
         for resnet, transformer in block_layers(block):
             specs.append(LayerSpec(resnet.out_channels, transformer is not None, scale))
         if getattr(block, "downsamplers", None):
@@ -143,6 +154,31 @@ class SharedTextAttention(Attention):
         self.set_processor(SharedTextProcessor(use_memory_efficient_attention_xformers))
 
 
+def share_tokens(module: nn.Module) -> None:
+    """Lets the cross-attentions of a module of diffusers share their tokens among the frames of a clip."""
+    for child in module.modules():
+        if isinstance(child, Attention) and child.is_cross_attention:
+            child.__class__ = SharedTextAttention  # diffusers builds the blocks; this class has no parameters
+            child.set_processor(SharedTextProcessor())
+
+
+class HalvedResnetBlock2D(ResnetBlock2D):
+    """A ResNet block of diffusers whose forward runs a function of the features after each of its two convolutions.
+
+    diffusers builds the blocks, and this class, which has no parameters, replaces theirs. Without functions it is its own forward.
+    """
+
+    def forward(  # type: ignore[override]
+        self, h: Tensor, emb: Tensor, first: HalfFunction | None = None, second: HalfFunction | None = None
+    ) -> Tensor:
+        """Maps `n c h w` to `n c' h w`, with time embeddings `n d`."""
+        x = self.conv1(self.nonlinearity(self.norm1(h)))
+        x = (first(x) if first else x) + self.time_emb_proj(self.nonlinearity(emb))[:, :, None, None]
+        x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
+        x = second(x) if second else x
+        return (x + (h if self.conv_shortcut is None else self.conv_shortcut(h))) / self.output_scale_factor
+
+
 def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextImageContext) -> Tensor:
     """Runs a spatial transformer of the base on `(b f) c h w`, with text tokens `b n d` shared by the frames of a clip.
 
@@ -158,7 +194,7 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | Te
     return h + (x if linear else module.proj_out(x))
 
 
-class UNet2DBackbone(ModelMixin, ConfigMixin):
+class UNet2DBackbone(nn.Module):
     """Base class of the networks that are built from a 2D UNet's modules, which keep their names.
 
     A *layer* is a ResNet block and the spatial transformer after it, if there is one. Layers are numbered from the
@@ -166,9 +202,10 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
     """
 
     new_prefixes: tuple[str, ...] = ()  # of the parameters that a 2D UNet does not have
-    _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["BasicTransformerBlock", "ResnetBlock2D"]
-    _skip_layerwise_casting_patterns: ClassVar = ["norm"]
+
+    if TYPE_CHECKING:  # modules, which torch declares as tensors or modules
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _build_unet2d(self, config: dict[str, Any], modules: Iterable[str] = MODULES) -> None:
         """Builds the 2D UNet of a config (keys that it does not have are ignored) and takes over the named modules."""
@@ -180,9 +217,9 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
         for name in modules:
             setattr(self, name, getattr(base, name))
         for module in self.modules():
-            if isinstance(module, Attention) and module.is_cross_attention:
-                module.__class__ = SharedTextAttention  # diffusers builds the blocks; this class has no parameters
-                module.set_processor(SharedTextProcessor())
+            if isinstance(module, ResnetBlock2D):
+                module.__class__ = HalvedResnetBlock2D
+        share_tokens(self)
         self.gradient_checkpointing = False
 
     def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
@@ -190,35 +227,41 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
         t = torch.as_tensor(t, device=device).expand(b)
         return self.time_embedding(self.time_proj(t).to(self.time_embedding.linear_1.weight.dtype))
 
-    def run_blocks(self, h: Tensor, layer: LayerFunction) -> Iterator[Tensor]:
-        """Runs all blocks on `h`, the output of `conv_in`, and yields the output of every layer.
+    def run_blocks(
+        self, h: Tensor, layer: LayerFunction, after_resampling: Callable[[int, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """Runs all blocks on `h`, the output of `conv_in`; returns the last features, and what the layers return beside them.
 
-        `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on; skip
-        connections and changes of resolution are those of the 2D UNet.
+        Args:
+            layer: `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on, and
+                returns its features and anything else; skip connections and changes of resolution are those of the 2D UNet.
+            after_resampling: function of the features after the down- or upsampler of a number, from 0.
         """
         down, up = list(self.down_blocks), list(getattr(self, "up_blocks", ()))
 
-        def run(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, *inputs: Tensor) -> Tensor:
+        def run(number: int, resnet: Any, transformer: Transformer2DModel | None, *inputs: Tensor) -> Any:
             return layer(number, resnet, transformer, torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
 
-        def step(*arguments: Any) -> Tensor:
+        def step(*arguments: Any) -> Any:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(run, *arguments)
             return run(*arguments)
 
-        number, skips = 0, [h]
-        for block in (*down, self.mid_block, *up):
+        number, resampling, skips, others = 0, 0, [h], []
+        for i, block in enumerate((*down, self.mid_block, *up)):
             for resnet, transformer in block_layers(block):
-                h = step(number, resnet, transformer, h, *([skips.pop()] if block in up else ()))
-                yield h
-                if block in down:
+                h, other = step(number, resnet, transformer, h, *([skips.pop()] if i > len(down) else ()))
+                others.append(other)
+                if i < len(down):
                     skips.append(h)
                 number += 1
-            for downsampler in getattr(block, "downsamplers", None) or ():
-                h = downsampler(h)
-                skips.append(h)
-            for upsampler in getattr(block, "upsamplers", None) or ():
-                h = upsampler(h)
+            for resampler in resamplers_of(block):
+                h = resampler(h)
+                h = after_resampling(resampling, h) if after_resampling else h
+                resampling += 1
+                if i < len(down):
+                    skips.append(h)
+        return h, others
 
     def load_unet2d(self, unet: UNet2DConditionModel) -> None:
         """Copies the weights of a 2D UNet; a key of a module here that is missing or unexpected is a UserError."""
@@ -226,8 +269,3 @@ class UNet2DBackbone(ModelMixin, ConfigMixin):
         state = {key: value for key, value in unet.state_dict().items() if not key.startswith(unused)}
         missing, unexpected = self.load_state_dict(state, strict=False)
         check_keys([key for key in missing if not key.startswith(self.new_prefixes)], unexpected, "the base UNet")
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but a folder that cannot be read and a missing or unexpected key are a UserError."""
-        return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)

@@ -1,154 +1,238 @@
 """VideoUNet: the denoiser. The blocks of a 2D UNet on every frame, with temporal layers and conditioning between them.
 
-Growing it from a pretrained 2D UNet is MicroCinema's (arXiv 2311.18829) and Factorized-Dreamer's (arXiv 2408.10119); the design of its
-layers is our reading, see docs/method.md and the modules of the layers.
+Growing it from a pretrained 2D UNet is MicroCinema's (arXiv 2311.18829) and Factorized-Dreamer's (arXiv 2408.10119). Which of its parts are
+the authors' and which are ours is said by their modules, and by docs/method.md.
 
-Shapes: b clips, f frames, c channels, h w spatial size, n text tokens, d text width.
+Shapes: b clips, f frames, c channels, h w spatial size, n text tokens, d text width, p patch tokens, e width of the image encoder,
+k motion tokens, H W pixels.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, ClassVar
 
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  DiffusionPipeline.from_pretrained looks ModelMixin up here
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import TimestepEmbedding
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from einops import rearrange, repeat
+from einops import rearrange
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from microcinema.models.appearance import FUSIONS, INJECTS, fuse, injected_layers
-from microcinema.models.attention import zero_init
-from microcinema.models.conditioning import ConditionEncoder, Conditions
-from microcinema.models.pixel_attention import PixelAwareCrossAttention
-from microcinema.models.temporal import TemporalConv, TemporalTransformer
-from microcinema.models.unet2d import (
-    LayerSpec,
-    TextImageContext,
-    UNet2DBackbone,
-    layer_specs,
-    spatial_transformer,
-    unet2d_arguments,
+from microcinema.config.instantiate import reasons
+from microcinema.config.network import NetworkOptions, VideoUNetConfig
+from microcinema.models.appearance import (
+    AppearanceEmbedding,
+    AppearNet,
+    ReferenceNet,
+    combine,
+    embedding_sources,
+    fuse,
+    make_injections,
 )
+from microcinema.models.attention import zero_init
+from microcinema.models.conditioning import Conditions, drop
+from microcinema.models.image_adapter import TextImageAdapter
+from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelAwareTransformer, PixelPyramid
+from microcinema.models.unet2d import LayerSpec, TextImageContext, layer_specs, spatial_transformer, unet2d_arguments
+from microcinema.models.unet3d import UNet3D
+from microcinema.models.weights import load_checked
 from microcinema.utils.errors import UserError, check_choice
 
 
-class VideoUNet(UNet2DBackbone):
+class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
     """Denoiser of clips, `z_t, t, conditions -> prediction`. At initialization it equals its 2D UNet on every frame.
 
-    A layer is: ResNet block, temporal convolution, spatial transformer, injection of the key frame's feature,
-    pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). The key frame enters before
-    the temporal transformer, so that motion is computed from features that contain it.
+    `encode` computes once per clip what depends on neither noise nor time. A layer is: ResNet block with its temporal convolutions,
+    spatial transformer, pixel-aware attention, temporal transformer (the transformers where the 2D UNet has one). AppearNet's
+    embeddings enter the ResNet block and after the temporal transformer, ReferenceNet's before pixel-aware attention.
 
     Args:
-        max_frames: longest clip (length of the position tables).
-        temporal_bottleneck: the temporal transformers have `channels / temporal_bottleneck` channels.
-        keyframe_channels: channels of a key frame concatenated to the input; 0: none. Its input weights are a separate
-            convolution, `keyframe_conv_in`, since the convolution of a concatenation is a sum.
-        fps_conditioning, frame_conditioning: add embeddings of the frame rate, of the frame's index to the time embedding.
-        fusion, inject: how and where the AppearanceNet's features enter, see there; both None: no injection.
-        image_attention: the spatial cross-attentions also read an adapter's image tokens, through zero-initialized gates.
-        pixel_scales: latent positions per position of the layers with pixel-aware attention.
-        motion_attention: the temporal transformers attend to the motion caption.
-        the rest: as in UNet2DConditionModel of diffusers.
+        the fields of `VideoUNetConfig`, as plain values.
 
     Raises:
-        UserError: an unknown fusion, inject or block type.
+        UserError: options that cannot be built.
     """
 
     new_prefixes = (
-        "temporal_",
+        *UNet3D.new_prefixes,
         "keyframe_conv_in.",
-        "fps_embedding.",
-        "frame_embedding.",
+        "appear_net.",
+        "reference_net.",
+        "injections.",
+        "image_adapter.",
         "image_gates.",
+        "pixel_pyramid.",
         "pixel_attentions.",
     )
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["BasicTransformerBlock", "HalvedResnetBlock2D"]
+    _skip_layerwise_casting_patterns: ClassVar = ["norm"]
 
     @register_to_config
     def __init__(
         self,
-        sample_size: int | None = None,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        flip_sin_to_cos: bool = True,
-        freq_shift: int = 0,
-        down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-        layers_per_block: int = 2,
-        downsample_padding: int = 1,
-        act_fn: str = "silu",
-        norm_num_groups: int = 32,
-        norm_eps: float = 1e-5,
-        cross_attention_dim: int = 1280,
-        attention_head_dim: int | tuple[int, ...] = 8,
-        use_linear_projection: bool = False,
-        upcast_attention: bool = False,
+        unet2d: dict[str, Any],
+        temporal: dict[str, Any],
         max_frames: int = 32,
-        temporal_bottleneck: int = 2,
-        keyframe_channels: int = 0,
+        keyframe_concat: bool = False,
         fps_conditioning: bool = True,
-        frame_conditioning: bool = True,
-        fusion: str | None = None,
-        inject: str | None = None,
-        image_attention: bool = False,
-        pixel_scales: tuple[int, ...] = (),
-        motion_attention: bool = False,
+        appearance: dict[str, Any] | None = None,
+        adapter: dict[str, Any] | None = None,
+        pixels: dict[str, Any] | None = None,
+        image_width: int | None = None,
+        motion_width: int | None = None,
+        vae_scale_factor: int = 8,
     ):
         super().__init__()
-        if (fusion is None) != (inject is None):
-            raise UserError(f"fusion={fusion!r} and inject={inject!r} go together; give both or neither")
-        if fusion is not None and inject is not None:
-            check_choice("fusion", fusion, FUSIONS)
-            check_choice("inject", inject, INJECTS)
-        self._build_unet2d(dict(self.config))
-        self.injected = [] if inject is None else injected_layers(self, inject)
-        self._build_video_layers(layer_specs(self))
-        if keyframe_channels:
-            conv_in = nn.Conv2d(keyframe_channels, block_out_channels[0], 3, padding=1, bias=False)
-            self.keyframe_conv_in = zero_init(conv_in)  # no bias: a dropped key frame is zero and must add nothing
-        for name, enabled in (("fps_embedding", fps_conditioning), ("frame_embedding", frame_conditioning)):
-            if enabled:
-                embedding = TimestepEmbedding(block_out_channels[0], self.time_embedding.linear_1.out_features)
-                zero_init(embedding.linear_2)
-                setattr(self, name, embedding)
+        self.options = options = _checked_options({name: self.config[name] for name in _FIELDS})
+        self._build_unet2d(options.unet2d)
+        self._build_temporal_layers(options)
+        specs = layer_specs(self)
+        if options.keyframe_concat:
+            # A separate convolution, since that of a concatenation is a sum. No bias: a dropped key frame must add nothing.
+            conv_in = nn.Conv2d(self.conv_in.in_channels, self.conv_in.out_channels, 3, padding=1, bias=False)
+            self.keyframe_conv_in = zero_init(conv_in)
+        self._build_appearance(options, specs)
+        self._build_adapter(options, specs)
+        self._build_pixel_attention(options, specs)
 
-    def _build_video_layers(self, specs: Sequence[LayerSpec]) -> None:
-        """The modules between the layers of the 2D UNet; except for the convolutions, by the layer's number."""
-        config = self.config
-        groups = config.norm_num_groups
-        attention = {str(i): spec for i, spec in enumerate(specs) if spec.has_attention}
-        self.temporal_convs = nn.ModuleList(TemporalConv(spec.width, groups) for spec in specs)
-        self.temporal_transformers = nn.ModuleDict()
-        for i, (width, _, _) in attention.items():
-            self.temporal_transformers[i] = TemporalTransformer(
-                width, width // config.temporal_bottleneck, groups, config.max_frames, config.motion_attention
-            )
-        # As pairs: a ParameterDict sorts the keys of a dict, "10" before "2".
-        gates = [(i, torch.zeros(spec.width)) for i, spec in attention.items() if config.image_attention]
-        self.image_gates = nn.ParameterDict(gates)
-        pixel_layers = {i: spec for i, spec in attention.items() if spec.scale in config.pixel_scales}
-        self.pixel_attentions = nn.ModuleDict(
-            {i: PixelAwareCrossAttention(spec.width, groups) for i, spec in pixel_layers.items()}
+    def _build_appearance(self, options: VideoUNetConfig, specs: list[LayerSpec]) -> None:
+        self.sources: dict[int, tuple[int, ...]] = {}
+        if options.appearance is None:
+            return
+        if options.appearance.network == "reference_net":
+            self.reference_net = ReferenceNet(options)
+        else:
+            self.appear_net = AppearNet(options)
+            self.sources = embedding_sources(self, options.appearance.inject)
+            self.injections = make_injections(specs, self.sources, options.appearance)
+
+    def _build_adapter(self, options: VideoUNetConfig, specs: list[LayerSpec]) -> None:
+        self.image_gates = nn.ParameterDict()
+        if options.adapter is None:
+            return
+        assert options.image_width is not None
+        widths = {str(i): spec.width for i, spec in enumerate(specs) if spec.has_attention}
+        if options.adapter.mode == "concat":
+            widths = {}
+        text_width = options.unet2d["cross_attention_dim"]
+        self.image_adapter = TextImageAdapter(
+            options.image_width, text_width, list(widths.values()), options.adapter.num_tokens
         )
+        # As pairs: a ParameterDict sorts the keys of a dict, "10" before "2".
+        self.image_gates = nn.ParameterDict([(i, torch.zeros(width)) for i, width in widths.items()])
+
+    def _build_pixel_attention(self, options: VideoUNetConfig, specs: list[LayerSpec]) -> None:
+        self.pixel_scales: dict[str, int] = {}  # of the layers with pixel-aware attention, by number
+        self.pixel_attentions = nn.ModuleDict()
+        if options.pixels is None:
+            return
+        decoder = sum(len(block.resnets) for block in (*self.down_blocks, self.mid_block))
+        whole = options.pixels.block == "transformer"  # PASD's, in every layer of the decoder
+        layers = {i: spec for i, spec in enumerate(specs) if (i >= decoder if whole else spec.has_attention)}
+        available = sorted({spec.scale for spec in layers.values()})
+        scales = available if options.pixels.scales is None else list(options.pixels.scales)
+        if missing := sorted(set(scales) - set(available)):
+            raise UserError(
+                f"pixels.scales has {missing[0]}, but there are layers for it only at {available}; use these"
+            )
+        self.pixel_pyramid = PixelPyramid(options.vae_scale_factor, scales)
+        block, groups = PixelAwareTransformer if whole else PixelAwareCrossAttention, self.conv_norm_out.num_groups
+        for i, spec in layers.items():
+            if spec.scale in scales:
+                self.pixel_scales[str(i)] = spec.scale
+                self.pixel_attentions[str(i)] = block(spec.width, groups, self.pixel_pyramid.width(spec.scale))
 
     @classmethod
-    def from_unet2d(cls, unet: UNet2DConditionModel, **options: Any) -> "VideoUNet":
-        """A VideoUNet that starts as a 2D UNet; the options are arguments of the class.
+    def from_unet2d(
+        cls,
+        unet: UNet2DConditionModel,
+        options: NetworkOptions,
+        image_width: int | None = None,
+        motion_width: int | None = None,
+        vae_scale_factor: int = 8,
+    ) -> "VideoUNet":
+        """A VideoUNet that starts as a 2D UNet, and its AppearNet or ReferenceNet as a copy of it.
+
+        Args:
+            options: `model` of a training config, or `VideoUNetConfig`.
+            image_width, motion_width, vae_scale_factor: see `VideoUNetConfig`.
 
         Raises:
-            UserError: the UNet is not supported, or its keys do not match.
+            UserError: the UNet is not supported, its keys do not match, or a part lacks its frozen encoder.
         """
-        net = cls(**(unet2d_arguments(dict(unet.config)) | options))
-        net.load_unet2d(unet)
+        arguments = {field.name: getattr(options, field.name) for field in fields(NetworkOptions)}
+        arguments |= {"image_width": image_width, "motion_width": motion_width, "vae_scale_factor": vae_scale_factor}
+        net = cls(**asdict(_checked_options({**arguments, "unet2d": unet2d_arguments(dict(unet.config))})))
+        for backbone in (net, getattr(net, "appear_net", None), getattr(net, "reference_net", None)):
+            if backbone is not None:
+                backbone.load_unet2d(unet)
         return net
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in diffusers, but a folder that cannot be read and a missing or unexpected key are a UserError."""
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def stride(self) -> int:
+        """Height and width of the latents are multiples of it."""
+        return 2 ** (len(self.options.unet2d["block_out_channels"]) - 1)
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Parameters that the 2D UNet does not have."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith(self.new_prefixes)]
+
+    def encode(
+        self,
+        text: Tensor,
+        z_ref: Tensor,
+        fps: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        pixels: Tensor | None = None,
+        motion_tokens: Tensor | None = None,
+    ) -> Conditions:
+        """The conditions of b clips. Inputs of parts that the network does not have are ignored.
+
+        Args:
+            text: text tokens, `b n d`.
+            z_ref: clean latents of the key frames, `b c h w`.
+            fps: frames per second, `(b,)`.
+            image_mask: bool `(b,)`, False where the key frame is dropped (zero features, zero latents); None: all are kept.
+            image_tokens: the image encoder's tokens of the key frames, `b p e`.
+            pixels: the key frames, `b 3 H W` in [-1, 1].
+            motion_tokens: the motion encoder's tokens, `b k e`, zero where they are padding.
+
+        Raises:
+            UserError: shapes that do not match, or an input that a part needs is missing.
+        """
+        if z_ref.ndim != 4 or text.ndim != 3 or len(z_ref) != len(text):
+            shapes = f"text {tuple(text.shape)} and key frame {tuple(z_ref.shape)}"
+            raise UserError(f"{shapes} must be b n d and b c h w with the same b")
+        parts: dict[str, Any] = {}
+        if self.options.keyframe_concat or self.sources:
+            parts["keyframe"] = z_ref
+        if hasattr(self, "reference_net"):
+            parts["reference"] = self.reference_net(z_ref, text)
+        image: Any = None
+        if hasattr(self, "image_adapter"):
+            tokens = _required(image_tokens, "the adapter reads image tokens; give those of the key frame")
+            image = self.image_adapter(text, tokens)
+        if hasattr(self, "pixel_pyramid"):
+            pixels = _required(pixels, "pixel-aware attention reads the key frame's pixels; give them")
+            parts["pixels"] = self.pixel_pyramid(pixels)
+        if image_mask is not None:
+            parts, image = {name: drop(value, image_mask) for name, value in parts.items()}, drop(image, image_mask)
+        if self.image_gates:
+            parts["image"] = image
+        elif image is not None:
+            text = torch.cat([text, image], dim=1)
+        if self.options.motion_width is not None:
+            parts["motion"] = _required(
+                motion_tokens, "the network reads motion tokens; give those of the motion caption"
+            )
+        return Conditions(text=text, fps=fps, **parts)
 
     def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """The prediction `b f c h w`, of the target that the model was trained for.
@@ -166,89 +250,94 @@ class VideoUNet(UNet2DBackbone):
     def features(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
         self._check_inputs(z_t, conditions)
-        frames = z_t.shape[1]
-        emb = self._embed_time_and_frames(z_t, t, conditions.fps)
-        appearance = dict(zip(self.injected, conditions.appearance or (), strict=False))
+        frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions.fps)
+        groups, reference = self.conv_norm_out.num_groups, {}
+        if conditions.reference is not None:
+            reference = dict(zip(self.reference_net.injected, conditions.reference, strict=True))
         image = dict(zip(self.image_gates, conditions.image or (), strict=False))
-        pixels = dict(zip(self.pixel_attentions, conditions.pixels or (), strict=False))
-        motion = dict(zip(self.temporal_transformers, conditions.motion or (), strict=False))
+        pixel_attentions: Any = self.pixel_attentions
+        pixels = dict(zip(sorted(set(self.pixel_scales.values())), conditions.pixels or (), strict=False))
+        appearance: dict[int, AppearanceEmbedding] = {}
+        if self.sources:
+            embeddings = self.appear_net(z_t, t, conditions)
+            appearance = {layer: combine(embeddings, sources) for layer, sources in self.sources.items()}
 
-        def layer(number: int, resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
+        def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, None]:
             name = str(number)
-            h = self.temporal_convs[number](resnet(h, emb), frames)
+            injection: Any = self.injections[name] if number in appearance else None
+            scale_shift = injection.scale_shift(appearance[number].resnet) if injection else None
+            h = self.res_block(number, resnet, h, emb, frames, scale_shift)
             if transformer is not None:
                 context: Tensor | TextImageContext = conditions.text
                 if name in image:
                     context = TextImageContext(conditions.text, image[name], self.image_gates[name])
                 h = spatial_transformer(transformer, h, context)
-            if number in appearance:
-                h = fuse(h, appearance[number], self.config.fusion, self.config.norm_num_groups)
-            if name in pixels:
-                h = self.pixel_attentions[name](h, pixels[name])
+            if number in reference:
+                h = fuse(h, reference[number], self.reference_net.fusion, groups)
+            if pixels and name in self.pixel_scales:
+                h = pixel_attentions[name](h, pixels[self.pixel_scales[name]])
             if transformer is not None:
-                h = self.temporal_transformers[name](h, frames, motion.get(name))
-            return h
+                h = self.temporal_attention(number, h, frames, conditions)
+            if injection:
+                h = injection.add(h, appearance[number].attention)
+            return h, None
 
         h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
-        if conditions.keyframe is not None:
-            h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", self.config.norm_num_groups)
-        return deque(self.run_blocks(h, layer), maxlen=1).pop()
+        if self.options.keyframe_concat and conditions.keyframe is not None:
+            h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", groups)
+        return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames))[0]
 
     def head(self, features: Tensor) -> Tensor:
         """The prediction `(b f) c h w` of the decoder's last features."""
         return self.conv_out(self.conv_act(self.conv_norm_out(features)))
 
-    def _embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
-        """Embedding of diffusion time, frame rate and frame index, `(b f) d`."""
-        b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, b, z_t.device)
-        if self.config.fps_conditioning and fps is not None:
-            emb = emb + self.fps_embedding(self.time_proj(fps.expand(b)).to(emb.dtype))
-        emb = repeat(emb, "b d -> (b f) d", f=frames)
-        if self.config.frame_conditioning:
-            # The temporal transformers have positions, but only they; this is for the ResNet blocks.
-            index = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
-            emb = emb + repeat(self.frame_embedding(index), "f d -> (b f) d", b=b)
-        return emb
-
     def _check_inputs(self, z_t: Tensor, conditions: Conditions) -> None:
-        config = self.config
-        if z_t.ndim != 5 or z_t.shape[2] != config.in_channels:
-            raise UserError(f"latents have shape {tuple(z_t.shape)}, expected b f c h w with c={config.in_channels}")
+        channels = self.conv_in.in_channels
+        if z_t.ndim != 5 or z_t.shape[2] != channels:
+            raise UserError(f"latents have shape {tuple(z_t.shape)}, expected b f c h w with c={channels}")
         b, frames, _, height, width = z_t.shape
-        if not 1 <= frames <= config.max_frames:
-            raise UserError(f"the clip has {frames} frames; this model takes 1 to {config.max_frames}")
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        if height % stride or width % stride or not height * width:
-            raise UserError(f"latents are {height}x{width}; height and width must be multiples of {stride}")
+        if not 1 <= frames <= self.options.max_frames:
+            raise UserError(f"the clip has {frames} frames; this model takes 1 to {self.options.max_frames}")
+        if height % self.stride or width % self.stride or not height * width:
+            raise UserError(f"latents are {height}x{width}; height and width must be multiples of {self.stride}")
         if len(conditions.text) != b:
             raise UserError(f"there are {len(conditions.text)} texts for {b} clips; give one text per clip")
-        motion_layers = self.temporal_transformers if config.motion_attention else ()
-        for name, part, layers, setting in (
-            ("appearance features", conditions.appearance, self.injected, f"inject={config.inject}"),
-            ("keys and values of the image", conditions.image, self.image_gates, "image_attention"),
-            ("keys and values of pixels", conditions.pixels, self.pixel_attentions, "pixel_scales"),
-            ("keys and values of motion", conditions.motion, motion_layers, "motion_attention"),
+        layers = len(self.reference_net.injected) if hasattr(self, "reference_net") else 0
+        for name, part, count in (
+            ("appearance features", conditions.reference, layers),
+            ("keys and values of the image", conditions.image, len(self.image_gates)),
+            ("features of pixels", conditions.pixels, len(set(self.pixel_scales.values()))),
         ):
-            if part is not None and len(part) not in (0, len(layers)):
-                counts = f"{len(part)} {name} and the model has {len(layers)} layers for them"
-                raise UserError(f"conditions have {counts} ({setting}); use the condition encoder of this model")
-        channels = config.keyframe_channels
-        if conditions.keyframe is not None and conditions.keyframe.shape[1] != channels:
-            raise UserError(f"key frame does not fit keyframe_channels={channels}; use this model's condition encoder")
+            if part is not None and len(part) not in (0, count):
+                raise UserError(
+                    f"conditions have {len(part)} {name}, and this network uses {count}; use its own encode"
+                )
+
+
+_FIELDS = [field.name for field in fields(VideoUNetConfig)]
+
+
+def _checked_options(arguments: dict[str, Any]) -> VideoUNetConfig:
+    try:
+        return VideoUNetConfig(**arguments)
+    except ValidationError as error:
+        details = error.errors()
+        raise UserError(f"{'.'.join(map(str, details[0]['loc'])) or 'model'}: {reasons(details)}") from None
+
+
+def _required(value: Tensor | None, message: str) -> Tensor:
+    if value is None:
+        raise UserError(message)
+    return value
 
 
 def set_trainable(
-    unet: VideoUNet,
-    condition_encoder: ConditionEncoder,
-    trainable_parameters: str = "temporal",
-    trainable_unet_layers: Sequence[str] = (),
+    unet: VideoUNet, trainable_parameters: str = "temporal", trainable_unet_layers: Sequence[str] = ()
 ) -> list[nn.Parameter]:
     """Freezes what is not trained and returns the trainable parameters, for the optimizer.
 
     Args:
-        trainable_parameters: `temporal` freezes the 2D part of the VideoUNet, except `trainable_unet_layers`; `all` freezes
-            nothing. The condition encoder is trained in both cases.
+        trainable_parameters: `temporal` freezes the 2D part of the VideoUNet, except `trainable_unet_layers`; `all` freezes nothing.
         trainable_unet_layers: modules or parameters of the 2D part by name, such as `up_blocks.1`, with all that they contain.
 
     Raises:
@@ -257,7 +346,7 @@ def set_trainable(
     check_choice("trainable_parameters", trainable_parameters, ("temporal", "all"))
     unet.requires_grad_(trainable_parameters == "all")
     base = {name: p for name, p in unet.named_parameters() if not name.startswith(unet.new_prefixes)}
-    trainable = [*unet.new_parameters(), *condition_encoder.parameters()]
+    trainable = unet.new_parameters()
     for layer in trainable_unet_layers:
         parameters = [parameter for name, parameter in base.items() if f"{name}.".startswith(f"{layer}.")]
         if not parameters:
@@ -266,4 +355,4 @@ def set_trainable(
         trainable += parameters
     for parameter in trainable:
         parameter.requires_grad_(True)
-    return [p for net in (unet, condition_encoder) for p in net.parameters() if p.requires_grad]
+    return [p for p in unet.parameters() if p.requires_grad]

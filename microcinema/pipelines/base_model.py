@@ -1,6 +1,7 @@
 """The Stable Diffusion that a video model is built on: what is taken from it, and the checks that it is of the right kind."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def load_base(
     if weights:
         folder = resolve_snapshot(name, classes, revision, variant)
     base = Base(scheduler=scheduler, **load_components(folder, classes, variant, torch_dtype, weights))
-    check_compatible(name, base.vae, base.text_encoder, base.unet)
+    check_compatible(name, base.vae, base.text_encoder, base.unet.config)
     return base
 
 
@@ -88,13 +89,13 @@ def load_base_components(
     return load_components(resolve_snapshot(base, BASE_COMPONENTS, revision, variant), BASE_COMPONENTS, variant, dtype)
 
 
-def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: Any) -> None:
-    """Refuses a UNet that expects text embeddings of another width, or latents with another number of channels."""
+def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet2d: Mapping[str, Any]) -> None:
+    """Refuses a 2D UNet, by its config, that expects text embeddings of another width, or latents with another number of channels."""
     for component, width, argument in (
         ("text encoder's width", text_encoder.config.hidden_size, "cross_attention_dim"),
         ("VAE's number of latent channels", vae.config["latent_channels"], "in_channels"),
     ):
-        if width != (expected := unet.config[argument]):
+        if width != (expected := unet2d[argument]):
             fault = f"the {component} is {width}, but its UNet has {argument}={expected}"
             raise UserError(f"'{source}': {fault}; use files of one model")
 

@@ -13,21 +13,21 @@ from microcinema.pipelines.encoders import (
 from microcinema.utils.errors import UserError
 
 OPTIONAL_COMPONENTS = (*BASE_COMPONENTS, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER)
-COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "condition_encoder", "scheduler")
+COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "scheduler")
 
 
 def load_missing_components(components: dict[str, Any], config: dict[str, Any]) -> None:
-    """Loads components that are None and that the condition encoder uses, and sets to None those that it does not use.
+    """Loads components that are None and that the UNet uses, and sets to None those that it does not use.
 
     Raises:
         UserError: a component without a source, or components that do not fit together.
     """
-    dtype, networks = components["unet"].dtype, components["condition_encoder"].config
+    dtype, options = components["unet"].dtype, components["unet"].options
     origin = config["base"], config["base_revision"], config["base_variant"]
     if any(components[name] is None for name in BASE_COMPONENTS):
         components |= load_base_components(*origin, dtype)
-    check_compatible("the video pipeline", components["vae"], components["text_encoder"], components["unet"])
-    if networks["adapter"] is None:
+    check_compatible("the video pipeline", components["vae"], components["text_encoder"], options.unet2d)
+    if options.adapter is None:
         components[IMAGE_ENCODER] = None
     elif components[IMAGE_ENCODER] is None:
         if config["image_encoder_source"] is None and config["base"] is None:
@@ -35,7 +35,7 @@ def load_missing_components(components: dict[str, Any], config: dict[str, Any]) 
         loaded = load_image_encoder(config["image_encoder_source"], str(origin[0]), *origin[1:], dtype)
         components[IMAGE_ENCODER] = loaded.pop(IMAGE_ENCODER)
         config |= {key: loaded[key] for key in ("image_mean", "image_std")}
-    if networks["motion"] is None:
+    if options.motion_width is None:
         components |= {MOTION_ENCODER: None, MOTION_TOKENIZER: None}
     elif components[MOTION_ENCODER] is None:
         if config["motion_encoder_source"] is None:

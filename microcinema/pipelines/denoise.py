@@ -12,7 +12,7 @@ from einops import repeat
 from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import signal_and_noise, step_arguments
-from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.conditioning import Conditions
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
@@ -49,30 +49,28 @@ class StepCallback:
 
 
 def prepare_conditions(
-    condition_encoder: ConditionEncoder,
-    dtype: torch.dtype,
+    unet: VideoUNet,
     guidance: CFG,
     captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     image: Mapping[str, torch.Tensor],
     fps: float,
 ) -> Conditions:
-    """Conditions of `(k b)` clips, for the k terms of the guidance in their order, by one run of the condition encoder.
+    """Conditions of `(k b)` clips, for the k terms of the guidance in their order, by one call of `unet.encode`.
 
     Args:
-        dtype: of the inputs of the condition encoder.
         captions: `text`, and `motion_tokens` if the model uses them: embeddings (b, n, d) of the captions, and of what replaces
             them where guidance drops the text, (b, n, d) or (1, n, d).
         image: `z_ref` (b, c, h, w), and the output of `ImageToVideoPipeline.encode_pixels`.
     """
     terms, z_ref = guidance.terms, image["z_ref"]
     tokens = {
-        name: torch.cat([caption if term.text else null.expand_as(caption) for term in terms]).to(dtype)
+        name: torch.cat([caption if term.text else null.expand_as(caption) for term in terms]).to(unet.dtype)
         for name, (caption, null) in captions.items()
     }
-    images = {name: repeat(x, "b ... -> (k b) ...", k=len(terms)).to(dtype) for name, x in image.items()}
+    images = {name: repeat(x, "b ... -> (k b) ...", k=len(terms)).to(unet.dtype) for name, x in image.items()}
     image_mask = torch.tensor([term.image for term in terms], device=z_ref.device).repeat_interleave(len(z_ref))
     rates = torch.full((len(terms) * len(z_ref),), fps, device=z_ref.device)
-    return condition_encoder(**tokens, **images, fps=rates, image_mask=image_mask)
+    return unet.encode(**tokens, **images, fps=rates, image_mask=image_mask)
 
 
 def denoise(

@@ -25,7 +25,6 @@ from microcinema.diffusion.schedule import (
     schedule_summary,
     set_timesteps,
 )
-from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
@@ -59,7 +58,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     Args:
         vae, text_encoder, tokenizer: of the base model; if one is None, all are loaded from `base`.
-        unet, condition_encoder: the denoiser, and what makes its conditions.
+        unet: the denoiser, which encodes its conditions as well.
         scheduler: of sampling; it must agree with the training schedule.
         image_encoder, motion_encoder, motion_tokenizer: of the adapter and of motion captions, if the model uses them; None: loaded
             from `image_encoder_source` (None: the base) and `motion_encoder_source`.
@@ -83,7 +82,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     # `DiffusionPipeline.from_pretrained` passes None for those that the folder does not have.
     _optional_components: ClassVar = [*OPTIONAL_COMPONENTS]
-    model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->condition_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->unet->vae"
 
     def __init__(
         self,
@@ -91,7 +90,6 @@ class ImageToVideoPipeline(DiffusionPipeline):
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         unet: VideoUNet,
-        condition_encoder: ConditionEncoder,
         scheduler: SchedulerMixin,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         motion_encoder: T5EncoderModel | None = None,
@@ -127,16 +125,12 @@ class ImageToVideoPipeline(DiffusionPipeline):
         load_missing_components(components, config)
         self.register_modules(**components)
         self.vae_scale_factor = vae_scale_factor(self.vae)
-        native = (unet.config["sample_size"] or 0) * self.vae_scale_factor or None
+        native = (unet.options.unet2d.get("sample_size") or 0) * self.vae_scale_factor or None
         config |= {"height": height or native, "width": width or native}
         config["training_schedule"] = training_schedule or schedule_summary(scheduler)
         abar_T = alphas_cumprod(make_scheduler(config["training_schedule"]))[-1].item()
         prior = NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma).resolve(abar_T)
         self.register_to_config(**{**config, "noise_prior_gamma": prior.gamma})
-        # The hooks of offloading ask a network where its weights are; this one may have none.
-        if next(condition_encoder.parameters(), None) is None:
-            self.model_cpu_offload_seq = self.model_cpu_offload_seq.replace("condition_encoder->", "")
-            self._exclude_from_cpu_offload = ["condition_encoder"]
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         keyframe_index(keyframe_position, num_frames)
         SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
@@ -179,7 +173,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return encode_motion_tokens(*encoder, captions, self.config["num_motion_tokens"], self._execution_device)
 
     def encode_pixels(self, image: torch.Tensor, image_tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Inputs of the condition encoder from the pixels of key frames (b, 3, H, W) in [-1, 1], by name.
+        """Inputs of `VideoUNet.encode` from the pixels of key frames (b, 3, H, W) in [-1, 1], by name.
 
         Args:
             image_tokens: of the image encoder, if the model has one, (b, p, e); None: computed here.
@@ -197,12 +191,12 @@ class ImageToVideoPipeline(DiffusionPipeline):
     @property
     def uses_keyframe_pixels(self) -> bool:
         """Whether pixel-aware attention uses the pixels of the key frame."""
-        return self.condition_encoder.config["pixels"] is not None
+        return self.unet.options.pixels is not None
 
     @property
     def uses_image_conditioning(self) -> bool:
-        """Whether the condition encoder uses more of a key frame than its latents."""
-        return self.uses_keyframe_pixels or self.condition_encoder.config["adapter"] is not None
+        """Whether the network uses more of a key frame than its latents."""
+        return self.uses_keyframe_pixels or self.unet.options.adapter is not None
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latents (b, c, h, w), float32, of images (b, 3, H, W) in [-1, 1]."""
@@ -214,7 +208,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings with the model's own values in place of None; a UserError if they do not work with this model."""
-        stride = self.vae_scale_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        stride = self.vae_scale_factor * self.unet.stride
         settings = settings.resolve(self.config, stride)
         assert settings.num_frames is not None
         self.windows(settings).keyframe_index(self.keyframe_position)
@@ -326,8 +320,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
             context = {name: _repeat_to(x, videos) for name, x in context.items()}
             # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
             self.maybe_free_model_hooks()
-            encoder, z_ref = self.condition_encoder, context["z_ref"]
-            conditions = prepare_conditions(encoder, self.unet.dtype, guidance, captions, context, settings.fps)
+            z_ref = context["z_ref"]
+            conditions = prepare_conditions(self.unet, guidance, captions, context, settings.fps)
             shape = (videos, settings.num_frames, *z_ref.shape[1:])
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             set_timesteps(self.scheduler, steps, device)

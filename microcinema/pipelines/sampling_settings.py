@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from microcinema.config.schema import Count, NotNegative
+from microcinema.config.network import Count
+from microcinema.config.schema import NotNegative
 from microcinema.pipelines.keyframe import ResizeMode
 from microcinema.utils.errors import UserError
 

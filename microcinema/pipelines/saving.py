@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.diffusion.schedule import make_sampler
-from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.models.weights import check_keys
 from microcinema.pipelines.base_model import BASE_COMPONENTS
@@ -37,7 +36,6 @@ from microcinema.pipelines.loading import (
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 
-_TRAINED = {"unet": VideoUNet, "condition_encoder": ConditionEncoder}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODERS: dict[str, Any] = {
     IMAGE_ENCODER: CLIPVisionModelWithProjection,
@@ -128,12 +126,12 @@ def load_pipeline(
     Raises:
         UserError: there is no such pipeline, a component is missing, or its keys are not the network's.
     """
-    folder = resolve_snapshot(name, [*_TRAINED, *BASE_COMPONENTS, *_ENCODERS])
+    folder = resolve_snapshot(name, ["unet", *BASE_COMPONENTS, *_ENCODERS])
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline saved by training")
     source = load_source_weights(folder, index)
-    classes = {key: cls for key, cls in _TRAINED.items() if not (source and key == "unet")}
+    classes: dict[str, Any] = {} if source else {"unet": VideoUNet}
     if all(Path(folder, key).is_dir() for key in BASE_COMPONENTS):
         classes |= BASE_COMPONENTS
     classes |= {key: cls for key, cls in _ENCODERS.items() if component_class(index, key) is not None}
@@ -145,7 +143,7 @@ def load_pipeline(
     sampler = getattr(diffusers, config["_class_name"]).from_config(config)
     if scheduler is not None:
         sampler = make_sampler(sampler, scheduler)
-    others = {*BASE_COMPONENTS, *_ENCODERS, *_TRAINED, "scheduler"}
+    others = {*BASE_COMPONENTS, *_ENCODERS, "unet", "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in others}
     pipeline = ImageToVideoPipeline(**components, scheduler=sampler, **settings)
     pipeline.register_to_config(_name_or_path=str(name))

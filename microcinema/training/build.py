@@ -18,6 +18,7 @@ from microcinema.data.quarantine import Quarantine
 from microcinema.data.source import ClipSource
 from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
+from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base_model import Base, load_base
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -60,8 +61,8 @@ def build_trainer(
         config = replace(config, fps=dataset[0]["fps"])
     networks = build_networks(config, base)
     if config.init_weights_from is not None:
-        trainable = {name: networks[name] for name in ("unet", "condition_encoder")}
-        accelerator.print(warm_start_summary(warm_start(trainable, config.init_weights_from), config.init_weights_from))
+        new_weights = warm_start(networks["unet"], config.init_weights_from)
+        accelerator.print(warm_start_summary(new_weights, config.init_weights_from))
     components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     pipeline = build_pipeline(config, base.scheduler, **components, **networks)
     if isinstance(dataset, EncodedClips):
@@ -99,7 +100,7 @@ def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: i
 
 
 def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:
-    """The new `unet` and `condition_encoder` of a run, and the encoders that the base does not have.
+    """The new `unet` of a run, and the encoders that the base does not have.
 
     Args:
         base: the weights of its UNet are copied.
@@ -118,20 +119,7 @@ def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[st
     if model.motion_encoder is not None:
         networks |= load_motion_encoder(model.motion_encoder, base.vae.dtype, weights)
         widths["motion"] = networks["motion_encoder"].config.d_model
-    motion_attention = model.motion_encoder is not None
-    networks["unet"] = model.unet.build(
-        unet=base.unet,
-        keyframe_channels=base.unet.config["in_channels"] if model.keyframe_concat else 0,
-        image_attention=model.adapter == "decoupled",
-        motion_attention=motion_attention,
-    )
-    networks["condition_encoder"] = model.condition_encoder.build(
-        unet=base.unet,
-        image_width=widths["image"],
-        vae_scale_factor=base.vae_scale_factor,
-        motion_attention=motion_attention,
-        motion_width=widths["motion"],
-    )
+    networks["unet"] = VideoUNet.from_unet2d(base.unet, model, widths["image"], widths["motion"], base.vae_scale_factor)
     return networks
 
 

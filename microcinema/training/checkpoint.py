@@ -1,7 +1,7 @@
 """Checkpoints: `output_dir/checkpoint-{step}/`, complete or absent, written by every process that holds a part of the state.
 
 checkpoint-1000/
-  unet/  condition_encoder/     diffusers folders, as in a pipeline
+  unet/  predict_net/           diffusers folders, as in a pipeline
   ema.safetensors               moving averages of the trained parameters, by name
   optimizer.bin  scheduler.bin  random_states_{rank}.pkl  and what else accelerate saves (scaler, shards)
   training_state.json           step, index of the next clip, names of the trained parameters, identity of the run
@@ -97,7 +97,7 @@ class Checkpoints:
             self._check_trained(folder, state["trained"])
             for name, network in self._networks():
                 _check_tensors(
-                    f"'{folder / name}'", distributed.unsharded_shapes(network), _saved_shapes(folder / name, network)
+                    f"'{folder / name}'", distributed.unsharded_shapes(network), _saved_shapes(folder / name)
                 )
             if self.identity is not None and (changes := check_identity(folder, state["run"], self.identity)):
                 self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(changes)}")
@@ -155,7 +155,7 @@ class Checkpoints:
 
     def _load_networks(self, models: list[nn.Module], folder: str) -> None:
         for name, network in self._networks() if models else ():  # none if accelerate has loaded the shards itself
-            network.load_state_dict(_load_safetensors(_weight_files(Path(folder) / name, network)))
+            network.load_state_dict(_load_safetensors(_weight_files(Path(folder) / name)))
         models.clear()
 
 
@@ -192,9 +192,9 @@ def _check_tensors(source: str, expected: Mapping[str, torch.Tensor], loaded: Ma
         raise UserError(f"{source} does not fit this model: keys {text}; use the config that it was trained with")
 
 
-def _weight_files(folder: Path, network: nn.Module) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
-    if not files and network.state_dict():  # a condition encoder may have no weights
+    if not files:
         raise UserError(f"'{folder}' holds no .safetensors file; resume from another checkpoint")
     return files
 
@@ -209,10 +209,10 @@ def _load_safetensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _saved_shapes(folder: Path, network: nn.Module) -> dict[str, torch.Tensor]:
+def _saved_shapes(folder: Path) -> dict[str, torch.Tensor]:
     """A network's saved tensors as meta tensors; only the headers of the files are read."""
     shapes = {}
-    for file in _weight_files(folder, network):
+    for file in _weight_files(folder):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 shapes[key] = torch.empty(tensors.get_slice(key).get_shape(), device="meta")

@@ -45,9 +45,7 @@ def ema_pipeline(
         return
     averages = dict(zip(trained, ema.shadow_params, strict=True)) if ema else {}
     full = copy.copy(pipeline)
-    for name in ("unet", "condition_encoder"):
-        prefix = f"{name}."
-        replacements = {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
-        network = getattr(pipeline, name)
-        setattr(full, name, gathered_copy(network, unsharded_state(network, replacements)).to(accelerator.device))
+    replacements = {key.removeprefix("unet."): value for key, value in averages.items() if key.startswith("unet.")}
+    state = unsharded_state(pipeline.unet, replacements)
+    full.unet = gathered_copy(pipeline.unet, state).to(accelerator.device)
     yield full

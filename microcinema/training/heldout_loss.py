@@ -84,7 +84,7 @@ class HeldOutLoss:
 
     def __call__(self, accelerator: Accelerator, pipeline: ImageToVideoPipeline, step: int) -> None:
         """Measures the networks of a pipeline, complete on every process. Collective."""
-        denoiser, errors = loss.TrainableModel(pipeline.unet, pipeline.condition_encoder), []
+        denoiser, errors = loss.TrainableModel(pipeline.unet), []
         for i in tqdm(self.clips, "held-out loss", leave=False, disable=not accelerator.is_main_process):
             batch = loss.Batch(**send_to_device(self.clips[i], accelerator.device))
             with accelerator.autocast():

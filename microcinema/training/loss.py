@@ -17,7 +17,6 @@ from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
-from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -137,12 +136,9 @@ def make_loss_config(pipeline: ImageToVideoPipeline, config: Train) -> LossConfi
 class TrainableModel(nn.Module):
     """Everything that trains, as the one module that distributed wrappers expect. It has no parameters of its own."""
 
-    def __init__(
-        self, unet: VideoUNet, condition_encoder: ConditionEncoder, predict_net: PredictNet | None = None
-    ) -> None:
+    def __init__(self, unet: VideoUNet, predict_net: PredictNet | None = None) -> None:
         super().__init__()
         self.unet = unet
-        self.condition_encoder = condition_encoder
         self.predict_net = predict_net
 
     @classmethod
@@ -152,11 +148,8 @@ class TrainableModel(nn.Module):
         """The networks of a pipeline in training mode; only what the config names requires gradients."""
         if config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
-            pipeline.condition_encoder.enable_gradient_checkpointing()
-        set_trainable(
-            pipeline.unet, pipeline.condition_encoder, config.trainable_parameters, config.trainable_unet_layers
-        )
-        return cls(pipeline.unet, pipeline.condition_encoder, predict_net).train()
+        set_trainable(pipeline.unet, config.trainable_parameters, config.trainable_unet_layers)
+        return cls(pipeline.unet, predict_net).train()
 
     def forward(
         self,
@@ -171,9 +164,9 @@ class TrainableModel(nn.Module):
         """The prediction at `z_t` (b, f, c, h, w) and `t` (b,), and PredictNet's flow (b, f-1, 2, h, w), or None.
 
         Args:
-            text, z_ref, fps, image_mask, inputs: of the condition encoder: (b, n, d), (b, c, h, w), (b,), (b,), by name.
+            text, z_ref, fps, image_mask, inputs: of `VideoUNet.encode`: (b, n, d), (b, c, h, w), (b,), (b,), by name.
         """
-        features = self.unet.features(z_t, t, self.condition_encoder(text, z_ref, fps, image_mask, **inputs))
+        features = self.unet.features(z_t, t, self.unet.encode(text, z_ref, fps, image_mask, **inputs))
         prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
         return prediction, None if self.predict_net is None else self.predict_net(features, z_t.shape[1])
 

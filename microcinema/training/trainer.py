@@ -44,7 +44,7 @@ Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
 class Trainer:
-    """Trains a pipeline's `unet` and `condition_encoder` and saves it, with averaged weights, as `output_dir`.
+    """Trains a pipeline's `unet` and saves it, with averaged weights, as `output_dir`.
 
     Every process of a distributed run makes one with the same arguments. Clips, their noise and their dropout depend only on the
     seed and the clips' global indices; a run that is interrupted and resumed ends in the same bits.

@@ -564,7 +564,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     # The same for both models, which read other captions: these are encoded as they train. Key frames are for the second one.
     reads = [
         f"model.keyframe_position={keyframe_position(1)}",
-        "model.pixel_scales=[1]",
+        "model.pixels={block: attention, scales: [1]}",
         "model.flow_model=microcinema.sprites.flow.GroundTruthFlow",
         "cached_parts=[keyframe, flow]",
     ]

@@ -18,7 +18,7 @@ class Knows(PredictNet):
 
 @pytest.mark.parametrize("factorized", [False, True])
 def test_errors_are_those_of_what_is_said(tmp_path, factorized):
-    pipeline = tiny.video_pipeline(tmp_path, fusion=None, factorized=factorized)
+    pipeline = tiny.video_pipeline(tmp_path, model="factorized_dreamer" if factorized else "plain")
     new = flow_error(pipeline, PredictNet(32, 8), SHOWN, 20)
     assert new["predict_net"] == pytest.approx(new["zero"]) and new["zero"] > 0  # it starts at zero flow
     off = flow_error(pipeline, Knows(32, 8), SHOWN, 20)

@@ -50,7 +50,7 @@ def test_real_clips_around_a_key_frame_in_the_middle_show_it_there_and_follow_as
 
 @pytest.mark.parametrize("factorized", [False, True])
 def test_a_model_is_told_in_its_own_way_and_starts_from_one_noise(tmp_path, factorized):
-    pipeline = tiny.video_pipeline(tmp_path, fusion=None, factorized=factorized)
+    pipeline = tiny.video_pipeline(tmp_path, model="factorized_dreamer" if factorized else "plain")
     asked = []
     call = type(pipeline).__call__
 

@@ -75,11 +75,7 @@ def run_export(checkpoint, folder, *overrides) -> Path:
 
 
 def parameters(pipeline) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{name}": value
-        for part in ("unet", "condition_encoder")
-        for name, value in getattr(pipeline, part).named_parameters()
-    }
+    return {f"unet.{name}": value for name, value in pipeline.unet.named_parameters()}
 
 
 def kept(checkpoint, averaged: bool) -> dict[str, torch.Tensor]:

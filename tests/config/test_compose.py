@@ -178,7 +178,7 @@ def test_the_command_line_wins_over_an_experiment():
     assert compose("train", ["experiment=null"]) == compose("train")
     composed = compose("train", ["max_train_steps=7", "experiment=sprites_demo", "model=plain"])
     assert composed.max_train_steps == 7
-    assert composed.model.fusion is None
+    assert composed.model.appearance is None
 
 
 def test_a_config_is_frozen_and_checked_again_when_changed():
@@ -204,15 +204,17 @@ def test_composition_leaves_no_folder_and_no_global_state(tmp_path: Path):
     "override, said",
     [
         ("learning_rat=1", ["learning_rat", "did you mean 'learning_rate'"]),
-        ("fusion=add", ["fusion", "did you mean 'model.fusion'"]),
-        ("model.fusoin=add", ["model.fusoin", "did you mean 'model.fusion'"]),
-        ("model.unet.max_frame=3", ["did you mean 'model.unet.max_frames'"]),
+        ("fusion=add", ["fusion", "did you mean 'model.appearance.fusion'"]),
+        ("model.appearance.fusoin=add", ["fusoin", "did you mean 'model.appearance.fusion'"]),
+        ("model.max_frame=3", ["did you mean 'model.max_frames'"]),
         ("seed.x=3", ["seed.x"]),
-        ("model.unet._target_=torch.nn.Linear", ["_target_"]),
+        ("data._target_=torch.nn.Linear", ["_target_"]),
         ("+new=3", ["+new"]),
-        ("model=foo", ["model", "foo", "microcinema, plain"]),
+        ("model=foo", ["model", "foo", "microcinema, microcinema_once, plain"]),
         ("experiment=foo", ["foo", "sprites_microcinema"]),
-        ("model.unet=3", ["model.unet", "model.unet.max_frames"]),
+        ("model.temporal=3", ["model.temporal", "model.temporal.convolutions"]),
+        ("model.adapter.mode=concat", ["model.adapter is null", "{mode: , num_tokens: }"]),
+        ("model.appearance=3", ["model.appearance", "3", "dictionary"]),
         ("seed=abc", ["seed", "'abc'", "integer"]),
         ("max_train_steps=1.5", ["max_train_steps", "1.5", "integer"]),
         ("max_train_steps=0", ["max_train_steps", "0", "greater than"]),
@@ -221,7 +223,7 @@ def test_composition_leaves_no_folder_and_no_global_state(tmp_path: Path):
         ("learning_rate=null", ["learning_rate", "None", "number"]),
         ("trainable_parameters=everything", ["trainable_parameters", "'everything'", "'temporal' or 'all'"]),
         ("text_dropout=1.5", ["text_dropout", "1.5", "1"]),
-        ("model.unet.max_frames=abc", ["model.unet.max_frames", "'abc'", "integer"]),
+        ("model.max_frames=abc", ["model.max_frames", "'abc'", "integer"]),
         ("diffusion.noise_prior.strength=x", ["diffusion.noise_prior.strength", "'x'", "number"]),
         ("validation_prompts=a star", ["validation_prompts", "'a star'", "list"]),
         ("validation_prompts=[a, 'b]", ["validation_prompts", "YAML"]),
@@ -259,7 +261,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     [
         ({"data": {"_target_": "torch.hub.load", "repo_or_dir": "x"}}, "_target_ 'torch.hub.load' is not allowed"),
         ({"train": "all"}, "unknown key 'train'"),
-        ({"model": {}}, "the key 'model.keyframe_position' is missing"),
+        ({"model": {}}, "the key 'model.max_frames' is missing"),
         ({"seed": "${oc.env:HOME}"}, "seed is '${oc.env:HOME}', but"),
     ],
 )
@@ -291,10 +293,12 @@ def test_components_within_components_are_built_first(sprites: Path):
     assert all(isinstance(part, ClipDataset) for part in made.parts.values())
 
 
-def test_a_class_method_is_a_target_and_takes_what_no_config_can_hold():
-    composed = compose("train", ["model.fusion=spade", "model.inject=decoder"])
-    net = composed.model.unet.build(unet=tiny.unet(), keyframe_channels=4)
-    assert net.config.fusion == "spade" and net.config.keyframe_channels == 4
+def test_a_part_of_the_network_is_switched_on_and_off_as_a_whole():
+    assert compose("train", ["model.appearance=null"]).model.appearance is None
+    part = "model.appearance={network: reference_net, inject: decoder, fusion: add}"
+    appearance = compose("train", ["model=plain", part]).model.appearance
+    assert (appearance.network, appearance.inject, appearance.fusion) == ("reference_net", "decoder", "add")
+    assert compose("train", ["model=factorized_dreamer", "model.pixels.scales=[1,2]"]).model.pixels.scales == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +312,6 @@ def test_a_class_method_is_a_target_and_takes_what_no_config_can_hold():
         (prior(strength="much"), ["strength", "'much'", "number"]),
         (prior(strength=-1.0), ["strength", "-1.0"]),
         ({"_target_": TARGETS[0], "root": "x"}, ["ClipDataset", "metadata"]),
-        ({"_target_": "microcinema.models.video_unet.VideoUNet.from_unet2d", "max_frame": 3}, ["max_frame"]),
     ],
 )
 def test_a_wrong_node_is_named(node: dict, said: list[str]):

@@ -5,151 +5,135 @@ import torch
 from einops import rearrange, repeat
 from torch.nn import functional
 
-from fixtures.tiny_unet import base, inputs, per_frame, randomise
+from fixtures.tiny_unet import base, encoder_outputs, inputs, network, options, randomise
 from microcinema.diffusion.losses import flow_loss
 from microcinema.models.attention import KeyValue, attention
-from microcinema.models.conditioning import ConditionEncoder, Conditions
+from microcinema.models.conditioning import Conditions
 from microcinema.models.image_adapter import TextImageAdapter
-from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelPyramid
+from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelAwareTransformer, PixelPyramid
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.temporal import TemporalTransformer
-from microcinema.models.video_unet import VideoUNet, set_trainable
+from microcinema.models.video_unet import VideoUNet
 from microcinema.utils.errors import UserError
 
 PARTS = {
-    "adapter": ({"image_attention": True}, {"adapter": "decoupled", "image_width": 20, "num_image_tokens": 3}),
-    "pixels": ({"pixel_scales": (1, 2)}, {"pixel_scales": (1, 2), "vae_scale_factor": 4}),
-    "motion": ({"motion_attention": True}, {"motion_attention": True, "motion_width": 12}),
+    "adapter": ("model.adapter={mode: decoupled, num_tokens: 3}",),
+    "pixels": ("model.pixels={block: transformer, scales: null}",),
+    "light pixels": ("model.pixels={block: attention, scales: [1, 2]}",),
+    "motion": ("model.motion_encoder=any", "model.temporal.text=true"),
 }
 
 
-def nets(unet, parts=tuple(PARTS), fusion=None, **options):
-    video_options, encoder_options = {}, {}
-    for part in parts:
-        video_options |= PARTS[part][0]
-        encoder_options |= PARTS[part][1]
-    inject = None if fusion is None else "both"
-    video = VideoUNet.from_unet2d(unet, fusion=fusion, inject=inject, **video_options, **options)
-    return video.eval(), ConditionEncoder.from_unet2d(unet, fusion=fusion, inject=inject, **encoder_options).eval()
-
-
-def _said(b):
-    return torch.arange(6) < torch.tensor([[4], [6]])[:b]
-
-
-def given(b=2):
-    """What the frozen encoders say of b clips: patch tokens, pixels, motion tokens, of which some are padding."""
-    source = torch.Generator().manual_seed(3)
-    return {
-        "image_tokens": torch.randn(b, 5, 20, generator=source),
-        "pixels": torch.randn(b, 3, 32, 32, generator=source).clamp(-1, 1),
-        "motion_tokens": torch.randn(b, 6, 12, generator=source) * _said(b)[..., None],
-    }
-
-
-@pytest.mark.parametrize("frames", [1, 5])
-@pytest.mark.parametrize("fusion", [None, "add"])
-@pytest.mark.parametrize("shape", ["sd1", "sd2"])
-@torch.no_grad()
-def test_with_all_parts_on_it_still_equals_the_2d_unet_at_initialisation(shape, fusion, frames):
-    unet = base(shape)
-    video, encoder = nets(unet, fusion=fusion)
-    z_t, t, text, z_ref, fps = inputs(frames)
-    conditions = encoder(text, z_ref, fps, **given())
-    assert len(conditions.image) == len(conditions.motion) > len(conditions.pixels) > 0
-    assert (video(z_t, t, conditions) - per_frame(unet, z_t, t, text)).abs().max() < 1e-5
+def nets(*parts):
+    """A network with these parts alone."""
+    changes = [change for part in parts for change in PARTS[part]]
+    return network(base(), "plain", "model.keyframe_concat=false", *changes)
 
 
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
-def test_each_part_matters_alone_and_only_through_what_it_reads(part):
-    video, encoder = nets(base(), (part,))
-    randomise(video, encoder)
+def test_each_part_matters_alone_and_only_through_its_own_input(part):
+    video = nets(part)
+    randomise(video)
     z_t, t, text, z_ref, fps = inputs(3)
-    told = given()
+    given = encoder_outputs()
 
     def out(**changes):
-        return video(z_t, t, encoder(text, z_ref, fps, **{**told, **changes}))
+        return video(z_t, t, video.encode(text, z_ref, fps, **{**given, **changes}))
 
-    mine = {"adapter": "image_tokens", "pixels": "pixels", "motion": "motion_tokens"}[part]
-    for name in ("image_tokens", "pixels", "motion_tokens"):
-        moved = (out(**{name: -told[name]}) - out()).abs().max() > 1e-4
-        assert moved == (name == mine), name
+    own = {"adapter": "image_tokens", "motion": "motion_tokens"}.get(part, "pixels")
+    for name in given:
+        moved = (out(**{name: -given[name]}) - out()).abs().max() > 1e-4
+        assert moved == (name == own), name
 
 
+@pytest.mark.parametrize("pixels", ["pixels", "light pixels"])
 @torch.no_grad()
-def test_a_dropped_image_leaves_nothing_of_adapter_and_pixels():
-    video, encoder = nets(base(), ("adapter", "pixels"))
-    randomise(video, encoder)
+def test_a_dropped_image_leaves_nothing_of_it(pixels):
+    video = nets("adapter", pixels)
+    randomise(video)
     z_t, t, text, z_ref, fps = inputs(3)
-    dropped = encoder(text, z_ref, fps, image_mask=torch.tensor([False, True]), **given())
-    bare = Conditions(text, fps=fps)
-    kept = encoder(text, z_ref, fps, **given())
+    given = encoder_outputs()
+    dropped = video.encode(text, z_ref, fps, image_mask=torch.tensor([False, True]), **given)
+    other = {**given, "image_tokens": -given["image_tokens"], "pixels": -given["pixels"]}
     out = video(z_t, t, dropped)
-    assert torch.allclose(out[0], video(z_t, t, bare)[0], atol=1e-6)
-    assert torch.allclose(out[1], video(z_t, t, kept)[1], atol=1e-6)
+    for tokens in (given, other):
+        again = video.encode(text, z_ref, fps, image_mask=torch.tensor([False, True]), **tokens)
+        torch.testing.assert_close(video(z_t, t, again)[0], out[0])
+    torch.testing.assert_close(video(z_t, t, video.encode(text, z_ref, fps, **given))[1], out[1])
+    if pixels == "light pixels":  # the self-attention and feed-forward of a whole block stay
+        torch.testing.assert_close(out[0], video(z_t, t, Conditions(text, fps=fps))[0])
 
 
 @torch.no_grad()
 def test_padding_of_the_motion_caption_is_not_read():
-    video, encoder = nets(base(), ("motion",))
-    randomise(video, encoder)
+    video = nets("motion")
+    randomise(video)
     z_t, t, text, z_ref, fps = inputs(3)
-    told = given()
-    longer = {**told, "motion_tokens": torch.cat([told["motion_tokens"], torch.zeros(2, 3, 12)], dim=1)}
-    out = [video(z_t, t, encoder(text, z_ref, fps, **read)) for read in (told, longer)]
+    given = encoder_outputs()
+    longer = {**given, "motion_tokens": torch.cat([given["motion_tokens"], torch.zeros(2, 3, 12)], dim=1)}
+    out = [video(z_t, t, video.encode(text, z_ref, fps, **tokens)) for tokens in (given, longer)]
     assert torch.allclose(*out, atol=1e-5)
 
 
+@torch.no_grad()
+def test_temporal_attention_reads_the_motion_caption_or_else_the_text():
+    _, _, text, z_ref, fps = inputs(3)
+    for video, reads_text in (
+        (network(base(), "plain", "model.temporal.text=true"), True),
+        (network(base(), "plain"), False),
+        (nets("motion"), False),
+    ):
+        randomise(*video.temporal_transformers.values())
+        conditions = video.encode(text, z_ref, fps, **encoder_outputs())
+        h = torch.randn(6, 32, 8, 8)
+        out = video.temporal_attention(0, h, 3, conditions)
+        conditions.text = -text
+        assert torch.equal(video.temporal_attention(0, h, 3, conditions), out) != reads_text
+
+
 def test_concatenated_tokens_stand_behind_the_text():
-    encoder = ConditionEncoder.from_unet2d(
-        base(), fusion=None, adapter="concat", image_width=20, num_image_tokens=3
-    ).eval()
+    video = network(base(), "plain", "model.adapter={mode: concat, num_tokens: 3}")
     _, _, text, z_ref, _ = inputs(1)
-    conditions = encoder(text, z_ref, **given())
+    conditions = video.encode(text, z_ref, **encoder_outputs())
     assert conditions.image is None and conditions.text.shape == (2, 7 + 3, 24)
     assert torch.equal(conditions.text[:, :7], text)
     assert not torch.equal(conditions.text[0, 7:], conditions.text[1, 7:])
 
 
-def test_saves_and_loads_with_all_parts(tmp_path):
-    video, encoder = nets(base(), fusion="add")
-    randomise(video, encoder)
-    video.save_pretrained(tmp_path / "unet")
-    encoder.save_pretrained(tmp_path / "encoder")
-    z_t, t, text, z_ref, fps = inputs(2)
-    with torch.no_grad():
-        again = VideoUNet.from_pretrained(tmp_path / "unet")(
-            z_t, t, ConditionEncoder.from_pretrained(tmp_path / "encoder")(text, z_ref, fps, **given())
-        )
-        assert torch.equal(video(z_t, t, encoder(text, z_ref, fps, **given())), again)
-
-
-def test_what_is_added_trains_and_the_base_does_not_change():
-    video, encoder = nets(base())
-    set_trainable(video, encoder, "temporal")
-    randomise(video, encoder)
-    z_t, t, text, z_ref, fps = inputs(3)
-    video(z_t, t, encoder(text, z_ref, fps, **given())).square().mean().backward()
-    for name, parameter in video.named_parameters():
-        assert (parameter.grad is not None) == name.startswith(VideoUNet.new_prefixes), name
-    assert {"image_gates", "pixel_attentions"} <= {name.split(".")[0] for name in dict(video.named_parameters())}
-    assert all(parameter.grad is not None for parameter in encoder.parameters())
+def test_pixel_aware_blocks_are_in_every_layer_of_the_decoder_and_the_light_ones_behind_every_transformer():
+    whole, light = nets("pixels"), nets("light pixels")
+    # Layers 0 to 5 of the encoder, 6 and 7 of the mid block, 8 to 16 of the decoder; transformers at scales 1 and 2, and in the mid block.
+    assert [int(i) for i in whole.pixel_attentions] == list(range(8, 17))
+    assert all(isinstance(block, PixelAwareTransformer) for block in whole.pixel_attentions.values())
+    assert [whole.pixel_scales[str(i)] for i in range(8, 17)] == [4, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert [int(i) for i in light.pixel_attentions] == [0, 1, 2, 3, *range(11, 17)]
 
 
 # The layers
 
 
 def test_pixel_attention_finds_the_place_that_looks_alike():
-    layer = PixelAwareCrossAttention(8, groups=1).double()
-    torch.nn.init.eye_(layer.to_query.weight[:, :, 0, 0])
-    torch.nn.init.eye_(layer.to_out.weight[:, :, 0, 0])
+    layer = PixelAwareCrossAttention(8, groups=1, feature_width=16).double()
+    for conv in (layer.to_query, layer.to_out):
+        torch.nn.init.eye_(conv.weight[:, :, 0, 0])
+    torch.nn.init.eye_(layer.to_kv.weight)  # a feature is a key and, behind it, a value
     h = torch.randn(2 * 3, 8, 2, 2, dtype=torch.float64)
     query = rearrange(layer.norm(h), "(b f) c h w -> b (f h w) c", b=2)
     # Keys that point where the frames' own features point, far out: each place finds itself and takes the value that stands there.
     value = torch.randn(2, 12, 8, dtype=torch.float64)
-    out = layer(h, KeyValue(1e4 * functional.normalize(query, dim=-1), value)) - h
+    out = layer(h, torch.cat([1e4 * functional.normalize(query, dim=-1), value], dim=-1)) - h
     torch.testing.assert_close(rearrange(out, "(b f) c h w -> b (f h w) c", b=2), value)
+
+
+def test_pixel_aware_transformer_is_a_transformer_block_of_diffusers_on_every_frame():
+    block = PixelAwareTransformer(32, groups=4, feature_width=6)
+    h, features = torch.randn(2 * 3, 32, 4, 4), torch.randn(2, 16, 6)
+    with torch.no_grad():
+        assert torch.equal(block(h, features), h)
+        torch.nn.init.normal_(block.transformer.proj_out.weight)
+        expected = block.transformer(h, encoder_hidden_states=features.repeat_interleave(3, dim=0)).sample
+        torch.testing.assert_close(block(h, features), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_is_softmax_of_scaled_products_over_what_is_not_masked():
@@ -163,28 +147,29 @@ def test_attention_is_softmax_of_scaled_products_over_what_is_not_masked():
 
 
 def test_motion_attention_reads_every_pixel_alike():
-    layer = TemporalTransformer(16, 16, groups=4, max_frames=8, motion_attention=True)
+    layer = TemporalTransformer(16, 16, groups=4, max_frames=8, text_width=12, feed_forward=2)
     torch.nn.init.normal_(layer.proj_out.weight)
     h = repeat(torch.randn(2, 16), "b c -> (b f) c h w", f=3, h=2, w=2)
-    motion = KeyValue(torch.randn(2, 4, 16), torch.randn(2, 4, 16))
+    motion = torch.randn(2, 4, 12)
     with torch.no_grad():
         out = layer(h, 3, motion)
         assert not torch.allclose(out, layer(h, 3), atol=1e-3)
         assert torch.allclose(out, out[..., :1, :1].expand_as(out), atol=1e-5)
 
 
-def test_pyramid_gives_each_layer_the_places_of_its_scale():
+def test_pyramid_gives_the_places_of_every_scale():
     torch.manual_seed(0)
-    pyramid = PixelPyramid(downsampling=8, scales=[1, 4], layers=[(4, 6), (1, 10)], width=16)
-    found = pyramid(torch.randn(2, 3, 64, 32))
-    assert [(x.key.shape, x.value.shape) for x in found] == [((2, 2, 6),) * 2, ((2, 32, 10),) * 2]
+    pyramid = PixelPyramid(downsampling=8, scales=[1, 4], width=16)
+    features = pyramid(torch.randn(2, 3, 64, 32))
+    assert [x.shape for x in features] == [(2, 32, 16), (2, 2, 64)]
+    assert [pyramid.width(scale) for scale in (0.5, 1, 2, 4, 8)] == [8, 16, 32, 64, 64]
     for stage in pyramid.stages:  # without the norms, which carry a trace of each pixel everywhere
         stage[-1] = torch.nn.Identity()
     image = torch.zeros(1, 3, 64, 32)
     changed = image.clone()
     changed[..., 60, 30] = 1
     with torch.no_grad():
-        moved = (pyramid(changed)[1].key != pyramid(image)[1].key).any(-1)[0]
+        moved = (pyramid(changed)[0] != pyramid(image)[0]).any(-1)[0]
     assert moved[-1] and not moved[: 4 * 4].any()  # its own place, the last, and nothing in the upper half
 
 
@@ -245,19 +230,23 @@ def test_predict_net_learns_motion_from_loud_features_of_a_world_that_mostly_sta
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("changes", "words"),
     [
-        ({"adapter": "decoupled"}, "needs an image encoder"),
-        ({"adapter": "magic", "image_width": 4}, "adapter='magic' is not known"),
-        ({"motion_attention": True}, "needs a motion encoder"),
-        ({"pixel_scales": (1, 8)}, "pixel_scales has 8"),
-        ({"pixel_scales": (2, 1)}, "rising powers of two"),
-        ({"adapter": "concat", "image_width": 4, "num_image_tokens": 0}, "must be at least 1"),
+        (["model.adapter.mode=magic"], "model.adapter.mode is 'magic', but should be 'decoupled' or 'concat'"),
+        (["model.adapter.num_tokens=0"], "should be greater than or equal to 1"),
+        (["model.pixels.scales=[1,8]"], r"pixels.scales has 8, but there are layers for it only at \[1, 2, 4\]"),
+        (["model.pixels.scales=[2,1]"], "rising powers of two"),
+        (["model.temporal.text=false"], "motion encoder's tokens are for temporal attention; set temporal.text=true"),
     ],
 )
-def test_parts_that_cannot_work_are_named(settings, words):
+def test_parts_that_cannot_work_are_named(changes, words):
     with pytest.raises(UserError, match=words):
-        ConditionEncoder.from_unet2d(base(), fusion=None, **settings)
+        network(base(), "factorized_dreamer", *changes)
+
+
+def test_an_adapter_needs_an_image_encoder():
+    with pytest.raises(UserError, match="adapter=decoupled needs an image encoder"):
+        VideoUNet.from_unet2d(base(), options("factorized_dreamer"), motion_width=12)
 
 
 @pytest.mark.parametrize(
@@ -269,15 +258,6 @@ def test_parts_that_cannot_work_are_named(settings, words):
     ],
 )
 def test_what_a_part_reads_must_be_given(part, missing, words):
-    _, encoder = nets(base(), (part,))
     _, _, text, z_ref, fps = inputs(1)
     with pytest.raises(UserError, match=words):
-        encoder(text, z_ref, fps, **{**given(), missing: None})
-
-
-def test_conditions_of_another_model_are_refused():
-    _, encoder = nets(base())
-    plain = VideoUNet.from_unet2d(base())
-    z_t, t, text, z_ref, fps = inputs(2)
-    with pytest.raises(UserError, match="image_attention"):
-        plain(z_t, t, encoder(text, z_ref, fps, **given()))
+        nets(part).encode(text, z_ref, fps, **{**encoder_outputs(), missing: None})

@@ -5,7 +5,9 @@ from torch import nn
 from torch.nn import functional
 
 from microcinema.models.attention import zero_init
-from microcinema.models.temporal import TemporalConv, TemporalTransformer, sinusoids
+from microcinema.models.temporal import FrameConv, TemporalConv, TemporalTransformer, sinusoids
+
+KINDS = ("conv", "conv over frames", "transformer")
 
 
 def randomise(module):
@@ -17,19 +19,23 @@ def randomise(module):
 
 
 def make(kind, channels=16):
-    if kind == "conv":
-        return TemporalConv(channels, groups=4)
-    return TemporalTransformer(channels, channels // 2, groups=4, max_frames=8)
+    if kind == "transformer":
+        return transformer(channels, channels // 2)
+    return {"conv": TemporalConv(channels, 4, False), "conv over frames": TemporalConv(channels, 4, True)}[kind]
+
+
+def transformer(channels=16, width=16, max_frames=8, text_width=None):
+    return TemporalTransformer(channels, width, 4, max_frames, text_width, feed_forward=2)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("kind", ["conv", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_is_exactly_the_identity_at_initialisation(kind, frames):
     h = torch.randn(3 * frames, 16, 4, 6)
     assert torch.equal(make(kind)(h, frames), h)
 
 
-@pytest.mark.parametrize("kind", ["conv", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_clips_and_pixels_are_independent_and_frames_are_not(kind):
     layer = randomise(make(kind)).double()
     h = torch.randn(2 * 5, 16, 4, 4, dtype=torch.float64)
@@ -42,29 +48,61 @@ def test_clips_and_pixels_are_independent_and_frames_are_not(kind):
     assert not moved[0, :, 2:].any()
     assert not moved[0, :, :, 1:].any()
     reached = moved[0, :, 0, 0]
-    assert reached.tolist() == ([False, True, True, True, False] if kind == "conv" else [True] * 5)
+    assert reached.tolist() == ([True] * 5 if kind == "transformer" else [False, True, True, True, False])
 
 
+@pytest.mark.parametrize("over_frames", [False, True])
 @pytest.mark.parametrize("frames", [1, 2, 6])
-def test_temporal_conv_is_a_convolution_over_frames(frames):
-    layer = randomise(TemporalConv(8, groups=2)).double()
+def test_temporal_conv_is_a_convolution_over_frames(frames, over_frames):
+    layer = randomise(TemporalConv(8, 2, over_frames)).double()
     h = torch.randn(2 * frames, 8, 3, 3, dtype=torch.float64)
-    x = rearrange(functional.silu(layer.norm(h)), "(b f) c h w -> b c f h w", b=2)
+    clips = rearrange(h, "(b f) c h w -> b c f h w", b=2)
+    normed = layer.norm(clips) if over_frames else rearrange(layer.norm(h), "(b f) c h w -> b c f h w", b=2)
+    x = functional.silu(normed)
     to_next, to_self, to_previous = layer.taps.weight.chunk(3)
     weight = torch.stack([to_next, to_self, to_previous], dim=2).squeeze(-1)[..., None, None]
     expected = functional.conv3d(x, weight.reshape(8, 8, 3, 1, 1), padding=(1, 0, 0))
     torch.testing.assert_close(layer(h, frames), h + rearrange(expected, "b c f h w -> (b f) c h w"))
 
 
+@torch.no_grad()
+def test_norm_over_frames_has_the_statistics_of_the_clip():
+    """With all frames alike a permuted clip is the same; else the statistics of a clip do not depend on the order of its frames."""
+    layer = TemporalConv(8, 2, over_frames=True).double()
+    torch.nn.init.normal_(layer.taps.weight[8:16])  # the product of a frame with itself alone
+    h = torch.randn(5, 8, 3, 3, dtype=torch.float64) * torch.arange(1.0, 6)[:, None, None, None]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(layer(h[order], 5), layer(h, 5)[order])
+    one_by_one = torch.cat([layer(frame[None], 1) for frame in h])
+    assert (one_by_one - layer(h, 5)).abs().max() > 0.1
+    groups = rearrange(h, "f (g c) h w -> g (f c h w)", g=2)
+    mean, var = groups.mean(1).repeat_interleave(4), groups.var(1, unbiased=False).repeat_interleave(4)
+    x = (h - mean[:, None, None]) / (var + layer.norm.eps).sqrt()[:, None, None]
+    expected = h + functional.conv2d(functional.silu(x), layer.taps.weight[8:16])
+    torch.testing.assert_close(layer(h, 5), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_frame_conv_is_a_plain_convolution_over_frames(frames):
+    layer = randomise(FrameConv(6)).double()
+    h = torch.randn(2 * frames, 6, 3, 3, dtype=torch.float64)
+    to_next, to_self, to_previous = layer.taps.weight.chunk(3)
+    weight = torch.stack([to_next, to_self, to_previous], dim=2).reshape(6, 6, 3, 1, 1)
+    expected = functional.conv3d(rearrange(h, "(b f) c h w -> b c f h w", b=2), weight, padding=(1, 0, 0))
+    torch.testing.assert_close(layer(h, frames), h + rearrange(expected, "b c f h w -> (b f) c h w"))
+
+
 def test_temporal_transformer_knows_the_order_of_the_frames():
-    layer = randomise(TemporalTransformer(16, 8, groups=4, max_frames=8)).double()
+    layer = randomise(transformer(width=8)).double()
     h = torch.randn(4, 16, 2, 2, dtype=torch.float64)
     assert (layer(h.flip(0), 4).flip(0) - layer(h, 4)).abs().max() > 1e-3
     nn.init.zeros_(layer.positions)
     torch.testing.assert_close(layer(h.flip(0), 4).flip(0), layer(h, 4))
+    without = randomise(transformer(width=8, max_frames=None)).double()
+    torch.testing.assert_close(without(h.flip(0), 4).flip(0), without(h, 4))
 
 
-@pytest.mark.parametrize("kind", ["conv", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_layout_does_not_matter(kind):
     layer = randomise(make(kind)).double()
     h = torch.randn(6, 16, 4, 4, dtype=torch.float64)
@@ -73,7 +111,7 @@ def test_memory_layout_does_not_matter(kind):
 
 @pytest.mark.parametrize("width", [4, 40, 80, 160, 320])
 def test_heads_divide_the_width(width):
-    layer = TemporalTransformer(width, width, groups=4, max_frames=2)
+    layer = transformer(width, width, max_frames=2)
     assert width % layer.heads == 0
     assert layer.heads == 1 or width // layer.heads >= 32
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from fixtures import tiny
 from fixtures.tiny_training import reset_accelerator
+from fixtures.tiny_unet import EVERYTHING, network
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.diffusion.schedule import check_keeps_schedule
-from microcinema.models.appearance import AppearanceNet
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines import loading
 from microcinema.pipelines.base_model import load_base
@@ -340,28 +340,43 @@ PUBLISHED = {
 }
 
 
+OTHERS = {
+    "keyframe_conv_in.",
+    "appear_net.",
+    "injections.",
+    "image_adapter.",
+    "image_gates.",
+    "pixel_pyramid.",
+    "pixel_attentions.",
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_at_full_width_exactly_the_temporal_and_injection_keys_are_missing(name):
     settings, parameters = PUBLISHED[name]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(settings)
-        video = VideoUNet.from_unet2d(unet, keyframe_channels=4, fusion="spade", inject="both")
-        appearance = AppearanceNet.from_unet2d(unet, fusion="spade", inject="both")
+        video = network(unet, *EVERYTHING)
+        reference = network(unet, "microcinema_once").reference_net
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
     base = {key: tensor.shape for key, tensor in unet.state_dict().items()}
-    for network, added, dropped in (
-        (
-            video,
-            ("temporal_convs.", "temporal_transformers.", "keyframe_conv_in.", "fps_embedding.", "frame_embedding."),
-            (),
-        ),
-        (appearance, ("projections.",), ("conv_norm_out.", "conv_out.")),
+    inside = ("temporal_first_convs.", "temporal_second_convs.", "temporal_resample_convs.", "temporal_transformers.")
+    embeddings = ("fps_embedding.", "frame_embedding.")
+    unused = ("conv_norm_out.", "conv_out.")
+    for part, added, dropped in (
+        (video, (*inside, *embeddings, *(prefix for prefix in VideoUNet.new_prefixes if prefix in OTHERS)), ()),
+        (video.appear_net, (*inside, *embeddings, "keyframe_conv."), ("up_blocks.", *unused)),
+        (reference, ("projections.",), unused),
     ):
-        own = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        own = {key: tensor.shape for key, tensor in part.state_dict().items()}
         missing, unused = own.keys() - base.keys(), base.keys() - own.keys()
         assert all(any(key.startswith(prefix) for key in missing) for prefix in added)
         assert all(key.startswith(added) for key in missing)
         assert all(key.startswith(dropped) for key in unused) if dropped else not unused
         assert all(own[key] == base[key] for key in own.keys() & base.keys())
-    assert len(video.temporal_convs) == 22 and len(video.temporal_transformers) == 16
-    assert len(appearance.projections) == 24 - 2 == len(video.injected)
+    assert (
+        len(video.temporal_first_convs) == len(video.temporal_second_convs) == 22
+        and len(video.temporal_transformers) == 16
+    )
+    assert len(reference.projections) == 22 and len(video.injections) == 8 + 12
+    assert len(video.temporal_resample_convs) == 6 and len(video.pixel_attentions) == 12

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return tiny.video_pipeline(folder, fusion=None, factorized=True)
+    return tiny.video_pipeline(folder, model="factorized_dreamer")
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,12 @@ def test_two_captions_and_the_key_frame_all_matter_and_one_caption_stands_for_bo
 
 
 def test_what_depends_on_the_clip_alone_runs_once(folder, image):
-    pipeline = tiny.video_pipeline(folder, fusion=None, factorized=True)
-    encoder = pipeline.condition_encoder
-    parts = (pipeline.image_encoder, encoder.image_adapter, encoder.pixel_pyramid, encoder.motion_to_kv[0])
+    pipeline = tiny.video_pipeline(folder, model="factorized_dreamer")
+    parts = (pipeline.image_encoder, pipeline.unet.image_adapter, pipeline.unet.pixel_pyramid)
     made = [calls(part) for part in parts]
     of_motion = calls(pipeline.motion_encoder)
     sample(pipeline, image=image, num_inference_steps=5, guidance_scale=3.0, image_guidance_scale=1.5)
-    assert [len(found) for found in made] == [1, 1, 1, 1]
+    assert [len(found) for found in made] == [1, 1, 1]
     assert len(of_motion) == 2  # the caption and the empty caption
 
 
@@ -146,7 +145,7 @@ def test_encoders_that_are_not_there_are_named(folder, tmp_path):
 
 
 def train(folder, run, clips, teacher=GROUND_TRUTH, **settings):
-    pipeline = tiny.video_pipeline(folder, fusion=None, factorized=True, stirred=False)
+    pipeline = tiny.video_pipeline(folder, model="factorized_dreamer", stirred=False)
     data = dataset(clips)
     predict_net = None
     if teacher is not None:
@@ -212,7 +211,7 @@ def test_encoded_clips_are_to_the_model_what_the_clips_are(model, clips, tmp_pat
 
 def test_what_is_kept_of_the_key_frame_is_of_the_models_own_place(folder, clips, tmp_path):
     """Pixels and image tokens; and those of another place are refused in one line."""
-    model = tiny.video_pipeline(folder, fusion=None, factorized=True, keyframe_position="center")
+    model = tiny.video_pipeline(folder, model="factorized_dreamer", keyframe_position="center")
     kept = tiny_training.encode_clips(model, dataset(clips), tmp_path / "latents")
     video = (dataset(clips)[1]["video"] + 1) * 127.5
     assert not torch.equal(video[0], video[FRAMES // 2])

@@ -127,9 +127,9 @@ def test_locate():
 # ---------------------------------------------------------------- image to video
 
 
-@pytest.mark.parametrize("fusion", ["add", "spade", None])
-def test_shapes_and_output_types(any_base, image, fusion):
-    pipeline = tiny.video_pipeline(any_base, fusion=fusion)
+@pytest.mark.parametrize("model", ["microcinema", "microcinema_once", "plain"])
+def test_shapes_and_output_types(any_base, image, model):
+    pipeline = tiny.video_pipeline(any_base, model=model)
     frames = sample(pipeline, PROMPTS, image, seeds=(0, 1))
     assert frames.shape == (2, 4, tiny.SIZE, tiny.SIZE, 3)
     assert 0 <= frames.min() < frames.max() <= 1
@@ -168,9 +168,11 @@ def test_every_condition_matters(pipeline, image):
         assert (sample(pipeline, **given, output_type="latent") - reference).abs().max() > 1e-4, change
 
 
-def test_appearance_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, image):
-    pipeline = tiny.video_pipeline(base)
-    appearance, text = count_calls(pipeline.condition_encoder.appearance_net), count_calls(pipeline.text_encoder)
+@pytest.mark.parametrize("model", ["microcinema", "microcinema_once"])
+def test_reference_net_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, image, model):
+    pipeline = tiny.video_pipeline(base, model=model)
+    branch = pipeline.unet.appear_net if model == "microcinema" else pipeline.unet.reference_net
+    appearance, text = count_calls(branch), count_calls(pipeline.text_encoder)
     batches = []
     pipeline.unet.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
     for steps, scales, evaluations in [
@@ -183,22 +185,21 @@ def test_appearance_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, i
             calls.clear()
         scales = dict(zip(("guidance_scale", "image_guidance_scale"), scales, strict=True))
         sample(pipeline, PROMPTS[0], image, num_inference_steps=steps, output_type="latent", **scales)
-        assert len(appearance) == 1
+        assert len(appearance) == (steps if model == "microcinema" else 1)
         assert len(text) == 2  # the prompt and the empty prompt
         assert batches == [evaluations] * steps
 
 
-def test_conditions_are_those_that_guidance_names(pipeline, image):
+def test_conditions_are_those_that_guidance_names(base, image):
+    pipeline = tiny.video_pipeline(base, model="microcinema_once")
     guidance = CFG(text=7.5, image=1.5)
     z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
     text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
     with torch.no_grad():
-        conditions = prepare_conditions(
-            pipeline.condition_encoder, torch.float32, guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0
-        )
-        alone = pipeline.condition_encoder(text, z_ref, torch.full((2,), 8.0))
+        conditions = prepare_conditions(pipeline.unet, guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0)
+        alone = pipeline.unet.encode(text, z_ref, torch.full((2,), 8.0))
     assert torch.equal(conditions.text, torch.cat([empty, empty, empty, empty, text]))
-    for feature, wanted in zip(conditions.appearance, alone.appearance, strict=True):
+    for feature, wanted in zip(conditions.reference, alone.reference, strict=True):
         assert not feature[:2].any()
         assert feature[2:4].any()
         assert torch.allclose(feature[4:], wanted, atol=1e-5)
@@ -326,7 +327,7 @@ def test_a_reloaded_pipeline_gives_the_same_bits(any_base, image, tmp_path, with
     folder = tmp_path / "saved"
     save_pipeline(pipeline, folder, with_base)
     shared = {"vae", "text_encoder", "tokenizer"}
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"unet", "condition_encoder", "scheduler"} | (
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"unet", "scheduler"} | (
         shared if with_base else set()
     )
     again = load_pipeline(folder)
@@ -358,10 +359,10 @@ def test_a_pipeline_opens_with_another_scheduler(base, tmp_path):
         (lambda p: shutil.rmtree(p / "unet"), "unet"),
         (lambda p: drop_weight(p / "unet" / "diffusion_pytorch_model.safetensors"), "conv_in.bias.*surplus"),
         (
-            lambda p: (p / "condition_encoder" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
-            "condition_encoder",
+            lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
+            "unet",
         ),
-        (lambda p: edit_json(p / "unet" / "config.json", block_out_channels=[32, 48]), "unet"),
+        (lambda p: edit_json(p / "unet" / "config.json", max_frames=9), "unet"),
         (lambda p: edit_json(p / "scheduler" / "scheduler_config.json", beta_end=0.02), "alpha_bar"),
         (lambda p: edit_json(p / "model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"),
         (lambda p: (shutil.rmtree(p / "vae"), edit_json(p / "model_index.json", base=None)), "vae"),

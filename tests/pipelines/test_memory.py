@@ -94,10 +94,9 @@ def test_attention_is_plain_attention(pipeline, image, monkeypatch):
 # ---------------------------------------------------------------- offloading
 
 
-@pytest.mark.parametrize("fusion", ["add", None])
-def test_model_offload_leaves_the_device_to_the_network_that_runs(base, image, monkeypatch, fusion):
+def test_model_offload_leaves_the_device_to_the_network_that_runs(base, image, monkeypatch):
     """Without an accelerator nothing is moved, but every hook is run that would move it: they say which networks would be there."""
-    pipeline = tiny.video_pipeline(base, fusion=fusion)
+    pipeline = tiny.video_pipeline(base)
     wanted = frames(pipeline, image)
     names = {id(part): name for name, part in networks(pipeline).items()}
     there, seen = set(), []
@@ -116,12 +115,10 @@ def test_model_offload_leaves_the_device_to_the_network_that_runs(base, image, m
     )
     pipeline.enable_model_cpu_offload(device="cpu")
     assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
-    encoder = [] if fusion is None else ["condition_encoder"]  # without networks it has nothing that could be moved
     assert [name for name, _ in seen] == [
         "text_encoder",
         "text_encoder",
         "vae",
-        *encoder,
         "unet",
         "unet",
         "unet",
@@ -226,8 +223,7 @@ def fake_xformers(monkeypatch):
 
 
 def clip_attentions(pipeline):
-    parts = (pipeline.unet, pipeline.condition_encoder)
-    return [m for part in parts for m in part.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    return [m for m in pipeline.unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
 
 
 def test_attention_to_a_clips_text_can_be_xformers(pipeline, image, fake_xformers, monkeypatch):

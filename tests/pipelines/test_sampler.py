@@ -32,7 +32,9 @@ TOLERANCE = 1  # grey levels: another batch size adds up in another order, and r
 
 def save_model(folder, factorized):
     """A model with defaults of its own."""
-    pipeline = tiny.video_pipeline(folder / "base", factorized=factorized, **DEFAULTS)
+    pipeline = tiny.video_pipeline(
+        folder / "base", model="factorized_dreamer" if factorized else "microcinema", **DEFAULTS
+    )
     save_pipeline(pipeline, folder / "video", with_base=False)
     return folder / "video"
 

@@ -24,32 +24,34 @@ from microcinema.utils.errors import UserError
 from scripts.recipes import ablation, ablation_curves, ablation_grid, ablation_report
 
 NONE = {"diffusion.noise_prior.kind": "none", "diffusion.noise_prior.strength": 0.0}
-WITHOUT_APPEARANCE = dict.fromkeys(
-    [f"model.{part}{key}" for part in ("", "unet.", "condition_encoder.") for key in ("fusion", "inject")]
-)
-INTO_ENCODER = {f"model.{part}inject": "encoder" for part in ("", "unet.", "condition_encoder.")}
-WITHOUT_PIXELS: dict[str, Any] = {f"model.{part}pixel_scales": [] for part in ("", "unet.", "condition_encoder.")}
-WITHOUT_CONCAT = {"model.keyframe_concat": False, "model.condition_encoder.keyframe_concat": False}
 SCHEDULE_OF_THE_BASE = dict.fromkeys(
     f"diffusion.scheduler.{key}"
     for key in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "snr_shift")
 )
-CHANGES = {
+WITHOUT_BRANCH = {"model.appearance": None}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "microcinema": {
-        "without_appearance_branch": WITHOUT_APPEARANCE,
-        "injection_into_encoder_only": INTO_ENCODER,
+        "reference_net": {"model.appearance.network": "reference_net", "model.appearance.fusion": "add"},
+        "keyframe_concat": {**WITHOUT_BRANCH, "model.keyframe_concat": True},
+        "without_keyframe": WITHOUT_BRANCH,
+        "injection_into_encoder": {"model.appearance.inject": "encoder"},
+        "injection_into_decoder": {"model.appearance.inject": "decoder"},
+        "scale_shift": {"model.appearance.fusion": "scale_shift"},
+        "add": {"model.appearance.fusion": "add"},
+        "light_convolutions": {"model.temporal.convolutions": "after"},
+        "without_text_in_time": {"model.temporal.text": False},
+        "without_frame_index": {"model.temporal.positions": False, "model.temporal.frame_embedding": False},
         "noise_prior_0": {"diffusion.noise_prior.strength": 0.0},
-        "noise_prior_0.01": {"diffusion.noise_prior.strength": 0.01},
         "noise_prior_0.1": {"diffusion.noise_prior.strength": 0.1},
-        "without_keyframe_concat": WITHOUT_CONCAT,
     },
     "factorized_dreamer": {
-        "without_adapter": {"model.adapter": None, "model.condition_encoder.adapter": None},
-        "without_pixel_attention": WITHOUT_PIXELS,
+        "without_adapter": {"model.adapter": None},
+        "whole_pixel_blocks": {"model.pixels.block": "transformer", "model.pixels.scales": None},
+        "without_pixel_attention": {"model.pixels": None},
         "without_t5": {"model.motion_encoder": None},
         "without_predict_net": {"model.flow_model": None},
         "without_schedule": SCHEDULE_OF_THE_BASE,
-        "without_keyframe_concat": WITHOUT_CONCAT,
+        "without_keyframe_concat": {"model.keyframe_concat": False},
     },
 }
 
@@ -84,17 +86,24 @@ def test_a_variant_changes_exactly_what_it_says(shipped: Any, composed: dict):
         full = leaves(composed[paper, "full"])
         for variant, expected in variants.items():
             other = leaves(composed[paper, variant])
-            assert full.keys() == other.keys()
-            assert {key: value for key, value in other.items() if value != full[key]} == expected, variant
+            # A part that is switched off is one key in place of its own.
+            changed = {key: value for key, value in other.items() if full.get(key, "absent") != value}
+            assert changed == expected, variant
+            gone = full.keys() - other.keys()
+            assert all(
+                any(key.startswith(f"{part}.") for part, value in expected.items() if value is None) for key in gone
+            )
 
 
 def test_a_full_model_has_every_part_and_starts_from_images_alone(composed: dict):
     microcinema, dreamer = composed["microcinema", "full"], composed["factorized_dreamer", "full"]
-    assert (microcinema.model.fusion, microcinema.model.inject) == ("add", "both")
+    appearance, temporal = microcinema.model.appearance, microcinema.model.temporal
+    assert (appearance.network, appearance.inject, appearance.fusion) == ("appear_net", "both", "both")
+    assert temporal.convolutions == "inside" and temporal.text and not microcinema.model.keyframe_concat
     prior = microcinema.diffusion.noise_prior.arguments
     assert prior["strength"] == 0.03 and prior["kind"] == "appearance"
-    assert microcinema.model.unet.arguments["frame_conditioning"] and microcinema.motion_weight > 0
-    assert dreamer.model.adapter and dreamer.model.pixel_scales and dreamer.model.motion_encoder
+    assert temporal.frame_embedding and microcinema.motion_weight > 0
+    assert dreamer.model.adapter and dreamer.model.pixels and dreamer.model.motion_encoder
     assert dreamer.model.flow_model == "microcinema.sprites.flow.GroundTruthFlow"
     assert dreamer.diffusion.scheduler.rescale_betas_zero_snr and dreamer.diffusion.scheduler.snr_shift == 2
     for config in (microcinema, dreamer):
@@ -115,13 +124,15 @@ def test_every_variant_can_be_built(composed: dict):
     sizes = {}
     for cell, config in composed.items():
         with torch.device("meta"):
-            parts = build_networks(config, base, weights=False)
-        trained = (parts["unet"], parts["condition_encoder"])
-        sizes[cell] = sum(parameter.numel() for part in trained for parameter in part.parameters())
-    of_same_size = {"noise_prior_0", "noise_prior_0.01", "noise_prior_0.1", "without_predict_net", "without_schedule"}
+            unet = build_networks(config, base, weights=False)["unet"]
+        sizes[cell] = sum(parameter.numel() for parameter in unet.parameters())
+    of_same_size = {"noise_prior_0", "noise_prior_0.1", "without_predict_net", "without_schedule"}
+    # A decoder of its own; whole transformer blocks; the text is wider than the tokens of T5.
+    larger = {"reference_net", "whole_pixel_blocks", "without_t5"}
     for (paper, variant), size in sizes.items():
         full = sizes[paper, "full"]
-        assert size == full if variant in {"full", *of_same_size} else size < full, (paper, variant)
+        order = 0 if variant in {"full", *of_same_size} else 1 if variant in larger else -1
+        assert (size > full) - (size < full) == order, (paper, variant)
 
 
 # figures

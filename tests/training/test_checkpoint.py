@@ -50,14 +50,14 @@ def test_a_checkpoint_describes_itself(finished):
     state = json.loads((folder / "training_state.json").read_text())
     assert state["progress"] == {"step": STEPS, "clips": 2 * STEPS}
     assert load_file(folder / "ema.safetensors").keys() == set(state["trained"])
-    for name in ("unet", "condition_encoder"):  # diffusers folders that open by themselves
+    for name in ("unet",):  # diffusers folders that open by themselves
         assert {path.name for path in (folder / name).iterdir()} == {
             "config.json",
             "diffusion_pytorch_model.safetensors",
         }
     found = {path.name for path in folder.iterdir()}
     assert found == {
-        "unet", "condition_encoder", "ema.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json", "SHA256SUMS"
+        "unet", "ema.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json", "SHA256SUMS"
     }  # fmt: skip
     assert not list(finished.glob(".*"))
 
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
     run = tmp_path / "disk"
     run.mkdir()
     model = pipeline(tmp_path)
-    size = 4 * sum(p.numel() for net in (model.unet, model.condition_encoder) for p in net.parameters())
+    size = 4 * sum(p.numel() for p in model.unet.parameters())
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={7 * size}", "tmpfs", run], capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     try:
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, capsys):
 def test_every_random_state_comes_back(tmp_path):
     model = pipeline(tmp_path)
     accelerator = tiny_training.accelerator(tiny_training.make_config(tmp_path, max_train_steps=1))
-    denoiser = TrainableModel(model.unet, model.condition_encoder)
+    denoiser = TrainableModel(model.unet)
     optimizer = torch.optim.AdamW(denoiser.parameters())
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     checkpoints = Checkpoints(accelerator, tmp_path, denoiser, dict(denoiser.named_parameters()), None)
@@ -218,7 +218,7 @@ def test_keys_that_do_not_fit_are_named(broken):
     [
         (lambda folder: (folder / "optimizer.bin").write_bytes(b"not a pickle"), "cannot be read"),
         (lambda folder: (folder / "training_state.json").write_text("{"), "cannot be read"),
-        (lambda folder: shutil.rmtree(folder / "condition_encoder"), "condition_encoder' holds no .safetensors"),
+        (lambda folder: shutil.rmtree(folder / "unet"), "unet' holds no .safetensors"),
         (lambda folder: (folder / "ema.safetensors").unlink(), "set use_ema=false"),
         (lambda folder: os.truncate(folder / "unet/diffusion_pytorch_model.safetensors", 1000), "cannot be read"),
     ],

@@ -134,7 +134,7 @@ def test_each_clip_is_compared_with_another_caption(tmp_path: Path):
 def test_a_model_with_motion_captions_keeps_its_description(tmp_path: Path):
     write_dataset(tmp_path / "clips", num_videos=3, seed=1)
     data = ClipDataset(tmp_path / "clips/clips.csv", tmp_path / "clips", 4, 8.0, tiny.SIZE)
-    model = tiny.video_pipeline(tmp_path / "model", factorized=True)
+    model = tiny.video_pipeline(tmp_path / "model", model="factorized_dreamer")
     accelerator, measured = held_out(data, model, tmp_path)
     batch = Batch(**measured.clips[0])
     other = measured.with_caption_of_another(0, batch)

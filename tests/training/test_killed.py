@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fixtures import killed_runs, tiny_training
 from fixtures.killed_runs import Life
-from microcinema.models.conditioning import ConditionEncoder
 from microcinema.models.video_unet import VideoUNet
 from microcinema.sprites.dataset import write_dataset
 from microcinema.training.checkpoint import load_ema
@@ -163,7 +162,7 @@ def test_fsdp_trains_saves_and_resumes(tmp_path, whole):
     # Networks and averages are whole in a checkpoint; of the optimiser every process has written its part.
     checkpoint = tmp_path / "parts/checkpoint-4"
     unet = VideoUNet.from_pretrained(checkpoint / "unet")
-    load_ema(checkpoint, TrainableModel(unet, ConditionEncoder.from_pretrained(checkpoint / "condition_encoder")))
+    load_ema(checkpoint, TrainableModel(unet))
     saved = tiny_training.weights(tmp_path / "parts/unet")
     found = unet.state_dict()
     assert all(value.equal(found[key.partition(":")[2]]) for key, value in saved.items())

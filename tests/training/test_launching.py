@@ -65,9 +65,9 @@ def test_the_layers_that_fsdp_parts_are_there():
 
     names = yaml.safe_load((ROOT / "configs/accelerate/fsdp.yaml").read_text())["fsdp_config"]
     from fixtures import tiny
-    from microcinema.models.video_unet import VideoUNet
+    from fixtures.tiny_unet import network
 
-    there = {type(module).__name__ for module in VideoUNet.from_unet2d(tiny.unet(), max_frames=4).modules()}
+    there = {type(module).__name__ for module in network(tiny.unet(), "microcinema").modules()}
     assert set(names["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= there
 
 

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_of_the_clips_it_saw(tmp_path):
         items = torch.utils.data.default_collate([{**dataset[k % 2], "sample_index": k} for k in range(16)])
         batch = encode(items)
         noise = config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:])
-        denoiser = TrainableModel(model.unet, model.condition_encoder)
+        denoiser = TrainableModel(model.unet)
         return training_loss(denoiser, batch, noise, encode.null_conditioning(), config).total.mean().item()
 
     before = loss()
@@ -103,7 +103,7 @@ def test_only_what_is_to_be_trained_changes(tmp_path, which, trainable_unet_laye
     }
     train(model, LatentClips(), tmp_path / "run", **settings)
     state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
-    trained = [p for net in (model.unet, model.condition_encoder) for p in net.parameters() if p.requires_grad]
+    trained = [p for p in model.unet.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(trained)
     for name, parameter in model.unet.named_parameters():
         frozen = (
@@ -257,7 +257,7 @@ def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path
     assert videos == {"0.mp4", "1.mp4", "2.mp4"}
     # Every process left its part of the checkpoint.
     names = {path.name for path in (tmp_path / "two-parts/checkpoint-4").iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin", "unet", "condition_encoder"} <= names
+    assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin", "unet"} <= names
     assert len(list((tmp_path / "poisoned/not_finite").iterdir())) == 1
 
 
@@ -347,7 +347,7 @@ def test_the_command_trains_validates_and_saves(tmp_path, clips):
     )
     assert code == 0
     saved = load_pipeline(run)
-    assert saved.unet.config["keyframe_channels"] == tiny.LATENT_CHANNELS
+    assert saved.unet.options.keyframe_concat
     assert saved.training_scheduler.config["prediction_type"] == "v_prediction"
     assert (saved.keyframe_position, saved.config["num_frames"], saved.config["height"]) == ("center", 4, tiny.SIZE)
     assert yaml.safe_load((run / "config.yaml").read_text())["max_train_steps"] == 2

@@ -1,0 +1,82 @@
+"""The options of VideoUNet: what `model` in a training config may set, and what a saved network's config.json holds.
+
+Every part is a mapping, or None where the network does not have it. Meanings and presets: `configs/model/`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True)
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Temporal:
+    convolutions: Literal["inside", "after"]
+    attention_bottleneck: Count
+    feed_forward: Count
+    text: bool
+    positions: bool
+    frame_embedding: bool
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Appearance:
+    network: Literal["appear_net", "reference_net"]
+    inject: Literal["encoder", "decoder", "both"]
+    fusion: Literal["add", "scale_shift", "both"]
+
+    def __post_init__(self) -> None:
+        if self.network == "reference_net" and self.fusion == "both":
+            raise ValueError(
+                "reference_net has one feature per layer, so fusion is add or scale_shift; use one of them"
+            )
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Adapter:
+    mode: Literal["decoupled", "concat"]
+    num_tokens: Count
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Pixels:
+    block: Literal["transformer", "attention"]
+    scales: tuple[Count, ...] | None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class NetworkOptions:
+    max_frames: Count
+    keyframe_concat: bool
+    fps_conditioning: bool
+    temporal: Temporal
+    appearance: Appearance | None
+    adapter: Adapter | None
+    pixels: Pixels | None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class VideoUNetConfig(NetworkOptions):
+    """Everything that decides the modules of a VideoUNet.
+
+    Attributes:
+        unet2d: arguments of the UNet2DConditionModel that it grows from.
+        image_width, motion_width: widths of the tokens of image and motion encoder; None: there is no such encoder.
+        vae_scale_factor: pixels per latent position.
+    """
+
+    unet2d: dict[str, Any]
+    image_width: Count | None
+    motion_width: Count | None
+    vae_scale_factor: Count
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.image_width is None:
+            raise ValueError(
+                f"adapter={self.adapter.mode} needs an image encoder; name one, or set the adapter to null"
+            )
+        if self.motion_width is not None and not self.temporal.text:
+            raise ValueError("the motion encoder's tokens are for temporal attention; set temporal.text=true")
