@@ -84,7 +84,7 @@ def text_table(results: Mapping[str, Any]) -> str:
 
 
 def published() -> list[dict[str, str]]:
-    """Values that papers state, as they state them; empty where one states nothing."""
+    """Zero-shot values of `method` (arXiv number `arxiv`), as the paper `listed_by` lists them; empty where it lists none."""
     with open(PUBLISHED_FILE, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
