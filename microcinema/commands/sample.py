@@ -6,12 +6,11 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from microcinema.config.compose import plain
+from microcinema.config.sampling import SamplingSettings
 from microcinema.config.schema import Sample
-from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.utils.logging import quieten_libraries
 
 
@@ -22,13 +21,12 @@ def run(config: Sample) -> None:
     try:
         prompts = config.prompt, config.motion_prompt, config.prompts, config.image
         items = read_prompt_items(*prompts, config.seed, config.num_videos_per_prompt, config.negative_prompt)
-        keyframe, memory = KeyframeSettings(**vars(config.keyframe)), MemorySettings(**vars(config.memory))
         settings = SamplingSettings(**{name: getattr(config, name) for name in SamplingSettings.__dataclass_fields__})
         record = {"config": plain(config)}
         folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
         quieten_libraries()
-        scheduler, progress = config.scheduler, state.is_main_process
-        sampler = Sampler(config.pipeline, settings, keyframe, memory, state.device, scheduler, progress=progress)
+        models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
+        sampler = Sampler(*models, state.device, config.scheduler, progress=progress)
 
         def announce(item: PromptItem, is_new: bool) -> None:
             tqdm.write(f"{folder.path(item)}{'' if is_new else ' is up to date'}")

@@ -3,13 +3,11 @@
 Every part is a mapping, or None where the network does not have it. Meanings and presets: `configs/model/`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True)
-Count = Annotated[int, Field(ge=1)]
+from microcinema.config.types import CONFIG, Count
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -9,13 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from microcinema.config.instantiate import Component, components
-from microcinema.config.network import CONFIG, Count, NetworkOptions
+from microcinema.config.network import NetworkOptions
+from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
+from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fraction, NotNegative, Positive
 
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "float16", "bfloat16"]
 Resolution = Count | tuple[Count, Count]
 """Pixels: one number for squares, or (height, width)."""
 LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -129,35 +126,8 @@ class Train(Clips):
     resume_from_checkpoint: str | None
 
 
-@dataclass(frozen=True, config=CONFIG)
-class Memory:
-    torch_dtype: Dtype
-    offload: Literal["none", "model", "sequential"]
-    vae_slicing: bool
-    vae_tiling: bool
-    attention: Literal["sdpa", "xformers"]
-    compile: bool
-
-
-@dataclass(frozen=True, config=CONFIG)
-class Keyframe:
-    pretrained_model_name_or_path: str | None
-    revision: str | None
-    variant: str | None
-    torch_dtype: Dtype | None
-    height: Count | None
-    width: Count | None
-    num_inference_steps: Count | None
-    guidance_scale: NotNegative | None
-    resize_mode: Literal["crop", "stretch", "exact"]
-
-    def __post_init__(self) -> None:
-        if (self.height is None) != (self.width is None):
-            raise ValueError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
-
-
-@dataclass(frozen=True, config=CONFIG)
-class Sample:
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Sample(SamplingSettings):
     prompt: str | None
     motion_prompt: str | None
     image: str | None
@@ -165,21 +135,12 @@ class Sample:
     seed: CountOrZero
     output_dir: PathText
     pipeline: str
-    keyframe: Keyframe
-    memory: Memory
-    num_frames: Count | None
-    num_segments: Count
-    window_overlap: CountOrZero | None
-    fps: Positive | None
+    keyframe: KeyframeSettings
+    memory: MemorySettings
     height: Count | None
     width: Count | None
-    num_inference_steps: Count | None
-    guidance_scale: NotNegative | None
-    image_guidance_scale: NotNegative | None
-    gamma: NotNegative | None
     negative_prompt: str
     num_videos_per_prompt: Count
-    decode_chunk_size: Count | None
     scheduler: str | None
     video_crf: Annotated[int, Field(ge=0, le=51)]
 

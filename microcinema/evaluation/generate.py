@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
+from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.config.schema import Evaluate, ZeroShotEvaluation
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.videos import folder_videos, hash_list
-from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from microcinema.config.network import Count
-from microcinema.config.schema import CountOrZero, Positive
+from microcinema.config.types import Count, CountOrZero, Positive
 from microcinema.data.clip_reader import RESIZE
 from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
+from microcinema.config.sampling import SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -33,7 +34,6 @@ from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_to
 from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
 from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
 from microcinema.pipelines.prompts import broadcast_to_prompts, check_motion_prompt, check_prompts
-from microcinema.pipelines.sampling_settings import SamplingSettings
 from microcinema.utils.errors import UserError, check_choice
 
 _LOG = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import diffusers
 import numpy as np
@@ -16,15 +16,13 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMix
 from einops import rearrange
 from PIL import Image, ImageOps
 
+from microcinema.config.sampling import ResizeMode
 from microcinema.data.clip_reader import cover, resize
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.hashing import hash_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ResizeMode = Literal["crop", "stretch", "exact"]
-"""How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
-`stretch` scales each direction separately; `exact` refuses an image of another size."""
 PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""
 

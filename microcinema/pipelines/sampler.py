@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline, open_image
-from microcinema.pipelines.memory import MemorySettings, apply
+from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
 from microcinema.utils.hashing import hash_networks

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 
+from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, make_keyframe
 from microcinema.pipelines.prompts import PromptItem, broadcast_to_prompts, check_motion_prompt, check_prompts
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.utils.errors import UserError
 

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
 from microcinema.evaluation import video_metrics
@@ -17,7 +18,6 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import to_uint8
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
 
 FIGURES = ("keyframe_psnr", "keyframe_ssim", "motion_magnitude")

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from fixtures import tiny, tiny_sampling
 from fixtures.tiny_sampling import PROMPTS, sample
+from microcinema.config.sampling import MemorySettings
 from microcinema.models.unet2d import SharedTextProcessor
 from microcinema.pipelines import memory
-from microcinema.pipelines.memory import MemorySettings
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.utils.errors import UserError
 

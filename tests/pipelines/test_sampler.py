@@ -11,15 +11,14 @@ from PIL import Image
 from fixtures import tiny, zero_shot_data
 from microcinema.commands import cli
 from microcinema.config.compose import compose
+from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.data.video_writer import _MARK
 from microcinema.diffusion.rng import sample_generator
 from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.pipelines import sample_folder
-from microcinema.pipelines.memory import MemorySettings
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.sampler import Sampler
-from microcinema.pipelines.sampling_settings import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
 from microcinema.sprites.protocol import SpritesProtocol
@@ -169,10 +168,7 @@ def test_none_means_the_model_s_own_defaults_everywhere(plain_model):
     assert video.resolve(SamplingSettings()) == expected
     sample, evaluate = compose("sample"), compose("evaluate", [f"pipeline={plain_model}"])
     settings = SamplingSettings(**{name: getattr(sample, name) for name in SamplingSettings.__dataclass_fields__})
-    memory = MemorySettings(**vars(sample.memory))
-    command = Sampler(
-        str(plain_model), settings, KeyframeSettings(**vars(sample.keyframe)), memory, "cpu", progress=False
-    )
+    command = Sampler(str(plain_model), settings, sample.keyframe, sample.memory, "cpu", progress=False)
     protocol = protocol_sampler(evaluate, None, None, FRAMES, None, PartialState(cpu=True))
     assert command.settings == protocol.settings == expected
     assert command.fingerprint() == protocol.fingerprint()
@@ -193,9 +189,9 @@ def test_clips_are_made_again_if_and_only_if_they_would_differ(plain_model, tmp_
 
     def run(*changes, **settings):
         written.clear()
-        memory = MemorySettings(**vars(compose("sample").memory))
         settings = SamplingSettings(**{"num_inference_steps": 1, **settings})
-        sampler = Sampler(str(plain_model), settings, KeyframeSettings(), memory, "cpu", batch_size=2, progress=False)
+        keyframe, memory = KeyframeSettings(), MemorySettings()
+        sampler = Sampler(str(plain_model), settings, keyframe, memory, "cpu", batch_size=2, progress=False)
         items = [PromptItem(text, str(index), sample_index=index) for index, text in enumerate(("a", "b", "c"))]
         sampler.run([*items[: 3 - len(changes)], *changes], SampleFolder(tmp_path, ("frames",)))
         return list(written)

@@ -7,12 +7,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixtures import tiny, tiny_training
+from microcinema.config.sampling import SamplingSettings
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.data.video_writer import _MARK
 from microcinema.pipelines import image_to_video
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
-from microcinema.pipelines.sampling_settings import SamplingSettings
 from microcinema.training.build import build_keyframes
 from microcinema.training.validation import FIGURES, Validation
 

@@ -1,0 +1,148 @@
+"""What a video and its key frame are sampled with, apart from texts, images and seeds, in the Python API and in `sample`.
+
+None stands for the model's own value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import Field, with_config
+
+from microcinema.config.instantiate import convert
+from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, NotNegative
+from microcinema.utils.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    import torch
+
+ResizeMode = Literal["crop", "stretch", "exact"]
+"""How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
+`stretch` scales each direction separately; `exact` refuses an image of another size."""
+
+_OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+_DEFAULTS = {**dict(zip(_OWN, _OWN, strict=True)), "gamma": "noise_prior_gamma"}
+"""Settings for which None stands for a value in the pipeline's config, and its key there."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of stage 2. `ImageToVideoPipeline.resolve` fills in the model's own values.
+
+    Args:
+        height, width: pixels; multiples of the model's stride.
+        num_frames: of a clip; more than the model was trained with are made in windows, see `Windows`.
+        fps: frames per second.
+        num_inference_steps: denoising steps.
+        guidance_scale, image_guidance_scale: of text and key frame, see `CFG`; 1 is no guidance.
+        gamma: moves the start of sampling towards the key frame, see `NoisePrior.initial_noise`; 0 for none.
+        num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
+            `num_segments * (num_frames - 1) + 1` frames.
+        window_overlap: frames that windows share; None: half a window.
+        decode_chunk_size: frames that the VAE decodes at once; None: all of a clip.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: Count | None = None
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: NotNegative | None = None
+    image_guidance_scale: NotNegative | None = None
+    gamma: NotNegative | None = None
+    num_segments: Count = 1
+    window_overlap: CountOrZero | None = None
+    decode_chunk_size: Count | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(SamplingSettings, include_extras=True).items():
+            convert(name, getattr(self, name), kind)
+
+    def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
+        """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
+        settings = replace(
+            self, **{name: defaults[key] for name, key in _DEFAULTS.items() if getattr(self, name) is None}
+        )
+        if settings.height is None or settings.width is None:
+            raise UserError("the model does not say at which size it was trained; give height and width")
+        for name, value in (("height", settings.height), ("width", settings.width)):
+            if value < stride or value % stride:
+                nearest = max(1, round(value / stride)) * stride
+                raise UserError(f"{name} {value} is not a positive multiple of {stride}; use for example {nearest}")
+        return replace(settings, fps=float(settings.fps or 0))
+
+
+@with_config(CONFIG)
+@dataclass(frozen=True)
+class KeyframeSettings:
+    """The text-to-image model of stage 1 and its settings: the group `keyframe` of `sample`.
+
+    Args:
+        pretrained_model_name_or_path: None: the base of the video model.
+        revision, variant: of a hub repository; of the weight files, such as `fp16`.
+        torch_dtype: of its weights; None: that of stage 2.
+        height, width: size in pixels at which it draws; None: its own.
+        num_inference_steps, guidance_scale: None: those that the video model was saved with for stage 1, or else those of the video.
+        resize_mode: how an image is brought to the size of the video.
+
+    Raises:
+        UserError: one of height and width.
+    """
+
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    torch_dtype: Dtype | None = None
+    height: Count | None = None
+    width: Count | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: NotNegative | None = None
+    resize_mode: ResizeMode = "crop"
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
+
+
+@with_config(CONFIG)
+@dataclass(frozen=True)
+class MemorySettings:
+    """Settings that trade time for memory. Frames stay the same up to rounding, except with `vae_tiling`.
+
+    Args:
+        torch_dtype: of the networks; latents and schedule stay in float32.
+        offload: where networks wait until they are used. `none`: on the device; `model`: in CPU memory, and each network is moved to
+            the device as a whole; `sequential`: the same for each layer, which needs the least memory and is by far the slowest.
+        vae_slicing: the VAE encodes and decodes one frame at a time.
+        vae_tiling: the VAE encodes and decodes frames larger than it was trained with in overlapping tiles, which are blended. Its
+            attention then sees a tile instead of the whole frame, which changes frames by more than rounding.
+        attention: `sdpa`, torch's scaled dot-product attention, or `xformers` in all spatial layers.
+        compile: compile the denoiser with torch.compile; the first step takes minutes.
+
+    Raises:
+        UserError: an unknown choice, or two that exclude each other.
+    """
+
+    torch_dtype: Dtype = "float32"
+    offload: Literal["none", "model", "sequential"] = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if choices := get_args(hint):
+                check_choice(name, getattr(self, name), choices)
+        if self.compile and self.offload == "sequential":
+            raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """`torch_dtype` as a dtype of torch."""
+        import torch
+
+        return getattr(torch, self.torch_dtype)
