@@ -52,6 +52,7 @@ NUM_FRAMES = 16
 MAX_TOKENS = 32
 ROOT = Path(__file__).parents[2]
 VIDEO_MODELS = ("sprites-microcinema", "sprites-factorized-dreamer")
+ONCE = "sprites-microcinema-once"  # whose 2D layers the others have; it stays in the work folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -62,10 +63,20 @@ class Recipe:
     work: str = "runs/assets"
     assets: str = "microcinema/assets"
     stages: list[str] = field(
-        default_factory=lambda: ["clip", "vae", "unet", "classifier", "microcinema", "t5", "factorized_dreamer"]
+        default_factory=lambda: [
+            "clip",
+            "vae",
+            "unet",
+            "classifier",
+            "microcinema_once",
+            "microcinema",
+            "t5",
+            "factorized_dreamer",
+        ]
     )
     seed: int = 0
     train_clips: int = 6000
+    microcinema_once_rotation_weight: int = 4
     microcinema_rotation_weight: int = 4  # in the clips of the video models, which learn to turn last
     factorized_dreamer_rotation_weight: int = 12  # and that is all that it has left to learn
     clip_steps: int = 1500
@@ -163,8 +174,11 @@ class Pool:
         return np.where([self.sprites[c].motion in scene.SCALINGS for c in clip], 0, frame)
 
     def frames_to_draw(self, clip: np.ndarray, frame: np.ndarray, any_frame: np.ndarray, keyframe: int) -> np.ndarray:
-        """The frame numbers of the named size for `any_frame` (captions without the motion), elsewhere that of the key frame."""
-        return np.where(any_frame, self.frames_of_named_size(clip, frame), keyframe)
+        """For `any_frame` (captions without the motion) the frame numbers, or the first where an object turns or changes its size, since
+        they name it as it is at the start; elsewhere that of the key frame.
+        """
+        changes = [self.sprites[c].motion in (*scene.SCALINGS, *scene.ROTATIONS) for c in clip]
+        return np.where(any_frame, np.where(changes, 0, frame), keyframe)
 
     def images(self, clip: np.ndarray, frame: np.ndarray) -> torch.Tensor:
         """Frames (b, 3, h, w) in [-1, 1] of the given clip and frame numbers."""
@@ -553,7 +567,7 @@ def keyframe_position(model: int) -> str | int:
 
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
-    base, output = folder.parent / "sprites-base", Path(recipe.work) / folder.name
+    base, output = Path(recipe.assets) / "sprites-base", Path(recipe.work) / folder.name
     name = folder.name.removeprefix("sprites-").replace("-", "_")
     rotation_weight = getattr(recipe, f"{name}_rotation_weight")
     overrides = [
@@ -575,12 +589,16 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         f"seed={recipe.seed}",
         "resume_from_checkpoint=latest",
     ]
+    if folder.name == VIDEO_MODELS[0]:
+        overrides += [f"init_weights_from={Path(recipe.work) / ONCE}"]
     if folder.name == VIDEO_MODELS[1]:
         overrides += [f"init_weights_from={folder.parent / VIDEO_MODELS[0]}"]
         overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
     status = microcinema(["train", *overrides])
     if status:
         sys.exit(status)
+    if folder.name == ONCE:
+        return
     pipeline = load_pipeline(output, torch_dtype=torch.float16)
     pipeline.register_to_config(base=base.name)
     if pipeline.uses_motion_caption:
@@ -653,6 +671,7 @@ def main() -> None:
         "clip": (train_clip, base, "text_encoder"),
         "vae": (train_vae, base, "vae"),
         "unet": (train_unet, base, "model_index.json"),
+        "microcinema_once": (train_video, work / ONCE, "model_index.json"),
         "microcinema": (train_video, assets / VIDEO_MODELS[0], "model_index.json"),
         "t5": (train_t5, assets / "sprites-t5", "config.json"),
         "factorized_dreamer": (train_video, assets / VIDEO_MODELS[1], "model_index.json"),

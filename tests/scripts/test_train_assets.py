@@ -53,11 +53,11 @@ def test_a_caption_with_the_motion_is_drawn_at_the_key_frame_and_one_without_at_
     clip, frame = np.arange(40), np.arange(40) % 15 + 1
     any_frame = np.arange(40) % 2 == 0
     found = train_assets.Pool(np.empty(0), np.empty(0), sprites).frames_to_draw(clip, frame, any_frame, keyframe=8)
-    scaling = np.array([sprite.motion in scene.SCALINGS for sprite in sprites])
-    assert scaling[any_frame].any() and scaling[~any_frame].any()
+    changes = np.array([sprite.motion in (*scene.SCALINGS, *scene.ROTATIONS) for sprite in sprites])
+    assert changes[any_frame].any() and changes[~any_frame].any()
     assert found[~any_frame].tolist() == [8] * 20
-    assert not found[any_frame & scaling].any()
-    assert np.array_equal(found[any_frame & ~scaling], frame[any_frame & ~scaling])
+    assert not found[any_frame & changes].any()
+    assert np.array_equal(found[any_frame & ~changes], frame[any_frame & ~changes])
 
 
 def test_an_object_drawn_as_at_the_start_costs_even_a_perfect_centre_frame_model_right_clips():
