@@ -1,7 +1,7 @@
 """Cost of one evaluation and of one training step of VideoUNet's presets, as a ratio to the per-frame 2D UNet that they are built from.
 
     OMP_NUM_THREADS=1 python -m benchmarks.denoiser --clock cpu
-    python -m benchmarks.denoiser --parts flops        # operations of a forward, at the full width of Stable Diffusion 1.5
+    python -m benchmarks.denoiser --parts flops --only VideoUNet    # operations of a forward, at Stable Diffusion 1.5's width
 
 Diffusers' video UNets stand beside it, all at equal widths, head widths and depths, each with its own inputs. A round runs every network
 once; the figure is the ratio of median times, which other load on the machine hardly changes. A training step is forward, mean squared

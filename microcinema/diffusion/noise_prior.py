@@ -1,4 +1,4 @@
-"""Noise priors: the noise that diffuses a clip, given its key frame (our reading of arXiv 2311.18829)."""
+"""Noise priors: the noise that diffuses a clip, given its key frame. `appearance` is MicroCinema's (arXiv 2311.18829, both figures)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class NoisePrior:
     - `mixed`, `progressive`: unit variance in each frame, correlated over frames, `a = strength` (arXiv 2305.10474).
 
     At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling closer to the key frame; None until
-    `resolve` chooses it.
+    `resolve` chooses it; that it adds to lambda is our reading of the authors' figure.
 
     Raises:
         UserError: an unknown kind, or a negative or infinite number.
