@@ -94,6 +94,16 @@ def test_citation_changelog_and_typing():
     assert (ROOT / "microcinema" / "py.typed").is_file()
 
 
+def test_model_cards_cite_what_the_readme_cites():
+    entries = re.compile(r"^```bibtex$(.*?)^```$", re.MULTILINE | re.DOTALL)
+    texts = [ROOT / "README.md", ROOT / "microcinema/commands/templates/model_card.md.jinja"]
+    readme, card = (entries.search(path.read_text(encoding="utf-8"))[1] for path in texts)
+    assert readme == card and "Proceedings of the IEEE/CVF" in readme
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"][0]
+    names = [f"{author['family-names']}, {author['given-names']}" for author in citation["authors"]]
+    assert " and ".join(names) in re.sub(r"\s+", " ", readme)
+
+
 def test_continuous_integration_runs_what_ci_run_runs():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
