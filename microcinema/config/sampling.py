@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 from pydantic import Field, with_config
 
 from microcinema.config.instantiate import convert
-from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, NotNegative
+from microcinema.config.types import CONFIG, Count, Dtype, NotNegative
 from microcinema.utils.errors import UserError, check_choice
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class SamplingSettings:
     image_guidance_scale: NotNegative | None = None
     gamma: NotNegative | None = None
     num_segments: Count = 1
-    window_overlap: CountOrZero | None = None
+    window_overlap: int | None = None
     decode_chunk_size: Count | None = None
 
     def __post_init__(self) -> None:

@@ -139,6 +139,7 @@ class Sample(SamplingSettings):
     memory: MemorySettings
     height: Count | None
     width: Count | None
+    window_overlap: CountOrZero | None
     negative_prompt: str
     num_videos_per_prompt: Count
     scheduler: str | None
