@@ -21,8 +21,7 @@ from microcinema import __version__
 from microcinema.config.compose import compose, plain
 from microcinema.config.instantiate import Component
 from microcinema.config.schema import Train
-from microcinema.pipelines.base_model import check_base_weights
-from microcinema.pipelines.loading import is_embedded, resolve_model_path, resolve_snapshot
+from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
 from microcinema.utils.errors import UserError, first_line
 
@@ -170,7 +169,8 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     where += " (offline)" if of_hub and constants.HF_HUB_OFFLINE else ""
     download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     try:
-        check_base_weights(folder, variant)
+        for network in ("vae", "text_encoder", "unet"):
+            check_weight_files(Path(folder, network), variant)
     except UserError as error:
         if not of_hub:
             return Finding("base", str(error), PROBLEM), folder

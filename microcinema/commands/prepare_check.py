@@ -1,13 +1,10 @@
 """The command `prepare check`: examines the clips of a data set and writes a manifest, which training reads, and a report."""
 
-from dataclasses import fields
-
 import numpy as np
 import pyarrow.parquet
 
 from microcinema.config.schema import PrepareCheck
 from microcinema.data.manifest import SCHEMA
-from microcinema.data.quality import Thresholds
 from microcinema.data.quality_check import check_clips
 from microcinema.data.quality_report import count_reasons, write_report
 from microcinema.utils.files import atomic_path, make_folder
@@ -25,11 +22,7 @@ def run(config: PrepareCheck) -> None:
     folder = make_folder(config.output_dir)
     count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    values = {field.name: getattr(config, field.name) for field in fields(Thresholds)}
-    thresholds = Thresholds(**{**values, "reject": tuple(config.reject)})
-    table = check_clips(
-        dataset, indices, folder / CHUNKS, thresholds, config.timeout, config.num_workers, config.ray_address
-    )
+    table = check_clips(dataset, indices, folder / CHUNKS, config)
     with atomic_path(folder / MANIFEST) as temporary:
         pyarrow.parquet.write_table(table.select(SCHEMA.names), temporary)
     write_report(folder / REPORT, table, len(dataset), dataset.skipped)

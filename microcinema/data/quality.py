@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from microcinema.config.schema import PrepareCheck
 from microcinema.data import video_reader
 from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.manifest import SCHEMA
@@ -23,17 +24,6 @@ _MIN_CUT = 15.0  # smallest frame difference at a cut, in levels of 255
 _CUT_RATIO = 3.0  # of a cut to the frame differences right before and after it
 _MAX_HASH_DISTANCE = 12  # bits of 192 by which the hashes of two copies of a clip may differ
 _JUDGED = ("decodable", "num_frames", "duration", "motion", "cut", "watermark")
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Limits of the checks, and the names of those by which clips are rejected; broken clips always are."""
-
-    num_frames: int  # of a training clip
-    fps: float | None  # of a training clip; None: the file's own
-    min_motion: float  # mean difference of neighboring frames, levels of 255
-    max_watermark_score: float  # correlation with the watermark template, -1 to 1
-    reject: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -157,9 +147,9 @@ def first_copies(clip_hashes: np.ndarray) -> np.ndarray:
     return first
 
 
-def failed_checks(columns: Mapping[str, np.ndarray], thresholds: Thresholds) -> dict[str, np.ndarray]:
+def failed_checks(columns: Mapping[str, np.ndarray], config: PrepareCheck) -> dict[str, np.ndarray]:
     """Which clips fail each check that looks at single clips, bool (n,), whether or not it rejects them; unknown measures are NaN."""
-    num_frames, fps = thresholds.num_frames, thresholds.fps
+    num_frames, fps = config.num_frames, config.fps
     if fps is None or num_frames == 1:
         short = columns["num_frames"] < num_frames
     else:
@@ -167,26 +157,26 @@ def failed_checks(columns: Mapping[str, np.ndarray], thresholds: Thresholds) -> 
     return {
         "broken": columns["decodable"] != 1,
         "short": short,
-        "static": columns["motion"] < thresholds.min_motion,
+        "static": columns["motion"] < config.min_motion,
         "cut": ~np.isnan(columns["cut"]),
-        "watermark": columns["watermark"] > thresholds.max_watermark_score,
+        "watermark": columns["watermark"] > config.max_watermark_score,
     }
 
 
-def verdict(measures: Mapping[str, Any], thresholds: Thresholds) -> str:
+def verdict(measures: Mapping[str, Any], config: PrepareCheck) -> str:
     """The failed checks of one clip with commas between, or "accepted"."""
     columns = {name: np.array([measures.get(name)], dtype=float) for name in _JUDGED}  # None becomes NaN
-    return ", ".join(name for name, fails in failed_checks(columns, thresholds).items() if fails[0]) or "accepted"
+    return ", ".join(name for name, fails in failed_checks(columns, config).items() if fails[0]) or "accepted"
 
 
-def judge(table: pa.Table, thresholds: Thresholds) -> pa.Table:
-    """The table of measures with the columns that depend on all clips or on the thresholds."""
+def judge(table: pa.Table, config: PrepareCheck) -> pa.Table:
+    """The table of measures with the columns that depend on all clips or on the limits in the config; broken clips are always rejected."""
     columns = {name: table.column(name).cast(pa.float64()).to_numpy() for name in _JUDGED}
     no_hashes = pa.scalar([0, 0, 0], SCHEMA.field("hashes").type)
     clip_hashes = pc.fill_null(pc.list_flatten(pc.coalesce(table.column("hashes"), no_hashes)), 0)
     first = first_copies(clip_hashes.to_numpy().reshape(-1, 3))
-    failed = {**failed_checks(columns, thresholds), "duplicate": first >= 0}
-    rejecting = {name: fails for name, fails in failed.items() if name == "broken" or name in thresholds.reject}
+    failed = {**failed_checks(columns, config), "duplicate": first >= 0}
+    rejecting = {name: fails for name, fails in failed.items() if name == "broken" or name in config.reject}
     rejected = np.any(list(rejecting.values()), axis=0)
     reasons = np.full(len(first), None, dtype=object)
     for k in np.flatnonzero(rejected).tolist():

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
+from microcinema.config.schema import PrepareCheck
 from microcinema.data import quality
 from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.manifest import SCHEMA
@@ -35,35 +36,26 @@ _THUMBNAILS = 4  # of each verdict in one of these chunks
 _CHUNK_SCHEMA = pa.schema([*SCHEMA, ("index", pa.int64()), ("caption", pa.string()), ("thumbnail", pa.binary())])
 
 
-def check_clips(
-    dataset: ClipSource,
-    indices: np.ndarray,
-    folder: Path,
-    thresholds: quality.Thresholds,
-    timeout: float,
-    num_workers: int | None = None,
-    ray_address: str | None = None,
-) -> pa.Table:
+def check_clips(dataset: ClipSource, indices: np.ndarray, folder: Path, config: PrepareCheck) -> pa.Table:
     """Examines clips and judges them: a table of the manifest's columns, `index`, `caption` and `thumbnail` (JPEG; null for most).
 
     Args:
         folder: for finished chunks and the watermark template; emptied if it holds those of other clips.
-        timeout: seconds for a clip, after which its decoder is killed.
-        num_workers: processes; None: one per core.
-        ray_address: Ray cluster on which they run; None: this machine.
+        config: limits of the checks; `timeout`, seconds for a clip, after which its decoder is killed; `num_workers`, processes (None: one
+            per core); `ray_address`, Ray cluster on which they run (None: this machine).
 
     Raises:
         UserError: a data set that cannot be divided; Ray is not installed or cannot be reached.
     """
     dataset.subset([])
-    _remove_other_chunks(folder, dataset, indices, timeout)
+    _remove_other_chunks(folder, dataset, indices, config.timeout)
     chunks = np.split(indices, range(_CHUNK, len(indices), _CHUNK))
     files = [folder / f"{k:06d}.parquet" for k in range(len(chunks))]
     missing = [k for k, file in enumerate(files) if not file.is_file()]
     thumbnail_step = -(-len(chunks) // _THUMBNAIL_CHUNKS)
-    with _worker_pool(num_workers, ray_address) as pool:
-        template = _watermark_template(pool, folder / "template.npy", dataset, indices, timeout)
-        work = partial(_check_chunk, thresholds=thresholds, template=template, timeout=timeout)
+    with _worker_pool(config.num_workers, config.ray_address) as pool:
+        template = _watermark_template(pool, folder / "template.npy", dataset, indices, config.timeout)
+        work = partial(_check_chunk, config=config, template=template)
         tasks = ((k, *dataset.subset(chunks[k]), chunks[k], k % thumbnail_step == 0) for k in missing)
         finished = len(indices) - sum(len(chunks[k]) for k in missing)
         with tqdm(total=len(indices), initial=finished, desc="checking", unit="clip", disable=None) as bar:
@@ -71,7 +63,7 @@ def check_clips(
                 with atomic_path(files[k]) as temporary:
                     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_CHUNK_SCHEMA), temporary)
                 bar.update(len(rows))
-    return quality.judge(pa.concat_tables(map(pyarrow.parquet.read_table, files)), thresholds)
+    return quality.judge(pa.concat_tables(map(pyarrow.parquet.read_table, files)), config)
 
 
 def _remove_other_chunks(folder: Path, dataset: ClipSource, indices: np.ndarray, timeout: float) -> None:
@@ -114,14 +106,11 @@ def _edges_of_chunk(task: tuple[ClipSource, Any, float]) -> list[np.ndarray]:
 
 
 def _check_chunk(
-    task: tuple[int, ClipSource, Any, np.ndarray, bool],
-    thresholds: quality.Thresholds,
-    template: np.ndarray | None,
-    timeout: float,
+    task: tuple[int, ClipSource, Any, np.ndarray, bool], config: PrepareCheck, template: np.ndarray | None
 ) -> tuple[int, list[dict[str, Any]]]:
     """The rows of a chunk, in a worker process. A task is (chunk, data set, indices in it, indices in the whole, thumbnails or not)."""
     k, dataset, indices, whole_indices, thumbnails = task
-    decoder = DecoderProcess(timeout)
+    decoder = DecoderProcess(config.timeout)
     rows: list[dict[str, Any]] = []
     shown: Counter[str] = Counter()
     for index, whole_index in zip(indices, whole_indices.tolist(), strict=True):
@@ -133,7 +122,7 @@ def _check_chunk(
         except UserError as error:
             measures, survey = {"decodable": False, "reason": str(error)}, None
         row |= measures
-        verdict = quality.verdict(row, thresholds)
+        verdict = quality.verdict(row, config)
         if thumbnails and survey is not None and shown[verdict] < _THUMBNAILS:
             shown[verdict] += 1
             row["thumbnail"] = encode_thumbnail(survey, row["cut"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from microcinema.models.attention import KeyValue
 
@@ -27,11 +28,9 @@ class Conditions:
 
 def drop(value: Any, mask: Tensor) -> Any:
     """A tensor, or tuple of tensors, of b clips, with zeros for the clips where `mask`, bool `(b,)`, is False."""
-    if value is None:
-        return None
-    if isinstance(value, KeyValue):
-        return KeyValue(drop(value.key, mask), drop(value.value, mask))
-    if isinstance(value, tuple):
-        return tuple(drop(x, mask) for x in value)
-    # where, not a product: a dropped image leaves nothing, not even a NaN, and no gradient.
-    return torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
+
+    def kept(x: Tensor) -> Tensor:
+        # where, not a product: a dropped image leaves nothing, not even a NaN, and no gradient.
+        return torch.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
+
+    return tree_map_only(Tensor, kept, value)

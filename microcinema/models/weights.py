@@ -16,14 +16,10 @@ def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) 
     try:
         network, info = from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
-        raise unreadable(path, error) from error
+        fault = f"cannot load a network from '{path}' ({first_line(error)})"
+        raise UserError(f"{fault}; give one written by save_pretrained") from error
     check_keys(info["missing_keys"], info["unexpected_keys"], f"'{path}'")
     return (network, info) if with_info else network
-
-
-def unreadable(path: Any, error: Exception) -> UserError:
-    """The error for a folder from which no network can be loaded."""
-    return UserError(f"cannot load a network from '{path}' ({first_line(error)}); give one written by save_pretrained")
 
 
 def check_keys(missing: Collection[str], unexpected: Collection[str], source: str) -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.unet2d import unet2d_arguments
 from microcinema.models.vae import vae_scale_factor
 from microcinema.pipelines.loading import (
-    check_weight_files,
     component_class,
     load_components,
     load_index,
@@ -80,15 +78,6 @@ def load_base(
     return base
 
 
-def load_base_components(
-    base: str | None, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """The VAE, text encoder and tokenizer of a base, for a video pipeline that was saved without them."""
-    if base is None:
-        raise UserError("the video pipeline has no vae and text encoder, and no base to take them from; name one")
-    return load_components(resolve_snapshot(base, BASE_COMPONENTS, revision, variant), BASE_COMPONENTS, variant, dtype)
-
-
 def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet2d: Mapping[str, Any]) -> None:
     """Refuses a 2D UNet, by its config, that expects text embeddings of another width, or latents with another number of channels."""
     for component, width, argument in (
@@ -98,12 +87,6 @@ def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextMode
         if width != (expected := unet2d[argument]):
             fault = f"the {component} is {width}, but its UNet has {argument}={expected}"
             raise UserError(f"'{source}': {fault}; use files of one model")
-
-
-def check_base_weights(folder: str, variant: str | None = None) -> None:
-    """Checks each network's weight files in a base's folder, see `check_weight_files`."""
-    for name in ("vae", "text_encoder", "unet"):
-        check_weight_files(Path(folder, name), variant)
 
 
 def _check_unet_config(name: str, folder: str) -> None:

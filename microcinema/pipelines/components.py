@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from microcinema.pipelines.base_model import BASE_COMPONENTS, check_compatible, load_base_components
+from microcinema.pipelines.base_model import BASE_COMPONENTS, check_compatible
 from microcinema.pipelines.encoders import (
     IMAGE_ENCODER,
     MOTION_ENCODER,
@@ -10,6 +10,7 @@ from microcinema.pipelines.encoders import (
     load_image_encoder,
     load_motion_encoder,
 )
+from microcinema.pipelines.loading import load_components, resolve_snapshot
 from microcinema.utils.errors import UserError
 
 OPTIONAL_COMPONENTS = (*BASE_COMPONENTS, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER)
@@ -25,7 +26,10 @@ def load_missing_components(components: dict[str, Any], config: dict[str, Any]) 
     dtype, options = components["unet"].dtype, components["unet"].options
     origin = config["base"], config["base_revision"], config["base_variant"]
     if any(components[name] is None for name in BASE_COMPONENTS):
-        components |= load_base_components(*origin, dtype)
+        if config["base"] is None:
+            raise UserError("the video pipeline has no vae and text encoder, and no base to take them from; name one")
+        folder = resolve_snapshot(config["base"], BASE_COMPONENTS, *origin[1:])
+        components |= load_components(folder, BASE_COMPONENTS, config["base_variant"], dtype)
     check_compatible("the video pipeline", components["vae"], components["text_encoder"], options.unet2d)
     if options.adapter is None:
         components[IMAGE_ENCODER] = None

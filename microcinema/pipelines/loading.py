@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microcinema.models.weights import check_keys, load_checked
+from microcinema.models.weights import check_keys
 from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -169,14 +169,11 @@ def load_component(
             network = cls.from_config(cls.load_config(path)) if config is None else cls(config)
             return network.eval().requires_grad_(False)
         check_weight_files(path, variant, needed=not cls.__module__.startswith("microcinema."))
-        if issubclass(cls, PreTrainedModel):
-            network, info = cls.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
-            keys = [key for key in info["unexpected_keys"] if not key.startswith(ignore_prefixes)]
-            # Older files hold position_ids, which is a constant and no longer a weight.
-            keys = [key for key in keys if not key.endswith("position_ids")]
-            check_keys(info["missing_keys"], keys, f"'{path}'")
-        else:
-            network = load_checked(cls.from_pretrained, path, variant=variant, use_safetensors=True)
+        network, info = cls.from_pretrained(path, output_loading_info=True, variant=variant, use_safetensors=True)
+        keys = [key for key in info["unexpected_keys"] if not key.startswith(ignore_prefixes)]
+        # Older files hold position_ids, which is a constant and no longer a weight.
+        keys = [key for key in keys if not key.endswith("position_ids")]
+        check_keys(info["missing_keys"], keys, f"'{path}'")
     except UserError:
         raise
     except Exception as error:  # each library has its own for files that are missing, damaged or of another shape

@@ -70,9 +70,7 @@ class Windows:
 
 
 def check_continuation(num_segments: int, num_frames: int, keyframe_position: str | int) -> None:
-    """Refuses no segment, several of one frame, and several of a model whose key frame is not the first frame of a clip."""
-    if num_segments < 1:
-        raise UserError(f"num_segments is {num_segments}; use a number >= 1")
+    """Refuses several segments of one frame, and several of a model whose key frame is not the first frame of a clip."""
     if num_segments == 1:
         return
     if num_frames < 2:
