@@ -78,7 +78,7 @@ def write_shards(
     rows = [row for shard in shards for row in layout.rows(shard)]
     row_dataset = _RowDataset(dataset, layout.num_clips, Quarantine(folder / QUARANTINE, clip_retries, rank))
     loader = DataLoader(row_dataset, batch_size=1, sampler=rows, num_workers=num_workers)
-    batches = _count_broken(loader, ErrorRate(max_error_rate))
+    batches = ErrorRate(max_error_rate).watch(loader, replaced=False)
     with tqdm(total=len(rows), desc="encoding", unit="clip", disable=None if rank == 0 else True) as bar:
         for shard in shards:
             _write_shard(folder, shard, layout, batches, encode)
@@ -118,13 +118,6 @@ class _RowDataset(Dataset[dict[str, Any]]):
         self.dataset.set_epoch(epoch)
         item = self.quarantine.try_read(self.dataset, row, index)
         return {**(item or {}), "broken": int(item is None)}
-
-
-def _count_broken(loader: DataLoader[dict[str, Any]], errors: ErrorRate) -> Iterator[dict[str, Any]]:
-    for batch in loader:
-        broken = int(batch["broken"].item())
-        errors.count(broken, 1 - broken)
-        yield batch
 
 
 def _missing_shards(folder: Path, layout: Layout, rank: int = 0, num_processes: int = 1) -> list[int]:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ class ErrorRate:
         self.total = 0
         self._recent: deque[bool] = deque(maxlen=window)  # whether each clip was broken
 
-    def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The same batches; counts their clips and the `broken` ones that these replace."""
+    def watch(self, batches: Iterable[dict[str, Any]], replaced: bool = True) -> Iterator[dict[str, Any]]:
+        """The same batches; counts their clips and the `broken` ones, which those replace or, if not `replaced`, are themselves."""
         for batch in batches:
             for broken in batch["broken"].tolist():
-                self.count(broken, 1)
+                self.count(broken, 1 if replaced else 1 - broken)
             yield batch
 
     def count(self, broken: int, sound: int) -> None:

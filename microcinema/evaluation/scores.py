@@ -1,6 +1,7 @@
 """Numbers from features of whole sets, beside the Fréchet distance: kernel distance and Inception score."""
 
 import numpy as np
+from scipy.stats import entropy
 
 from microcinema.utils.errors import UserError
 
@@ -45,7 +46,5 @@ def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) 
     shuffled = np.asarray(probabilities, np.float64)[np.random.default_rng(seed).permutation(len(probabilities))]
     scores = []
     for part in np.array_split(shuffled, splits):
-        marginal = part.mean(axis=0)
-        ratio = np.log(np.maximum(part, 1e-300)) - np.log(np.maximum(marginal, 1e-300))
-        scores.append(np.exp((part * ratio).sum(axis=1).mean()))
+        scores.append(np.exp(entropy(part, part.mean(axis=0, keepdims=True), axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))

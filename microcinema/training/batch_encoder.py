@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,7 @@ def cached_encoder(
     return lambda captions: torch.cat([embedding(caption) for caption in captions])
 
 
+@dataclass
 class BatchEncoder:
     """Turns a collated batch of items into a `Batch` on the device.
 
@@ -45,20 +47,15 @@ class BatchEncoder:
         region: marks the regions `VAE` and `encoders` for a profiler.
     """
 
-    def __init__(
-        self,
-        pipeline: ImageToVideoPipeline,
-        device: torch.device,
-        empty: Mapping[str, torch.Tensor] | None = None,
-        region: Region = record_function,
-    ) -> None:
-        self.pipeline = pipeline
-        self.device = device
-        self.empty = dict(empty or {})
-        self.region = region
+    pipeline: ImageToVideoPipeline
+    device: torch.device
+    empty: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    region: Region = record_function
+
+    def __post_init__(self) -> None:
         # In float32 between the encoders and the loss, whatever dtype the encoders compute in.
-        self.embed = cached_encoder(lambda captions: pipeline.encode_text(captions).float())
-        self.embed_motion = cached_encoder(lambda captions: pipeline.encode_motion(captions).float())
+        self.embed = cached_encoder(lambda captions: self.pipeline.encode_text(captions).float())
+        self.embed_motion = cached_encoder(lambda captions: self.pipeline.encode_motion(captions).float())
 
     def __call__(self, items: Mapping[str, Any]) -> Batch:
         """The batch; a UserError if a model that uses pixels gets latents without key frames."""

@@ -103,7 +103,7 @@ class Checkpoints:
                 self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(changes)}")
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
-                weights = _load_safetensors([folder / _EMA])
+                weights = load_safetensors([folder / _EMA])
                 _check_tensors(f"'{folder / _EMA}'", self.trained, weights)
                 self.ema.shadow_params = [
                     distributed.shard_like(weights[name], like) for name, like in self.trained.items()
@@ -155,7 +155,7 @@ class Checkpoints:
 
     def _load_networks(self, models: list[nn.Module], folder: str) -> None:
         for name, network in self._networks() if models else ():  # none if accelerate has loaded the shards itself
-            network.load_state_dict(_load_safetensors(_weight_files(Path(folder) / name)))
+            network.load_state_dict(load_safetensors(_weight_files(Path(folder) / name)))
         models.clear()
 
 
@@ -164,7 +164,7 @@ def load_ema(folder: str | Path, model: nn.Module) -> None:
     file = Path(folder) / _EMA
     if not file.is_file():
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
-    averages, parameters = _load_safetensors([file]), dict(model.named_parameters())
+    averages, parameters = load_safetensors([file]), dict(model.named_parameters())
     if getattr(model, "predict_net", None) is None:  # as in a pipeline
         averages = {name: average for name, average in averages.items() if not name.startswith("predict_net.")}
     trained = {name: parameters[name] for name in read_state(folder)["trained"] if name in parameters}
@@ -199,13 +199,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _load_safetensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+def load_safetensors(files: Iterable[Path], advice: str = "resume from another checkpoint") -> dict[str, torch.Tensor]:
+    """All tensors of some files, by name; a UserError with this advice if one cannot be read."""
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             weights |= load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"'{file}' cannot be read ({first_line(error)}); resume from another checkpoint") from None
+            raise UserError(f"'{file}' cannot be read ({first_line(error)}); {advice}") from None
     return weights
 
 

@@ -38,16 +38,12 @@ def make_accelerator(config: Train) -> Accelerator:
 
 def broadcast_from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Calls the function on the main process alone; returns its result, or raises its UserError, on every rank. Collective."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result: list[Any] = [None]
+    with raise_on_all_ranks("{reason}", (UserError,)):
+        if accelerator.is_main_process:
+            result = [function()]
+    broadcast_object_list(result)
+    return result[0]
 
 
 @contextmanager

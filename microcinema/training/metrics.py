@@ -44,14 +44,11 @@ class StepMetrics:
 
     def timed_iterator(self, batches: Iterator[T]) -> Generator[T, None, None]:
         """The same batches; the seconds until each arrives count as `data_wait`."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self._data_wait += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     @contextmanager
     def count_flops(self, items: Mapping[str, Any]) -> Iterator[None]:

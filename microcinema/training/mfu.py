@@ -29,7 +29,7 @@ class ModelFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = _formula(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         # In backward, gradients are enabled for recomputation only; in forward, for what trains.
         in_backward = torch._C._current_graph_task_id() != -1
         if formula is not None and torch.is_grad_enabled() != in_backward:
@@ -64,18 +64,16 @@ def _measure_peak_flops(device: torch.device, dtype: torch.dtype, threads: int) 
     return 2 * side**3 / best
 
 
-@functools.cache
-def _formula(packet: Any) -> Callable[..., int] | None:
-    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        return _cpu_attention
-    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return _cpu_attention_backward
-    return flop_registry.get(packet)
-
-
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
 def _cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}

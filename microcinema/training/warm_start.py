@@ -5,13 +5,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from microcinema.pipelines.loading import INDEX, load_index, resolve_snapshot
 from microcinema.pipelines.saving import load_source_weights
-from microcinema.utils.errors import UserError, first_line
+from microcinema.training.checkpoint import load_safetensors
+from microcinema.utils.errors import UserError
 
 
 def warm_start(unet: nn.Module, source: str) -> list[str]:
@@ -29,11 +28,7 @@ def warm_start(unet: nn.Module, source: str) -> list[str]:
     folder, saved = resolve_snapshot(source, ["unet"]), dict[str, torch.Tensor]()
     if Path(folder, INDEX).is_file():  # a checkpoint borrows none
         saved = load_source_weights(folder, load_index(folder))
-    for file in sorted(Path(folder, "unet").glob("*.safetensors")):
-        try:
-            saved |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"init_weights_from: '{file}' cannot be read ({first_line(error)})") from None
+    saved |= load_safetensors(Path(folder, "unet").glob("*.safetensors"), "name another model in init_weights_from")
     # AppearNet starts as a copy of the main branch, as in a network that starts from its base.
     saved = {f"appear_net.{key}": value for key, value in saved.items()} | saved
     state = unet.state_dict()
