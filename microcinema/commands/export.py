@@ -40,7 +40,10 @@ def run(config: Export) -> None:
     check_replaceable(folder)
     quieten_libraries()
     run_folder = source.parent if is_checkpoint(source) else source
-    trained_with = read_config(run_folder)
+    if not (run_folder / CONFIG).is_file():
+        fault = f"'{run_folder / CONFIG}' is not there"
+        raise UserError(f"{fault}; give a checkpoint in the folder of its run, with the run's config")
+    trained_with = load(run_folder / CONFIG, "train")
     if is_checkpoint(source):
         pipeline, progress = open_checkpoint(source, trained_with, config.use_ema), read_progress(source)
     else:
@@ -117,10 +120,3 @@ def write_card(
         averaged=averaged,
         versions=describe_code(),
     )
-
-
-def read_config(folder: Path) -> Train:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"'{path}' is not there; give a checkpoint in the folder of its run, with the run's config")
-    return load(path, "train")

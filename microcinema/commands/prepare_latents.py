@@ -32,10 +32,11 @@ def run(config: PrepareLatents) -> None:
     # A finished process waits for the slowest one, which may take long.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[timeout])
-    dataset = config.data.build()
+    dataset, base = config.data.build(), load_base(**vars(config.base))
+    networks = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     encode_clips(
         accelerator,
-        _pipeline(config),
+        build_pipeline(config, base.scheduler, **networks, **build_networks(config, base)),
         dataset,
         Path(config.cached_latents),
         config.model.flow_model,
@@ -101,12 +102,6 @@ def encode_clips(
         broken = f"; {layout.num_rows - count} broken clips are in quarantine" if count < layout.num_rows else ""
         print(f"{count} clips in {layout.num_shards} shards, {size / 2**20:.1f} MiB{broken}")
         print(f"cached_latents={folder} trains on them, with the keys of this command")
-
-
-def _pipeline(config: PrepareLatents) -> ImageToVideoPipeline:
-    base = load_base(**vars(config.base))
-    parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
-    return build_pipeline(config, base.scheduler, **parts, **build_networks(config, base))
 
 
 def _select_parts(

@@ -12,15 +12,16 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from microcinema.config import schema
 from microcinema.config.help import config_folder, file_of, group_defaults, group_options
 from microcinema.config.instantiate import Component, convert, reasons
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_path
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 _MARK = "\0{"  # stands for `${` of the command line, which cannot hold a NUL, while references are resolved
 
@@ -40,7 +41,6 @@ def compose(command: str, overrides: Iterable[str] = ()) -> Any:
 
 def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     """As `compose`, and the option of each group that was chosen, by an experiment as well."""
-    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -76,8 +76,6 @@ def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[A
 
 def schema_of(command: str) -> type:
     """The class in `schema` of a command: `PrepareLatents` of `prepare latents`."""
-    from microcinema.config import schema
-
     return getattr(schema, command.title().replace(" ", ""))
 
 
@@ -94,8 +92,6 @@ def plain(config: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """A config as YAML, with its keys in the order of the schema."""
-    import yaml
-
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -107,8 +103,6 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], command: str) -> Any:
     """A config of a command that `save` wrote; another file, or none, is a UserError."""
-    import yaml
-
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -122,15 +116,13 @@ def load(path: str | os.PathLike[str], command: str) -> Any:
 
 
 def _checked(tree: Mapping[str, Any], kind: type) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
         _refuse_value(error, tree)
 
 
-def _refuse_value(error: "ValidationError", tree: Mapping[str, Any]) -> NoReturn:
+def _refuse_value(error: ValidationError, tree: Mapping[str, Any]) -> NoReturn:
     """Names the first key that is wrong, its value, and every type that it may have."""
     paths = []
     for detail in error.errors():
@@ -170,13 +162,13 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
     *path, name = key.split(".")
     node: Any = tree
     for i, part in enumerate(path):
-        node, kind = node.get(part) if isinstance(node, dict) else None, _kind_of(kind, part)
+        node, kind = node.get(part) if isinstance(node, dict) else None, _keys_of(kind).get(part)
         if node is None and (names := list(_keys_of(kind))):
             group = ".".join(path[: i + 1])
             raise UserError(
                 f"{group} is null, so it has no key '{name}'; set the whole, '{group}={{{': , '.join(names)}: }}'"
             )
-    kind = _kind_of(kind, name)
+    kind = _keys_of(kind).get(name)
     if not isinstance(node, dict) or name not in node or name == "_target_":
         _refuse_key(key, _dotted(tree))
     old = node[name]
@@ -199,11 +191,6 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
     node[name] = _map_strings(value, lambda text: text.replace("${", _MARK))
 
 
-def _kind_of(kind: Any, key: str) -> Any:
-    """The type of a key of a schema class, or of a class that may be None; None: there is no such class or key."""
-    return _keys_of(kind).get(key)
-
-
 def _keys_of(kind: Any) -> dict[str, Any]:
     """The keys of a schema class, or of a class that may be None, and their types; none for anything else."""
     members = [member for member in typing.get_args(kind) if member is not type(None)] or [kind]
@@ -223,8 +210,6 @@ def _is_text(kind: Any) -> bool:
 
 
 def _parse(key: str, text: str) -> Any:
-    import yaml
-
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def config_folder() -> Path:
     """The folder of YAML files: inside an installed package, beside the package in a checkout."""
@@ -20,8 +22,6 @@ def file_of(command: str) -> str:
 
 def group_defaults(command: str) -> dict[str, str | None]:
     """The groups of a command and the default option of each."""
-    import yaml
-
     groups: dict[str, str | None] = {}
     for entry in yaml.safe_load(_text(command)).get("defaults", []):
         if isinstance(entry, dict):
@@ -42,8 +42,6 @@ def documented_keys(name: str) -> Iterator[tuple[str, str, str]]:
     Entries of a defaults list are keys as well: `model`, `microcinema`, `the networks`. A file that extends another file of its
     folder has that one's keys too, at the place that `file@place` names.
     """
-    import yaml
-
     text = _text(name)
     lines = text.splitlines()
     extended: list[str] = []
@@ -105,8 +103,6 @@ def describe_keys(
 
 
 def _value(tree: Any, key: str) -> str:
-    import yaml
-
     for part in key.split("."):
         tree = tree[part]
     text = yaml.safe_dump(tree, default_flow_style=True, width=10**6, allow_unicode=True)

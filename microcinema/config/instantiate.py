@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
 from microcinema.utils.errors import UserError
 
 # What a config may name as `_target_`; nothing else is ever imported or called, whoever wrote the config.
@@ -78,8 +80,6 @@ def components(node: Any) -> Any:
 
 def convert(name: str, value: Any, kind: Any) -> Any:
     """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple), else a UserError that names both."""
-    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-
     try:
         adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
     except PydanticUserError:  # a dataclass or model with settings of its own; its constructor has checked the value

@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
+import av
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from microcinema.data.video_reader import PathLike
 from microcinema.utils.errors import UserError
@@ -37,8 +38,6 @@ def write_video(path: PathLike, frames: np.ndarray, fps: float, crf: int = 18, l
     Raises:
         UserError: other frames, a value out of range, a folder that cannot be written.
     """
-    import av
-
     frames = _check(frames, fps)
     if not 0 <= crf <= 51:
         raise UserError(f"crf={crf}; give a number from 0 (best) to 51")
@@ -68,8 +67,6 @@ def write_gif(path: PathLike, frames: np.ndarray, fps: float) -> None:
 
     GIF counts in hundredths of a second: delays are rounded so that the total length is kept, and none is under 0.02 s (50 fps).
     """
-    from PIL import Image
-
     frames = _check(frames, fps)
     count, height, width = frames.shape[:3]
     # All frames as one tall picture: one palette for the clip, so that a still background does not flicker.
@@ -96,8 +93,6 @@ def write_contact_sheet(
         columns: frames in a row; None: all frames of a clip.
         keyframes: index of each clip's key frame, which gets a border; None: there is none, or it is not known.
     """
-    from PIL import Image
-
     clips = [_check(clip) for clip in ([clips] if isinstance(clips, np.ndarray) else clips)]
     captions = [""] * len(clips) if captions is None else captions
     keyframes = [None] * len(clips) if keyframes is None else keyframes
@@ -116,10 +111,8 @@ def write_contact_sheet(
         page.save(temporary, format="PNG")
 
 
-def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool, keyframe: int | None) -> Any:
+def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool, keyframe: int | None) -> Image.Image:
     """The frames of a clip with its caption and a margin of `_GAP`, as an image."""
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.load_default(size=14)
     count, height, width = clip.shape[:3]
     columns = min(columns or count, count)

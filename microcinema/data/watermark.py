@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from microcinema.utils.errors import UserError, check_choice
@@ -47,8 +48,6 @@ class Watermark:
 
             y0, y1, x0, x1 = max(regions, key=cropped_area)
             return frames[:, y0:y1, x0:x1]
-        import cv2
-
         # On the surroundings of the box alone, several times faster than on the whole frame.
         y0, y1, x0, x1 = max(0, top - 8), min(height, bottom + 8), max(0, left - 8), min(width, right + 8)
         mask = np.zeros((y1 - y0, x1 - x0), np.uint8)

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
@@ -182,8 +183,6 @@ class ClipScores:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
         try:
             self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
             self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from torch.hub import download_url_to_file
+
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder
 from microcinema.utils.hashing import hash_file
@@ -38,10 +40,8 @@ def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
 
 
 def _download(url: str, path: Path, sha256: str, key: str) -> None:
-    from torch.hub import download_url_to_file  # writes beside the file, and renames if the sha256 is right
-
     make_folder(path.parent)
-    try:
+    try:  # this writes beside the file, and renames if the sha256 is right
         download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: another sha256
         path.unlink(missing_ok=True)

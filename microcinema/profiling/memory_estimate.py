@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from microcinema.config.schema import Train
 from microcinema.models.predict_net import PredictNet
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -23,9 +24,6 @@ from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.ema import ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.trainer import make_optimizer
-
-if TYPE_CHECKING:
-    from microcinema.config.schema import Train
 
 PROMPT = "a large red star moving quickly to the left on sand"
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,7 +51,7 @@ class Estimate:
         return self.phases[self.worst]
 
 
-def empty_pipeline(config: "Train", dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
+def empty_pipeline(config: Train, dtype: torch.dtype = torch.float32) -> ImageToVideoPipeline:
     """The pipeline that a run would train, with weights without data; only the configs of the base are read."""
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         base = load_base(**vars(config.base), weights=False)
@@ -85,7 +83,7 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
 
 
 def training_memory(
-    pipeline: ImageToVideoPipeline, config: "Train", latents: bool = False, device: str = "cpu"
+    pipeline: ImageToVideoPipeline, config: Train, latents: bool = False, device: str = "cpu"
 ) -> Estimate:
     """Memory of a training step once the optimizer has its state, and of the validation if there is one.
 
@@ -162,7 +160,7 @@ def tensors(pipeline: ImageToVideoPipeline) -> Iterator[torch.Tensor]:
             yield from network.buffers()
 
 
-def _optimizer_step(parameters: list[nn.Parameter], config: "Train") -> Callable[[], Any]:
+def _optimizer_step(parameters: list[nn.Parameter], config: Train) -> Callable[[], Any]:
     """The step of an optimizer that has its state; the function holds the state."""
     if config.use_8bit_adam:
         # Its kernels need real tensors on a GPU; it keeps two bytes for each weight, and scales of blocks.

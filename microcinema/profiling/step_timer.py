@@ -6,16 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from microcinema.config.schema import Train
 from microcinema.training.build import build_trainer
-
-if TYPE_CHECKING:
-    from microcinema.config.schema import Train
 
 WARM_UP = 2  # steps
 PARTS = ("VAE", "encoders", "forward", "backward", "optimizer")
@@ -74,7 +72,7 @@ class StepTimer:
         return self.clock()
 
 
-def measure(config: "Train", steps: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def measure(config: Train, steps: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Times the training steps of a run; medians over steps. Collective.
 
     Args:

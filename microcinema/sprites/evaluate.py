@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
+from microcinema.config.schema import Evaluate
 from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.evaluation.report import embedded_picture, embedded_video
 from microcinema.evaluation.statistics import CONFIDENCE
@@ -25,9 +26,6 @@ from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import write_page
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Evaluate
-
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 SAMPLES_FOLDER = "samples"
@@ -36,7 +34,7 @@ TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "imag
 _SCALE = 3  # clips are enlarged before encoding: H.264 halves the resolution of colour, which 64 pixels cannot spare
 
 
-def run_sprites(config: "Evaluate", protocol: SpritesProtocol, state: PartialState) -> None:
+def run_sprites(config: Evaluate, protocol: SpritesProtocol, state: PartialState) -> None:
     """The Moving Sprites protocol: all processes make clips, the first one judges them. Bad input raises a UserError."""
     settings: Any = config.evaluation
     if config.generated_dir is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -11,6 +11,7 @@ from torch.profiler import record_function
 
 from microcinema.config.compose import save
 from microcinema.config.instantiate import Component
+from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.optical_flow import FlowClips
@@ -33,15 +34,12 @@ from microcinema.training.warm_start import warm_start, warm_start_summary
 from microcinema.utils.files import make_folder
 from microcinema.utils.provenance import append_record, describe_environment
 
-if TYPE_CHECKING:
-    from microcinema.config.schema import Train
-
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"  # one entry for each start of the run
 
 
 def build_trainer(
-    config: "Train",
+    config: Train,
     on_metrics: Callable[[dict[str, float]], None] | None = None,
     region: Region = record_function,
 ) -> Trainer:
@@ -86,7 +84,7 @@ def build_trainer(
     return trainer
 
 
-def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
+def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
     """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains."""
     dataset = config.data.build()
     if accelerator.is_main_process:
@@ -99,7 +97,7 @@ def build_dataset(config: "Train", accelerator: Accelerator, vae_scale_factor: i
     return dataset
 
 
-def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[str, Any]:
+def build_networks(config: Train, base: Base, weights: bool = True) -> dict[str, Any]:
     """The new `unet` of a run, and the encoders that the base does not have.
 
     Args:
@@ -123,7 +121,7 @@ def build_networks(config: "Train", base: Base, weights: bool = True) -> dict[st
     return networks
 
 
-def build_pipeline(config: "Train", base_scheduler: DDPMScheduler, **components: Any) -> ImageToVideoPipeline:
+def build_pipeline(config: Train, base_scheduler: DDPMScheduler, **components: Any) -> ImageToVideoPipeline:
     """The video pipeline of a training run.
 
     Args:

@@ -67,7 +67,8 @@ class Validation:
             frames = to_uint8(output.frames[0], f"the validation video of '{self.items[i].prompt}'")
             index = keyframe_index(pipeline.keyframe_position, len(frames))
             fidelity = video_metrics.image_fidelity(frames[index], np.asarray(output.keyframes[0]))
-            results.append((i, frames, index, (*fidelity, _motion(frames))))
+            flow = video_metrics.clip_flow(frames) if len(frames) > 1 else np.zeros(1)  # a single frame does not move
+            results.append((i, frames, index, (*fidelity, video_metrics.motion_magnitude(flow))))
         results = sorted(gather_object(results), key=lambda entry: entry[0])
         if accelerator.is_main_process:
             clips, indices = [frames for _, frames, *_ in results], [index for *_, index, _ in results]
@@ -98,11 +99,6 @@ class Validation:
                     for i, (file, item) in enumerate(zip(files, self.items, strict=True))
                 }
                 tracker.log(videos, step=step)
-
-
-def _motion(frames: np.ndarray) -> float:
-    """Motion magnitude; a single frame has none."""
-    return video_metrics.motion_magnitude(video_metrics.clip_flow(frames)) if len(frames) > 1 else 0.0
 
 
 def gif_summary(tag: str, gif: bytes, shape: tuple[int, ...]) -> Any:

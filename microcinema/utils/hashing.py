@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 SUMS = "SHA256SUMS"
 """The file of checksums, in the format of `sha256sum -c`."""
@@ -50,13 +48,12 @@ def hash_json(content: Any) -> str:
     return hash_chunks([json.dumps(canonical(content), sort_keys=True)])
 
 
-def hash_weights(network: "torch.nn.Module", dtype: "torch.dtype | None" = None) -> str:
+def hash_weights(network: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer in the state dict.
 
     It depends on the values in memory, not on a file's layout. Floating-point tensors are first cast to `dtype`, if given; otherwise float16
     and float32 copies differ.
     """
-    import torch
 
     def chunks() -> Iterable[Any]:
         for name, tensor in sorted(network.state_dict().items()):
@@ -69,8 +66,6 @@ def hash_weights(network: "torch.nn.Module", dtype: "torch.dtype | None" = None)
 
 def hash_networks(components: Mapping[str, Any]) -> dict[str, str]:
     """`hash_weights` of those components of a pipeline that are networks."""
-    import torch
-
     return {name: hash_weights(part) for name, part in components.items() if isinstance(part, torch.nn.Module)}
 
 
