@@ -5,15 +5,23 @@ python -m benchmarks.train_step --run "raw clips" --run "double batch" train_bat
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import CLOCKS, add_clock, environment, make_parser, run
 from microcinema.config.compose import compose
-from microcinema.profiling import step_timer
+from microcinema.config.schema import Train
+from microcinema.profiling.step_timer import PARTS, StepTimer
+from microcinema.training.build import build_trainer
 from microcinema.utils.errors import UserError
 
+WARM_UP = 2  # steps
 FIGURES = {  # name in the report: title, scale and format in the table
     "decoding": ("decoding a clip, by one worker", 1000, "{:.1f}"),
     "data_wait": ("waiting for workers", 1, "{:.1%}"),
@@ -34,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, *overrides in columns:
         with tempfile.TemporaryDirectory() as folder:
             composed = compose("train", [*arguments.overrides, *overrides, f"output_dir={folder}"])
-            timings = step_timer.measure(composed, arguments.steps, CLOCKS[arguments.clock])
+            timings = time_steps(composed, arguments.steps, CLOCKS[arguments.clock])
         runs[name] = {"overrides": overrides, **timings}
     if os.environ.get("RANK", "0") == "0":
         print_table(runs)
@@ -43,11 +51,51 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"overrides": arguments.overrides, **environment(arguments), "runs": runs}
 
 
+def time_steps(config: Train, steps: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Times the training steps of a run; medians over steps. Collective.
+
+    Args:
+        config: its output_dir should be a new folder.
+        steps: to measure, after two that do not count; as many clips are read.
+        clock: `time.process_time` for the time of this process alone, on a machine that others use.
+
+    Returns:
+        Seconds of the whole `step`, of each of `PARTS`, of `other`, and of `communication` between several processes. Also
+        `decoding`, seconds in which one worker reads a clip; `data_wait`, the share of the step spent waiting for the workers, by
+        the wall clock; `clips` of this process in a step; `peak_memory_gib`.
+    """
+    total = WARM_UP + steps
+    changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}
+    config = replace(config, **changes, validation_data=None, report_to=None, resume_from_checkpoint=None)
+    timer = StepTimer(clock)
+    trainer = build_trainer(config, timer.on_metrics, timer.region)
+    if isinstance(trainer.model, DistributedDataParallel):
+        trainer.model.register_comm_hook(None, timer.communication)
+    decoding = []
+    for index in range(total):
+        start = clock()
+        trainer.clips[index]
+        decoding.append(clock() - start)
+    trainer.train()
+    trainer.accelerator.end_training()
+
+    measured = timer.steps[-steps:]
+    parts = ("step", *PARTS, *(["communication"] if "communication" in measured[-1] else []))
+    seconds = {part: statistics.median(step.get(part, 0.0) for step in measured) for part in parts}
+    seconds["other"] = max(0.0, seconds["step"] - sum(seconds[part] for part in PARTS))
+    seconds["decoding"] = statistics.median(decoding[WARM_UP:])
+    return seconds | {
+        "data_wait": statistics.median(metrics["data_wait"] for metrics in timer.metrics[-steps:]),
+        "peak_memory_gib": timer.metrics[-1]["peak_memory_gib"],
+        "clips": config.train_batch_size * config.gradient_accumulation_steps,
+    }
+
+
 def print_table(runs: dict[str, dict[str, Any]]) -> None:
     """Prints a Markdown table."""
     print(f"\n| ms for a clip (share of the step) | {' | '.join(runs)} |")
     print("| --- |" + " ---: |" * len(runs))
-    for part in ("step", *step_timer.PARTS, "other", "communication"):
+    for part in ("step", *PARTS, "other", "communication"):
         if any(part in timings for timings in runs.values()):
             cells = [
                 f"{1000 * each[part] / each['clips']:.1f} ({each[part] / each['step']:.0%})" for each in runs.values()
