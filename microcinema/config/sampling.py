@@ -5,16 +5,13 @@ None stands for the model's own value.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field, with_config
 
 from microcinema.config.instantiate import convert
 from microcinema.config.types import CONFIG, Count, Dtype, NotNegative
 from microcinema.utils.errors import UserError, check_choice
-
-if TYPE_CHECKING:
-    import torch
 
 ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
@@ -139,10 +136,3 @@ class MemorySettings:
                 check_choice(name, getattr(self, name), choices)
         if self.compile and self.offload == "sequential":
             raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        """`torch_dtype` as a dtype of torch."""
-        import torch
-
-        return getattr(torch, self.torch_dtype)

@@ -15,7 +15,7 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
     Raises:
         UserError: a setting that this machine or this pipeline does not support.
     """
-    device = torch.device(device)
+    device, dtype = torch.device(device), getattr(torch, settings.torch_dtype)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     denoiser = networks.get("unet", networks.get("transformer"))
     if settings.offload != "none" and device.type == "cpu":
@@ -38,8 +38,8 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
                 raise UserError(f"vae_{option}=true, but {vae} does not support it; use vae_{option}=false") from None
     for network in networks.values():
         # Networks opened in another dtype may keep a few layers in float32; those stay.
-        if network.dtype != settings.dtype:
-            torch.nn.Module.to(network, settings.dtype)
+        if network.dtype != dtype:
+            torch.nn.Module.to(network, dtype)
     if settings.attention == "xformers":
         pipeline.enable_xformers_memory_efficient_attention()
     if settings.offload == "model":

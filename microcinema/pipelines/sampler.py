@@ -117,13 +117,15 @@ class Sampler:
         }
 
     def _load_video(self) -> ImageToVideoPipeline:
-        return load_pipeline(self.pipeline, self.scheduler, self.memory.dtype)
+        return load_pipeline(self.pipeline, self.scheduler, getattr(torch, self.memory.torch_dtype))
 
     def _load_stage1(self) -> KeyframePipeline:
         if self._stage1 is None:
             model = self.keyframe
             origin = model.pretrained_model_name_or_path, model.revision, model.variant
-            self._stage1 = load_keyframe_pipeline(self.pipeline, *origin, self.keyframe_memory.dtype)
+            self._stage1 = load_keyframe_pipeline(
+                self.pipeline, *origin, getattr(torch, self.keyframe_memory.torch_dtype)
+            )
             self._stage1.resize_mode = model.resize_mode
             self._stage1_hashes = hash_networks(self._stage1.networks)
         return self._stage1

@@ -65,7 +65,9 @@ def networks(pipeline):
 def test_frames_are_the_same(pipeline, image, settings, arguments, largest, mean):
     wanted = frames(pipeline, image)
     memory.apply(pipeline, MemorySettings(**settings), "cpu")
-    assert {network.dtype for network in networks(pipeline).values()} == {MemorySettings(**settings).dtype}
+    assert {network.dtype for network in networks(pipeline).values()} == {
+        getattr(torch, MemorySettings(**settings).torch_dtype)
+    }
     error = np.abs(frames(pipeline, image, **arguments) - wanted)
     assert error.max() <= largest
     assert error.mean() <= mean
