@@ -1,7 +1,7 @@
 """Cost of one evaluation and of one training step of VideoUNet's presets, as a ratio to the per-frame 2D UNet that they are built from.
 
     OMP_NUM_THREADS=1 python -m benchmarks.denoiser --clock cpu
-    python -m benchmarks.denoiser --parts flops --only VideoUNet    # operations of a forward, at Stable Diffusion 1.5's width
+    python -m benchmarks.denoiser --parts flops    # operations of a forward, at Stable Diffusion 1.5's width
 
 Diffusers' video UNets stand beside it, all at equal widths, head widths and depths, each with its own inputs. A round runs every network
 once; the figure is the ratio of median times, which other load on the machine hardly changes. A training step is forward, mean squared
@@ -258,6 +258,8 @@ def count_flops(size: dict[str, Any], only: Sequence[str]) -> dict[str, dict[str
         z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
         networks, flops = contestants(size, False, only), {}
         for name, contestant in networks.items():
+            for network in contestant.networks:
+                network.to("meta")  # some parameters of diffusers do not follow the device of the context
             with FlopCounterMode(display=False) as counter:
                 contestant.forward(z_t)
             flops[name] = float(counter.get_total_flops())

@@ -34,10 +34,11 @@ def test_options(tmp_path):
 
 def test_operations_are_counted_at_full_width_without_computing(tmp_path):
     path = tmp_path / "figures.json"
-    assert denoiser.main(["--parts", "flops", "--only", "VideoUNet", "--json", str(path)]) == 0
+    assert denoiser.main(["--parts", "flops", "--json", str(path)]) == 0
     flops = json.loads(path.read_text())["flops"]
     assert flops[denoiser.REFERENCE]["parameters"] == 859_520_964  # of Stable Diffusion 1.5
     ratios = {name.removeprefix("VideoUNet, "): row["ratio"] for name, row in flops.items()}
     assert ratios["plain"] == pytest.approx(ratios["microcinema_once"], abs=0.001)
     assert 1 < ratios["microcinema_once"] < ratios["factorized_dreamer_light"] < 1.5
+    assert ratios["UNetMotionModel"] < ratios["UNetSpatioTemporalConditionModel"]
     assert ratios["microcinema_once"] < ratios["factorized_dreamer"] and 1.5 < ratios["microcinema"] < 3
