@@ -79,13 +79,15 @@ def flow_error(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: the checkpoint has no PredictNet.
     """
     from benchmarks import flow_error as measurement
-    from microcinema.commands.export import open_checkpoint, read_config
+    from microcinema.commands.export import open_checkpoint
+    from microcinema.config.compose import load
     from microcinema.models.predict_net import PredictNet
     from microcinema.sprites.scene import sample_attributes
+    from microcinema.training.build import CONFIG
     from microcinema.training.checkpoint import load_ema
     from microcinema.training.loss import TrainableModel
 
-    config = read_config(arguments.checkpoint.parent)
+    config = load(arguments.checkpoint.parent / CONFIG, "train")
     folder = arguments.checkpoint / "predict_net"
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not there; give a checkpoint of a run with model.flow_model")
