@@ -146,6 +146,21 @@ def environment():
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def assert_alike(found, expected):
+    """Equal, but for the rounding of numbers."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_alike(*pair)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)
+
+
 def two_processes(overrides, cwd):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, str(ROOT / "scripts/evaluate.py"), *arguments(overrides)[1:]]
@@ -168,7 +183,8 @@ def test_killed_and_resumed_by_two_processes_the_results_are_the_same(chosen, wh
     assert 0 < made < 4 and not (tmp_path / "out" / RESULTS_FILE).exists()
     done = two_processes(overrides, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8") == whole[name][1]
+    # Batches differ, and with them the last bits of a network and, rarely, a pixel's rounding.
+    assert_alike(json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8")), json.loads(whole[name][1]))
     assert done.stdout.count(REPORT_FILE) == 1  # the first process alone speaks
 
 
