@@ -38,13 +38,7 @@ FULL: dict[str, Any] = {
     "frames": 16,
     "latents": 32,
 }
-STABLE_DIFFUSION: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "head_width": 40,
-    "cross_attention_dim": 768,
-    "frames": 16,
-    "latents": 32,
-}
+STABLE_DIFFUSION: dict[str, Any] = FULL | {"block_out_channels": (320, 640, 1280, 1280), "head_width": 40}
 QUICK: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "head_width": 16,

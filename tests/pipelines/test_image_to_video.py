@@ -169,7 +169,9 @@ def test_every_condition_matters(pipeline, image):
 
 
 @pytest.mark.parametrize("model", ["microcinema", "microcinema_once"])
-def test_reference_net_runs_once_per_clip_and_guidance_wastes_no_evaluation(base, image, model):
+def test_appear_net_runs_at_every_step_reference_net_once_per_clip_and_guidance_wastes_no_evaluation(
+    base, image, model
+):
     pipeline = tiny.video_pipeline(base, model=model)
     branch = pipeline.unet.appear_net if model == "microcinema" else pipeline.unet.reference_net
     appearance, text = count_calls(branch), count_calls(pipeline.text_encoder)

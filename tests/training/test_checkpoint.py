@@ -50,11 +50,8 @@ def test_a_checkpoint_describes_itself(finished):
     state = json.loads((folder / "training_state.json").read_text())
     assert state["progress"] == {"step": STEPS, "clips": 2 * STEPS}
     assert load_file(folder / "ema.safetensors").keys() == set(state["trained"])
-    for name in ("unet",):  # diffusers folders that open by themselves
-        assert {path.name for path in (folder / name).iterdir()} == {
-            "config.json",
-            "diffusion_pytorch_model.safetensors",
-        }
+    # A diffusers folder that opens by itself.
+    assert {path.name for path in (folder / "unet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     found = {path.name for path in folder.iterdir()}
     assert found == {
         "unet", "ema.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json", "SHA256SUMS"
