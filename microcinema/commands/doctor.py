@@ -23,6 +23,8 @@ from microcinema.config.instantiate import Component
 from microcinema.config.schema import Train
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
+from microcinema.training.distributed import make_accelerator
+from microcinema.training.launch_settings import launch_settings
 from microcinema.utils.errors import UserError, first_line
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -52,10 +54,8 @@ class Finding:
 
 def run(config: Train) -> int:
     """Prints all findings. Returns 1 if the run cannot work, else 0."""
-    # As accelerate takes it where the config leaves it open.
-    precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     problems = 0
-    for finding in examine(replace(config, mixed_precision=precision)):
+    for finding in examine(config):
         print(finding, flush=True)
         problems += finding.status == PROBLEM
     print(f"{problems} problem{'s' * (problems != 1)}: this run cannot work here" if problems else "this run can start")
@@ -63,10 +63,13 @@ def run(config: Train) -> int:
 
 
 def examine(config: Train) -> Iterator[Finding]:
-    """All findings, the slowest last; `mixed_precision` of the config is decided."""
+    """All findings, the slowest last."""
     # Of this process, as accelerate hands them out.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
     yield versions()
+    found, precision = launch(config)
+    yield found
+    config = replace(config, mixed_precision=precision)
     yield from devices(config, small=is_embedded(config.base.pretrained_model_name_or_path))
     yield from attention()
     yield modules("decoders", DECODERS, config.data.arguments.get("decoder"), "data.decoder")
@@ -93,6 +96,16 @@ def versions() -> Finding:
     text = f"microcinema {__version__}, Python {platform.python_version()}, {libraries}, {cuda}"
     required = " ".join(f'"{name}>={declared[name]}"' for name in old)
     return Finding("versions", text, PROBLEM if old else OK, f"pip install {required}")
+
+
+def launch(config: Train) -> tuple[Finding, Any]:
+    """Whether accelerate can start and its environment agrees with the run, and the precision where the config leaves it open."""
+    try:
+        settings = launch_settings(make_accelerator(config))
+    except UserError as error:
+        return Finding("accelerate", str(error), PROBLEM), config.mixed_precision or "no"
+    text = ", ".join(f"{key} {settings[key]}" for key in ("distributed_type", "mixed_precision"))
+    return Finding("accelerate", text), settings["mixed_precision"]
 
 
 def devices(config: Train, small: bool) -> Iterator[Finding]:

@@ -15,6 +15,8 @@ import torch
 from microcinema.commands import train
 from microcinema.config.schema import Train
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, training_memory
+from microcinema.training.distributed import make_accelerator
+from microcinema.training.launch_settings import launch_settings
 from microcinema.training.metrics import peak_memory
 from microcinema.utils.files import make_folder
 
@@ -146,7 +148,9 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
 
 
 def _estimate(config: Train) -> Estimate:
-    precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision: Any = launch_settings(make_accelerator(config))[
+        "mixed_precision"
+    ]  # accelerate has one state per process
     config, pipeline = replace(config, mixed_precision=precision), empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return training_memory(pipeline, config, config.cached_latents is not None, device)

@@ -19,6 +19,7 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.cached_latents_check import fingerprint
+from microcinema.training.distributed import make_accelerator
 from microcinema.utils.errors import UserError
 
 
@@ -31,7 +32,7 @@ def run(config: PrepareLatents) -> None:
     assert config.cached_latents is not None  # the table of commands requires it
     # A finished process waits for the slowest one, which may take long.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[timeout])
+    accelerator = make_accelerator(config, kwargs_handlers=[timeout])
     dataset, base = config.data.build(), load_base(**vars(config.base))
     networks = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     encode_clips(

@@ -28,6 +28,7 @@ from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import Region
 from microcinema.training.distributed import make_accelerator
 from microcinema.training.heldout_loss import SEED, HeldOutLoss
+from microcinema.training.launch_settings import launch_settings
 from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import warm_start, warm_start_summary
@@ -80,7 +81,8 @@ def build_trainer(
         trainer.validations.append(HeldOutLoss(accelerator, trainer.encode, trainer.loss_config, *measured))
     if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
-        append_record(output_dir / ENVIRONMENT, describe_environment(accelerator.num_processes))
+        start = {**describe_environment(accelerator.num_processes), "launch": launch_settings(accelerator)}
+        append_record(output_dir / ENVIRONMENT, start)
     return trainer
 
 

@@ -12,21 +12,34 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from microcinema.config.schema import Train
+from microcinema.training.launch_settings import check_launch_settings
 from microcinema.utils.errors import UserError, first_line
 
 T = TypeVar("T")
 
 
-def make_accelerator(config: Train) -> Accelerator:
-    """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides."""
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")),
-        # Accelerate would advance the schedule once per process; here a step is a step.
-        step_scheduler_with_optimizer=False,
-    )
+def make_accelerator(config: Train, **arguments: Any) -> Accelerator:
+    """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides.
+
+    Args:
+        arguments: further ones of `Accelerator`.
+
+    Raises:
+        UserError: what accelerate takes from its environment or config file cannot be, or contradicts the config of the run.
+    """
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")),
+            # Accelerate would advance the schedule once per process; here a step is a step.
+            step_scheduler_with_optimizer=False,
+            **arguments,
+        )
+    except (ImportError, ValueError, NotImplementedError, KeyError, OSError) as error:
+        raise UserError(f"accelerate cannot start ({first_line(error)}); check its config and ACCELERATE_*") from error
+    check_launch_settings(accelerator, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed clips gradients itself, and would read the batch size from a prepared loader.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 
 from benchmarks import memory
-from fixtures import tiny
+from fixtures import tiny, tiny_training
 from microcinema.commands import cli, doctor
 from microcinema.commands.doctor import OK, PROBLEM, WARNING
 from microcinema.config.compose import compose
@@ -43,6 +43,7 @@ def test_a_run_that_can_start(arguments, tmp_path, capsys):
     assert lines[-1] == "this run can start"
     topics = [
         "versions",
+        "accelerate",
         "device",
         "attention",
         "attention",
@@ -88,6 +89,7 @@ def test_precision_is_that_of_accelerate_where_the_config_leaves_it_open(argumen
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert cli.main(arguments) == 0
     assert re.search("precision +bf16", capsys.readouterr().out)
+    tiny_training.reset_accelerator()
     assert cli.main([*arguments, "mixed_precision=no"]) == 0
     assert re.search("precision +no", capsys.readouterr().out)
 
