@@ -26,7 +26,7 @@ from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
 from microcinema.data.video_reader import IMAGES, TarMember
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import write_json
+from microcinema.utils.files import natural_key, write_json
 from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
@@ -232,7 +232,8 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
     """The shards that patterns name: webdataset expands braces, `*` matches local files; a UserError if there are none."""
     patterns = [shards] if isinstance(shards, str) else list(shards)
     urls = [url.removeprefix("file://") for pattern in patterns for url in expand_urls(str(pattern))]
-    paths = [path for url in urls for path in (sorted(glob.glob(url)) if _is_local(url) and "*" in url else [url])]
+    globs = (sorted(glob.glob(url), key=natural_key) if _is_local(url) and "*" in url else [url] for url in urls)
+    paths = [path for paths in globs for path in paths]
     if not paths:
         raise UserError(f"shards {patterns} name no shard; give paths or URLs of .tar files")
     return paths

@@ -91,7 +91,7 @@ def generate_clips(
 
 
 def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem]) -> Generated:
-    """Clips from a folder of videos. Numbers as file names are numbers of samples; other files are taken in the order of their names.
+    """Clips from a folder of videos. Numbers as file names are numbers of samples; other files are taken in natural order.
 
     Raises:
         UserError: no videos, more than samples, numbers of no sample, or (from `load`) videos of several sizes.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from microcinema.evaluation.videos import Caption, Video, first_of
 from microcinema.utils.errors import UserError
+from microcinema.utils.files import natural_key
 
 CHOICE_FILE = Path(__file__).parent / "msrvtt_captions.csv"
 
@@ -52,7 +53,7 @@ class MsrVtt:
         texts = {
             name: tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])) for name in identifiers
         }
-        names = sorted(identifiers, key=lambda name: (len(name), name))  # video2 before video10
+        names = sorted(identifiers, key=natural_key)  # video2 before video10
         return [Video(name, self._path(name), captions=texts[name]) for name in names]
 
     def _list(self, name: str) -> Path:

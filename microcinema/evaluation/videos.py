@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from microcinema.utils.errors import UserError
+from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_chunks
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
@@ -30,7 +31,7 @@ class Video:
 
 
 def folder_videos(folder: str | os.PathLike[str]) -> list[Video]:
-    """All videos under a folder, by name; numbers count as numbers, so that 2.mp4 comes before 10.mp4.
+    """All videos under a folder, in the order of `natural_key`: 2.mp4 comes before 10.mp4.
 
     Raises:
         UserError: no such folder, or no videos in it.
@@ -38,14 +39,10 @@ def folder_videos(folder: str | os.PathLike[str]) -> list[Video]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"'{root}' is no folder; give a folder of videos ({', '.join(SUFFIXES)})")
-    found = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    if not found:
+    files = list_files(root, SUFFIXES, "**/*")
+    if not files:
         raise UserError(f"folder '{root}' holds no videos ({', '.join(SUFFIXES)}); check the path")
-    names = sorted(
-        (path.relative_to(root).as_posix() for path in found),
-        key=lambda name: (Path(name).parent.as_posix(), len(Path(name).stem) if Path(name).stem.isdigit() else 0, name),
-    )
-    return [Video(name, root / name) for name in names]
+    return [Video(file.relative_to(root).as_posix(), file) for file in files]
 
 
 def hash_list(videos: Sequence[Video]) -> str:

@@ -20,6 +20,7 @@ from microcinema.config.sampling import ResizeMode
 from microcinema.data.clip_reader import cover, resize
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, check_choice, first_line
+from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -42,7 +43,7 @@ class KeyframePipeline:
 
     Args:
         source: a text-to-image pipeline (frozen, called for every prompt), an image file (the same for every prompt), or a folder of
-            images (one for every prompt, in the order of their names).
+            images (one for every prompt, in natural order: 2.png before 10.png).
         origin: name, revision and variant of a pipeline, for the provenance.
 
     Raises:
@@ -64,7 +65,7 @@ class KeyframePipeline:
             if not self.source.exists():
                 raise UserError(f"key frame '{self.source}' does not exist; give an image file or a folder of images")
             if self.source.is_dir():
-                self.files = sorted(file for file in self.source.iterdir() if file.suffix.lower() in SUFFIXES)
+                self.files = list_files(self.source, SUFFIXES)
                 if not self.files:
                     raise UserError(f"folder '{self.source}' has no images ({', '.join(SUFFIXES)}); give another")
         for network in self.networks.values():

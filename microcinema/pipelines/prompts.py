@@ -78,7 +78,7 @@ def read_prompt_items(
     Args:
         prompts: a CSV file with the column `prompt` and optionally the other `COLUMNS` (`image` relative to the file), or a text
             file with one prompt per line.
-        image: file of every video's key frame, or a folder with one image per prompt, in the order of names.
+        image: file of every video's key frame, or a folder with one image per prompt, in natural order (2.png before 10.png).
 
     Raises:
         UserError: not one of `prompt` and `prompts`, an empty prompt, a file that cannot be read, or a bad column, seed or id.

@@ -1,15 +1,30 @@
-"""Writing files that a killed process leaves either old or new, never half-written."""
+"""Listing files in one order, and writing those that a killed process leaves either old or new, never half-written."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from microcinema.utils.errors import UserError
+
+
+def natural_key(path: str | os.PathLike[str]) -> Any:
+    """Sorts paths by folder, then by name, with numbers by their value: 2.mp4 before 10.mp4, clip_9 before clip_10."""
+    folder, name = os.path.split(path)
+    texts = [re.split("([0-9]+)", text) for text in (name, *Path(folder).parts)]  # texts and numbers alternate
+    keys = [[int(part) if k % 2 else part for k, part in enumerate(parts)] for parts in texts]
+    return keys[1:], keys[0], os.fspath(path)
+
+
+def list_files(folder: str | os.PathLike[str], suffixes: Collection[str], pattern: str = "*") -> list[Path]:
+    """The files of a folder that have one of these suffixes, in any case, in the order of `natural_key`; hidden ones are skipped."""
+    files = (path for path in Path(folder).glob(pattern) if path.suffix.lower() in suffixes and path.is_file())
+    return sorted((path for path in files if not path.name.startswith(".")), key=natural_key)
 
 
 def _sync(path: Path) -> None:

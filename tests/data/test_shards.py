@@ -20,7 +20,7 @@ from fixtures.tiny_training import logged, pipeline, train, weights
 from microcinema.data import video_reader
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.manifest import SCHEMA
-from microcinema.data.shards import ShardDataset
+from microcinema.data.shards import ShardDataset, expand_shards
 from microcinema.utils.errors import UserError
 
 COUNTS = (5, 3, 4, 6)
@@ -159,6 +159,11 @@ def test_no_shards_and_more_processes_than_shards(folder, tmp_path):
     for nothing in ([], f"{tmp_path}/*.tar"):
         with pytest.raises(UserError, match="name no shard"):
             ShardDataset(nothing, 4, 8.0, tiny.SIZE)
+    for number in range(12):
+        (tmp_path / f"{number}.tar").touch()
+    assert expand_shards([f"{tmp_path}/*.tar", "x.tar"]) == [f"{tmp_path}/{number}.tar" for number in range(12)] + [
+        "x.tar"
+    ]
     data = clips(folder, shards="*.tar")
     data.check_processes(4)
     with pytest.raises(UserError, match="5 processes and 4 shards"):

@@ -4,13 +4,18 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fixtures import zero_shot_data
 from microcinema.config.compose import compose
+from microcinema.data.video_writer import write_video
+from microcinema.evaluation.generate import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.ucf101 import LISTS, VIDEOS, descriptive_prompts
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
 
 
@@ -131,3 +136,15 @@ def test_the_identifier_changes_with_everything_that_changes_the_number(ucf101):
 def test_choices_that_exclude_each_other(option, changes, words):
     with pytest.raises(UserError, match=words):
         preset(option, **changes)
+
+
+def test_generated_videos_meet_their_prompts_however_they_are_numbered(tmp_path):
+    """`sample_10` is the eleventh, not the third."""
+    samples = [PromptItem(f"prompt {k}", str(k), sample_index=k) for k in range(12)]
+    for k in range(12):
+        write_video(tmp_path / f"sample_{k}.mp4", np.full((2, 16, 16, 3), 20 * k, np.uint8), 8)
+    generated = folder_clips(str(tmp_path), SimpleNamespace(num_frames=2), samples)
+    assert generated.has_prompts and [sample.prompt for sample in generated.samples] == [
+        f"prompt {k}" for k in range(12)
+    ]
+    assert [round(generated.load(k)[0].mean() / 20) for k in range(12)] == list(range(12))

@@ -19,10 +19,10 @@ def test_items_of_a_text_file_and_of_a_folder_of_images(tmp_path):
     ]
     images = tmp_path / "images"
     images.mkdir()
-    for name in "ba":
+    for name in ("10", "9"):
         Image.new("RGB", (8, 8)).save(images / f"{name}.png")
     items = read_prompt_items(None, None, str(tmp_path / "prompts.txt"), str(images), 7, 1)
-    assert [item.image.name for item in items] == ["a.png", "b.png"]
+    assert [item.image.name for item in items] == ["9.png", "10.png"]
     with pytest.raises(UserError, match="2 images for 1"):
         read_prompt_items("a star", None, None, str(images), 7, 1)
 

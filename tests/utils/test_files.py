@@ -8,11 +8,29 @@ from pathlib import Path
 import pytest
 
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder, atomic_path, make_folder, sweep
+from microcinema.utils.files import atomic_folder, atomic_path, list_files, make_folder, natural_key, sweep
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["{}.mp4", "sample_{}.mp4", "clip{}-0.mp4", "2026-11-{}.mp4", "{}/a.mp4", "v{}.1.mp4"])
+def test_numbers_in_names_count_as_numbers(name: str):
+    paths = [name.format(k) for k in range(12)]
+    assert sorted(paths, key=natural_key) == paths
+    assert sorted(map(Path, paths), key=natural_key) == list(map(Path, paths))
+
+
+def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path):
+    for name in ("10.png", "9.PNG", "a/1.png", "01.png", "1.png", "._1.png", "b1.png", "x.txt", "²3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "5.png").mkdir()
+    expected = ["01.png", "1.png", "9.PNG", "10.png", "b1.png", "²3.png"]
+    assert [file.name for file in list_files(tmp_path, (".png",))] == expected
+    everywhere = list_files(tmp_path, (".png",), "**/*")
+    assert [file.relative_to(tmp_path).as_posix() for file in everywhere] == [*expected, "a/1.png"]
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path):
