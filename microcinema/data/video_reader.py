@@ -4,7 +4,6 @@ Frames are selected by presentation time, so variable frame rates come out right
 and so give the same bytes (tests/data/test_video_reader.py).
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -300,14 +299,7 @@ def survey(
 
 
 def read_image(path: Source) -> np.ndarray:
-    """A picture as a clip of one frame, uint8 (1, h, w, 3), rotated as its EXIF data says; a UserError if it is missing or damaged."""
-    from PIL import Image, ImageOps
+    """A picture as a clip of one frame, uint8 (1, h, w, 3), as `open_image` reads it."""
+    from microcinema.data.images import open_image
 
-    try:
-        data = path.read() if isinstance(path, TarMember) else Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except FileNotFoundError:
-        raise UserError(f"image file '{path}' does not exist; check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image file '{path}' cannot be decoded ({error}); take it off the list") from None
+    return np.array(open_image(path))[None]

@@ -14,16 +14,16 @@ import torch
 from accelerate.utils import release_memory
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMixin
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 
 from microcinema.config.sampling import ResizeMode
 from microcinema.data.clip_reader import cover, resize
+from microcinema.data.images import SUFFIXES, open_image, to_rgb
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PixelImage = Image.Image | np.ndarray
 """A PIL image or a uint8 array (h, w, 3)."""
 
@@ -223,7 +223,8 @@ def make_keyframe(
     """
     if min(height, width) < 1:
         raise UserError(f"the key frame's size is {height}x{width}; give a height and a width of at least 1")
-    pixels = np.array(image.convert("RGB"))
+    image = to_rgb(image)
+    pixels = np.array(image)
     size, target = (pixels.shape[0], pixels.shape[1]), (height, width)
     if resize_mode == "exact" and size != target:
         sizes = f"the key frame has {size[0]}x{size[1]} pixels (height x width), the video {height}x{width}"
@@ -233,6 +234,7 @@ def make_keyframe(
     cropped = rearrange(frame[:, top : top + height, left : left + width], "c h w -> h w c").contiguous().numpy()
     provenance = {
         **source,
+        **image.info["conversions"],
         "original_size": _size(*size),
         "size": _size(height, width),
         "resize_mode": resize_mode,
@@ -241,16 +243,6 @@ def make_keyframe(
         "sha256_of_pixels": hash_array(cropped),
     }
     return Keyframe(Image.fromarray(cropped), provenance)
-
-
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file as RGB, rotated according to its EXIF data; what is no image is a UserError."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
-        raise UserError(f"cannot open image '{path}' ({reason}); give a PNG or JPEG file") from None
 
 
 def as_pil(image: PixelImage) -> Image.Image:

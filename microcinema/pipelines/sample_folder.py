@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
+from microcinema.data.images import open_image
 from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
-from microcinema.pipelines.keyframe import open_image
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder, write_json

@@ -9,9 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
+from microcinema.data.images import open_image
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline, open_image
+from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8

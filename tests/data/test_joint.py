@@ -55,7 +55,7 @@ def test_pictures_are_clips_of_one_frame(world):
     with pytest.raises(UserError, match="no frame rate of its own; set fps"):
         ClipDataset(world / "pictures.csv", world, 1, None, 32, columns=COLUMN)[0]
     (world / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="broken.png' cannot be decoded"):
+    with pytest.raises(UserError, match="broken.png' cannot be read"):
         video_reader.read_image(world / "broken.png")
     assert clips(world, "videos", 1)[0]["video"].shape == (1, 3, 32, 32)  # one frame of a video
 

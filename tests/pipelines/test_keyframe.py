@@ -22,8 +22,9 @@ from transformers import CLIPTextModelWithProjection
 from fixtures import tiny
 from microcinema.config.sampling import MemorySettings
 from microcinema.data.clip_reader import resize_and_crop
+from microcinema.data.images import open_image
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines.keyframe import KeyframePipeline, make_keyframe, open_image
+from microcinema.pipelines.keyframe import KeyframePipeline, make_keyframe
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
