@@ -22,6 +22,7 @@ from microcinema.training.build import CONFIG, build_pipeline
 from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
+from microcinema.training.warm_start import known_schedule
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
 from microcinema.utils.hashing import hash_file
@@ -66,7 +67,8 @@ def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoP
         load_ema(folder, TrainableModel(unet))
     name, revision = config.base.pretrained_model_name_or_path, config.base.revision
     scheduler = make_scheduler(load_scheduler_config(resolve_snapshot(name, revision=revision)))
-    return build_pipeline(config, scheduler, vae=None, text_encoder=None, tokenizer=None, unet=unet)
+    levels, _ = known_schedule(str(folder), scheduler)
+    return build_pipeline(config, scheduler, levels, vae=None, text_encoder=None, tokenizer=None, unet=unet)
 
 
 def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:

@@ -20,7 +20,7 @@ from microcinema.utils.errors import UserError, check_choice, first_line
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-_SUMMARY = ("num_train_timesteps", *_BETAS, "prediction_type")
+SUMMARY = ("num_train_timesteps", *_BETAS, "prediction_type")
 # By default several schedulers clamp the predicted sample to [-1, 1], which is right for pixels and ruins latents.
 _FOR_LATENTS = {"clip_sample": False, "thresholding": False}
 
@@ -58,7 +58,7 @@ def make_scheduler(base_config: Mapping[str, Any], overrides: Mapping[str, Any] 
 def schedule_summary(scheduler: SchedulerMixin) -> dict[str, Any]:
     """The settings that decide the noise levels and the target of a training schedule."""
     config = make_scheduler(scheduler.config).config
-    return {key: config[key] for key in _SUMMARY if key in config}
+    return {key: config[key] for key in SUMMARY if key in config}
 
 
 def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
@@ -91,15 +91,14 @@ def match_snr_timesteps(schedule: SchedulerMixin, reference: SchedulerMixin) -> 
     return torch.from_numpy(np.interp(new, old[finite], np.flatnonzero(finite))).float()
 
 
-def check_keeps_schedule(base: SchedulerMixin, overrides: Mapping[str, Any]) -> None:
-    """Refuses overrides with a prediction type that frozen layers were not trained for.
+def check_keeps_prediction_type(schedule: SchedulerMixin, trained: str) -> None:
+    """Refuses a training schedule with another prediction type than `trained`, which the frozen layers were trained for.
 
     Noise levels may change, see `match_snr_timesteps`.
     """
-    value, trained = overrides.get("prediction_type"), base.config["prediction_type"]
-    if value not in (None, trained):
+    if (value := schedule.config["prediction_type"]) != trained:
         fault = f"diffusion.scheduler.prediction_type is {value}, but the frozen layers were trained with {trained}"
-        raise UserError(f"{fault}; set diffusion.scheduler.prediction_type=null, or trainable_parameters=all")
+        raise UserError(f"{fault}; set diffusion.scheduler.prediction_type={trained}, or trainable_parameters=all")
 
 
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:

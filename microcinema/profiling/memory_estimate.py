@@ -20,7 +20,7 @@ from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
-from microcinema.training.build import build_networks, build_pipeline
+from microcinema.training.build import build_networks, build_pipeline, check_schedule
 from microcinema.training.ema import ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.trainer import make_optimizer
@@ -61,7 +61,7 @@ def empty_pipeline(config: Train, dtype: torch.dtype = torch.float32) -> ImageTo
             network.eval()
     components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     # Outside of the mode, since schedules need real values; they are small.
-    pipeline = build_pipeline(config, base.scheduler, **components, **networks)
+    pipeline = build_pipeline(config, base.scheduler, check_schedule(config, base.scheduler), **components, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

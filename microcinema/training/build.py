@@ -1,6 +1,6 @@
 """Builds what a config of the command `train` describes: networks, pipeline, data set and trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from microcinema.data.latents import EncodedClips
 from microcinema.data.optical_flow import FlowClips
 from microcinema.data.quarantine import Quarantine
 from microcinema.data.source import ClipSource
-from microcinema.diffusion.schedule import check_keeps_schedule, make_sampler, make_scheduler, schedule_summary
+from microcinema.diffusion.schedule import check_keeps_prediction_type, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base_model import Base, load_base
@@ -31,7 +31,7 @@ from microcinema.training.heldout_loss import SEED, HeldOutLoss
 from microcinema.training.launch_settings import launch_settings
 from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
-from microcinema.training.warm_start import warm_start, warm_start_summary
+from microcinema.training.warm_start import known_schedule, warm_start, warm_start_summary
 from microcinema.utils.files import make_folder
 from microcinema.utils.provenance import append_record, describe_environment
 
@@ -53,8 +53,7 @@ def build_trainer(
     accelerator = make_accelerator(config)
     set_seed(config.seed)
     base = load_base(**vars(config.base))
-    if config.trainable_parameters == "temporal":
-        check_keeps_schedule(base.scheduler, vars(config.diffusion.scheduler))
+    levels = check_schedule(config, base.scheduler)
     dataset = build_dataset(config, accelerator, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to state it
         config = replace(config, fps=dataset[0]["fps"])
@@ -63,7 +62,7 @@ def build_trainer(
         new_weights = warm_start(networks["unet"], config.init_weights_from)
         accelerator.print(warm_start_summary(new_weights, config.init_weights_from))
     components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
-    pipeline = build_pipeline(config, base.scheduler, **components, **networks)
+    pipeline = build_pipeline(config, base.scheduler, levels, **components, **networks)
     if isinstance(dataset, EncodedClips):
         cached_latents_check.check(dataset, pipeline, config.model.flow_model)
     predict_net = None if config.model.flow_model is None else PredictNet.for_unet(pipeline.unet)
@@ -123,11 +122,27 @@ def build_networks(config: Train, base: Base, weights: bool = True) -> dict[str,
     return networks
 
 
-def build_pipeline(config: Train, base_scheduler: DDPMScheduler, **components: Any) -> ImageToVideoPipeline:
+def check_schedule(config: Train, base_scheduler: DDPMScheduler) -> dict[str, Any]:
+    """The schedule by whose timesteps the network of a run knows noise levels before it trains.
+
+    Raises:
+        UserError: a training schedule that cannot work, or another target than that of layers which stay frozen.
+    """
+    schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
+    levels, prediction_type = known_schedule(config.init_weights_from, base_scheduler)
+    if config.trainable_parameters == "temporal":
+        check_keeps_prediction_type(schedule, prediction_type)
+    return levels
+
+
+def build_pipeline(
+    config: Train, base_scheduler: DDPMScheduler, levels: Mapping[str, Any] | None = None, **components: Any
+) -> ImageToVideoPipeline:
     """The video pipeline of a training run.
 
     Args:
         base_scheduler: the training schedule of the base.
+        levels: of `check_schedule`; None: the base's.
         components: of the pipeline, except the scheduler; None for the base's own.
 
     Raises:
@@ -136,12 +151,13 @@ def build_pipeline(config: Train, base_scheduler: DDPMScheduler, **components: A
     prior = config.diffusion.noise_prior.build()
     schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
     ignored = {"prediction_type": None}  # it does not change the noise levels
-    same_levels = schedule_summary(base_scheduler) | ignored == schedule_summary(schedule) | ignored
+    levels = dict(levels or schedule_summary(base_scheduler))
+    same_levels = levels | ignored == schedule_summary(schedule) | ignored
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
         **components,
         scheduler=make_sampler(schedule),
-        network_schedule=None if same_levels else schedule_summary(base_scheduler),
+        network_schedule=None if same_levels else levels,
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,
         noise_prior_gamma=prior.gamma,

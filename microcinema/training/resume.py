@@ -27,7 +27,10 @@ Identity = dict[str, dict[str, Any]]
 FIXED = ("seed", "learning_rate", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 BATCH = ("train_batch_size", "gradient_accumulation_steps", "lr_scheduler", "lr_warmup_steps", "max_grad_norm")
 FREE = (*BATCH, *LOSS_KEYS, "use_ema", "ema_decay")
-PIPELINE = ("num_frames", "height", "width", "fps", "noise_prior", "noise_prior_strength", "keyframe_position")
+PIPELINE = (
+    *("num_frames", "height", "width", "fps", "noise_prior", "noise_prior_strength", "keyframe_position"),
+    "network_schedule",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def run_identity(
 
 def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str]:
     """The free settings that differ between a checkpoint and the run; a UserError if a fixed one does."""
-    old, new = saved["fixed"], current["fixed"]
+    new = current["fixed"]
+    old = {"network_schedule": new["network_schedule"], **saved["fixed"]}  # older checkpoints do not have it
     if old["seed"] != new["seed"]:  # the seed decides the order of the clips
         new = {**new, "clips": old["clips"]}
     if changed := differences(new, old):

@@ -3,14 +3,39 @@
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
-from microcinema.pipelines.loading import INDEX, load_index, resolve_snapshot
+from microcinema.diffusion.schedule import SUMMARY, make_scheduler, schedule_summary
+from microcinema.pipelines.loading import INDEX, load_index, load_scheduler_config, resolve_snapshot
 from microcinema.pipelines.saving import load_source_weights
 from microcinema.training.checkpoint import load_safetensors
+from microcinema.training.resume import is_checkpoint, read_state
 from microcinema.utils.errors import UserError
+
+
+def known_schedule(source: str | None, base: DDPMScheduler) -> tuple[dict[str, Any], str]:
+    """The schedule by whose timesteps the network knows noise levels before it trains, and what its layers predict.
+
+    Args:
+        source: a pipeline or checkpoint that it starts from; None, or one that does not say, stands for its base.
+        base: the training schedule of the base.
+    """
+    levels = own = schedule_summary(base)
+    folder = None if source is None else resolve_snapshot(source)
+    if folder is not None and Path(folder, INDEX).is_file():
+        index = load_index(folder)
+        own = schedule_summary(make_scheduler(index.get("training_schedule") or load_scheduler_config(folder)))
+        levels = index.get("network_schedule") or own
+    elif folder is not None and is_checkpoint(folder) and (run := read_state(folder)["run"]):
+        own = {key: run["fixed"][key] for key in SUMMARY if key in run["fixed"]}
+        levels = (
+            run["fixed"].get("network_schedule", levels) or own
+        )  # older checkpoints do not say; as a rule it is the base's
+    return levels, own["prediction_type"]
 
 
 def warm_start(unet: nn.Module, source: str) -> list[str]:
