@@ -78,7 +78,8 @@ class NoisePrior:
     def _over_frames(self, x: torch.Tensor, matrix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         if self.kind in ("none", "appearance"):
             return x
-        return einsum(matrix(self.covariance(x.shape[1])).to(x), x, "f g, b g c h w -> b f c h w")
+        with torch.autocast(x.device.type, enabled=False):
+            return einsum(matrix(self.covariance(x.shape[1])).to(x), x, "f g, b g c h w -> b f c h w")
 
     def initial_noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
         """`z_T`, from which sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""

@@ -222,10 +222,13 @@ class UNet2DBackbone(nn.Module):
         share_tokens(self)
         self.gradient_checkpointing = False
 
-    def embed_time(self, t: Tensor | float, b: int, device: torch.device) -> Tensor:
-        """Time embedding, one row per clip, of a diffusion time: a number or `(b,)`."""
-        t = torch.as_tensor(t, device=device).expand(b)
-        return self.time_embedding(self.time_proj(t).to(self.time_embedding.linear_1.weight.dtype))
+    def embed_time(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """Time embedding, one row per clip, of a diffusion time, a number or `(b,)`, for latents `b ...` and in their dtype.
+
+        Not in that of the weights: with diffusers' layerwise casting they are stored in eight bits until they are used.
+        """
+        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        return self.time_embedding(self.time_proj(t).to(z.dtype))
 
     def run_blocks(
         self, h: Tensor, layer: LayerFunction, after_resampling: Callable[[int, Tensor], Tensor] | None = None

@@ -64,7 +64,7 @@ class UNet3D(UNet2DBackbone):
     def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
         """Embedding `(b f) d` of diffusion time, frame rate and frame index, for latents `b f c h w`."""
         b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, b, z_t.device)
+        emb = self.embed_time(t, z_t)
         if hasattr(self, "fps_embedding") and fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(fps.expand(b)).to(emb.dtype))
         emb = repeat(emb, "b d -> (b f) d", f=frames)

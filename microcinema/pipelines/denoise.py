@@ -108,21 +108,25 @@ def denoise(
     mean, first = prior.mean(z_ref, z_T.shape[1]), scheduler.timesteps[0]
     scale = scheduler.scale_model_input(torch.ones_like(mean), first)  # not 1 for schedulers in terms of sigma
     z = z_T * scheduler.init_noise_sigma - signal_and_noise(scheduler, first, z_T)[1] * mean / scale
-    arguments = step_arguments(scheduler, generator)
+    arguments, device = step_arguments(scheduler, generator), z_T.device.type
+    # Under autocast, as in validation, only the network runs in low precision.
+    autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device))
 
     def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         t_model: torch.Tensor | float = t
         if remapped_timesteps is not None:
             t_model = float(np.interp(float(t), range(len(remapped_timesteps)), remapped_timesteps))
-        return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
+        with autocast:
+            return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
 
     for step, t in enumerate(scheduler.timesteps):
-        # Here z is L u, the latents without their share of the prior's mean.
-        signal, sigma = signal_and_noise(scheduler, t, z)
-        prediction = guidance(denoiser, scheduler.scale_model_input(z, t) + sigma * mean, t)
-        share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
-        plain = prior.whiten(prediction - share * mean)
-        z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)
+        with torch.autocast(device, enabled=False):
+            # Here z is L u, the latents without their share of the prior's mean.
+            signal, sigma = signal_and_noise(scheduler, t, z)
+            prediction = guidance(denoiser, scheduler.scale_model_input(z, t) + sigma * mean, t)
+            share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
+            plain = prior.whiten(prediction - share * mean)
+            z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)
         z = step_end(step, t, {"latents": z, "prediction": prediction})
         # Second-order solvers visit a timestep twice; the bar counts steps.
         bar.update(min(1, bar.total - bar.n))

@@ -29,11 +29,11 @@ from microcinema.diffusion.schedule import (
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
-from microcinema.pipelines.denoise import StepCallback, denoise, prepare_conditions
+from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, denoise, prepare_conditions
 from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text
 from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
 from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
-from microcinema.pipelines.prompts import broadcast_to_prompts, check_motion_prompt, check_prompts
+from microcinema.pipelines.prompts import broadcast_to_prompts, check_generators, check_motion_prompt, check_prompts
 from microcinema.utils.errors import UserError, check_choice
 
 _LOG = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     # `DiffusionPipeline.from_pretrained` passes None for those that the folder does not have.
     _optional_components: ClassVar = [*OPTIONAL_COMPONENTS]
+    _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS]
     model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->unet->vae"
 
     def __init__(
@@ -125,8 +126,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         load_missing_components(components, config)
         self.register_modules(**components)
         self.vae_scale_factor = vae_scale_factor(self.vae)
-        native = (unet.options.unet2d.get("sample_size") or 0) * self.vae_scale_factor or None
-        config |= {"height": height or native, "width": width or native}
+        size = unet.options.unet2d.get("sample_size") or 0
+        native = [side * self.vae_scale_factor or None for side in ([size, size] if isinstance(size, int) else size)]
+        config |= {"height": height or native[0], "width": width or native[1]}
         config["training_schedule"] = training_schedule or schedule_summary(scheduler)
         abar_T = alphas_cumprod(make_scheduler(config["training_schedule"]))[-1].item()
         prior = NoisePrior(noise_prior, noise_prior_strength, noise_prior_gamma).resolve(abar_T)
@@ -136,6 +138,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
         check_sampler(self.training_scheduler, scheduler)
         self._logged: set[str] = set()
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps, and calls of `callback_on_step_end`, each clip of the last call takes."""
+        return len(self.scheduler.timesteps)
 
     @property
     def noise_prior(self) -> NoisePrior:
@@ -243,19 +250,21 @@ class ImageToVideoPipeline(DiffusionPipeline):
         num_segments: int = 1,
         window_overlap: int | None = None,
         gamma: float | None = None,
+        return_dict: bool = True,
     ) -> ImageToVideoOutput:
         """Animates key frames.
 
         Args:
             prompt: content and motion of the video; one, or one per video.
-            image, motion_prompt, negative_prompt: one for all prompts, or one each. PIL images or uint8 arrays (h, w, 3), resized and
-                cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
+            image, motion_prompt, negative_prompt: one for all prompts, or one each. Images (`PixelImage`, or a batch of them), resized
+                and cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
                 text where guidance drops it (None: the empty text).
             height ... image_guidance_scale, decode_chunk_size, num_segments, window_overlap, gamma: see `SamplingSettings`.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one per video (which makes a video independent of its batch), or one for all.
             output_type: `pil`, `np`, `pt` or `latent`.
             callback_on_step_end, callback_on_step_end_tensor_inputs: see `StepCallback`. Steps of each clip are counted from 0.
+            return_dict: False: a tuple, of frames and key frames.
 
         Raises:
             UserError: bad input.
@@ -266,13 +275,15 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt={num_videos_per_prompt}; use a number >= 1")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        if isinstance(generator, Sequence) and len(generator) != videos:
-            raise UserError(f"{len(generator)} generators for {videos} videos; give one each, or one for all")
-        generator = list(generator) if isinstance(generator, Sequence) else generator
-        images = [as_pil(img) for img in broadcast_to_prompts("images", image, len(prompts))]
+        if generator is not None:
+            generators = check_generators(generator, videos)
+            generator = generators if isinstance(generator, Sequence) else generator
+        batch: Any = list(image) if getattr(image, "ndim", 3) == 4 else image  # type: ignore[arg-type]
+        images = [as_pil(img) for img in broadcast_to_prompts("images", batch, len(prompts))]
         step_end = StepCallback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         captions = self._encode_captions(prompts, motion_prompt, negative_prompt, videos)
-        return self._animate(images, captions, settings, videos, generator, step_end, output_type)
+        output = self._animate(images, captions, settings, videos, generator, step_end, output_type)
+        return output if return_dict else output.to_tuple()
 
     def _encode_captions(
         self,

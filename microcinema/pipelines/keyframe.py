@@ -24,8 +24,8 @@ from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
 
-PixelImage = Image.Image | np.ndarray
-"""A PIL image or a uint8 array (h, w, 3)."""
+PixelImage = Image.Image | np.ndarray | torch.Tensor
+"""A PIL image, an array (h, w, 3) or a tensor (3, h, w); numbers are uint8, or floats in [0, 1] as pipelines return them."""
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,21 @@ def make_keyframe(
 
 
 def as_pil(image: PixelImage) -> Image.Image:
-    """The key frame as a PIL image; an array of another dtype or shape is a UserError."""
+    """The key frame as a PIL image; numbers of another dtype, shape or range are a UserError."""
     if isinstance(image, Image.Image):
         return image
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"a key frame is {kind}; give a PIL image or a uint8 array (height, width, 3)")
-    return Image.fromarray(image)
+    pixels: Any = image
+    if isinstance(image, torch.Tensor):
+        pixels = (image.double() if image.is_floating_point() else image).cpu().numpy()
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
+    is_array = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size > 0
+    if is_array and pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+        pixels = (pixels * 255).round().astype(np.uint8)
+    if not is_array or pixels.dtype != np.uint8:
+        kind = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(image).__name__
+        layouts = "an array (height, width, 3) or a tensor (3, height, width)"
+        raise UserError(f"a key frame is {kind}; give a PIL image, or {layouts}, as uint8 or as floats from 0 to 1")
+    return Image.fromarray(pixels)
 
 
 def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:

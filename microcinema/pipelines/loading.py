@@ -202,11 +202,16 @@ def refuse_pickles(path: Path) -> None:
 def check_weight_files(path: Path, variant: str | None, needed: bool = True) -> None:
     """Refuses, without reading them, a component's folder with pickles, without weights (if needed) or of another variant."""
     refuse_pickles(path)
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if not names and needed:
+    variants = weight_variants(path)
+    if not variants and needed:
         raise UserError(f"'{path}' has no weights (.safetensors); complete the model's folder")
-    # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-    variants = {match[1] for name in names if (match := re.match(r"[^.]*\.(?:([^.]*?)(?:-\d+-of-\d+)?\.)?", name))}
-    if names and variant not in variants:
+    if variants and variant not in variants:
         available = " and ".join(sorted(f"variant={name or 'null'}" for name in variants))
         raise UserError(f"'{path}' has no weights of variant={variant or 'null'}; it has {available}")
+
+
+def weight_variants(path: Path) -> set[str | None]:
+    """The variants of a component's weight files, such as `fp16`; None is that without a name."""
+    names = [file.name for file in path.glob("*.safetensors")]
+    # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    return {match[1] for name in names if (match := re.match(r"[^.]*\.(?:([^.]*?)(?:-\d+-of-\d+)?\.)?", name))}

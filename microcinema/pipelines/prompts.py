@@ -30,6 +30,7 @@ class PromptItem:
         seed, sample_index, video_index: of its random generators, see `sample_generator`.
         image: the key frame, as a file or uint8 array (h, w, 3); None: stage 1 draws it.
         source: id of the class, caption or video in a protocol's data set.
+        rng: draws key frame and video, one after the other, in the place of new generators; None: new ones.
     """
 
     prompt: str
@@ -42,10 +43,11 @@ class PromptItem:
     video_index: int = 0
     image: Path | np.ndarray | None = field(default=None, compare=False)
     source: str = ""
+    rng: torch.Generator | None = field(default=None, compare=False)
 
     def generator(self, purpose: Purpose) -> torch.Generator:
-        """A new generator, at the beginning of its stream."""
-        return sample_generator(self.seed, self.sample_index, self.video_index, purpose)
+        """`rng`, or a new generator, at the beginning of its stream."""
+        return self.rng or sample_generator(self.seed, self.sample_index, self.video_index, purpose)
 
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -54,6 +56,16 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
         raise UserError("the prompt is empty; describe the content and motion of the video")
     return prompts
+
+
+def check_generators(generator: Any, videos: int) -> list[torch.Generator]:
+    """A generator for each video, of one for all or a sequence of one each; another type or number is a UserError."""
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * videos
+    if len(generators) != videos:
+        raise UserError(f"{len(generators)} generators for {videos} videos; give one each, or one for all")
+    if wrong := [entry for entry in generators if not isinstance(entry, torch.Generator)]:
+        raise UserError(f"generator is {wrong[0]!r}; give a torch.Generator, or a list of one per video")
+    return generators
 
 
 def check_motion_prompt(motion_prompt: object, uses_motion_caption: bool) -> None:

@@ -32,6 +32,7 @@ from microcinema.pipelines.loading import (
     load_scheduler_config,
     resolve_model_path,
     resolve_snapshot,
+    weight_variants,
 )
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder
@@ -114,7 +115,10 @@ def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torc
 
 
 def load_pipeline(
-    name: str | os.PathLike[str], scheduler: str | None = None, torch_dtype: torch.dtype = torch.float32
+    name: str | os.PathLike[str],
+    scheduler: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
 ) -> ImageToVideoPipeline:
     """Opens a saved video pipeline.
 
@@ -122,11 +126,12 @@ def load_pipeline(
         name: an embedded model, a folder or a hub repository.
         scheduler: class name of a diffusers scheduler for sampling; None: the saved one.
         torch_dtype: of the weights in memory, whatever they are stored in.
+        variant: of the weight files, such as `fp16`; None: that of the folder's UNet, if it has only one.
 
     Raises:
         UserError: there is no such pipeline, a component is missing, or its keys are not the network's.
     """
-    folder = resolve_snapshot(name, ["unet", *BASE_COMPONENTS, *_ENCODERS])
+    folder = resolve_snapshot(name, ["unet", *BASE_COMPONENTS, *_ENCODERS], variant=variant)
     index = load_index(folder)
     if index.get("_class_name") != ImageToVideoPipeline.__name__:
         raise UserError(f"'{folder}' holds a {index.get('_class_name')}; give a video pipeline saved by training")
@@ -136,7 +141,9 @@ def load_pipeline(
         classes |= BASE_COMPONENTS
     classes |= {key: cls for key, cls in _ENCODERS.items() if component_class(index, key) is not None}
     components: dict[str, Any] = dict.fromkeys(BASE_COMPONENTS)
-    components |= load_components(folder, classes, dtype=torch_dtype)
+    if variant is None and len(variants := weight_variants(Path(folder, "unet"))) == 1:
+        (variant,) = variants
+    components |= load_components(folder, classes, variant, torch_dtype)
     if source:
         components["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     config = load_scheduler_config(folder)

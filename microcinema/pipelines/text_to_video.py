@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ from diffusers.utils import BaseOutput
 from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, make_keyframe
-from microcinema.pipelines.prompts import PromptItem, broadcast_to_prompts, check_motion_prompt, check_prompts
+from microcinema.pipelines.prompts import (
+    PromptItem,
+    broadcast_to_prompts,
+    check_generators,
+    check_motion_prompt,
+    check_prompts,
+)
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.utils.errors import UserError
 
@@ -130,6 +137,8 @@ class TextToVideoPipeline:
         batch_size: int = 1,
         output_type: str = "pil",
         keyframe: KeyframeSettings | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        return_dict: bool = True,
         **settings: Any,
     ) -> TextToVideoOutput:
         """Makes videos, each from its own key frame: those that the command `sample` makes of the same prompts and seed.
@@ -140,6 +149,9 @@ class TextToVideoPipeline:
             num_videos_per_prompt, output_type: as in `ImageToVideoPipeline`.
             batch_size: videos made at once; more than one changes them by rounding.
             keyframe: settings of stage 1.
+            generator: in the place of a seed: one per video (which makes a video independent of the others), or one for all. It draws
+                all key frames first.
+            return_dict: False: a tuple, of frames and key frames.
             settings: those of `SamplingSettings`.
 
         Raises:
@@ -153,8 +165,12 @@ class TextToVideoPipeline:
         check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
         motions = broadcast_to_prompts("motion prompts", motion_prompt, len(prompts))
         negatives = broadcast_to_prompts("negative prompts", negative_prompt, len(prompts))
+        if generator is not None and (seed or sample_index):
+            raise UserError(f"{seed=}, {sample_index=} and a generator; give one of the two")
+        videos = len(prompts) * num_videos_per_prompt
+        rngs = iter([None] * videos if generator is None else check_generators(generator, videos))
         items = [
-            PromptItem(text, "", motion, None, negative, seed, sample_index + index, video)
+            PromptItem(text, "", motion, None, negative, seed, sample_index + index, video, rng=next(rngs))
             for index, (text, motion, negative) in enumerate(zip(prompts, motions, negatives, strict=True))
             for video in range(num_videos_per_prompt)
         ]
@@ -169,7 +185,7 @@ class TextToVideoPipeline:
             batch = slice(start, start + batch_size)
             images = [entry.image for entry in keyframes[batch]]
             batches.append(animate(self.video, items[batch], images, resolved, output_type=output_type).frames)
-        if isinstance(batches[0], list):
-            return TextToVideoOutput([video for frames in batches for video in frames], keyframes)
-        concatenate: Any = torch.cat if isinstance(batches[0], torch.Tensor) else np.concatenate
-        return TextToVideoOutput(concatenate(batches), keyframes)
+        join: Any = torch.cat if isinstance(batches[0], torch.Tensor) else np.concatenate
+        frames = list(chain(*batches)) if isinstance(batches[0], list) else join(batches)
+        output = TextToVideoOutput(frames, keyframes)
+        return output if return_dict else output.to_tuple()

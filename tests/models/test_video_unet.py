@@ -265,6 +265,26 @@ def test_runs_in_half_precision(dtype):
     assert (out.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
+@pytest.mark.parametrize("variant", [EVERYTHING, ("microcinema_once",)], ids=["everything", "microcinema_once"])
+@torch.no_grad()
+def test_layerwise_casting_of_diffusers_rounds_weights_and_nothing_else(variant):
+    """The reference has the same weights, rounded once."""
+    cast, rounded = (network(base(), *variant) for _ in range(2))
+    for video in (cast, rounded):
+        randomise(video)
+        video.to(torch.bfloat16)
+    cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    stored = {name for name, parameter in cast.named_parameters() if parameter.dtype == torch.float8_e4m3fn}
+    assert cast.dtype == torch.bfloat16 and "time_embedding.linear_1.weight" in stored and len(stored) > 100
+    for name, parameter in rounded.named_parameters():
+        if name in stored:
+            parameter.copy_(parameter.to(torch.float8_e4m3fn))
+    arguments = [x.bfloat16() if x.is_floating_point() else x for x in inputs(2)]
+    tokens = {name: x.bfloat16() for name, x in encoder_outputs().items()}
+    first, second = (predict(video, *arguments, **tokens) for video in (cast, rounded))
+    assert first.dtype == torch.bfloat16 and torch.equal(first, second)
+
+
 def test_trains_under_autocast_and_checkpointing():
     video = network(base(), *EVERYTHING)
     randomise(video)

@@ -15,6 +15,7 @@ from scripts.recipes import sampler_table
 from scripts.recipes.sampler_table import STABLE_DIFFUSION, ZERO_SNR, measure
 
 SHAPE, STEPS = (2, 5, 4, 3, 3), 10  # steps of 100: DDIM rounds other numbers to whole steps of training
+PLAIN = CFG(1.0, 1.0)
 PRIORS = [NoisePrior("appearance", 0.3, 0.1), NoisePrior("mixed", 2.0, 0.1), NoisePrior("progressive", 0.7, 0.0)]
 
 
@@ -31,15 +32,15 @@ class Network:
         return torch.tanh(z_t.roll(1, dims=1) + z_t * (0.5 + float(t) / 1000))
 
 
-def sample(scheduler, prior, callback=None):
+def sample(scheduler, prior, callback=None, network=None, guidance=PLAIN, dtype=torch.float64):
     """z0, the network, the key frame and z_T."""
-    z_ref = torch.randn(SHAPE[0], *SHAPE[2:], dtype=torch.float64, generator=generator(1))
-    eps = torch.randn(SHAPE, dtype=torch.float64, generator=generator(2))
-    z_T, network = prior.initial_noise(eps, z_ref), Network()
+    z_ref = torch.randn(SHAPE[0], *SHAPE[2:], dtype=dtype, generator=generator(1))
+    eps = torch.randn(SHAPE, dtype=dtype, generator=generator(2))
+    z_T, network = prior.initial_noise(eps, z_ref), network or Network()
     set_timesteps(scheduler, STEPS)
     bar = SimpleNamespace(update=lambda n: None, total=STEPS, n=0)
     windows, step_end = Windows(SHAPE[1], SHAPE[1]), StepCallback(None, callback, ("latents",))
-    inputs = (None, CFG(1.0, 1.0), windows, None, generator(3), step_end, bar)
+    inputs = (None, guidance, windows, None, generator(3), step_end, bar)
     return denoise(network, scheduler, z_T, prior, z_ref, *inputs), network, z_ref, z_T
 
 
@@ -64,6 +65,27 @@ def test_samplers_without_noise_of_their_own_give_what_they_give_on_the_networks
             z = scheduler.step(plain(scheduler.scale_model_input(z, t), t, None), t, z).prev_sample
         torch.testing.assert_close(network.seen[0], plain.seen[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(ours, z, rtol=0, atol=2e-5, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: prior.kind)
+def test_under_autocast_the_network_alone_is_in_low_precision(prior):
+    """UniPC's steps, guidance and correlated noise are sums of products, which autocast would round."""
+    seen = []
+
+    def network(z_t, t, conditions):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.tanh(z_t.roll(1, dims=1) + z_t * (0.5 + float(t) / 1000))
+
+    def latents(enabled):
+        network.dtype = torch.float32
+        training = make_scheduler({**STABLE_DIFFUSION, "set_alpha_to_one": True}, {"prediction_type": "v_prediction"})
+        scheduler = make_sampler(training, "UniPCMultistepScheduler")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return sample(scheduler, prior, network=network, guidance=CFG(7.5, 2.0), dtype=torch.float32)[0]
+
+    plain, cast = latents(False), latents(True)
+    assert seen == [False] * STEPS + [True] * STEPS
+    assert torch.equal(plain, cast)
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: prior.kind)

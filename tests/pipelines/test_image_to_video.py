@@ -19,8 +19,9 @@ from microcinema.diffusion.schedule import make_sampler, make_scheduler
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.denoise import prepare_conditions
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.keyframe import as_pil
 from microcinema.pipelines.loading import resolve_model_path
-from microcinema.pipelines.saving import load_pipeline, save_pipeline
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.utils.errors import UserError
 
 
@@ -263,6 +264,45 @@ def test_callback_sees_every_step_and_may_change_latents(pipeline, image):
     assert not z.any()
 
 
+def test_as_pipelines_of_diffusers_it_counts_its_timesteps_and_returns_a_tuple_on_demand(base, image):
+    """Heun visits all but the last timestep twice."""
+    pipeline, steps = tiny.video_pipeline(base), []
+    pipeline.scheduler = make_sampler(pipeline.scheduler, "HeunDiscreteScheduler")
+    settings = {"num_inference_steps": 3, "output_type": "latent"}
+    settings |= {"callback_on_step_end_tensor_inputs": pipeline._callback_tensor_inputs}
+    arguments = lambda: {**settings, "generator": generator(7), "callback_on_step_end": lambda *a: steps.append(a)}  # noqa: E731
+    output = pipeline(PROMPTS[0], image, **arguments())
+    assert len(steps) == pipeline.num_timesteps == 5
+    frames, keyframes = pipeline(PROMPTS[0], image, return_dict=False, **arguments())
+    assert torch.equal(frames, output.frames) and keyframes == output.keyframes
+
+
+def test_images_may_be_arrays_and_tensors_as_pipelines_return_them(pipeline, image):
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels / 255).permute(2, 0, 1)
+    others = (pixels, pixels / 255, np.float32(pixels / 255), tensor, tensor.float(), (tensor * 255).round().byte())
+    assert all(np.array_equal(as_pil(other), pixels) for other in (image, *others))
+    batch = np.stack([pixels, pixels[::-1]])
+    settings = {"seeds": (0, 1), "num_inference_steps": 1, "num_frames": 1, "output_type": "latent"}
+    expected = sample(pipeline, PROMPTS, [Image.fromarray(pixels) for pixels in batch], **settings)
+    for other in (batch, torch.from_numpy(batch / 255).permute(0, 3, 1, 2)):
+        assert torch.equal(sample(pipeline, PROMPTS, other, **settings), expected)
+
+
+def test_a_base_may_be_trained_at_a_size_that_is_no_square(tmp_path):
+    """Height comes first, as in diffusers' own pipelines."""
+    base = tiny.base_folder(tmp_path / "base", sample_size=(8, 16))
+    pipeline = tiny.video_pipeline(base)
+    assert (pipeline.config["height"], pipeline.config["width"]) == (32, 64)
+    keyframe = load_keyframe_pipeline(pipeline)
+    keyframe.set_progress_bar_config(disable=True)
+    (drawn,) = keyframe(["a star"], 32, 64, num_inference_steps=1)
+    assert drawn.provenance["original_size"] == {"height": 32, "width": 64}
+    assert sample(pipeline, PROMPTS[0], drawn.image).shape == (1, 4, 32, 64, 3)
+    save_pipeline(pipeline, tmp_path / "saved")
+    assert load_pipeline(tmp_path / "saved").unet.config["unet2d"]["sample_size"] == [8, 16]
+
+
 def test_negative_prompts_are_one_for_all_or_one_each(pipeline, image):
     def negative(prompts, texts, seeds):
         return sample(pipeline, prompts, image, seeds, negative_prompt=texts, output_type="latent")
@@ -292,7 +332,13 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"width": 0}, "width 0"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"fps": 0}, "fps is 0"),
-        ({"image": np.zeros((8, 8, 3))}, "float64"),
+        ({"image": np.full((8, 8, 3), 1.01)}, r"float64 \(8, 8, 3\).*floats from 0 to 1"),
+        ({"image": np.full((8, 8, 3), np.nan)}, "float64"),
+        ({"image": np.zeros((8, 8, 4), np.uint8)}, r"uint8 \(8, 8, 4\)"),
+        ({"image": np.zeros((0, 8, 3))}, "float64"),
+        ({"image": torch.zeros(8, 8, 3)}, r"float64 \(8, 3, 8\)"),
+        ({"image": torch.zeros(3)}, "float64"),
+        ({"image": np.zeros((2, 8, 8, 3))}, "2 images for 1"),
         ({"image": []}, "0 images for 1"),
         ({"image": "red.png"}, "a key frame is str; give a PIL image"),
         ({"image": [None]}, "a key frame is NoneType"),
@@ -303,6 +349,8 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"gamma": -1}, "gamma is -1"),
         ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),
         ({"seeds": (1, 2)}, "2 generators for 1"),
+        ({"generator": 7}, "generator is 7; give a torch.Generator"),
+        ({"generator": [None]}, "generator is None"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
         ({"output_type": "gif"}, "gif"),
@@ -346,6 +394,22 @@ def test_diffusers_own_from_pretrained_opens_a_saved_pipeline(base, image, tmp_p
     again.set_progress_bar_config(disable=True)
     assert again.noise_prior.strength == 0.1
     assert np.array_equal(sample(pipeline, PROMPTS[0], image), sample(again, PROMPTS[0], image))
+
+
+def test_a_variant_opens_by_name_and_alone_without_one(base, image, tmp_path):
+    pipeline, folder = tiny.video_pipeline(base), tmp_path / "saved"
+    pipeline.save_pretrained(folder, variant="fp16")
+    expected = sample(pipeline, PROMPTS[0], image)
+    for opened in (load_pipeline(folder), load_pipeline(folder, variant="fp16")):
+        opened.set_progress_bar_config(disable=True)
+        assert np.array_equal(sample(opened, PROMPTS[0], image), expected)
+    with pytest.raises(UserError, match="no weights of variant=bf16; it has variant=fp16"):
+        load_pipeline(folder, variant="bf16")
+    for weights in pipeline.unet.parameters():
+        weights.data.zero_()
+    pipeline.save_pretrained(folder)  # beside the other
+    assert not any(weights.any() for weights in load_pipeline(folder).unet.parameters())
+    assert any(weights.any() for weights in load_pipeline(folder, variant="fp16").unet.parameters())
 
 
 def test_a_pipeline_opens_with_another_scheduler(base, tmp_path):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fixtures import tiny
+from microcinema.diffusion.rng import generator
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_keyframe_pipeline
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
@@ -43,6 +45,23 @@ def test_texts_of_a_prompt_are_those_of_all_its_videos(both):
     assert np.abs(sample(both, PROMPTS[0]).frames[0] - together[0]).max() > 1e-3
 
 
+def test_generators_draw_key_frames_and_videos(both):
+    """One each makes a video independent of the others; one for all draws the key frames first."""
+
+    def draw(prompt, generator, **arguments):
+        return sample(both, prompt, generator=generator, output_type="latent", return_dict=False, **arguments)
+
+    frames, keyframes = draw(PROMPTS, [generator(1), generator(2)], batch_size=2)
+    alone, keyframe = draw(PROMPTS[1], generator(2))
+    assert np.array_equal(keyframe[0].image, keyframes[1].image) and torch.allclose(alone[0], frames[1], atol=1e-3)
+    again, _ = draw(PROMPTS[1], [generator(2)])
+    assert torch.equal(again, alone)
+    frames, keyframes = draw(PROMPTS[0], generator(1), num_videos_per_prompt=2)
+    _, first = draw(PROMPTS[0], generator(1))
+    assert np.array_equal(first[0].image, keyframes[0].image)
+    assert not np.array_equal(keyframes[0].image, keyframes[1].image) and not torch.allclose(frames[0], frames[1])
+
+
 def test_clips_go_on_from_the_key_frame(both):
     output = sample(both, PROMPTS[0], num_segments=2, num_frames=6, window_overlap=1)
     assert output.frames.shape[1] == 11
@@ -61,6 +80,9 @@ def test_clips_go_on_from_the_key_frame(both):
         ({"batch_size": 0}, "batch_size=0"),
         ({"steps": 3}, "argument 'steps' is unknown"),
         ({"motion_prompt": "up"}, "no motion encoder"),
+        ({"generator": [generator(1)]}, "1 generators for 2 videos"),
+        ({"generator": np.random.default_rng(0)}, "give a torch.Generator"),
+        ({"generator": generator(1), "seed": 1}, "seed=1, sample_index=0 and a generator"),
     ],
 )
 def test_bad_calls_are_found_before_anything_is_drawn(both, monkeypatch, bad, words):
