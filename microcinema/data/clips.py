@@ -30,7 +30,7 @@ class ClipDataset(ClipSource):
     `{page_dir}/{id}.mp4`, `{id}.mp4`, `videos/{id}.mp4`. Captions of the key frame (`description`) and of the motion default to the caption.
 
     Args:
-        metadata: path of the list: .csv, .tsv, .jsonl or .parquet (data/metadata.py).
+        metadata: path of the list: .csv, .tsv, .jsonl or .parquet (data/text_table.py).
         root: folder of the files; None: only cached latents are available.
         num_frames: 1 for pictures and for single frames of videos.
         fps: frames per second of a clip; None takes each file's own rate.
@@ -89,7 +89,7 @@ class ClipDataset(ClipSource):
     def _apply_manifest(
         self, manifest: Manifest, watermark_score: float, shapes: Sequence[tuple[int, int, int]] | None
     ) -> None:
-        manifest_rows = manifest.find(self.rows.ids())
+        manifest_rows = manifest.find(self.rows.keys())
         listed = manifest_rows >= 0
         keep = ~listed | manifest.column("accepted")[manifest_rows]
         self.skipped["rejected by the manifest"] = int((~keep).sum())

@@ -4,7 +4,6 @@ Arrow keeps a column as one block of bytes: ten million rows take about as much 
 forked workers of a data loader (a list of dictionaries would take ten times as much, and every worker would copy it).
 """
 
-import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
+from microcinema.data.text_table import FORMATS, read_texts
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_chunks
 
 KEYS = ("id", "file", "page_dir", "caption", "description", "motion")
 WEBVID = {"id": "videoid", "caption": "name"}
-FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".parquet": None}
 
 
 class Rows(Sequence[dict[str, str]]):
@@ -49,9 +45,10 @@ class Rows(Sequence[dict[str, str]]):
             "motion": row.get("motion") or row["caption"],
         }
 
-    def ids(self) -> pa.ChunkedArray:
-        """The ids that a manifest uses: column `id`, or else `file`."""
-        return self.table.column("id" if "id" in self.table.column_names else "file")
+    def keys(self) -> pa.ChunkedArray:
+        """What names the video of each row, however often an id occurs: `file`, or `id` where the list names no file."""
+        columns = [self.table.column(name) for name in ("file", "id") if name in self.table.column_names]
+        return pc.if_else(pc.equal(columns[0], ""), columns[-1], columns[0])
 
     def digest(self) -> str:
         """sha256 of the contents of the rows; it does not depend on how Arrow divides them into chunks."""
@@ -72,7 +69,7 @@ class Rows(Sequence[dict[str, str]]):
 
 
 def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None) -> Rows:
-    """Reads a list; every value becomes a string, a missing one the empty string.
+    """Reads a list with `read_texts`.
 
     Args:
         path: .csv, .tsv, .jsonl (one object per line) or .parquet; .csv and .tsv name their columns in the first line.
@@ -80,54 +77,29 @@ def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | 
             name, if it exists. `caption` and one of `id` and `file` are required. Default: WebVid's `videoid` and `name`.
 
     Raises:
-        UserError: a file that cannot be read, has no rows, or lacks a column.
+        UserError: a file that cannot be read, has no rows, lacks a column, or a row that names no video.
     """
-    path, columns = Path(path), WEBVID if columns is None else columns
+    columns = WEBVID if columns is None else columns
     unknown = sorted(set(columns) - set(KEYS))
     if unknown:
         raise UserError(f"columns has no '{unknown[0]}'; choose from {', '.join(KEYS)}")
-    if path.suffix not in FORMATS:
-        raise UserError(f"list '{path}' is of no known format; give one of {', '.join(FORMATS)}")
-    try:
-        available = _column_names(path)
-        names = {key: columns.get(key) or key for key in KEYS}
-        required = {name for key, name in names.items() if key == "caption" or columns.get(key)}
-        missing = [name for name in names.values() if name in required and name not in available]
-        if names["id"] not in available and names["file"] not in available and not missing:
-            missing = ["id or file"]
-        if missing:
-            advice = "the first line must name the columns" if FORMATS[path.suffix] else "name them in columns"
-            fault = f"lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'})"
-            raise UserError(f"list '{path}' {fault}; {advice}")
-        names = {key: name for key, name in names.items() if name in available}
-        table = _read_table(path, sorted(set(names.values())))
-        strings = [pc.fill_null(table.column(name).cast(pa.large_string()), "") for name in names.values()]
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        kind = path.suffix[1:].upper()
-        raise UserError(f"list '{path}' cannot be read ({error}); give a {kind} file in UTF-8") from None
-    if table.num_rows == 0:
+    names = {key: columns.get(key) or key for key in KEYS}
+    table, available = read_texts(path, names.values())
+    required = {name for key, name in names.items() if key == "caption" or columns.get(key)}
+    missing = [name for name in names.values() if name in required and name not in available]
+    if names["id"] not in available and names["file"] not in available and not missing:
+        missing = ["id or file"]
+    if missing:
+        advice = (
+            "the first line must name the columns" if FORMATS[Path(path).suffix.lower()] else "name them in columns"
+        )
+        fault = f"lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'})"
+        raise UserError(f"list '{path}' {fault}; {advice}")
+    names = {key: name for key, name in names.items() if name in available}
+    rows = Rows(pa.table([table.column(name) for name in names.values()], names=list(names)))
+    if len(rows) == 0:
         raise UserError(f"list '{path}' has no rows; give one with at least one video")
-    return Rows(pa.table(strings, names=list(names)))
-
-
-def _column_names(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
-    if path.suffix == ".jsonl":
-        return pyarrow.json.read_json(path).column_names if path.stat().st_size else []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file, delimiter=FORMATS[path.suffix] or ","), [])
-
-
-def _read_table(path: Path, names: list[str]) -> pa.Table:
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path, columns=names)
-    if path.suffix == ".jsonl":
-        return pyarrow.json.read_json(path).select(names)
-    return pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=FORMATS[path.suffix], newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            include_columns=names, column_types=dict.fromkeys(names, pa.large_string())
-        ),
-    )
+    nameless = pc.index(rows.keys(), "").as_py()
+    if nameless >= 0:
+        raise UserError(f"row {nameless + 1} of list '{path}' has neither an id nor a file; name its video")
+    return rows

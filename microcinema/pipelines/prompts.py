@@ -1,6 +1,5 @@
 """Prompts to sample: one prompt, or a file of prompts, as one item per video."""
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from microcinema.data.text_table import FORMATS, read_texts
 from microcinema.diffusion.rng import Purpose, sample_generator
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.utils.errors import UserError
@@ -88,8 +88,8 @@ def read_prompt_items(
     Line n of a file is sample n of the seed; a line with its own seed is sample 0 of that seed, as if it were run alone.
 
     Args:
-        prompts: a CSV file with the column `prompt` and optionally the other `COLUMNS` (`image` relative to the file), or a text
-            file with one prompt per line.
+        prompts: a list (data/text_table.py) with the column `prompt` and optionally the other `COLUMNS` (`image` relative to the
+            file), or a text file with one prompt per line.
         image: file of every video's key frame, or a folder with one image per prompt, in natural order (2.png before 10.png).
 
     Raises:
@@ -140,26 +140,35 @@ def _parse_row(row: Mapping[str, str], default: PromptItem, file: str | None) ->
 
 
 def _read_rows(path: str) -> list[dict[str, str]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"cannot read prompts file '{path}' ({reason}); give a CSV or text file") from None
-    if Path(path).suffix.lower() != ".csv":
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
-    else:
-        reader = csv.DictReader(text.splitlines(keepends=True), restval="")
-        columns: Sequence[str] = reader.fieldnames or ()
+    if Path(path).suffix.lower() in FORMATS:
+        table, columns = read_texts(path, COLUMNS)
         if "prompt" not in columns:
             raise UserError(f"prompts file '{path}' has no column 'prompt'; it has {', '.join(columns) or 'none'}")
         if unknown := sorted(set(columns) - set(COLUMNS)):
             raise UserError(f"prompts file '{path}': column '{unknown[0]}' is unknown; use {', '.join(COLUMNS)}")
-        rows = list(reader)
-        if any(None in row for row in rows):
-            raise UserError(f"prompts file '{path}': a line has more fields than the header; quote fields with commas")
+        rows = table.to_pylist()
+    else:
+        rows = [{"prompt": line} for line in _read_lines(path) if line.strip()]
     if not rows:
         raise UserError(f"prompts file '{path}' holds no prompts")
     return rows
+
+
+def _read_lines(path: str) -> list[str]:
+    if Path(path).suffix.lower() not in ("", ".txt"):
+        raise UserError(f"prompts file '{path}' is of no known format; give one of .txt, {', '.join(FORMATS)}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # its lines end at \n, \r or both, and nowhere else
+            lines = list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read prompts file '{path}' ({reason}); give a CSV or text file") from None
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        header = number == 1 and {cell.strip() for cell in re.split("[,;\t]", line)} <= set(COLUMNS)
+        if header or "\0" in line or re.match(r'\{\s*"', line):
+            what = f"line {number} of prompts file '{path}' is not a prompt ({line[:60]!r})"
+            raise UserError(f"{what}; give one prompt per line, or name the file for what it is: {', '.join(FORMATS)}")
+    return lines
 
 
 def broadcast_to_prompts(name: str, value: Any, count: int) -> list[Any]:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from microcinema.data.metadata import FORMATS, read_rows
+from microcinema.data.metadata import read_rows
+from microcinema.data.text_table import FORMATS
 from microcinema.utils.errors import UserError
 
 RECORDS = [
@@ -110,3 +111,13 @@ def test_a_long_list_takes_little_more_than_its_text(tmp_path):
     assert rows.table.nbytes < size + 2 * 9 * count  # an offset of eight bytes a text
     assert python < size / 10  # and hardly any Python objects, which would be copied into every worker process
     assert rows[count - 1]["caption"] == f"{text} {count - 1}"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_row_without_id_and_file_is_named(tmp_path, suffix):
+    rows = [{"id": "a", "file": "", "caption": "x"}, {"id": "", "file": "b.mp4", "caption": "y"}]
+    read = read_rows(write(tmp_path / f"list{suffix}", rows), {})
+    assert [row["id"] for row in read] == read.keys().to_pylist() == ["a", "b.mp4"]
+    for bad in ([*rows, {"id": "", "file": "", "caption": "z"}], [{"id": k, "caption": "x"} for k in ("a", "b", "")]):
+        with pytest.raises(UserError, match=f"row 3 of list '.*list{suffix}' has neither an id nor a file"):
+            read_rows(write(tmp_path / f"list{suffix}", bad), {})
