@@ -1,7 +1,8 @@
 """Cost of one evaluation and of one training step of VideoUNet's presets, as a ratio to the per-frame 2D UNet that they are built from.
 
     OMP_NUM_THREADS=1 python -m benchmarks.denoiser --clock cpu
-    python -m benchmarks.denoiser --parts flops    # operations of a forward, at Stable Diffusion 1.5's width
+    python -m benchmarks.denoiser --parts flops      # operations of a forward, at Stable Diffusion 1.5's width
+    python -m benchmarks.denoiser --parts launches   # operations and memory traffic of a training step, at the same width
 
 Diffusers' video UNets stand beside it, all at equal widths, head widths and depths, each with its own inputs. A round runs every network
 once; the figure is the ratio of median times, which other load on the machine hardly changes. A training step is forward, mean squared
@@ -24,8 +25,10 @@ from diffusers import (
 )
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counts import LaunchCounter
 from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
 from microcinema.config.compose import compose
 from microcinema.models.video_unet import VideoUNet, set_trainable
@@ -47,6 +50,13 @@ QUICK: dict[str, Any] = {
     "latents": 8,
 }
 TOKENS = 77
+UNITS = {
+    "seconds": ("seconds", 1),
+    "flops": ("GFLOPs", 1e9),
+    "launches": ("launches", 1),
+    "bytes": ("GB", 1e9),
+    "parameters": ("M parameters", 1e6),
+}
 PRESETS = ("plain", "microcinema", "microcinema_once", "factorized_dreamer", "factorized_dreamer_light")
 # Of CLIP ViT-L and of flan-t5-base.
 IMAGE_TOKENS, MOTION_TOKENS, VAE_FACTOR = (257, 1024), (32, 768), 8
@@ -223,16 +233,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     size = (QUICK if arguments.quick else FULL) | latents
     report: dict[str, Any] = {"size": size, **environment(arguments)}
     for part in arguments.parts:
-        if part == "flops":
-            report["flops_size"] = (QUICK if arguments.quick else STABLE_DIFFUSION) | latents
-            report[part] = count_flops(report["flops_size"], arguments.only)
+        if part in COUNTS:
+            report["counted_size"] = (QUICK if arguments.quick else STABLE_DIFFUSION) | latents
+            report[part] = COUNTS[part](report["counted_size"], arguments.only)
         else:
             report[part] = measure_seconds(part, size, arguments)
-        unit = "GFLOPs" if part == "flops" else "seconds"
-        print(f"\n{part:<56}{'ratio':>8}{unit:>12}{'M parameters':>14}")
+        columns = {name: unit for name, unit in UNITS.items() if name in report[part][REFERENCE]}
+        print(f"\n{part:<56}{'ratio':>8}" + "".join(f"{title:>14}" for title, _ in columns.values()))
         for name, row in sorted(report[part].items(), key=lambda item: item[1]["ratio"]):
-            value = row["flops"] / 1e9 if part == "flops" else row["seconds"]
-            print(f"{name:<56}{row['ratio']:>8.2f}{value:>12.3f}{row['parameters'] / 1e6:>14.1f}")
+            values = "".join(
+                f"{row[column] / unit:>14,.{0 if unit == 1 and column != 'seconds' else 3}f}"
+                for column, (_, unit) in columns.items()
+            )
+            print(f"{name:<56}{row['ratio']:>8.2f}{values}")
     return report
 
 
@@ -260,6 +273,21 @@ def count_flops(size: dict[str, Any], only: Sequence[str]) -> dict[str, dict[str
     return {name: _row(networks, name, "flops", flops) for name in networks}
 
 
+def count_launches(size: dict[str, Any], only: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Launches and bytes of a training step of every network (`LaunchCounter`), float32, counted without computing it."""
+    with FakeTensorMode():
+        z_t = torch.randn(1, size["frames"], 4, size["latents"], size["latents"])
+        networks, launches, traffic = contestants(size, True, only), {}, {}
+        for name, contestant in networks.items():
+            with LaunchCounter() as counter:
+                contestant.training_step(z_t)
+            launches[name], traffic[name] = counter.launches, counter.bytes
+    return {name: _row(networks, name, "launches", launches) | {"bytes": traffic[name]} for name in networks}
+
+
+COUNTS = {"flops": count_flops, "launches": count_launches}
+
+
 def _row(networks: Mapping[str, Contestant], name: str, figure: str, values: Mapping[str, float]) -> dict[str, float]:
     parameters = sum(p.numel() for network in networks[name].networks for p in network.parameters())
     return {figure: values[name], "ratio": values[name] / values[REFERENCE], "parameters": parameters}
@@ -269,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     """Reads the command line and runs the benchmark."""
     parser = make_parser(__doc__)
     add_timing(parser)
-    parser.add_argument("--parts", nargs="+", choices=("forward", "training", "flops"), default=("forward", "training"))
+    parser.add_argument("--parts", nargs="+", choices=("forward", "training", *COUNTS), default=("forward", "training"))
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="run networks with these words in their names"
     )

@@ -183,7 +183,7 @@ class ReferenceNet(UNet2DBackbone):
 
     def forward(self, z_ref: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """Features `b c h w` (add) or `b 2c h w` (scale_shift) for every injected layer, of latents `b c h w` and text `b n d`."""
-        emb = self.embed_time(0, z_ref)
+        emb = functional.silu(self.embed_time(0, z_ref))
 
         def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
             h = resnet(h, emb)

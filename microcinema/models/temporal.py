@@ -6,6 +6,7 @@ Shapes: b clips, f frames, c channels, h w spatial size, d inner width, m tokens
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,6 +24,36 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
+class _SumOfShiftedFrames(torch.autograd.Function):
+    """`h_i + next_{i-1} + self_i + previous_{i+1}`, zero-padded, of `h`, `b f c h w`, and its `taps`, (next, self, previous) `b f 3c h w`.
+
+    As one function, since autograd's own derivative of a sum into a slice copies all of it, twice for each slice.
+    """
+
+    @staticmethod
+    def forward(h: Tensor, taps: Tensor) -> Tensor:
+        to_next, to_self, to_previous = taps.chunk(3, dim=2)
+        out = h + to_self
+        out[:, 1:].add_(to_next[:, :-1])
+        out[:, :-1].add_(to_previous[:, 1:])
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtypes = [x.dtype for x in inputs]  # they differ under autocast
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        b, frames, channels, height, width = gradient.shape
+        taps = gradient.new_empty((b, frames, 3, channels, height, width), dtype=ctx.dtypes[1])
+        taps[:, :-1, 0] = gradient[:, 1:]
+        taps[:, -1, 0] = 0
+        taps[:, :, 1] = gradient
+        taps[:, 1:, 2] = gradient[:, :-1]
+        taps[:, 0, 2] = 0
+        return gradient.to(ctx.dtypes[0]), taps.flatten(2, 3)
+
+
 class FrameConv(nn.Module):
     """Residual convolution over three frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, zero-padded and zero-initialized.
 
@@ -35,12 +66,8 @@ class FrameConv(nn.Module):
 
     def forward(self, h: Tensor, frames: int, x: Tensor | None = None) -> Tensor:
         """Maps `h`, `(b f) c h w`, to the same shape; `frames` is f, and x is h if it is None."""
-        taps = rearrange(self.taps(h if x is None else x), "(b f) c h w -> b f c h w", f=frames)
-        to_next, to_self, to_previous = taps.chunk(3, dim=2)
-        out = rearrange(h, "(b f) c h w -> b f c h w", f=frames) + to_self
-        out[:, 1:] += to_next[:, :-1]
-        out[:, :-1] += to_previous[:, 1:]
-        return rearrange(out, "b f c h w -> (b f) c h w")
+        h, taps = (rearrange(y, "(b f) c h w -> b f c h w", f=frames) for y in (h, self.taps(h if x is None else x)))
+        return rearrange(_SumOfShiftedFrames.apply(h, taps), "b f c h w -> (b f) c h w")
 
 
 class TemporalConv(FrameConv):

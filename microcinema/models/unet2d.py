@@ -111,7 +111,8 @@ class SharedTextProcessor:
 
     The queries `(b f) q c` of a clip's frames become one sequence `b (f q) c`, which does not change the result, since cross-attention
     treats every query by itself. With a TextImageContext the queries also attend to the image, and the gated result is added
-    (decoupled cross-attention, arXiv 2308.06721, equation 5). With `xformers` its memory-efficient attention replaces torch's.
+    (decoupled cross-attention, arXiv 2308.06721, equation 5). Without a context it is the self-attention of every frame, without the
+    divisions by one of diffusers' processor. With `xformers` its memory-efficient attention replaces torch's.
     """
 
     def __init__(self, xformers: bool = False):
@@ -121,10 +122,10 @@ class SharedTextProcessor:
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | TextImageContext,
+        encoder_hidden_states: Tensor | TextImageContext | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        context = encoder_hidden_states
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         text = context.text if isinstance(context, TextImageContext) else context
         frames = len(hidden_states) // len(text)
         query = rearrange(attn.to_q(hidden_states), "(b f) n c -> b (f n) c", f=frames)
@@ -144,7 +145,7 @@ class SharedTextProcessor:
 
 
 class SharedTextAttention(Attention):
-    """A cross-attention of diffusers that keeps its `SharedTextProcessor` when xformers is switched on or off."""
+    """An attention of diffusers that keeps its `SharedTextProcessor` when xformers is switched on or off."""
 
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: Any = None
@@ -157,7 +158,7 @@ class SharedTextAttention(Attention):
 def share_tokens(module: nn.Module) -> None:
     """Lets the cross-attentions of a module of diffusers share their tokens among the frames of a clip."""
     for child in module.modules():
-        if isinstance(child, Attention) and child.is_cross_attention:
+        if isinstance(child, Attention):
             child.__class__ = SharedTextAttention  # diffusers builds the blocks; this class has no parameters
             child.set_processor(SharedTextProcessor())
 
@@ -165,18 +166,19 @@ def share_tokens(module: nn.Module) -> None:
 class HalvedResnetBlock2D(ResnetBlock2D):
     """A ResNet block of diffusers whose forward runs a function of the features after each of its two convolutions.
 
-    diffusers builds the blocks, and this class, which has no parameters, replaces theirs. Without functions it is its own forward.
+    diffusers builds the blocks, and this class, which has no parameters, replaces theirs. Without functions it is its own forward, but
+    that all layers share the SiLU of the time embedding, and that it does not divide by the `output_scale_factor`, which is 1.
     """
 
     def forward(  # type: ignore[override]
         self, h: Tensor, emb: Tensor, first: HalfFunction | None = None, second: HalfFunction | None = None
     ) -> Tensor:
-        """Maps `n c h w` to `n c' h w`, with time embeddings `n d`."""
+        """Maps `n c h w` to `n c' h w`, with the SiLU of time embeddings, `n d`."""
         x = self.conv1(self.nonlinearity(self.norm1(h)))
-        x = (first(x) if first else x) + self.time_emb_proj(self.nonlinearity(emb))[:, :, None, None]
+        x = (first(x) if first else x) + self.time_emb_proj(emb)[:, :, None, None]
         x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
         x = second(x) if second else x
-        return (x + (h if self.conv_shortcut is None else self.conv_shortcut(h))) / self.output_scale_factor
+        return x + (h if self.conv_shortcut is None else self.conv_shortcut(h))
 
 
 def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | TextImageContext) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from einops import repeat
 from torch import Tensor, nn
+from torch.nn import functional
 
 from microcinema.config.network import VideoUNetConfig
 from microcinema.models.attention import zero_init
@@ -62,7 +63,7 @@ class UNet3D(UNet2DBackbone):
         self.temporal = temporal
 
     def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
-        """Embedding `(b f) d` of diffusion time, frame rate and frame index, for latents `b f c h w`."""
+        """SiLU `(b f) d` of the embeddings of diffusion time, frame rate and frame index, for latents `b f c h w`."""
         b, frames = z_t.shape[:2]
         emb = self.embed_time(t, z_t)
         if hasattr(self, "fps_embedding") and fps is not None:
@@ -72,7 +73,7 @@ class UNet3D(UNet2DBackbone):
             # The temporal transformers have positions, but only they; this is for the ResNet blocks.
             index = self.time_proj(torch.arange(frames, device=emb.device)).to(emb.dtype)
             emb = emb + repeat(self.frame_embedding(index), "f d -> (b f) d", b=b)
-        return emb
+        return functional.silu(emb)
 
     def res_block(
         self, number: int, resnet: Any, h: Tensor, emb: Tensor, frames: int, scale_shift: Tensor | None = None

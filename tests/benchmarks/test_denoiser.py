@@ -39,6 +39,28 @@ def test_operations_are_counted_at_full_width_without_computing(tmp_path):
     assert flops[denoiser.REFERENCE]["parameters"] == 859_520_964  # of Stable Diffusion 1.5
     ratios = {name.removeprefix("VideoUNet, "): row["ratio"] for name, row in flops.items()}
     assert ratios["plain"] == pytest.approx(ratios["microcinema_once"], abs=0.001)
+    assert all(ratios[preset] < costs["flops"] for preset, costs in COSTS.items())
     assert 1 < ratios["microcinema_once"] < ratios["factorized_dreamer_light"] < 1.5
     assert ratios["UNetMotionModel"] < ratios["UNetSpatioTemporalConditionModel"]
     assert ratios["microcinema_once"] < ratios["factorized_dreamer"] and 1.5 < ratios["microcinema"] < 3
+
+
+# Of a training step with trainable_parameters=temporal at Stable Diffusion 1.5's width, one clip of 16 frames of 256x256: upper bounds.
+COSTS = {
+    "microcinema": {"launches": 5070, "gigabytes": 189.2, "flops": 2.09},
+    "microcinema_once": {"launches": 4095, "gigabytes": 95.6, "flops": 1.12},
+    "factorized_dreamer": {"launches": 3905, "gigabytes": 118.5, "flops": 1.41},
+    "factorized_dreamer_light": {"launches": 3150, "gigabytes": 90.0, "flops": 1.14},
+    "plain": {"launches": 2415, "gigabytes": 81.2, "flops": 1.12},
+}
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(preset, marks=() if preset == "microcinema" else pytest.mark.slow) for preset in COSTS]
+)
+def test_launches_and_memory_traffic_of_a_training_step_stay_within_bounds(preset):
+    """A slice that autograd copies onto itself costs no operations, and shows here."""
+    name = f"VideoUNet, {preset}, train: temporal"
+    found = denoiser.count_launches(denoiser.STABLE_DIFFUSION, [name])[name]
+    assert found["launches"] <= COSTS[preset]["launches"]
+    assert found["bytes"] / 1e9 <= COSTS[preset]["gigabytes"]

@@ -128,7 +128,7 @@ def test_scale_and_shift_lie_between_norm_and_silu_of_the_second_temporal_layer(
     h_bar = norm(second, x)
     gamma, beta = injection.to_scale_shift(functional.silu(injection.projector(embedding))).chunk(2, dim=1)
     expected = h + x + conv(second, functional.silu(h_bar * gamma + beta + h_bar))
-    out = video.res_block(number, resnet, h, emb, frames, injection.scale_shift(embedding))
+    out = video.res_block(number, resnet, h, functional.silu(emb), frames, injection.scale_shift(embedding))
     torch.testing.assert_close(out, expected)
 
 

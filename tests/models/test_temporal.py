@@ -83,13 +83,30 @@ def test_norm_over_frames_has_the_statistics_of_the_clip():
 
 
 @pytest.mark.parametrize("frames", [1, 4])
-def test_frame_conv_is_a_plain_convolution_over_frames(frames):
+def test_frame_conv_is_a_plain_convolution_over_frames_with_its_derivatives(frames):
     layer = randomise(FrameConv(6)).double()
-    h = torch.randn(2 * frames, 6, 3, 3, dtype=torch.float64)
+    h = torch.randn(2 * frames, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     to_next, to_self, to_previous = layer.taps.weight.chunk(3)
     weight = torch.stack([to_next, to_self, to_previous], dim=2).reshape(6, 6, 3, 1, 1)
     expected = functional.conv3d(rearrange(h, "(b f) c h w -> b c f h w", b=2), weight, padding=(1, 0, 0))
-    torch.testing.assert_close(layer(h, frames), h + rearrange(expected, "b c f h w -> (b f) c h w"))
+    expected = h + rearrange(expected, "b c f h w -> (b f) c h w")
+    out, places = layer(h, frames), (h, layer.taps.weight)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for found, wanted in zip(*(torch.autograd.grad(y, places, upstream) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_derivatives_of_frame_conv_have_the_dtypes_of_their_tensors_under_autocast():
+    layer = randomise(FrameConv(6))
+    h = torch.randn(4, 6, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(h, 4)
+    wanted = torch.autograd.grad(layer(h, 4).square().sum(), (h, layer.taps.weight))
+    found = torch.autograd.grad(out.square().sum(), (h, layer.taps.weight))
+    assert out.dtype == torch.float32
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 def test_temporal_transformer_knows_the_order_of_the_frames():

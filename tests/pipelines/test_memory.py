@@ -234,9 +234,8 @@ def test_attention_to_a_clips_text_can_be_xformers(pipeline, image, fake_xformer
     monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", lambda *_: None)
     pipeline.enable_xformers_memory_efficient_attention()
     assert np.abs(frames(pipeline, image) - wanted).max() < 1e-4
-    assert {shape[0] for shape in fake_xformers} == {
-        4
-    }  # two videos, with text and without: texts are not repeated for frames
+    # Two videos, with text and without: texts are not repeated for frames; self-attention is per frame.
+    assert {shape[0] for shape in fake_xformers} == {4, 4 * 4}
     monkeypatch.undo()
     pipeline.disable_xformers_memory_efficient_attention()
     assert all(not module.processor.xformers for module in clip_attentions(pipeline))
