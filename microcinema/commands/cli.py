@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from microcinema import __version__
 from microcinema.config.help import config_folder, describe_keys, file_of
 from microcinema.utils.errors import UserError
+from microcinema.utils.files import lock_folder
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Command:
 
     Attributes:
         config: the command whose keys it takes; None: it has its own, in `configs/` and in `schema`.
+        folder: the key of the folder that it writes, which one process holds at a time; None: it writes none.
         one_of: keys of which exactly one has to be set.
         files: keys that name an existing file or folder, if they are set.
     """
@@ -30,6 +33,7 @@ class Command:
     meaning: str
     config: str | None = None
     dry_run: bool = False
+    folder: str | None = "output_dir"
     one_of: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -50,12 +54,16 @@ COMMANDS = {
     "evaluate": Command("generate videos, measure them, write a report", files=("generated_dir",)),
     "prepare sprites": Command("render a Moving Sprites data set"),
     "prepare check": Command("check the clips of a data set and report faults"),
-    "prepare preview": Command("draw clips and captions as the model gets them"),
+    "prepare preview": Command("draw clips and captions as the model gets them", folder=None),
     "prepare latents": Command(
-        "encode the clips of a training run, with the keys of that run", one_of=("cached_latents",)
+        "encode the clips of a training run, with the keys of that run",
+        folder="cached_latents",
+        one_of=("cached_latents",),
     ),
     "export": Command("write a pipeline folder from a checkpoint", one_of=("checkpoint",), files=("checkpoint",)),
-    "doctor": Command("check whether train can run here with the same keys, and what it needs", config="train"),
+    "doctor": Command(
+        "check whether train can run here with the same keys, and what it needs", config="train", folder=None
+    ),
 }
 GRACE_SECONDS = 5.0  # in which a launcher ends the other processes of a run when one has failed
 
@@ -156,7 +164,9 @@ def _run(options: argparse.Namespace) -> int:
         # Otherwise transformers warns of each image processor that it would rather have torchvision for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         name = "dry_run" if options.dry_run else file_of(options.command)
-        return importlib.import_module(f"microcinema.commands.{name}").run(config) or 0  # imports torch
+        folder = getattr(config, command.folder) if command.folder and os.environ.get("RANK", "0") == "0" else None
+        with lock_folder(folder) if folder else nullcontext():
+            return importlib.import_module(f"microcinema.commands.{name}").run(config) or 0  # imports torch
     except UserError as error:
         _report(error, options.traceback, same_everywhere=not composed)
         return 2

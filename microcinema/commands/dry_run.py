@@ -4,7 +4,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from microcinema.utils.files import make_folder
 
 WARM_UP, MEASURED = 2, 5  # steps
 GIB = 2**30
-FOLDER = ".dry-run"
+FOLDER = ".microcinema-dry-run"
 
 
 @dataclass
@@ -129,8 +129,7 @@ def describe(config: Train, processes: int, found: Measured, run: Prediction, es
 
 @contextmanager
 def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
-    """A folder within output_dir, so on the disk of the run, that is removed in the end, with output_dir if it was not there."""
-    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    """A folder within output_dir, so on the disk of the run, that is removed in the end."""
     folder = output_dir / FOLDER
     if main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,9 +141,6 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
     finally:
         if main or failed:  # the launcher may end the main process when another one fails
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in new:
-                with suppress(OSError):  # something else is in it
-                    parent.rmdir()
 
 
 def _estimate(config: Train) -> Estimate:

@@ -24,7 +24,7 @@ from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
 from microcinema.training.warm_start import known_schedule
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder
+from microcinema.utils.files import LOCK, atomic_folder
 from microcinema.utils.hashing import hash_file
 from microcinema.utils.logging import quieten_libraries
 from microcinema.utils.provenance import describe_code
@@ -92,7 +92,7 @@ def check_replaceable(folder: Path) -> None:
     ours = {INDEX, CARD}
     if INDEX in names:
         ours |= {name for name, value in load_index(str(folder)).items() if isinstance(value, list | tuple)}
-    if others := sorted(names - ours):
+    if others := sorted(names - ours - {LOCK}):
         raise UserError(f"output_dir '{folder}' is there and holds {others[0]}, no part of a pipeline; choose another")
 
 

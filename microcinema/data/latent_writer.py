@@ -18,7 +18,7 @@ from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.shards import read_members
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_path, make_folder, write_json
+from microcinema.utils.files import LOCK, atomic_path, make_folder, sweep, write_json
 from microcinema.utils.fingerprint import FINGERPRINT, differences
 
 TEXTS = ("id", "caption", "description", "motion")
@@ -45,10 +45,9 @@ def create_folder(
         if changes:
             fault = f"'{folder}' holds other latents ({', '.join(changes)})"
             raise UserError(f"{fault}; delete it, or choose another folder")
-        for partial in folder.glob(".*.partial*"):  # of a killed process
-            partial.unlink()
+        sweep(folder)
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise UserError(f"'{folder}' holds something other than latents; choose a new folder")
     make_folder(folder)
     if empty_tokens:

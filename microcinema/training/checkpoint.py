@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from microcinema.training import distributed
 from microcinema.training.resume import STATE, Identity, Progress, check_identity, find_checkpoints, read_state
 from microcinema.utils.errors import UserError, first_line
-from microcinema.utils.files import atomic_folder
+from microcinema.utils.files import atomic_folder, partial
 from microcinema.utils.hashing import write_checksums
 
 _EMA = "ema.safetensors"
@@ -86,7 +86,7 @@ class Checkpoints:
                     stack.close()
         if is_main and self.total_limit is not None:
             for checkpoint in find_checkpoints(self.output_dir, progress.step)[: -self.total_limit]:
-                shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial")))
+                shutil.rmtree(checkpoint.rename(partial(checkpoint)))
         self.accelerator.wait_for_everyone()
         return final
 

@@ -74,7 +74,7 @@ def choose_checkpoint(
     resume_from_checkpoint: str | None,
     warn: Callable[[str], None] = print,
 ) -> Path | None:
-    """The checkpoint to resume from, verified against its checksums, or None for a new run; removes unfinished files.
+    """The checkpoint to resume from, verified against its checksums, or None for a new run.
 
     With `latest`, an empty folder starts a new run, so that one command line serves a job that is requeued again and again;
     damaged checkpoints are skipped, with a warning each.
@@ -82,7 +82,7 @@ def choose_checkpoint(
     Raises:
         UserError: the named checkpoint or all are damaged or missing, or a new run would mix with an earlier one.
     """
-    sweep(output_dir)
+    sweep(output_dir, remove=False)
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:

@@ -35,7 +35,7 @@ from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder, make_folder
+from microcinema.utils.files import atomic_folder, make_folder, partial
 
 Items = dict[str, Any]
 """A collated micro-batch; keys as in data/clips.py."""
@@ -225,7 +225,8 @@ class Trainer:
         folder = self.output_dir / "quarantine"
         if self.progress.clips == 0:  # a new run starts without the records of an earlier one
             if accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
+                for record in folder.glob("rank-*.jsonl"):
+                    record.unlink()
             accelerator.wait_for_everyone()
         clips.quarantine = Quarantine(folder, config.clip_retries, accelerator.process_index)
         remaining_steps = max(0, config.max_train_steps - self.progress.step)
@@ -273,7 +274,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: Train) -> torch.optim
 def export_pipeline(pipeline: ImageToVideoPipeline, output_dir: Path) -> None:
     """Saves the pipeline beside the run's checkpoints, `model_index.json` last; embedded components are referenced, not copied."""
     sources = (pipeline.config["base"], pipeline.config["unet_source"] or pipeline.config["base"])
-    temporary = output_dir / ".pipeline.partial"
+    temporary = partial(output_dir / "pipeline")
     save_pipeline(pipeline, temporary, with_base=any(source is None or not is_embedded(source) for source in sources))
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
         if path.is_dir():

@@ -1,16 +1,29 @@
 """Listing files in one order, and writing those that a killed process leaves either old or new, never half-written."""
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from microcinema.utils.errors import UserError
+
+LOCK = ".microcinema.lock"
+_PARTIAL, _OLD = (
+    "microcinema-partial",
+    "microcinema-old",
+)  # marks of what is not finished, behind the process that writes it
 
 
 def natural_key(path: str | os.PathLike[str]) -> Any:
@@ -48,11 +61,52 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Creates a folder and holds it for this process alone; in the end, folders that it has created and are empty are removed.
+
+    The system releases the lock of a process that was killed; the file keeps its host, number and start, which are told.
+
+    Raises:
+        UserError: it cannot be written, or another process holds it.
+    """
+    folder = Path(path)
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    file = make_folder(folder) / LOCK
+    with open(file, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                message = f"'{folder}' is in use by {lock.read()}"
+                raise UserError(f"{message}; wait until it has ended, or choose another folder") from None
+            print(f"'{folder}' cannot be locked ({error.strerror}): start nothing else in it", file=sys.stderr)
+        lock.seek(0)
+        if owner := lock.read():
+            print(f"'{folder}' is taken over from {owner}, which was killed", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            for parent in created:
+                with suppress(OSError):  # something is in it
+                    parent.rmdir()
+
+
+def partial(final: Path, suffix: str = "", mark: str = _PARTIAL) -> Path:
+    """The name, beside `final`, of a file or folder that this process has not finished; `sweep` removes it once the process is gone."""
+    return final.with_name(f".{final.name.removesuffix(suffix)}.{os.getpid()}.{mark}{suffix}")
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`, with the same suffix; renames it over `path` on success, deletes it on failure."""
     final = Path(path)
     make_folder(final.parent)
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}.partial{final.suffix}")
+    temporary = partial(final, final.suffix)
     try:
         yield temporary
         _sync(temporary)
@@ -76,8 +130,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     make_folder(final.parent)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    temporary, old = partial(final), partial(final, mark=_OLD)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -94,19 +147,19 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
-    """Removes what killed processes left incomplete in a folder, to which nothing may be writing.
+def sweep(folder: str | os.PathLike[str], remove: bool = True) -> None:
+    """Removes what processes of this package that are gone have left incomplete in a folder.
 
-    A folder that was renamed for a new one that never replaced it gets its name back.
+    A folder that was renamed for a new one that never replaced it gets its name back; with `remove=False` nothing else happens.
     """
-    for path in Path(folder).glob(".*.old"):
-        final = path.with_name(path.name.removeprefix(".").rsplit(".", 2)[0])
-        if path.is_dir() and not final.exists():
+    for path in Path(folder).glob(".*"):
+        match = re.fullmatch(rf"\.(.+)\.(\d+)\.({_PARTIAL}|{_OLD})(\.[^.]*)?", path.name)
+        if match is None or (int(match[2]) != os.getpid() and psutil.pid_exists(int(match[2]))):
+            continue
+        final = path.with_name(match[1])
+        if match[3] == _OLD and path.is_dir() and not final.exists():
             os.replace(path, final)
-        else:
+        elif remove and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    for path in Path(folder).glob(".*.partial*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif remove:
             path.unlink(missing_ok=True)

@@ -204,6 +204,24 @@ def test_missing_input_is_refused_before_torch_is_imported():
     assert done.stdout.strip() == "loaded:", done.stdout[-200:] + done.stderr
 
 
+ENOUGH = {"sample": ["prompt=a star"], "export": ["checkpoint=/tmp"], "prepare latents": []}
+
+
+@pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if entry.folder])
+def test_a_folder_that_another_process_writes_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    hold = f"import time; from microcinema.utils import files; c = files.lock_folder({str(tmp_path)!r}); c.__enter__()"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        before = {path: path.read_text() for path in tmp_path.iterdir()}
+        arguments = [*command.split(), *ENOUGH.get(command, ()), f"{COMMANDS[command].folder}={tmp_path}"]
+        assert cli.main(arguments) == 2
+        assert f"error: '{tmp_path}' is in use by process {holder.pid} on" in capsys.readouterr().err
+        assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+        holder.kill()
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory):
     server = launched_processes.Processes(tmp_path_factory.mktemp("processes"))

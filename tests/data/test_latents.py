@@ -323,7 +323,7 @@ def test_what_is_there_is_gone_on_with_or_refused(copy, root, model, tmp_path):
 
 def test_a_full_disk_leaves_finished_shards(copy, folder, root, model):
     (copy / "000001.tar").unlink()
-    (copy / ".000001.99999.partial.tar").write_bytes(b"of a process that was killed")
+    (copy / f".000001.{2**22 + 1}.microcinema-partial.tar").write_bytes(b"of a process that was killed")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:

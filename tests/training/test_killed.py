@@ -50,7 +50,7 @@ def history(run: Path) -> dict[int, set[float]]:
 
 
 def saving(run: Path) -> bool:
-    return any(run.glob(".checkpoint-*.partial"))
+    return any(run.glob(".checkpoint-*.microcinema-partial"))
 
 
 SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints_total_limit": 2}

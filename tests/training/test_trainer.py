@@ -413,6 +413,16 @@ def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
 # Bad input
 
 
+def test_a_run_that_is_refused_removes_nothing(tmp_path, capsys):
+    names = ["thesis.old", ".thesis.old", ".thesis.partial", "quarantine/thesis", f".a.{2**22 + 1}.microcinema-partial"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    assert cli.main(["train", f"output_dir={tmp_path}", "base.pretrained_model_name_or_path=no-such-model"]) == 2
+    assert "no-such-model" in capsys.readouterr().err
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {*names}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

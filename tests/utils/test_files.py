@@ -1,6 +1,11 @@
 """Files and folders are written whole or not at all."""
 
+import errno
+import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder, atomic_path, list_files, make_folder, natural_key, sweep
+from microcinema.utils.files import (
+    LOCK,
+    atomic_folder,
+    atomic_path,
+    list_files,
+    lock_folder,
+    make_folder,
+    natural_key,
+    sweep,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -120,13 +134,98 @@ def test_make_folder_leaves_nothing_inside(tmp_path: Path):
     assert names(make_folder(tmp_path / "a" / "b")) == []
 
 
+GONE, THERE = 2**22 + 1, 1  # a number that no process of Linux has, and one that some other process always has
+
+
 def test_a_folder_that_was_renamed_away_gets_its_name_back_unless_another_has_it(tmp_path: Path):
     """As `atomic_folder` leaves it when it is killed between its two renames, and after them."""
-    for name in (".lost.12.old", ".lost.12.partial", "there", ".there.34.old"):
+    left = (
+        f".lost.{GONE}.microcinema-old",
+        f".lost.{GONE}.microcinema-partial",
+        "there",
+        f".there.{GONE}.microcinema-old",
+    )
+    for name in left:
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)
-    (tmp_path / ".report.56.partial.json").write_text("{")
-    (tmp_path / ".hidden").write_text("not ours")
+    (tmp_path / f".report.{GONE}.microcinema-partial.json").write_text("{")
+    sweep(tmp_path, remove=False)
+    assert names(tmp_path) == sorted({"lost", *left, f".report.{GONE}.microcinema-partial.json"} - {left[0]})
     sweep(tmp_path)
-    assert names(tmp_path) == [".hidden", "lost", "there"]
-    assert [(tmp_path / name / "weights").read_text() for name in ("lost", "there")] == [".lost.12.old", "there"]
+    assert names(tmp_path) == ["lost", "there"]
+    assert [(tmp_path / name / "weights").read_text() for name in ("lost", "there")] == [left[0], "there"]
+
+
+def test_what_is_not_marked_as_ours_or_has_a_living_owner_stays(tmp_path: Path):
+    theirs = [
+        ".hidden",
+        ".notes.old",
+        ".notes.12.old",
+        ".notes.partial",
+        ".report.56.partial.json",
+        ".x.microcinema-partial",
+    ]
+    living = [f".checkpoint-4.{THERE}.microcinema-partial", f".a.{THERE}.microcinema-partial.tar"]
+    for name in (*theirs, *living):
+        (tmp_path / name).write_text("precious")
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted([*theirs, *living])
+
+
+HOLDER = """
+import os, signal, sys, time
+from microcinema.utils.files import lock_folder
+with lock_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """A process that holds the folder `run`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+
+
+def test_a_folder_is_held_by_one_process_and_taken_over_from_one_that_was_killed(tmp_path: Path, holder, capsys):
+    owner = f"process {holder.pid} on {socket.gethostname()}, started 20"
+    with (
+        pytest.raises(UserError, match=f"run' is in use by {re.escape(owner)}.*; wait until"),
+        lock_folder(tmp_path / "run"),
+    ):
+        raise AssertionError("two processes in one folder")
+    assert names(tmp_path / "run") == [LOCK]
+    holder.kill()
+    holder.wait()
+    with lock_folder(tmp_path / "run"):
+        assert f"run' is taken over from {owner}" in capsys.readouterr().err
+        assert f"process {os.getpid()} on" in (tmp_path / "run" / LOCK).read_text()
+    assert names(tmp_path / "run") == []
+    with lock_folder(tmp_path / "run"):
+        assert capsys.readouterr().err == ""
+
+
+def test_a_locked_folder_stays_if_it_was_there_or_has_something_in_it(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new/deep", "full/deep"):
+        with lock_folder(tmp_path / name):
+            (tmp_path / "full/deep/model").mkdir(parents=True, exist_ok=True)
+    assert names(tmp_path) == ["full", "there"]
+
+
+def test_a_folder_that_vanishes_or_whose_locks_are_not_supported_is_no_obstacle(tmp_path: Path, monkeypatch, capsys):
+    with lock_folder(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr("fcntl.lockf", raises(OSError(errno.ENOLCK, "No locks available")))
+    with lock_folder(tmp_path / "run"):
+        assert "run' cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def raises(error: Exception):
+    def function(*_):
+        raise error
+
+    return function
