@@ -15,7 +15,7 @@ from typing import Any
 
 from microcinema import __version__
 from microcinema.config.help import config_folder, describe_keys, file_of
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, disk_fault
 from microcinema.utils.files import lock_folder
 
 
@@ -44,8 +44,9 @@ class Command:
             keys = " and ".join(f"{key}=" for key in self.one_of)
             raise UserError(f"give {'one of ' * (len(self.one_of) > 1)}{keys}")
         for key in self.files:
-            if values[key] is not None and not Path(values[key]).exists():
-                raise UserError(f"{key} '{values[key]}' is not there; check the path")
+            path = Path(values[key] or ".")
+            if not (path.is_file() or path.is_dir()):  # a pipe or a device would never end
+                raise UserError(f"{key} '{path}' is {'no file' if path.exists() else 'not there'}; check the path")
 
 
 COMMANDS = {
@@ -148,7 +149,7 @@ def _print(text: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    command, composed = COMMANDS[options.command], False
+    command, composed, folder = COMMANDS[options.command], False, None
     try:
         if options.help:
             _print(command_help(options.command, options.overrides))
@@ -164,15 +165,18 @@ def _run(options: argparse.Namespace) -> int:
         # Otherwise transformers warns of each image processor that it would rather have torchvision for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         name = "dry_run" if options.dry_run else file_of(options.command)
-        folder = getattr(config, command.folder) if command.folder and os.environ.get("RANK", "0") == "0" else None
-        with lock_folder(folder) if folder else nullcontext():
+        folder = getattr(config, command.folder or "", None)
+        with lock_folder(folder) if folder and os.environ.get("RANK", "0") == "0" else nullcontext():
             return importlib.import_module(f"microcinema.commands.{name}").run(config) or 0  # imports torch
-    except UserError as error:
-        _report(error, options.traceback, same_everywhere=not composed)
+    except Exception as error:
+        fault = error if isinstance(error, UserError) else disk_fault(error, folder)
+        if fault is None:
+            raise
+        _report(fault, options.traceback, same_everywhere=not composed)
         return 2
 
 
-def _report(error: UserError, with_traceback: bool, same_everywhere: bool) -> None:
+def _report(error: UserError | str, with_traceback: bool, same_everywhere: bool) -> None:
     """Prints an error in one line, once for all processes of a run.
 
     Every process finds the same fault in a config. Later on, one that is not the main process waits: when that one has failed as

@@ -1,5 +1,7 @@
 """The one exception type that this package raises for bad input."""
 
+import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +20,17 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class if it has none: what fits into another message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def disk_fault(error: BaseException, folder: str | None) -> str | None:
+    """A full disk, missing permissions and the like in one line, with the file, or else the folder; None for errors of another kind."""
+    text = str(error).strip() or type(error).__name__
+    # safetensors and torch have errors of their own for them.
+    if not isinstance(error, OSError) and not re.search("SafetensorError|PytorchStream|No space left", repr(error)):
+        return None
+    name, reason = getattr(error, "filename", None) or folder or "a file", getattr(error, "strerror", None)
+    fault = f"cannot read or write '{os.fsdecode(name)}' ({reason or text.splitlines()[-1]})"
+    return f"{fault}; free disk space or check the permissions, and run the command again"
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -1,6 +1,8 @@
 """The command line as a user meets it: help, errors in one line, exit codes, a real command."""
 
+import os
 import re
+import resource
 import subprocess
 import sys
 import types
@@ -202,6 +204,64 @@ def test_missing_input_is_refused_before_torch_is_imported():
     )
     done = run("-c", code)
     assert done.stdout.strip() == "loaded:", done.stdout[-200:] + done.stderr
+
+
+class SafetensorError(Exception):
+    """As safetensors has it."""
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(28, "No space left on device", b"/x/events"), r"'/x/events' \(No space left on device\)"),
+        (OSError("100 requested and 3 written"), r" \(100 requested and 3 written\)"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "failed writing"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_one_line_in_every_command(command, error, reason, tmp_path, monkeypatch, capsys):
+    def run(config):
+        raise error
+
+    monkeypatch.setitem(
+        sys.modules, f"microcinema.commands.{command.replace(' ', '_')}", types.SimpleNamespace(run=run)
+    )
+    folder = COMMANDS[command].folder or "output_dir"
+    arguments = (
+        ENOUGH.get(command, ()) if "preview" in command else [*ENOUGH.get(command, ()), f"{folder}={tmp_path}/new/out"]
+    )
+    assert cli.main([*command.split(), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: cannot read or write .*{reason}.*; free disk space", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "microcinema.commands.sample", types.SimpleNamespace(run=lambda config: {}["x"]))
+    with pytest.raises(KeyError):
+        cli.main(["sample", "prompt=a star", f"output_dir={tmp_path}"])
+
+
+def test_a_disk_that_is_full_in_fact_leaves_nothing(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert (
+            cli.main(["prepare", "sprites", f"output_dir={tmp_path}/new", "num_videos=1", "size=32", "num_frames=2"])
+            == 2
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "(File too large); free disk space" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (["prompt=a star", f"image={tmp_path}/pipe"], [f"prompts={tmp_path}/pipe"], ["prompts=/dev/zero"]):
+        assert cli.main(["sample", *arguments]) == 2
+        assert re.search("is no file; check the path", capsys.readouterr().err)
 
 
 ENOUGH = {"sample": ["prompt=a star"], "export": ["checkpoint=/tmp"], "prepare latents": []}
