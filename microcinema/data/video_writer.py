@@ -14,6 +14,7 @@ from microcinema.utils.files import atomic_path
 
 # Of a contact sheet, in pixels: space round and between clips, round and between frames, height of a line.
 _SPACE, _GAP, _LINE = 4, 4, 18
+_PALETTE_PIXELS = 2**16  # of a GIF's frames: as many are enough to choose the palette from
 _MARK = (225, 0, 110)  # color of the border round a key frame
 
 
@@ -70,7 +71,11 @@ def write_gif(path: PathLike, frames: np.ndarray, fps: float) -> None:
     frames = _check(frames, fps)
     count, height, width = frames.shape[:3]
     # All frames as one tall picture: one palette for the clip, so that a still background does not flicker.
-    tall = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    tall, palette = Image.fromarray(frames.reshape(count * height, width, 3)), None
+    if (step := count * height * width // _PALETTE_PIXELS) > 1:
+        # k-means over all pixels takes minutes for a long clip. An odd step takes pixels of all columns.
+        palette = Image.fromarray(frames.reshape(1, -1, 3)[:, :: step | 1]).quantize(256, kmeans=1)
+    tall = tall.quantize(256, kmeans=1, palette=palette, dither=Image.Dither.NONE)
     images = [tall.crop((0, k * height, width, (k + 1) * height)) for k in range(count)]
     times = [round(100 * k / fps) for k in range(count + 1)]
     delays = [10 * max(2, after - before) for before, after in itertools.pairwise(times)]

@@ -286,6 +286,22 @@ def test_gif_of_few_colours_is_exact(tmp_path):
             np.testing.assert_array_equal(np.array(gif.convert("RGB")), frames[k])
 
 
+def test_a_large_gifs_palette_of_some_pixels_is_nearly_as_good_as_one_of_all(tmp_path):
+    rng = np.random.default_rng(0)
+    colors = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize((136, 128), Image.BICUBIC)
+    clip = np.stack([np.asarray(colors)[:, k : k + 128] for k in range(8)])
+    video_writer.write_gif(tmp_path / "a.gif", clip, 8)
+    found = []
+    with Image.open(tmp_path / "a.gif") as gif:
+        for k in range(8):
+            gif.seek(k)
+            found.append(np.array(gif.convert("RGB")))
+    tall = Image.fromarray(clip.reshape(-1, 128, 3)).quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    best = np.asarray(tall.convert("RGB")).reshape(clip.shape)
+    error, least = (np.square(frames.astype(float) - clip).mean() for frames in (np.stack(found), best))
+    assert 0 < least < error < 1.1 * least
+
+
 def test_contact_sheet_shows_every_frame(tmp_path):
     frames = picture_frames(6, 40, 60)
     video_writer.write_contact_sheet(tmp_path / "a.png", frames, columns=3)
