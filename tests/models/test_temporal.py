@@ -4,7 +4,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from microcinema.models.attention import zero_init
+from microcinema.models.attention import KeyValue, attention, zero_init
 from microcinema.models.temporal import FrameConv, TemporalConv, TemporalTransformer, sinusoids
 
 KINDS = ("conv", "conv over frames", "transformer")
@@ -143,3 +143,21 @@ def test_sinusoids():
 def test_zero_init():
     layer = zero_init(nn.Conv2d(2, 3, 1))
     assert not any(parameter.any() for parameter in layer.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_more_sequences_than_a_grid_of_cuda_holds_is_that_of_each(masked, monkeypatch):
+    """64 clips of 256x256 have 65,536 positions."""
+    batches, sdpa = [], functional.scaled_dot_product_attention
+
+    def counted(query, key, value, attn_mask):
+        batches.append(len(query))
+        return sdpa(query, key, value, attn_mask)
+
+    q, k, v = torch.randn(3, 2**16 + 5, 3, 4)
+    mask = torch.arange(3) < torch.randint(1, 4, (len(q), 1)) if masked else None
+    expected = sdpa(q, k, v, None if mask is None else mask[:, None])
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(attention(q, KeyValue(k, v, mask), heads=1), expected)
+    assert batches == [65_535, 6]
