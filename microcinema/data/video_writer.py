@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from microcinema.data.video_reader import PathLike
+from microcinema.data.video_index import PathLike
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 
