@@ -1,16 +1,22 @@
-"""README and guides: their commands compose, their benchmarks exist, the files and keys that they name are there, their examples import."""
+"""README and guides: their commands compose, find their data and run, their benchmarks exist, the files and keys that they name are there, their examples import."""
 
 import ast
 import importlib
 import re
 import shlex
+import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from microcinema.commands import cli
 from microcinema.commands.cli import COMMANDS
 from microcinema.config.compose import compose, plain
+from microcinema.sprites.dataset import write_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +37,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def lines(page: Path) -> list[str]:
     """The lines of the command blocks, with continued lines joined, without comments and environment variables."""
     joined = "\n".join(blocks(page, "", "bash")).replace("\\\n", " ").splitlines()
+    joined = [re.sub(r"\$\w+_SHA256", "0" * 64, line) for line in joined]
     return [re.sub(r"^(?:\w+=\S+ )+", "", line.partition(" #")[0].strip()) for line in joined]
 
 
@@ -65,6 +72,99 @@ def test_commands_compose(page: str, line: str):
         assert command in COMMANDS
         if "--help" not in overrides:
             compose(COMMANDS[command].config or command, overrides)
+
+
+READ = [line for line in sorted({line for _, line in commands()}) if line.startswith(("train", "prepare", "doctor"))]
+READ = [line for line in READ if not line.startswith("prepare sprites") and "example.org" not in line]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data where the pages have them, of three clips each: `/data` is its `data`, and it is the current folder."""
+    folder = tmp_path_factory.mktemp("world")
+    clips = write_dataset(folder / "runs/data/sprites", num_videos=3, progress=False)
+    shutil.copytree(clips, folder / "runs/data/sprites_heldout")
+    files, names = sorted((clips / "videos").rglob("*.mp4")), ["a star", "a moon", "a heart"]
+    (folder / "data/webvid/videos/part").mkdir(parents=True)
+    for file in files:
+        shutil.copy(file, folder / "data/webvid/videos/part")
+    rows = [f"{file.stem},{name},part" for file, name in zip(files, names, strict=True)]
+    for name in ("results_10M_train.csv", "results_10M_val.csv", "list.csv"):
+        (folder / "data/webvid" / name).write_text("\n".join(["videoid,name,page_dir", *rows]))
+    for place in ("clips", "pictures"):  # single frames of videos are pictures too
+        shutil.copytree(folder / "data/webvid/videos/part", folder / "data" / place)
+        rows = [f"{file.name},{name}" for file, name in zip(files, names, strict=True)]
+        (folder / "data" / place / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    columns = {
+        "path": [file.name for file in files],
+        **dict.fromkeys(("text", "long_caption", "motion_caption"), names),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data/clips/list.parquet")
+    (folder / "data/shards").mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"data/shards/{number:05d}.tar", "w") as shard:
+            shard.add(files[number], "0.mp4")
+            shard.add(clips / "clips.csv", "0.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["prepare", "check", "data=webvid", "num_workers=1", "reject=[]"]) == 0  # runs/check
+    return folder
+
+
+def here(line: str, world: Path) -> list[str]:
+    """The words of a line, with the absolute paths of the pages below `world`, and as many shards as are there."""
+    words = shlex.split(
+        line.replace("/data/", f"{world}/data/").replace(f"runs{world}", "runs").replace("09999", "00001")
+    )
+    return [word for word in cli.merge_subcommand(words) if word != "--dry-run"]
+
+
+@pytest.mark.parametrize("line", READ)
+def test_a_command_finds_its_data(line: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(world)
+    command, *overrides = here(line, world)
+    config = compose(COMMANDS[command].config or command, overrides)
+    clips = config.data.build()
+    assert len(clips) >= 2 and clips[0]["video"].shape[1] == 3 and clips[0]["caption"]
+    if held_out := getattr(config, "validation_data", None):
+        assert len(replace(config.data, arguments={**config.data.arguments, **held_out}).build()) == 3
+
+
+SMALL = {  # what makes a line of the pages run here, in seconds
+    "prepare check": ["num_workers=1", "max_samples=2", "output_dir=runs/small"],
+    "prepare preview": ["max_samples=2", "output=runs/preview.png"],
+    "prepare sprites": ["num_videos=2", "output_dir=runs/rendered"],
+    "doctor": ["base=sprites", "model.image_encoder=null", "model.adapter=null", "mixed_precision=no"],
+    "sample": ["num_inference_steps=1", "keyframe.num_inference_steps=1", "output_dir=runs/small"],
+}
+
+
+def runnable() -> list[str]:
+    """Lines that need neither the network, nor weights that are not embedded, nor a cluster."""
+    found = sorted({line for _, line in commands()})
+    found = [line for line in found if line.startswith(tuple(SMALL)) and "--help" not in line]
+    return [
+        line for line in found if not re.search(r"ray_address|pipeline=(runs|me)/|stabilityai|resolution=512", line)
+    ]
+
+
+def run_line(line: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    (world / "prompts.csv").write_text("prompt\na large red star moving up on sand\n")
+    Image.new("RGB", (64, 64), "red").save(world / "heart.png")
+    command, *overrides = here(line, world)
+    assert cli.main([command, *overrides, *SMALL[command]]) == 0
+
+
+@pytest.mark.parametrize("line", [line for line in runnable() if "preview data=folder" in line][:1])
+def test_a_command_runs(line: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    run_line(line, world, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", runnable())
+def test_every_command_that_can_run_here_runs(line: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    run_line(line, world, monkeypatch)
 
 
 @pytest.mark.parametrize("page, module, arguments", benchmarks())

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Command:
     files: tuple[str, ...] = ()
 
     def check(self, config: Any) -> None:
-        """Refuses a key that is not set and a file that is not there, before anything heavy is imported."""
+        """Refuses a key that is not set and a file that is not there, before anything heavy is imported, and what a component does not take."""
         values = {key: getattr(config, key) for key in (*self.one_of, *self.files)}
         if self.one_of and sum(bool((values[key] or "").strip()) for key in self.one_of) != 1:
             keys = " and ".join(f"{key}=" for key in self.one_of)
@@ -47,6 +47,13 @@ class Command:
             path = Path(values[key] or ".")
             if not (path.is_file() or path.is_dir()):  # a pipe or a device would never end
                 raise UserError(f"{key} '{path}' is {'no file' if path.exists() else 'not there'}; check the path")
+        from microcinema.config.instantiate import named_components
+
+        components = dict(named_components(config))
+        if held_out := getattr(config, "validation_data", None):
+            components["validation_data"] = replace(config.data, arguments={**config.data.arguments, **held_out})
+        for key, component in components.items():  # which imports their targets
+            component.check(key)
 
 
 COMMANDS = {
@@ -127,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
+    # One line, as of all bad input, without the usage.
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # type: ignore[assignment, method-assign, return-value]
     parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     for names, text in {
@@ -160,10 +169,10 @@ def _run(options: argparse.Namespace) -> int:
         if options.print_config:
             _print(to_yaml(config).rstrip())
             return 0
-        command.check(config)
-        composed = True
         # Otherwise transformers warns of each image processor that it would rather have torchvision for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        command.check(config)
+        composed = True
         name = "dry_run" if options.dry_run else file_of(options.command)
         folder = getattr(config, command.folder or "", None)
         with lock_folder(folder) if folder and os.environ.get("RANK", "0") == "0" else nullcontext():

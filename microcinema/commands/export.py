@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from microcinema.config.compose import load, plain, to_yaml
+from microcinema.config.compose import load, map_strings, plain, to_yaml
 from microcinema.config.schema import Export, Train
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.video_unet import VideoUNet
@@ -100,15 +100,15 @@ def write_card(
     folder: Path, files: Path, pipeline: ImageToVideoPipeline, config: Train, progress: Progress | None, averaged: bool
 ) -> str:
     """The model card of a pipeline whose files are in `files` and will be in `folder`; `progress` None: its run was finished."""
-    settings = plain(config)
-    base = settings["base"]["pretrained_model_name_or_path"]
+    base = config.base.pretrained_model_name_or_path
+    # Of a folder of this machine its last part only.
+    settings = map_strings(plain(config), lambda text: Path(text).name if text.startswith(("/", "~")) else text)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = sorted(files.rglob("*.safetensors"))
     return render(
         TEMPLATE,
         name=folder.name,
-        folder=str(folder),
-        base=base,
+        base=settings["base"]["pretrained_model_name_or_path"],
         base_of_hub=not Path(base).is_dir() and not is_embedded(base),
         embedded=is_embedded(base),
         pipeline=pipeline.config,
@@ -116,7 +116,7 @@ def write_card(
         hashes={file.relative_to(files).as_posix(): hash_file(file) for file in weights},
         dtype=str(pipeline.unet.dtype).removeprefix("torch."),
         config=settings,
-        config_yaml=to_yaml(config).strip(),
+        config_yaml=to_yaml(settings).strip(),
         step=progress.step if progress else settings["max_train_steps"],
         clips=progress.clips if progress else None,
         averaged=averaged,

@@ -23,10 +23,10 @@ def run(config: Sample) -> None:
         items = read_prompt_items(*prompts, config.seed, config.num_videos_per_prompt, config.negative_prompt)
         settings = SamplingSettings(**{name: getattr(config, name) for name in SamplingSettings.__dataclass_fields__})
         record = {"config": plain(config)}
-        folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
         quieten_libraries()
         models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
         sampler = Sampler(*models, state.device, config.scheduler, progress=progress)
+        folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
 
         def announce(item: PromptItem, is_new: bool) -> None:
             tqdm.write(f"{folder.path(item)}{'' if is_new else ' is up to date'}")

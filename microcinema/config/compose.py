@@ -69,9 +69,12 @@ def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[A
         for key, text in values:
             _override(tree, key, text, kind)
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        for name in (key.removeprefix("data.") for key, _ in values if key.startswith("data.")):
+            if name in tree and tree[name] != tree["data"][name]:
+                raise UserError(f"data.{name} is {tree['data'][name]}, but {name} is {tree[name]}; set {name} alone")
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"the config of {command} does not compose: {first_line(error)}") from error
-    return _checked(_map_strings(tree, lambda text: text.replace(_MARK, "${")), kind), choices
+    return _checked(map_strings(tree, lambda text: text.replace(_MARK, "${")), kind), choices
 
 
 def schema_of(command: str) -> type:
@@ -139,14 +142,18 @@ def _refuse_value(error: ValidationError, tree: Mapping[str, Any]) -> NoReturn:
     if first["type"] == "missing":
         raise UserError(f"the key '{'.'.join(filter(None, (key, str(first['loc'][-1]))))}' is missing")
     message = reasons(detail for name, _, detail in paths if name == key)
-    raise UserError(message if isinstance(value, Mapping) else f"{key} is {value!r}, but {message}") from None
+    said = first["type"] == "value_error" and isinstance(value, Mapping)  # by a group, of how its keys go together
+    raise UserError(message if said else f"{key} is {value!r}, but {message}") from None
 
 
 def _refuse_key(key: str, names: Iterable[str]) -> NoReturn:
-    """Names the key that is nearest: one that ends in the same word, or one that is spelled alike."""
-    names = sorted(names, key=lambda name: (name.count("."), name))
-    same_word = [name for name in names if name.endswith(f".{key}")]
-    near = same_word or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    """Names the key that is near, if one is: it ends in the same word, in one that is spelled alike, or in a longer one."""
+    names, word = sorted(names, key=lambda name: (name.count("."), name)), key.rpartition(".")[2]
+    words = {name.rpartition(".")[2]: name for name in reversed(names)}
+    near = [name for name in names if name.endswith(f".{key}")]
+    near = near or [words[alike] for alike in difflib.get_close_matches(word, words, n=1, cutoff=0.75)]
+    if not near and len(longer := [name for name in names if len(word) > 2 and name.startswith(key)]) == 1:
+        near = longer
     raise UserError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"))
 
 
@@ -172,23 +179,21 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: Any) -> None:
     if not isinstance(node, dict) or name not in node or name == "_target_":
         _refuse_key(key, _dotted(tree))
     old = node[name]
-    if (old is None or isinstance(old, dict)) and _keys_of(kind) and type(None) in typing.get_args(kind):
-        node[name] = _parse(key, text)
-        return
-    if isinstance(old, dict):
+    whole = (old is None or isinstance(old, dict)) and _keys_of(kind) and type(None) in typing.get_args(kind)
+    if isinstance(old, dict) and not whole:
         inside = [name for name in _dotted(old, f"{key}.") if not name.endswith("._target_")]
         raise UserError(f"'{key}' is a group of keys; set one of {', '.join(inside)}")
-    value: Any
     if kind is not None and _is_text(kind):
-        value = None if type(None) in typing.get_args(kind) and text == "null" else text
-    elif kind is None and isinstance(old, str) and "${" not in old:
+        node[name] = None if type(None) in typing.get_args(kind) and text == "null" else _literal(key, text)
+    elif kind is None and isinstance(old, str) and not re.fullmatch(r"\$\{\w+}", old):
         # A text may give way to null or a number; what the argument really takes is checked where the object is built.
-        value = None if text == "null" else int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+        is_number = re.fullmatch(r"0|[1-9][0-9]{0,99}", text)
+        node[name] = None if text == "null" else int(text) if is_number else _literal(key, text)
     else:
-        value = _parse(key, text)
+        node[name] = value = _parse(key, text)
         if kind is None and isinstance(old, bool | int | float | list) and value is not None:
-            value = convert(key, value, type(old))
-    node[name] = _map_strings(value, lambda text: text.replace("${", _MARK))
+            is_flag = isinstance(value, bool) and not isinstance(old, bool)  # which Python would take for 0 or 1
+            node[name] = convert(key, str(value) if is_flag else value, type(old))
 
 
 def _keys_of(kind: Any) -> dict[str, Any]:
@@ -210,15 +215,27 @@ def _is_text(kind: Any) -> bool:
 
 
 def _parse(key: str, text: str) -> Any:
+    if not _literal(key, text).strip():
+        raise UserError(f"{key} is empty; give a value, or null where there may be none")
+    if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)", text):  # octal and sexagesimal in YAML 1.1
+        return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return map_strings(yaml.safe_load(text), lambda text: _literal(key, text))
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{key}={text} is not valid YAML; put quotes round each text in a list") from None
 
 
-def _map_strings(node: Any, function: Callable[[str], str]) -> Any:
+def _literal(key: str, text: str) -> str:
+    """A text of the command line, whose `${` refers to nothing; one that no file can hold is refused."""
+    if "\0" in text or text.encode("utf-8", "ignore").decode() != text:
+        raise UserError(f"{key} is {text!r}, which is no text in UTF-8; leave such characters out")
+    return text.replace("${", _MARK)
+
+
+def map_strings(node: Any, function: Callable[[str], str]) -> Any:
+    """A config as plain values, with a function applied to its texts."""
     if isinstance(node, dict):
-        return {key: _map_strings(value, function) for key, value in node.items()}
+        return {key: map_strings(value, function) for key, value in node.items()}
     if isinstance(node, list):
-        return [_map_strings(value, function) for value in node]
+        return [map_strings(value, function) for value in node]
     return function(node) if isinstance(node, str) else node

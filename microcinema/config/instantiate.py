@@ -4,8 +4,8 @@ import contextlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -47,21 +47,31 @@ class Component:
         Raises:
             UserError: an unknown or missing argument, a value of the wrong type, a package that is not installed.
         """
+        built = {key: _build(node) for key, node in self.arguments.items()}
+        arguments = extra | self._converted(built, self.target)
+        missing = [name for name, p in self.parameters().items() if p.default is p.empty and name not in arguments]
+        if missing:
+            raise UserError(f"'{self.target}' needs the arguments {', '.join(missing)} as well")
+        return self._callable()(**arguments)
+
+    def check(self, name: str) -> None:
+        """Refuses, as `build` would, what can be told without building; `name` is that of its group, for messages."""
+        arguments = {key: node for key, node in self.arguments.items() if not any(named_components(node))}
+        self._converted(arguments, name)
+        for key, component in named_components(dict(self.arguments), name):
+            component.check(key)
+        if is_dataclass(self._callable()):
+            self.build()  # settings, which fit one another or not
+
+    def _converted(self, arguments: Mapping[str, Any], group: str) -> dict[str, Any]:
         function, parameters = self._callable(), self.parameters()
         hints: dict[str, Any] = {}
         with contextlib.suppress(NameError):  # annotations that only a type checker can resolve
             typed = function.__init__ if inspect.isclass(function) else function
             hints = typing.get_type_hints(typed, include_extras=True)
-        arguments = dict(extra)
-        for key, node in self.arguments.items():
-            if key not in parameters:
-                raise UserError(f"'{self.target}' has no argument '{key}'; it has {', '.join(parameters)}")
-            value = _build(node)
-            arguments[key] = convert(f"{key} of '{self.target}'", value, hints[key]) if key in hints else value
-        missing = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
-        if missing:
-            raise UserError(f"'{self.target}' needs the arguments {', '.join(missing)} as well")
-        return function(**arguments)
+        if unknown := [key for key in arguments if key not in parameters]:
+            raise UserError(f"'{group}' has no argument '{unknown[0]}'; it has {', '.join(parameters)}")
+        return {key: convert(f"{group}.{key}", value, hints.get(key, Any)) for key, value in arguments.items()}
 
     def _callable(self) -> Any:
         try:
@@ -78,6 +88,15 @@ def components(node: Any) -> Any:
     return [components(item) for item in node] if isinstance(node, list) else node
 
 
+def named_components(node: Any, name: str = "") -> Iterator[tuple[str, Component]]:
+    """The components of a config by their dotted keys, outermost only."""
+    if isinstance(node, Component):
+        yield name, node
+    elif is_dataclass(node) or isinstance(node, Mapping):
+        for key, value in node.items() if isinstance(node, Mapping) else vars(node).items():
+            yield from named_components(value, f"{name}.{key}".removeprefix("."))
+
+
 def convert(name: str, value: Any, kind: Any) -> Any:
     """The value as the type `kind`, converted where nothing is lost (1 to a float, a list to a tuple), else a UserError that names both."""
     try:
@@ -92,8 +111,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
 def reasons(details: typing.Iterable[Any]) -> str:
     """The messages of pydantic's error details, each once, joined by `or`."""
-    messages = (detail["msg"].removeprefix("Input ").removeprefix("Value error, ") for detail in details)
-    return " or ".join(dict.fromkeys(messages))
+    own = {"missing": "it lacks", "unexpected_keyword_argument": "it has no"}
+    messages = [f"{own[d['type']]} '{d['loc'][-1]}'" if d["type"] in own else d["msg"] for d in details]
+    return " or ".join(dict.fromkeys(text.removeprefix("Input ").removeprefix("Value error, ") for text in messages))
 
 
 def _build(node: Any) -> Any:

@@ -3,18 +3,19 @@
 Every part is a mapping, or None where the network does not have it. Meanings and presets: `configs/model/`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from microcinema.config.types import CONFIG, Count
+from microcinema.config.types import CONFIG, Size
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Temporal:
     convolutions: Literal["inside", "after"]
-    attention_bottleneck: Count
-    feed_forward: Count
+    attention_bottleneck: Size
+    feed_forward: Size
     text: bool
     positions: bool
     frame_embedding: bool
@@ -36,18 +37,18 @@ class Appearance:
 @dataclass(frozen=True, config=CONFIG)
 class Adapter:
     mode: Literal["decoupled", "concat"]
-    num_tokens: Count
+    num_tokens: Size
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Pixels:
     block: Literal["transformer", "attention"]
-    scales: tuple[Count, ...] | None
+    scales: Annotated[tuple[Size, ...], Field(min_length=1)] | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class NetworkOptions:
-    max_frames: Count
+    max_frames: Size
     keyframe_concat: bool
     fps_conditioning: bool
     temporal: Temporal
@@ -67,9 +68,9 @@ class VideoUNetConfig(NetworkOptions):
     """
 
     unet2d: dict[str, Any]
-    image_width: Count | None
-    motion_width: Count | None
-    vae_scale_factor: Count
+    image_width: Size | None
+    motion_width: Size | None
+    vae_scale_factor: Size
 
     def __post_init__(self) -> None:
         if self.adapter is not None and self.image_width is None:

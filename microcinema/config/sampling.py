@@ -5,12 +5,12 @@ None stands for the model's own value.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-from pydantic import Field, with_config
+from pydantic import with_config
 
 from microcinema.config.instantiate import convert
-from microcinema.config.types import CONFIG, Count, Dtype, NotNegative
+from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fps, Name, NotNegative, PathText, Size
 from microcinema.utils.errors import UserError, check_choice
 
 ResizeMode = Literal["crop", "stretch", "exact"]
@@ -42,16 +42,16 @@ class SamplingSettings:
         UserError: a value out of range.
     """
 
-    height: int | None = None
-    width: int | None = None
-    num_frames: Count | None = None
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    height: Size | None = None
+    width: Size | None = None
+    num_frames: Size | None = None
+    fps: Fps | None = None
     num_inference_steps: Count | None = None
     guidance_scale: NotNegative | None = None
     image_guidance_scale: NotNegative | None = None
     gamma: NotNegative | None = None
     num_segments: Count = 1
-    window_overlap: int | None = None
+    window_overlap: CountOrZero | None = None
     decode_chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
@@ -89,12 +89,12 @@ class KeyframeSettings:
         UserError: one of height and width.
     """
 
-    pretrained_model_name_or_path: str | None = None
-    revision: str | None = None
-    variant: str | None = None
+    pretrained_model_name_or_path: PathText | None = None
+    revision: Name | None = None
+    variant: Name | None = None
     torch_dtype: Dtype | None = None
-    height: Count | None = None
-    width: Count | None = None
+    height: Size | None = None
+    width: Size | None = None
     num_inference_steps: Count | None = None
     guidance_scale: NotNegative | None = None
     resize_mode: ResizeMode = "crop"

@@ -5,46 +5,37 @@ These objects are frozen and travel as they are; `dataclasses.replace` makes a c
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from microcinema.config import types
 from microcinema.config.instantiate import Component, components
 from microcinema.config.network import NetworkOptions
 from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
-from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fraction, NotNegative, Positive
+from microcinema.config.types import CONFIG
 
-Resolution = Count | tuple[Count, Count]
-"""Pixels: one number for squares, or (height, width)."""
 LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+FlowModel = Literal["dis", "raft", "microcinema.sprites.flow.GroundTruthFlow"]
 Reject = Literal["short", "static", "cut", "duplicate", "watermark"]
 Open = Annotated[Component, BeforeValidator(components)]
 """An open group: its keys are the arguments of its target."""
 
 
-def _check_path(path: str) -> str:
-    if not path.strip():
-        raise ValueError("should name a file or folder")
-    return path
-
-
-PathText = Annotated[str, AfterValidator(_check_path)]
-
-
 @dataclass(frozen=True, config=CONFIG)
 class Base:
-    pretrained_model_name_or_path: str
-    revision: str | None
-    variant: str | None
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None
+    pretrained_model_name_or_path: types.PathText
+    revision: types.Name | None
+    variant: types.Name | None
+    prediction_type: types.PredictionType | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Schedule:
-    prediction_type: str | None
-    beta_schedule: str | None
+    prediction_type: types.PredictionType | None
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None
     rescale_betas_zero_snr: bool | None
-    timestep_spacing: str | None
-    snr_shift: Positive | None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None
+    snr_shift: types.Positive | None
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -55,132 +46,144 @@ class Diffusion:
 
 @dataclass(frozen=True, config=CONFIG)
 class Model(NetworkOptions):
-    keyframe_position: Literal["first", "center"] | CountOrZero
-    image_encoder: str | None
-    motion_encoder: str | None
-    num_motion_tokens: Count
-    flow_model: str | None
+    keyframe_position: Literal["first", "center"] | types.CountOrZero
+    image_encoder: types.PathText | None
+    motion_encoder: types.PathText | None
+    num_motion_tokens: types.Size
+    flow_model: FlowModel | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class SamplingDefaults:
-    num_inference_steps: Count
-    guidance_scale: NotNegative
-    image_guidance_scale: NotNegative
-    keyframe_num_inference_steps: Count | None
-    keyframe_guidance_scale: NotNegative | None
+    num_inference_steps: types.Count
+    guidance_scale: types.NotNegative
+    image_guidance_scale: types.NotNegative
+    keyframe_num_inference_steps: types.Count | None
+    keyframe_guidance_scale: types.NotNegative | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Clips:
     data: Open
-    resolution: Resolution
-    num_frames: Count
-    fps: Positive | None
-    seed: CountOrZero
+    resolution: types.Resolution
+    num_frames: types.Size
+    fps: types.Fps | None
+    seed: Annotated[types.Seed, Field(lt=2**32)]  # as the global generator of numpy
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Train(Clips):
     base: Base
-    cached_latents: PathText | None
+    cached_latents: types.PathText | None
     diffusion: Diffusion
     model: Model
-    output_dir: PathText
-    init_weights_from: str | None
+    output_dir: types.PathText
+    init_weights_from: types.PathText | None
     trainable_parameters: Literal["temporal", "all"]
-    trainable_unet_layers: list[str]
-    train_batch_size: Count
-    gradient_accumulation_steps: Count
-    max_train_steps: Count
-    learning_rate: Positive
+    trainable_unet_layers: list[Annotated[str, Field(strict=True, min_length=1)]]
+    train_batch_size: types.Count
+    gradient_accumulation_steps: types.Count
+    max_train_steps: types.Count
+    learning_rate: types.Positive
     lr_scheduler: LRScheduler
-    lr_warmup_steps: CountOrZero
+    lr_warmup_steps: types.CountOrZero
     use_8bit_adam: bool
-    adam_beta1: Fraction
-    adam_beta2: Fraction
-    adam_weight_decay: NotNegative
-    adam_epsilon: Positive
-    max_grad_norm: Positive
-    snr_gamma: Positive | None
-    motion_weight: NotNegative
-    timestep_logit_normal: tuple[float, Positive] | None
-    flow_weight: NotNegative
-    text_dropout: Fraction
-    image_dropout: Fraction
+    adam_beta1: types.Decay
+    adam_beta2: types.Decay
+    adam_weight_decay: types.NotNegative
+    adam_epsilon: types.Positive
+    max_grad_norm: types.Positive
+    snr_gamma: types.Positive | None
+    motion_weight: types.NotNegative
+    timestep_logit_normal: tuple[types.Number, types.Positive] | None
+    flow_weight: types.NotNegative
+    text_dropout: types.Fraction
+    image_dropout: types.Fraction
     use_ema: bool
-    ema_decay: Fraction
+    ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None
     gradient_checkpointing: bool
-    dataloader_num_workers: CountOrZero
-    clip_retries: CountOrZero
-    max_error_rate: Fraction
+    dataloader_num_workers: types.CountOrZero
+    clip_retries: types.CountOrZero
+    max_error_rate: types.Fraction
     sampling: SamplingDefaults
-    validation_prompts: list[str]
+    validation_prompts: list[types.Prompt]
     validation_data: Annotated[dict[str, Any], BeforeValidator(components)] | None
-    validation_clips: Count
-    validation_steps: Count
+    validation_clips: types.Count
+    validation_steps: types.Count
     report_to: Literal["tensorboard", "wandb"] | None
-    checkpointing_steps: Count
-    checkpoints_total_limit: Count | None
-    resume_from_checkpoint: str | None
+    checkpointing_steps: types.Count
+    checkpoints_total_limit: types.Count | None
+    resume_from_checkpoint: types.PathText | None
+
+    def __post_init__(self) -> None:
+        position = self.model.keyframe_position
+        if self.trainable_parameters == "all" and self.trainable_unet_layers:
+            layers = f"every layer trains, not {self.trainable_unet_layers} alone; set trainable_unet_layers=[]"
+            raise ValueError(f"with trainable_parameters=all {layers}, or trainable_parameters=temporal")
+        if self.num_frames > self.model.max_frames:
+            raise ValueError(
+                f"num_frames={self.num_frames} is more than model.max_frames={self.model.max_frames}; set it"
+            )
+        if isinstance(position, int) and position >= self.num_frames:
+            raise ValueError(
+                f"model.keyframe_position={position} is not in a clip of num_frames={self.num_frames}; lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Sample(SamplingSettings):
     prompt: str | None
     motion_prompt: str | None
-    image: str | None
-    prompts: str | None
-    seed: CountOrZero
-    output_dir: PathText
-    pipeline: str
+    image: types.PathText | None
+    prompts: types.PathText | None
+    seed: types.Seed
+    output_dir: types.PathText
+    pipeline: types.PathText
     keyframe: KeyframeSettings
     memory: MemorySettings
-    height: Count | None
-    width: Count | None
-    window_overlap: CountOrZero | None
+    window_overlap: types.CountOrZero | None
     negative_prompt: str
-    num_videos_per_prompt: Count
-    scheduler: str | None
-    video_crf: Annotated[int, Field(ge=0, le=51)]
+    num_videos_per_prompt: types.Count
+    scheduler: types.Name | None
+    video_crf: Annotated[types.CountOrZero, Field(le=51)]
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Generation:
     protocol: Open
-    keyframe_model: str | None
-    torch_dtype: Dtype
-    num_inference_steps: Count | None
-    guidance_scale: NotNegative | None
-    image_guidance_scale: NotNegative | None
-    gamma: NotNegative | None
-    keyframe_num_inference_steps: Count | None
-    keyframe_guidance_scale: NotNegative | None
+    keyframe_model: types.PathText | None
+    torch_dtype: types.Dtype
+    num_inference_steps: types.Count | None
+    guidance_scale: types.NotNegative | None
+    image_guidance_scale: types.NotNegative | None
+    gamma: types.NotNegative | None
+    keyframe_num_inference_steps: types.Count | None
+    keyframe_guidance_scale: types.NotNegative | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class SpritesEvaluation(Generation):
-    classifier: str
+    classifier: types.PathText
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Weights:
-    weights: str | None
-    sha256: str | None = None
+    weights: types.PathText | None
+    sha256: types.Sha256 | None = None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class ZeroShotEvaluation(Generation):
-    root: str
+    root: types.PathText
     allow_fewer: bool
-    real_features_dir: PathText | None
+    real_features_dir: types.PathText | None
     video: Open
     c3d: Weights
     clip: Weights
     inception: Weights
-    height: Count | None
-    width: Count | None
+    height: types.Size | None
+    width: types.Size | None
 
 
 def _evaluation_kind(node: Any) -> str:
@@ -197,55 +200,55 @@ Evaluation = Annotated[
 @dataclass(frozen=True, config=CONFIG)
 class Evaluate:
     evaluation: Evaluation
-    pipeline: str
-    generated_dir: str | None
-    output_dir: PathText
-    seed: CountOrZero
-    batch_size: Count
+    pipeline: types.PathText
+    generated_dir: types.PathText | None
+    output_dir: types.PathText
+    seed: types.Seed
+    batch_size: types.Count
 
 
 @dataclass(frozen=True, config=CONFIG)
 class PrepareSprites:
-    output_dir: PathText
-    num_videos: Count
+    output_dir: types.PathText
+    num_videos: types.Count
     split: Literal["train", "heldout"]
-    rotation_weight: Count
-    seed: CountOrZero
-    num_frames: Count
-    size: Count
-    fps: Positive
+    rotation_weight: types.Count
+    seed: types.Seed
+    num_frames: types.Size
+    size: types.Size
+    fps: types.Fps
 
 
 @dataclass(frozen=True, config=CONFIG)
 class PrepareLatents(Train):
     cached_parts: list[Literal["text", "motion_tokens", "image_tokens", "keyframe", "flow"]] | None
-    epochs_cached: Count
-    clips_per_shard: Count
+    epochs_cached: types.Count
+    clips_per_shard: types.Count
 
 
 @dataclass(frozen=True, config=CONFIG)
 class PrepareCheck(Clips):
-    output_dir: PathText
-    max_samples: Count | None
-    num_workers: Count | None
-    ray_address: str | None
-    timeout: Positive
+    output_dir: types.PathText
+    max_samples: types.Count | None
+    num_workers: types.Size | None
+    ray_address: types.Name | None
+    timeout: types.Positive
     reject: list[Reject]
-    min_motion: NotNegative
-    max_watermark_score: float
+    min_motion: types.NotNegative
+    max_watermark_score: types.Number
 
 
 @dataclass(frozen=True, config=CONFIG)
 class PreparePreview(Clips):
-    output: PathText
-    max_samples: Count
-    columns: Count | None
+    output: types.PathText
+    max_samples: types.Count
+    columns: types.Count | None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Export:
-    checkpoint: str | None
-    output_dir: PathText
+    checkpoint: types.PathText | None
+    output_dir: types.PathText
     use_ema: bool
     with_base: bool
-    torch_dtype: Dtype
+    torch_dtype: types.Dtype

@@ -1,6 +1,5 @@
 """Reading the pixels of one training clip from a video or picture file."""
 
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from microcinema.config.instantiate import convert
+from microcinema.config.types import ClipPosition, Decoder, Resolution
 from microcinema.data import video_reader
 from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.watermark import Watermark
@@ -24,15 +25,15 @@ class ClipReader:
 
     num_frames: int
     fps: float | None
-    resolution: int | tuple[int, int]
-    decoder: str
-    clip_position: str
+    resolution: Resolution
+    decoder: Decoder
+    clip_position: ClipPosition
     seed: int
     multiple_of: int
-    watermark: InitVar[Mapping[str, Any] | None] = None
+    watermark: InitVar[Watermark | None] = None
     timeout: InitVar[float | None] = None
 
-    def __post_init__(self, watermark: Mapping[str, Any] | None, timeout: float | None) -> None:
+    def __post_init__(self, watermark: Watermark | None, timeout: float | None) -> None:
         sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
         if len(sides) != 2:
             raise UserError(f"resolution={list(sides)}; give one number for a square, or [height, width]")
@@ -42,7 +43,7 @@ class ClipReader:
         check_choice("clip_position", self.clip_position, ("random", *POSITIONS))
         self.size = (int(sides[0]), int(sides[1]))
         self.check_size(*self.size)
-        self.mark = Watermark(**watermark) if watermark else None
+        self.mark = convert("watermark", watermark, Watermark | None)
         self.decoder_process = DecoderProcess(timeout) if timeout is not None else None
 
     def check_size(self, height: int, width: int) -> None:

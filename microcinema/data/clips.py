@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from microcinema.config import types
 from microcinema.data.buckets import Buckets
 from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.metadata import read_rows
 from microcinema.data.ordering import Ordering
 from microcinema.data.source import ClipSource, spread
+from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_array, hash_json
 
@@ -53,22 +55,22 @@ class ClipDataset(ClipSource):
 
     def __init__(
         self,
-        metadata: str | os.PathLike[str],
-        root: str | os.PathLike[str] | None,
-        num_frames: int,
-        fps: float | None,
-        resolution: int | tuple[int, int],
-        decoder: str = "pyav",
-        clip_position: str = "random",
-        seed: int = 0,
-        multiple_of: int = 8,
-        columns: Mapping[str, str | None] | None = None,
-        watermark: Mapping[str, Any] | None = None,
-        watermark_score: float = 0.5,
-        timeout: float | None = None,
-        manifest: str | os.PathLike[str] | None = None,
-        buckets: Sequence[tuple[int, int, int]] | None = None,
-        bucket_run: int = 64,
+        metadata: types.AnyPath,
+        root: types.AnyPath | None,
+        num_frames: types.Size,
+        fps: types.Fps | None,
+        resolution: types.Resolution,
+        decoder: types.Decoder = "pyav",
+        clip_position: types.ClipPosition = "random",
+        seed: types.Seed = 0,
+        multiple_of: types.Size = 8,
+        columns: Mapping[str, types.Name | None] | None = None,
+        watermark: Watermark | None = None,
+        watermark_score: types.Number = 0.5,
+        timeout: types.Positive | None = None,
+        manifest: types.AnyPath | None = None,
+        buckets: types.Shapes | None = None,
+        bucket_run: types.Count = 64,
     ) -> None:
         self.reader = ClipReader(
             num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout

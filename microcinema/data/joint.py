@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from microcinema.config.types import Count, Positive
 from microcinema.data.ordering import Ordering
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
@@ -23,7 +24,9 @@ class JointDataset(ClipSource):
         UserError: no data sets, names in `weights` that differ, a weight that is not positive.
     """
 
-    def __init__(self, parts: Mapping[str, ClipSource], weights: Mapping[str, float], bucket_run: int = 64) -> None:
+    def __init__(
+        self, parts: Mapping[str, ClipSource], weights: Mapping[str, Positive], bucket_run: Count = 64
+    ) -> None:
         if not parts or set(parts) != set(weights) or min(weights.values()) <= 0:
             values = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items()) or "none"
             names = ", ".join(parts) or "none"

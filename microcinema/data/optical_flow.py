@@ -41,9 +41,6 @@ class FlowClips(ClipWrapper):
 
     def __init__(self, dataset: ClipSource, flow_model: str, factor: int) -> None:
         super().__init__(dataset)
-        if flow_model not in FLOW_MODELS and "." not in flow_model:
-            choices = f"{', '.join(FLOW_MODELS)} or the full name of a class"
-            raise UserError(f"model.flow_model={flow_model} is unknown; use {choices}")
         self.factor = factor
         self.flow: Callable[[dict[str, Any]], Flow] = functools.partial(_estimate_item, flow_model)
         if flow_model not in FLOW_MODELS:

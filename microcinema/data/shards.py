@@ -6,7 +6,6 @@ cache that drops the oldest. The order is `ShardOrder` (data/ordering.py): a few
 
 import glob
 import json
-import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,13 @@ from webdataset.cache import FileCache
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from microcinema.config import types
 from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
 from microcinema.data.video_reader import IMAGES, TarMember
+from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import natural_key, write_json
 from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
@@ -58,30 +59,28 @@ class ShardDataset(ClipSource):
 
     def __init__(
         self,
-        shards: str | Sequence[str],
-        num_frames: int,
-        fps: float | None,
-        resolution: int | tuple[int, int],
-        decoder: str = "pyav",
-        clip_position: str = "random",
-        seed: int = 0,
-        multiple_of: int = 8,
-        columns: Mapping[str, str] | None = None,
-        watermark: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        manifest: str | os.PathLike[str] | None = None,
-        parallel_shards: int = 64,
-        index: str | os.PathLike[str] | None = None,
-        cache_dir: str | os.PathLike[str] = "runs/shards",
-        cache_size: float = 1e11,
+        shards: types.PathText | Sequence[types.PathText],
+        num_frames: types.Size,
+        fps: types.Fps | None,
+        resolution: types.Resolution,
+        decoder: types.Decoder = "pyav",
+        clip_position: types.ClipPosition = "random",
+        seed: types.Seed = 0,
+        multiple_of: types.Size = 8,
+        columns: Mapping[str, types.Name] | None = None,
+        watermark: Watermark | None = None,
+        timeout: types.Positive | None = None,
+        manifest: types.AnyPath | None = None,
+        parallel_shards: types.Count = 64,
+        index: types.AnyPath | None = None,
+        cache_dir: types.AnyPath = "runs/shards",
+        cache_size: types.Positive = 1e11,
     ) -> None:
         self.reader = ClipReader(
             num_frames, fps, resolution, decoder, clip_position, seed, multiple_of, watermark, timeout
         )
         self.columns = {name: name for name in ("caption", "description", "motion")} | dict(columns or {})
         self.urls = expand_shards(shards)
-        if parallel_shards < 1:
-            raise UserError(f"parallel_shards={parallel_shards}; read at least 1 shard at a time")
         self.parallel_shards = min(parallel_shards, len(self.urls))
         self._cache = FileCache(str(cache_dir), url_to_name=_cache_name, cache_size=int(cache_size))
         self._listings: OrderedDict[int, list[Sample]] = OrderedDict()

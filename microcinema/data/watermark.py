@@ -1,15 +1,20 @@
 """Watermarks in a known box, such as WebVid's: cropped, inpainted, or named in the caption."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
+from pydantic import with_config
 
+from microcinema.config.types import CONFIG, Fraction
 from microcinema.utils.errors import UserError, check_choice
 
 ACTIONS = ("crop", "mask", "tag")
 
 
+@with_config(CONFIG)
+@dataclass(frozen=True)
 class Watermark:
     """Handles the watermark of clips.
 
@@ -23,13 +28,16 @@ class Watermark:
         UserError: an unknown action, or an invalid box.
     """
 
-    def __init__(self, action: str, box: Sequence[float], tag: str = "watermark") -> None:
-        check_choice("watermark action", action, ACTIONS)
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise UserError(f"watermark box={list(box)}; give [left, top, right, bottom], each in [0, 1]")
-        if action == "crop" and (box[0], box[1], box[2], box[3]) == (0, 0, 1, 1):
+    action: Literal["crop", "mask", "tag"]
+    box: tuple[Fraction, Fraction, Fraction, Fraction]
+    tag: str = "watermark"
+
+    def __post_init__(self) -> None:
+        check_choice("watermark action", self.action, ACTIONS)
+        if len(self.box) != 4 or not (0 <= self.box[0] < self.box[2] <= 1 and 0 <= self.box[1] < self.box[3] <= 1):
+            raise UserError(f"watermark box={list(self.box)}; give [left, top, right, bottom], each in [0, 1]")
+        if self.action == "crop" and tuple(self.box) == (0, 0, 1, 1):
             raise UserError("watermark box covers the whole frame, of which crop leaves nothing; choose a smaller box")
-        self.action, self.box, self.tag = action, tuple(float(side) for side in box), tag
 
     def pixels(self, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Frames without the watermark, uint8 (f, h, w, 3); `size` is (height, width) of the clip, whose aspect ratio decides what crop keeps."""

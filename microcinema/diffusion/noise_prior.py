@@ -34,8 +34,8 @@ class NoisePrior:
     def __post_init__(self) -> None:
         check_choice("the noise prior's kind", self.kind, KINDS)
         for name, value in (("strength", self.strength), ("gamma", self.gamma)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"the noise prior's {name} is {value}; use a number >= 0")
+            if value is not None and not 0 <= value < 1e15:
+                raise UserError(f"the noise prior's {name} is {value}; use a number >= 0, below 1e15")
 
     def resolve(self, abar_T: float) -> "NoisePrior":
         """The prior with a gamma, given the signal `abar_T` at the last step of the training schedule, which sampling from noise lacks

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from microcinema.config.types import Name, PathText, Positive, Sha256
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
@@ -57,11 +58,11 @@ class VideoDetectorSettings:
         UserError: a preparation that the detector does not have.
     """
 
-    detector: str
-    weights: str | None
-    sha256: str | None = None
+    detector: Name
+    weights: PathText | None
+    sha256: Sha256 | None = None
     preparation: Literal["own", "tf_squash", "squash", "short_side_crop", "cd_fvd"] = "squash"
-    batch_norm_eps: float = 1e-3
+    batch_norm_eps: Positive = 1e-3
 
     def __post_init__(self) -> None:
         if self.preparation == "own" and self.detector == "i3d":

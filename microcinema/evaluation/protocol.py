@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from microcinema.config.types import Count, CountOrZero, Positive
+from microcinema.config.types import ClipPosition, Count, Fps, Name, Seed, Size
 from microcinema.data.clip_reader import RESIZE
 from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
 from microcinema.evaluation.ucf101 import Ucf101, class_prompt
@@ -42,7 +42,7 @@ class ZeroShotProtocol:
         UserError: choices that exclude each other.
     """
 
-    name: str
+    name: Name
     dataset: Literal["ucf101", "msrvtt", "folder"]
     prompts: Literal["raw", "split", "descriptive", "caption", "none"]
     sample_split: Literal["all", "train", "test"]
@@ -50,13 +50,13 @@ class ZeroShotProtocol:
     num_samples: Count | None
     real_split: Literal["all", "train", "test"] | None
     num_real: Count | None
-    num_frames: Count
-    fps: Positive | None
-    clip_position: Literal["first", "center", "random"]
-    height: Count
-    width: Count
+    num_frames: Size
+    fps: Fps | None
+    clip_position: ClipPosition
+    height: Size
+    width: Size
     ddof: Literal[0, 1]
-    seed: CountOrZero
+    seed: Seed
     version: int = field(default=1, init=False)
     resize: str = field(default=RESIZE, init=False)
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from microcinema.config.types import CountOrZero, Fps, Size
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.sprites import scene
 from microcinema.utils.errors import UserError
@@ -60,12 +61,12 @@ class SpritesProtocol:
         UserError: nothing to generate, or a number out of range.
     """
 
-    num_prompts: int = 200
-    num_heldout_prompts: int = 60
-    num_image_prompts: int = 60
-    num_frames: int = 16
-    size: int = 64
-    fps: float = 8.0
+    num_prompts: CountOrZero = 200
+    num_heldout_prompts: CountOrZero = 60
+    num_image_prompts: CountOrZero = 60
+    num_frames: Size = 16
+    size: Size = 64
+    fps: Fps = 8.0
     version: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:

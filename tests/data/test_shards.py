@@ -168,8 +168,6 @@ def test_no_shards_and_more_processes_than_shards(folder, tmp_path):
     data.check_processes(4)
     with pytest.raises(UserError, match="5 processes and 4 shards"):
         data.check_processes(5)
-    with pytest.raises(UserError, match="parallel_shards=0"):
-        clips(folder, parallel_shards=0)
 
 
 def test_shards_that_are_none(tmp_path, folder):
