@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -18,14 +18,20 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 
 from microcinema import __version__
-from microcinema.config.compose import compose, plain
-from microcinema.config.instantiate import Component
+from microcinema.config.compose import compose
 from microcinema.config.schema import Train
+from microcinema.data.indexed import IndexedDataset
+from microcinema.data.latents import EncodedClips
+from microcinema.data.source import ClipSource
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
+from microcinema.training.build import build_held_out
 from microcinema.training.distributed import make_accelerator
 from microcinema.training.launch_settings import launch_settings
+from microcinema.training.resume import check_identity, choose_checkpoint, read_state, run_identity
 from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.files import lock_folder
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
@@ -35,7 +41,6 @@ MARGIN = 1.15
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 DECODERS = {"pyav": "av", "decord": "decord"}
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-PLACES = ("metadata", "root")  # keys of data sets that name files and folders
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,21 @@ def examine(config: Train) -> Iterator[Finding]:
     yield modules("trackers", TRACKERS, config.report_to, "report_to")
     if config.use_8bit_adam:
         yield modules("optimizer", {"true": "bitsandbytes"}, "true", "use_8bit_adam")
-    yield data(config.data, config.cached_latents, config.validation_data or {})
+    found, clips = data(config)
+    yield found
+    found, checkpoint = output(config)
+    yield found
     found, folder = base(**{key: value for key, value in vars(config.base).items() if key != "prediction_type"})
     yield found
+
+    def check(pipeline: ImageToVideoPipeline) -> None:
+        if clips is not None and checkpoint is not None:
+            ordered = IndexedDataset(clips, config.seed)
+            identity = run_identity(config, pipeline, ordered, int(os.environ.get("WORLD_SIZE", 1)), precision)
+            check_identity(checkpoint, read_state(checkpoint)["run"], identity)
+
     if folder is not None:
-        yield from needs(config, folder, device)
+        yield from needs(config, folder, device, check)
 
 
 def versions() -> Finding:
@@ -156,17 +171,28 @@ def modules(topic: str, known: Mapping[str, str], used: str | None, key: str) ->
     return Finding(topic, text, PROBLEM, " or ".join([f"pip install {known[used]}", *others]))
 
 
-def data(component: Component, latents: str | None, held_out: Mapping[str, Any]) -> Finding:
-    """Whether the files and folders of the data set, of its latents, if it has any, and of its changes for held-out clips are there."""
-    named = {**component.arguments, "held_out": held_out}
-    places = dict.fromkeys([*_places(plain(named)), *([] if latents is None else [latents])])
-    missing = [place for place in places if not Path(place).exists()]
-    if not missing:
-        return Finding("data", ", ".join(places))
-    advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
-    if missing == [latents]:
-        advice = "make it with microcinema prepare latents and the same keys"
-    return Finding("data", f"{', '.join(missing)} not there", PROBLEM, advice)
+def data(config: Train) -> tuple[Finding, ClipSource | None]:
+    """Whether the clips of the run, encoded or not, and the held-out ones can be opened, and the clips."""
+    try:
+        clips: ClipSource = config.data.build()
+        clips = clips if config.cached_latents is None else EncodedClips(config.cached_latents, clips)
+        build_held_out(config)
+    except UserError as error:
+        advice = "set data.* to where your clips are, or make Moving Sprites: microcinema prepare sprites"
+        return Finding("data", str(error), PROBLEM, advice), None
+    return Finding("data", f"{len(clips)} clips"), clips
+
+
+def output(config: Train) -> tuple[Finding, Path | None]:
+    """Whether output_dir can be written and is free, and the checkpoint that the run resumes from, if it does."""
+    try:
+        with lock_folder(config.output_dir):
+            checkpoint = choose_checkpoint(config.output_dir, config.resume_from_checkpoint, warn=lambda _: None)
+    except UserError as error:
+        return Finding("output", str(error), PROBLEM), None
+    return Finding(
+        "output", f"a new run in '{config.output_dir}'" if checkpoint is None else str(checkpoint)
+    ), checkpoint
 
 
 def base(pretrained_model_name_or_path: str, revision: str | None, variant: str | None) -> tuple[Finding, str | None]:
@@ -194,8 +220,13 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     return Finding("base", f"{name}, {where}" + ", in the cache" * of_hub), folder
 
 
-def needs(config: Train, folder: str, device: torch.device) -> Iterator[Finding]:
-    """Free disk and memory against what the run and sampling from its model need; of the base only `folder` with its settings is read."""
+def needs(
+    config: Train, folder: str, device: torch.device, check: Callable[[ImageToVideoPipeline], None] = lambda _: None
+) -> Iterator[Finding]:
+    """Free disk and memory against what the run and sampling from its model need; of the base only `folder` with its settings is read.
+
+    `check` may refuse the pipeline of the run, whose weights have no data.
+    """
     config = replace(config, base=replace(config.base, pretrained_model_name_or_path=folder, revision=None))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sample = compose("sample")
@@ -203,18 +234,19 @@ def needs(config: Train, folder: str, device: torch.device) -> Iterator[Finding]
     with tqdm(total=3, desc="estimating memory", unit="part", delay=2, leave=False) as bar:  # shown from two seconds on
         try:
             pipeline = empty_pipeline(config)
+            check(pipeline)
+            networks = sum(parameter.nbytes for parameter in pipeline.unet.parameters())
+            bar.update()
+            sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
+            if free < MARGIN * sampling.peak:
+                half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
+                with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
+            bar.update()
+            training = training_memory(pipeline, config, config.cached_latents is not None, device.type)
+            bar.update()
         except UserError as error:
             yield Finding("model", str(error), PROBLEM)
             return
-        networks = sum(parameter.nbytes for parameter in pipeline.unet.parameters())
-        bar.update()
-        sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
-        if free < MARGIN * sampling.peak:
-            half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
-            with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
-        bar.update()
-        training = training_memory(pipeline, config, config.cached_latents is not None, device.type)
-        bar.update()
     yield disk(config, networks, training)
     yield memory("training", training, free, PROBLEM, ways_to_train_with_less(config, training))
     yield memory("sampling", sampling, free, WARNING, with_less)
@@ -289,11 +321,3 @@ def _cached(repository: str, revision: str | None) -> str | None:
         return snapshot_download(repository, revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-def _places(node: Any) -> Iterator[str]:
-    for key, value in node.items():
-        if hasattr(value, "items"):
-            yield from _places(value)
-        elif key in PLACES and value is not None:
-            yield str(value)

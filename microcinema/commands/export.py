@@ -86,9 +86,7 @@ def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline
 
 def check_replaceable(folder: Path) -> None:
     """Refuses, with a UserError that names it, anything in the output folder beside a pipeline and its card."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir '{folder}' is a file; choose another")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.glob("*")}
     ours = {INDEX, CARD}
     if INDEX in names:
         ours |= {name for name, value in load_index(str(folder)).items() if isinstance(value, list | tuple)}

@@ -17,6 +17,7 @@ from microcinema.pipelines.loading import (
     load_components,
     load_index,
     load_scheduler_config,
+    names_damage,
     resolve_snapshot,
 )
 from microcinema.utils.errors import UserError, first_line
@@ -41,6 +42,7 @@ class Base:
         return vae_scale_factor(self.vae)
 
 
+@names_damage
 def load_base(
     pretrained_model_name_or_path: str | os.PathLike[str],
     revision: str | None = None,

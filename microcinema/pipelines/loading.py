@@ -5,9 +5,10 @@ A name is an embedded model, a folder in the diffusers layout, or a hub reposito
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -20,7 +21,24 @@ from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
+F = TypeVar("F", bound=Callable[..., Any])
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def names_damage(open_model: F) -> F:
+    """Decorates a function that opens the model of its first argument: what libraries raise for damaged files becomes a UserError."""
+
+    @wraps(open_model)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return open_model(*args, **kwargs)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            name = next(iter((*args, *kwargs.values())), None)
+            raise UserError(f"'{name}' cannot be opened ({first_line(error)}); are its files complete?") from error
+
+    return cast(F, checked)
 
 
 def resolve_model_path(name: str | os.PathLike[str]) -> str:
@@ -105,7 +123,7 @@ def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
     folder = resolve_snapshot(source, revision=revision)
     try:
         return dict(DiffusionPipeline.load_config(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers and json have several for damaged files
         raise UserError(f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a diffusers pipeline") from None
 
 

@@ -30,6 +30,7 @@ from microcinema.pipelines.loading import (
     load_components,
     load_index,
     load_scheduler_config,
+    names_damage,
     resolve_model_path,
     resolve_snapshot,
     weight_variants,
@@ -114,6 +115,7 @@ def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torc
     return freeze(unet, dtype)  # type: ignore[return-value]
 
 
+@names_damage
 def load_pipeline(
     name: str | os.PathLike[str],
     scheduler: str | None = None,

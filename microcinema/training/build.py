@@ -72,9 +72,7 @@ def build_trainer(
         validation = Validation(accelerator, pipeline, keyframes, config.validation_prompts, output_dir, config.seed)
 
     trainer = Trainer(accelerator, pipeline, dataset, config, validation, predict_net, on_metrics, region)
-    if config.validation_data is not None:
-        seed = {"seed": SEED} if "seed" in config.data.arguments else {}  # of random clip positions
-        held_out = Component(config.data.target, {**config.data.arguments, **seed, **config.validation_data}).build()
+    if (held_out := build_held_out(config)) is not None:
         quarantine = Quarantine(output_dir / "validation/quarantine", config.clip_retries, accelerator.process_index)
         measured = IndexedDataset(held_out, SEED, quarantine), config.validation_clips
         trainer.validations.append(HeldOutLoss(accelerator, trainer.encode, trainer.loss_config, *measured))
@@ -97,6 +95,14 @@ def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int
     if config.model.flow_model is not None:
         return FlowClips(dataset, config.model.flow_model, vae_scale_factor)
     return dataset
+
+
+def build_held_out(config: Train) -> ClipSource | None:
+    """The clips of the held-out loss; None if there is none."""
+    if config.validation_data is None:
+        return None
+    seed = {"seed": SEED} if "seed" in config.data.arguments else {}  # of random clip positions
+    return Component(config.data.target, {**config.data.arguments, **seed, **config.validation_data}).build()
 
 
 def build_networks(config: Train, base: Base, weights: bool = True) -> dict[str, Any]:

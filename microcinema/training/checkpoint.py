@@ -9,7 +9,6 @@ checkpoint-1000/
 """
 
 import json
-import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -32,6 +31,7 @@ from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_folder, partial
 from microcinema.utils.hashing import write_checksums
 
+_UNREAD = 2**61 - 1  # no run has this seed
 _EMA = "ema.safetensors"
 # What libraries raise when a file cannot be written or read; torch reports a full disk as RuntimeError.
 _IO_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
@@ -101,7 +101,7 @@ class Checkpoints:
                 )
             if self.identity is not None and (changes := check_identity(folder, state["run"], self.identity)):
                 self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(changes)}")
-            self.accelerator.load_state(str(folder))
+            self._load_state(folder)
             if self.ema is not None:
                 weights = load_safetensors([folder / _EMA])
                 _check_tensors(f"'{folder / _EMA}'", self.trained, weights)
@@ -110,8 +110,20 @@ class Checkpoints:
                 ]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
-        except (EOFError, KeyError, ValueError, pickle.UnpicklingError, *_IO_ERRORS) as error:
+        except UserError:
+            raise
+        except Exception as error:  # torch and pickle have a dozen kinds for damaged files
             raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from error
+
+    def _load_state(self, folder: Path) -> None:
+        """What accelerate restores; random states that it cannot read, which it skips without a word, are told."""
+        generator, before = torch.default_generator, torch.get_rng_state()
+        unread = generator.manual_seed(_UNREAD).get_state()
+        self.accelerator.load_state(str(folder))
+        if torch.equal(generator.get_state(), unread):
+            generator.set_state(before)
+            rank = self.accelerator.process_index
+            print(f"the random states of process {rank} are not restored from '{folder}': dropout will differ")
 
     def _networks(self) -> Iterable[tuple[str, Any]]:
         return self.accelerator.unwrap_model(self.model).named_children()

@@ -14,7 +14,6 @@ from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.loss import LOSS_KEYS
 from microcinema.utils.errors import UserError, first_line
-from microcinema.utils.files import sweep
 from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import SUMS, checksum_error
 
@@ -59,8 +58,10 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The `training_state.json` of a checkpoint: `progress`, `trained`, `run` and `ema_step`; a UserError if unreadable."""
     try:
-        return json.loads((Path(folder) / STATE).read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((Path(folder) / STATE).read_text())
+        Progress(**{key: int(value) for key, value in state["progress"].items()})
+        return {**state, "trained": [*map(str, state["trained"])], "run": state["run"] and {**state["run"]}}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from None
 
 
@@ -82,7 +83,6 @@ def choose_checkpoint(
     Raises:
         UserError: the named checkpoint or all are damaged or missing, or a new run would mix with an earlier one.
     """
-    sweep(output_dir, remove=False)
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:

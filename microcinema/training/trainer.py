@@ -35,7 +35,7 @@ from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import atomic_folder, make_folder, partial
+from microcinema.utils.files import atomic_folder, make_folder, partial, sweep
 
 Items = dict[str, Any]
 """A collated micro-batch; keys as in data/clips.py."""
@@ -75,6 +75,8 @@ class Trainer:
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.validations, self.on_metrics, self.region = [validation] if validation else [], on_metrics, region
         self.output_dir = make_folder(config.output_dir)
+        if accelerator.is_main_process:
+            sweep(self.output_dir, remove=False)  # a checkpoint that was about to be replaced gets its name back
         resume_from = config.resume_from_checkpoint
         checkpoint = broadcast_from_main(accelerator, lambda: choose_checkpoint(self.output_dir, resume_from))
         self._set_up_model(predict_net)

@@ -1,5 +1,6 @@
 """The doctor says what a run would stumble over, line by line, and what to do about it."""
 
+import json
 import re
 import shutil
 import time
@@ -16,8 +17,9 @@ from fixtures import tiny, tiny_training
 from microcinema.commands import cli, doctor
 from microcinema.commands.doctor import OK, PROBLEM, WARNING
 from microcinema.config.compose import compose
-from microcinema.config.instantiate import components
 from microcinema.profiling.memory_estimate import Estimate
+from microcinema.sprites.dataset import write_dataset
+from microcinema.utils.hashing import write_checksums
 
 SETTINGS = compose("train", ["output_dir=runs/x", "max_train_steps=100", "mixed_precision=no"])
 GIB = doctor.GIB
@@ -28,10 +30,15 @@ def folder(tmp_path_factory) -> Path:
     return tiny.base_folder(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("clips") / "data", num_videos=2, num_frames=4, size=32)
+
+
 @pytest.fixture
-def arguments(folder, tmp_path) -> list[str]:
+def arguments(folder, clips, tmp_path) -> list[str]:
     """Of a run that can start."""
-    (tmp_path / "clips.csv").write_text("videoid,page_dir,name\n")
+    shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
     small = ["model=plain", f"resolution={tiny.SIZE}", "num_frames=4", "train_batch_size=1"]
     places = [f"data.root={tmp_path}", f"output_dir={tmp_path / 'run'}", f"base.pretrained_model_name_or_path={folder}"]
     return ["doctor", *small, *places]
@@ -50,6 +57,7 @@ def test_a_run_that_can_start(arguments, tmp_path, capsys):
         "decoders",
         "trackers",
         "data",
+        "output",
         "base",
         "disk",
         "training",
@@ -66,17 +74,18 @@ def test_a_run_that_cannot_is_exit_code_1_and_not_2(arguments, tmp_path, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "1 problem: this run cannot work here"
     (line,) = (line for line in lines if line.startswith("problem"))
-    assert f"{tmp_path / 'clips.csv'} not there; set data.*" in line and "microcinema prepare" in line
+    assert f"'{tmp_path / 'clips.csv'}'" in line and "set data.*" in line and "microcinema prepare" in line
     assert cli.main([*arguments, "train_batch_size=0"]) == 2
     assert cli.main(["doctor", "train_batch=1"]) == 2
     assert "did you mean 'train_batch_size'?" in capsys.readouterr().err
 
 
 def test_held_out_clips_have_to_be_there(arguments, tmp_path, capsys):
+    tiny_training.reset_accelerator()
     assert cli.main([*arguments, f"validation_data={{metadata: {tmp_path / 'clips.csv'}}}"]) == 0
     assert "this run can start" in capsys.readouterr().out
     assert cli.main([*arguments, f"validation_data={{metadata: {tmp_path / 'val.csv'}}}"]) == 1
-    assert f"{tmp_path / 'val.csv'} not there" in capsys.readouterr().out
+    assert f"'{tmp_path / 'val.csv'}'" in capsys.readouterr().out
 
 
 def test_it_takes_the_keys_of_train():
@@ -167,24 +176,57 @@ def test_8_bit_adam_needs_its_package(arguments, monkeypatch, capsys):
     assert cli.main(arguments) == 0
 
 
-def test_all_places_of_a_data_set_have_to_be_there(tmp_path):
-    latents = str(tmp_path / "latents")
-    node = {
-        "_target_": "microcinema.data.joint.JointDataset",
-        "parts": {"videos": {"metadata": str(tmp_path), "root": str(tmp_path)}, "images": {"root": None}},
+# What train refuses at once
+
+
+REFUSED = {
+    "a schedule without signal": (["diffusion.scheduler.rescale_betas_zero_snr=true"], "model", "zero terminal SNR"),
+    "another target of frozen layers": (
+        ["diffusion.scheduler.prediction_type=v_prediction"],
+        "model",
+        "trained with epsilon",
+    ),
+    "layers that are not there": (["trainable_unet_layers=[up_blocks.99]"], "model", "up_blocks.99"),
+    "no model to start from": (["init_weights_from=./gone"], "model", "gone"),
+    "a size that the VAE cannot have": (["resolution=30"], "(data|model)", "30"),
+    "no list": (["data.metadata={tmp}/gone.csv"], "data", "gone.csv"),
+    "no latents": (["cached_latents={tmp}/gone"], "data", "gone"),
+    "no held-out clips": (["validation_data={{metadata: {tmp}/gone.csv}}"], "data", "gone.csv"),
+    "an earlier run": (["output_dir={tmp}/earlier"], "output", "already holds checkpoint-1"),
+    "no such checkpoint": (["resume_from_checkpoint={tmp}/gone"], "output", "is not a checkpoint"),
+    "a folder that cannot be": (["output_dir={tmp}/clips.csv/run"], "output", "cannot write to folder"),
+    "another run's checkpoint": (
+        ["resume_from_checkpoint={tmp}/earlier/checkpoint-1"],
+        "model",
+        "earlier/checkpoint-1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_train_refuses_at_once_is_a_problem(fault, arguments, tmp_path, monkeypatch, capsys):
+    overrides, topic, said = REFUSED[fault]
+    if topic in ("data", "output"):  # found before
+        monkeypatch.setattr(doctor, "needs", lambda *_: iter(()))
+    checkpoint = tmp_path / "earlier/checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    state = {
+        "progress": {"step": 1, "clips": 1},
+        "trained": [],
+        "run": {"fixed": {"seed": 3, "clips": None}, "free": {}},
     }
-    found = doctor.data(components(node), latents, {})
-    assert (
-        found.status == PROBLEM
-        and found.found == f"{latents} not there"
-        and "microcinema prepare latents" in found.advice
-    )
-    node["parts"]["videos"]["root"] = f"{tmp_path}/videos"
-    found = doctor.data(components(node), latents, {})
-    assert f"{tmp_path}/videos, {latents} not there" in found.found and "set data.*" in found.advice
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "latents").mkdir()
-    assert doctor.data(components(node), latents, {}).status == doctor.data(components(node), None, {}).status == OK
+    (checkpoint / "training_state.json").write_text(json.dumps(state))
+    write_checksums(checkpoint)
+    before = sorted(tmp_path.rglob("*"))
+    overrides = [override.format(tmp=tmp_path) for override in overrides]
+    assert cli.main([*arguments, *overrides]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("problem"))
+    assert re.match(f"problem +{topic} ", line) and said in line
+    tiny_training.reset_accelerator()
+    assert cli.main(["train", *arguments[1:], *overrides]) == 2  # and train says the same
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert said in shown
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # The base

@@ -352,7 +352,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(trained, exported, tmp_
         shown = refused(capsys, f"checkpoint={trained / 'checkpoint-2'}", f"output_dir={folder}")
         assert f"'{folder}' is there and holds {thing}" in shown
     shown = refused(capsys, f"checkpoint={trained / 'checkpoint-2'}", f"output_dir={pictures / 'me.png'}")
-    assert "me.png' is a file" in shown
+    assert "me.png' (File exists); choose another one" in shown
     assert (pictures / "me.png").read_bytes() == b"precious"
 
 

@@ -1,5 +1,7 @@
 """Saved video pipelines that take their base from the hub's cache, that are shared by the hub, or that are embedded."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from PIL import Image
 from fixtures import tiny
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines import ImageToVideoPipeline, load_keyframe_pipeline, load_pipeline, save_pipeline
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.loading import ASSETS
+from microcinema.training.warm_start import known_schedule
 from microcinema.utils.errors import UserError
 
 BASE, VIDEO = "owner/base", "owner/video"
@@ -92,3 +96,31 @@ def test_the_embedded_video_model_opens_by_diffusers_own_means():
     folder = ASSETS / "sprites-microcinema"
     opened, wanted = DiffusionPipeline.from_pretrained(folder), load_pipeline("sprites-microcinema")
     assert np.array_equal(frames(opened.to(torch.float32), 64), frames(wanted, 64))
+
+
+DAMAGES = [b"", b"[]", b"3", b"{}", b"\xff\xfe", b'{"a": ', b"[" * 100_000]
+DAMAGES += [
+    b'{"_class_name": "ImageToVideoPipeline", "unet": %s, "scheduler": "x"}' % unet for unet in (b"3", b"[1]", b'"x"')
+]
+DAMAGES += [
+    b'{"_class_name": %s, "beta_schedule": 3, "num_train_timesteps": "x"}' % name for name in (b"3", b'"DDIMScheduler"')
+]
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_damaged_files_of_a_model_are_one_line(tmp_path, file):
+    base = load_base(tiny.base_folder(tmp_path / "base")).scheduler
+    video = tiny.video_pipeline(tmp_path / "base", model="plain")
+    save_pipeline(video, tmp_path / "video", with_base=False)
+    opened = [(load_base, "base"), (load_pipeline, "video"), (partial(known_schedule, base=base), "video")]
+    refused = []
+    for function, name in opened:
+        whole = (tmp_path / name / file).read_bytes()
+        for damage in DAMAGES:
+            (tmp_path / name / file).write_bytes(damage)
+            try:  # other errors than this one are tracebacks
+                function(str(tmp_path / name))
+            except UserError as error:
+                refused.append(str(error))
+        (tmp_path / name / file).write_bytes(whole)
+    assert len(refused) >= 2 * len(DAMAGES) and not any("\n" in message for message in refused)

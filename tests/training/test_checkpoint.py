@@ -14,7 +14,7 @@ from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, pipeline, train, weights
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.loss import TrainableModel
-from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints
+from microcinema.training.resume import Progress, choose_checkpoint, find_checkpoints, read_state
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import checksum_error, write_checksums
 
@@ -192,6 +192,43 @@ def test_every_random_state_comes_back(tmp_path):
     wanted = (random.random(), np.random.rand(), torch.rand(3).tolist())  # noqa: NPY002
     assert checkpoints.load(folder) == Progress(step=3, clips=12)
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == wanted  # noqa: NPY002
+
+
+STATES = {
+    "no object": "[]",
+    "a number": "3",
+    "no progress": '{"trained": [], "run": null}',
+    "progress of another kind": '{"progress": {"step": "x", "clips": []}, "trained": [], "run": null}',
+    "more progress": '{"progress": {"step": 1, "clips": 1, "epoch": 1}, "trained": [], "run": null}',
+    "nothing trained": '{"progress": {"step": 1, "clips": 1}, "trained": null, "run": null}',
+    "a run of another kind": '{"progress": {"step": 1, "clips": 1}, "trained": [], "run": 3}',
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_damaged_state_is_told_though_its_checksum_is_right(tmp_path, state):
+    (tmp_path / "training_state.json").write_text(STATES[state])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02N.", b"garbage"])
+def test_a_damaged_file_is_told_though_its_checksum_is_right(broken, name, content):
+    (broken / name).write_bytes(content)
+    write_checksums(broken)
+    with pytest.raises(UserError, match=r"checkpoint-2' cannot be read") as error:
+        resume(broken)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage", None])
+def test_random_states_that_cannot_be_restored_are_told(broken, content, capsys):
+    file = broken / "random_states_0.pkl"
+    file.write_bytes(content) if content else file.unlink()
+    write_checksums(broken)
+    resume(broken)
+    assert "random states of process 0 are not restored from" in capsys.readouterr().out
 
 
 def test_keys_that_do_not_fit_are_named(broken):
