@@ -6,12 +6,12 @@ INSTALLED := .venv/.installed
 DOCS := .venv/.docs
 
 # One thread a test process: two processes on two cores are faster than one with two threads.
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow test-lowest: export OMP_NUM_THREADS = 1
 # The C library otherwise hands each large buffer back to the kernel and faults it in again: 1.4 times slower training on CPU.
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo test test-slow test-lowest lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/recipes/demo.py
@@ -22,6 +22,12 @@ test: lint
 # Runs that are killed, two real processes, measured memory, and whatever else takes long.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The fast tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --no-compile -c constraints-lowest.txt -e ".[test]"
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,4 +52,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-lowest runs build dist

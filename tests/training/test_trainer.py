@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 import yaml
 from PIL import Image
+from wandb.sdk.wandb_run import Run
 
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train, weights
@@ -165,10 +165,8 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    sent, log = [], wandb.Run.log
-    monkeypatch.setattr(
-        wandb.Run, "log", lambda run, data, *rest, **more: sent.append(data) or log(run, data, *rest, **more)
-    )
+    sent, log = [], Run.log
+    monkeypatch.setattr(Run, "log", lambda run, data, *rest, **more: sent.append(data) or log(run, data, *rest, **more))
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "keyframe.png")
     settings = tiny_training.make_config(tmp_path / "run", **{"max_train_steps": 1, "report_to": "wandb"})
     accelerator, keyframes = tiny_training.accelerator(settings), KeyframePipeline(tmp_path / "keyframe.png")

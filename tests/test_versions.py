@@ -1,0 +1,54 @@
+"""What pyproject.toml and the two files of constraints say of versions agrees."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins(file: str) -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {requirement.name.lower().replace("_", "-"): requirement for requirement in requirements}
+
+
+def test_the_lowest_versions_are_the_bounds_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    parts = [
+        re.search(pattern, text, re.S | re.M)
+        for pattern in (r"^dependencies = .*?^\]", r"^ray = .*?$", r"^test = .*?$")
+    ]
+    bounds = {
+        (requirement := Requirement(entry)).name: next(s.version for s in requirement.specifier if s.operator == ">=")
+        for part in parts
+        for entry in re.findall(r'"([\w-]+>=[^"]+)"', part[0])
+    }
+    lowest = {
+        name: str(requirement.specifier).removeprefix("==")
+        for name, requirement in pins("constraints-lowest.txt").items()
+    }
+    assert bounds.keys() == lowest.keys() and len(bounds) > 30
+    del bounds["torch"]  # no older release of it was run
+    assert all(f"{lowest[name]}.".startswith(f"{bound}.") for name, bound in bounds.items())
+
+
+def test_python_3_10_is_asked_for_no_version_that_needs_a_newer_one():
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    compared = 0
+    for name, requirement in pins("constraints.txt").items():
+        if requirement.marker and not requirement.marker.evaluate({"python_version": oldest}):
+            continue
+        try:
+            installed = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # of the documentation
+        if requirement.specifier.contains(installed.version, prereleases=True):
+            compared += 1
+            assert SpecifierSet(installed.metadata["Requires-Python"] or "").contains(f"{oldest}.13"), name
+    if not compared:
+        pytest.skip("the versions of constraints.txt are not installed")
