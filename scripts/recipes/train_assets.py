@@ -42,17 +42,24 @@ from microcinema.config.compose import compose, load
 from microcinema.data.clips import ClipDataset
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.models.vae import encode_pixels
+from microcinema.models.video_unet import set_trainable
+from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier, classifier_loss, encode_labels
-from microcinema.sprites.dataset import CSV_FILE, write_dataset
+from microcinema.sprites.dataset import CSV_FILE, read_truth, write_dataset
+from microcinema.training.build import build_networks, build_pipeline
+from microcinema.training.loss import make_loss_config
+from microcinema.training.warm_start import warm_start
 from microcinema.utils.files import atomic_path, write_json
+from scripts.recipes.match_features import matching_loss
 
 NUM_FRAMES = 16
 MAX_TOKENS = 32
 ROOT = Path(__file__).parents[2]
 VIDEO_MODELS = ("sprites-microcinema", "sprites-factorized-dreamer")
 ONCE = "sprites-microcinema-once"  # whose 2D layers the others have; it stays in the work folder
+START = "sprites-microcinema-start"  # of the authors' network; it stays there as well
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -69,6 +76,7 @@ class Recipe:
             "unet",
             "classifier",
             "microcinema_once",
+            "microcinema_start",
             "microcinema",
             "t5",
             "factorized_dreamer",
@@ -84,6 +92,7 @@ class Recipe:
     vae_steps: int = 5500
     unet_steps: int = 12000
     classifier_steps: int = 1000
+    microcinema_start_steps: int = 2000
     snapshot_steps: int = 250
 
 
@@ -98,6 +107,7 @@ def fit(
     steps: int,
     learning_rate: float,
     ema_decay: float = 0.998,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> None:
     """Trains `model` in place with AdamW, warm-up and cosine decay, and leaves the averaged weights in it.
 
@@ -107,7 +117,7 @@ def fit(
     Every step's randomness follows from (seed, step) alone, so an interrupted stage resumes exactly.
     """
     snapshot = Path(recipe.work) / f"{stage}.pt"
-    model.to(DEVICE).train().to(memory_format=torch.channels_last)
+    model.to(DEVICE).train().to(memory_format=memory_format)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(100, steps // 10 + 1)
@@ -565,6 +575,37 @@ def keyframe_position(model: int) -> str | int:
     return compose("train", [f"experiment={name}"]).model.keyframe_position
 
 
+def train_start(recipe: Recipe, pool: Pool, folder: Path) -> None:
+    """The authors' network with the features of the model that runs once per clip, at high noise, where what moves is decided."""
+    torch.manual_seed(recipe.seed)
+    base, work = Path(recipe.assets) / "sprites-base", Path(recipe.work)
+    data = make_data(recipe, recipe.microcinema_rotation_weight)
+    overrides = [f"base.pretrained_model_name_or_path={base}", f"data.root={data}", "experiment=sprites_microcinema"]
+    config = compose("train", [*overrides, "timestep_logit_normal=[1.5, 1.7]"])
+    teacher, loaded = load_pipeline(work / ONCE).to(DEVICE), load_base(str(base))
+    networks = build_networks(config, loaded)
+    warm_start(networks["unet"], str(work / ONCE))
+    components = {"vae": loaded.vae, "text_encoder": loaded.text_encoder, "tokenizer": loaded.tokenizer}
+    student = build_pipeline(config, loaded.scheduler, **components, **networks).to(DEVICE)
+    set_trainable(student.unet, config.trainable_parameters, config.trainable_unet_layers)
+    latents, loss_config = encode_clips(data, base), make_loss_config(student, config)
+    captions = [scene.combined_caption(sprite) for _, sprite, *_ in read_truth(data)]
+    text = torch.cat([student.encode_text(captions[k : k + 100]) for k in range(0, len(captions), 100)])
+    null_text = student.encode_text([""])
+
+    def loss_of(
+        rng: np.random.Generator, generator: torch.Generator, done: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        clip, noise = rng.integers(len(latents), size=8), rng.integers(2**31, size=8).tolist()
+        batch = latents[clip].float().to(DEVICE), text[clip]
+        return matching_loss(student, teacher, loss_config, *batch, null_text, noise)
+
+    # In channels_last PyTorch 2.13 crashes on a CPU, in the backward of the GroupNorm over frames.
+    settings = {"memory_format": torch.contiguous_format}
+    fit("microcinema_start", student.unet, loss_of, recipe, recipe.microcinema_start_steps, 8e-4, **settings)
+    save_pipeline(student, folder)
+
+
 def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     """A video model, by the ordinary trainer on an ordinary data set: files on disk, latents encoded once."""
     base, output = Path(recipe.assets) / "sprites-base", Path(recipe.work) / folder.name
@@ -590,7 +631,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
         "resume_from_checkpoint=latest",
     ]
     if folder.name == VIDEO_MODELS[0]:
-        overrides += [f"init_weights_from={Path(recipe.work) / ONCE}"]
+        overrides += [f"init_weights_from={Path(recipe.work) / START}"]
     if folder.name == VIDEO_MODELS[1]:
         overrides += [f"init_weights_from={folder.parent / VIDEO_MODELS[0]}"]
         overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
@@ -672,6 +713,7 @@ def main() -> None:
         "vae": (train_vae, base, "vae"),
         "unet": (train_unet, base, "model_index.json"),
         "microcinema_once": (train_video, work / ONCE, "model_index.json"),
+        "microcinema_start": (train_start, work / START, "model_index.json"),
         "microcinema": (train_video, assets / VIDEO_MODELS[0], "model_index.json"),
         "t5": (train_t5, assets / "sprites-t5", "config.json"),
         "factorized_dreamer": (train_video, assets / VIDEO_MODELS[1], "model_index.json"),

@@ -1,5 +1,6 @@
 """The recipe of the embedded models, with next to no data and steps: every stage writes what the next one reads, and is skipped once done."""
 
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,6 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from benchmarks.motion_following import started_earlier
+from microcinema.pipelines.loading import resolve_model_path
+from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites import scene
 from microcinema.sprites.judge import SpriteJudge
 from scripts.recipes import train_assets
@@ -70,6 +73,20 @@ def test_an_object_drawn_as_at_the_start_costs_even_a_perfect_centre_frame_model
         names, _ = judge(clips)
         right.append(np.mean([name["shape"] == sprite.shape for name, sprite in zip(names, turning, strict=True)]))
     assert len(turning) > 5 and right[0] == 1 and right[1] < 0.9
+
+
+def test_the_authors_network_starts_from_the_features_of_the_one_that_runs_once(tmp_path):
+    shutil.copytree(resolve_model_path("sprites-microcinema"), tmp_path / train_assets.ONCE)
+    assets = Path(resolve_model_path("sprites-base")).parent
+    recipe = train_assets.Recipe(str(tmp_path), str(assets), train_clips=2, microcinema_start_steps=2)
+    train_assets.train_start(recipe, None, tmp_path / train_assets.START)
+    start, once = (load_pipeline(tmp_path / name) for name in (train_assets.START, train_assets.ONCE))
+    assert start.unet.options.appearance.network == "appear_net" and start.keyframe_position == "center"
+    assert start.unet.injections["0"].to_sum.weight.abs().max() > 0
+    kept, trained = "down_blocks.0.resnets.0.conv1.weight", "up_blocks.1.resnets.0.conv1.weight"
+    assert torch.equal(start.unet.get_parameter(kept), once.unet.get_parameter(kept))
+    assert not torch.equal(start.unet.get_parameter(trained), once.unet.get_parameter(trained))
+    assert "features" in (tmp_path / "microcinema_start.log").read_text()
 
 
 def test_the_card_tells_what_was_measured_of_both_video_models():
