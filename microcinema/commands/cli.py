@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -171,6 +172,8 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         # Otherwise transformers warns of each image processor that it would rather have torchvision for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # A tracker that cannot write fails in its own thread first, and then in the main one, which tells it.
+        threading.excepthook = _thread_failed
         command.check(config)
         composed = True
         name = "dry_run" if options.dry_run else file_of(options.command)
@@ -183,6 +186,11 @@ def _run(options: argparse.Namespace) -> int:
             raise
         _report(fault, options.traceback, same_everywhere=not composed)
         return 2
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _report(error: UserError | str, with_traceback: bool, same_everywhere: bool) -> None:

@@ -224,9 +224,7 @@ def needs(
     config: Train, folder: str, device: torch.device, check: Callable[[ImageToVideoPipeline], None] = lambda _: None
 ) -> Iterator[Finding]:
     """Free disk and memory against what the run and sampling from its model need; of the base only `folder` with its settings is read.
-
-    `check` may refuse the pipeline of the run, whose weights have no data.
-    """
+    `check` may refuse the pipeline of the run."""
     config = replace(config, base=replace(config.base, pretrained_model_name_or_path=folder, revision=None))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sample = compose("sample")

@@ -21,11 +21,7 @@ T = TypeVar("T")
 def make_accelerator(config: Train, **arguments: Any) -> Accelerator:
     """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides.
 
-    Args:
-        arguments: further ones of `Accelerator`.
-
-    Raises:
-        UserError: what accelerate takes from its environment or config file cannot be, or contradicts the config of the run.
+    `arguments` are further ones of `Accelerator`. What its environment sets that cannot be or contradicts the run is a UserError.
     """
     try:
         accelerator = Accelerator(

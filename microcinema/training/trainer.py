@@ -251,7 +251,11 @@ class Trainer:
         return tqdm(total=total, initial=self.progress.step, desc="training", unit="step", disable=hidden)
 
     def _log(self, metrics: dict[str, float]) -> None:
-        self.accelerator.log(metrics, step=self.progress.step)
+        try:
+            self.accelerator.log(metrics, step=self.progress.step)
+        except OSError as error:
+            fault = f"cannot write to '{self.output_dir}' ({error.strerror})"
+            raise UserError(f"{fault}; make room, and resume from the last checkpoint") from error
         if self.on_metrics is not None:
             self.on_metrics(metrics)
 

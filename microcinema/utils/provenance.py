@@ -55,17 +55,9 @@ def _commit() -> str | None:
     # A checkout of this package, not some other repository that it happens to be installed under.
     if not (root / ".git").exists():
         return None
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-        "--exclude=*",
-    ]
+    # Without git's own lock, which a killed run would leave behind.
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "-C", str(root), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -409,6 +410,25 @@ def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
 
 
 # Bad input
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the command silences it
+@pytest.mark.parametrize("then", ["nothing", "a file"])
+def test_a_folder_that_vanishes_in_mid_run_is_told_as_a_failed_checkpoint_is(tmp_path, then):
+    run = tmp_path / "run"
+
+    def vanish(index):
+        if (run / "logs/microcinema").is_dir():
+            shutil.rmtree(run)
+            if then == "a file":
+                run.write_text("")
+
+    clips = LatentClips(on_read=vanish)
+    with pytest.raises(
+        UserError, match=f"cannot write to '{run}' \\((No such file or|Not a) directory.*resume from the last"
+    ) as error:
+        train(pipeline(tmp_path), clips, run, max_train_steps=100, report_to="tensorboard", checkpointing_steps=100)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_that_is_refused_removes_nothing(tmp_path, capsys):
