@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _INDEXED_FORMATS = ("mov,mp4", "matroska")  # beginnings of FFmpeg's names
 _INDEXED_CODECS = ("av1", "h264", "hevc")
-_SIMPLE_PIXELS = ("yuv420p", "yuvj420p")
-_CONFIRMED = 2  # frames that confirm the packets: two tell frames from fields
 
 PathLike = str | os.PathLike[str]
 Size = tuple[int, int]  # height, width
@@ -145,7 +143,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     packets: list[_Stamps] = []
     shown: list[_Stamps] = []
     parameters: list[bytes] = []
-    num_corrupt, first = 0, None
+    looks_damaged, first = False, None
     with open_video(path) as (container, stream):
         codec, container_format = stream.codec_context.codec.canonical_name, container.format.name
         by_decoding = by_decoding or codec not in _INDEXED_CODECS or not container_format.startswith(_INDEXED_FORMATS)
@@ -154,8 +152,8 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
                 packets.append((packet.pts, packet.dts, packet.duration or 0))
                 if packet.is_keyframe and not by_decoding:
                     parameters.append(_parameters(packet, codec))
-            num_corrupt += first is not None and packet.is_corrupt
-            if by_decoding or len(shown) < _CONFIRMED:
+            looks_damaged = looks_damaged or (first is not None and packet.is_corrupt)
+            if by_decoding or len(shown) < 2:  # two frames confirm the packets: they tell frames from fields
                 for frame in decode(packet, first is not None):
                     first = first or frame
                     check_frame(path, frame, (first.height, first.width))
@@ -164,15 +162,14 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
         entries = stream.index_entries  # as the header promises; a truncated file ends before its last entry
         if len(entries) and entries[-1].pos + entries[-1].size > container.size:
             raise damaged(path, "its header promises more frames")
-        if not packets:
-            raise UserError(f"video file '{path}' holds no frames; replace it or take it off the list")
-        # Recordings that were joined have a packet that looks incomplete where time starts again.
-        if first is None or num_corrupt > (np.diff(np.array(packets, dtype=float)[:, 1]) < 0).sum():
-            raise damaged(path, "no frame can be decoded" if first is None else "a packet is incomplete")
+        if first is None:
+            raise UserError(f"video file '{path}' holds no frames that decode; replace it or take it off the list")
         rate, time_base = float(stream.average_rate or stream.guessed_rate or 0), float(stream.time_base or 0)
         stored, turn = (first.height, first.width), _turn(path, first)
         square = first.height, max(1, round(first.width * (stream.sample_aspect_ratio or 1)))
         is_simple = stored == square and turn == (False, 1, 1) and len(container.streams.video) == 1
+    if looks_damaged:
+        _check_soundness(path)
     stamps = None
     if not by_decoding:
         stamps = sorted(packet[0] for packet in packets if packet[0] is not None)
@@ -185,9 +182,18 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     fps = rate if abs(rate - mean_rate) < 0.02 * mean_rate else mean_rate  # stamps may be rounded
     info = VideoInfo(len(times), fps, *(square if turn[0] else square[::-1]), end)
     is_simple &= stamps is not None and not first.interlaced_frame
-    is_simple &= first.format.name in _SIMPLE_PIXELS and stored[0] % 2 == stored[1] % 2 == 0
+    is_simple &= first.format.name in ("yuv420p", "yuvj420p") and stored[0] % 2 == stored[1] % 2 == 0
     can_seek = len(parameters) < len(packets)  # if all are key frames, the marks may be missing
     return VideoIndex(info, times, stored, square, turn, stamps, can_seek, is_simple)
+
+
+def _check_soundness(path: Source) -> None:
+    """Refuses errors that the decoder conceals. Recordings that were joined have none, only packets that look incomplete."""
+    with open_video(path) as (container, stream):
+        stream.codec_context.options = {"err_detect": "explode"}
+        started = False
+        for packet in container.demux(stream):
+            started = bool(decode(packet, started)) or started
 
 
 def _parameters(packet: "av.Packet[Any]", codec: str) -> bytes:

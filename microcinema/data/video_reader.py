@@ -5,16 +5,13 @@ colors with swscale's plain 8-bit path and so give the same bytes (tests/data/te
 """
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from microcinema.data import video_index
 from microcinema.data.video_index import Size, Source, TarMember, VideoIndex, VideoInfo, read_index
 from microcinema.utils.errors import UserError, check_choice
-
-if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
 
 DECODERS = ("pyav", "decord")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -70,8 +67,8 @@ def _select_frames(
     return nearest_frames(times, moment + np.arange(num_frames) / fps)
 
 
-def _to_array(frame: "VideoFrame", index: VideoIndex, convert: Any, size: Size | None = None) -> np.ndarray:
-    """RGB as displayed, (h, w, 3), of the video's size or another; `convert` is a VideoReformatter."""
+def _to_array(frame: Any, index: VideoIndex, convert: Any, size: Size | None = None) -> np.ndarray:
+    """RGB as displayed, (h, w, 3), of the video's size or another; from a VideoFrame, by a VideoReformatter."""
     transposed, rows, columns = index.turn
     height, width = index.square if size is None else size[::-1] if transposed else size
     scaling: dict[str, Any] = {"threads": 1}

@@ -215,6 +215,9 @@ def table() -> dict[str, Maker]:
     for codec, suffix in (("libx264", ".h264"), ("libx264", ".ts"), ("mpeg2video", ".mpg"), ("mpeg2video", ".ts")):
         make = partial(two, suffix=suffix, codec=codec, joined=True, **B_FRAMES[codec])
         makers[f"joined {codec} {suffix}"] = make
+    for codec in ("libx264", "libx265", "mpeg2video", "mpeg4"):  # of a stream that was stored in parts
+        make = partial(two, suffix=".ts", codec=codec, joined=True, starts=(0, 20), **B_FRAMES[codec])
+        makers[f"segments {codec} .ts"] = make
     for suffix in (".ivf", ".mkv", ".webm"):
         makers[f"hidden libvpx {suffix}"] = partial(hidden, suffix=suffix)
     hiding = {"auto-alt-ref": 1, "lag-in-frames": 16, "b": "100k", "deadline": "good"}
@@ -252,6 +255,7 @@ def table() -> dict[str, Maker]:
 TABLE = table()
 SAMPLE = (
     "B-frames variable libx264 .avi",
+    "variable libx264 .avi",
     "variable mpeg4 .avi",
     "B-frames libx264 .ts",
     "B-frames mpeg2video .ts",
@@ -270,6 +274,7 @@ SAMPLE = (
     "larger libvpx .webm",
     "larger libx264 .mp4",
     "joined libx264 .ts",
+    "segments mpeg2video .ts",
     "hidden libvpx .webm",
     "live .mkv",
     "fragments .mp4",
@@ -439,6 +444,35 @@ def test_transparent_frames_are_shown_over_white(tmp_path, codec, suffix, pixels
     np.testing.assert_array_equal(clip[30:, 60:], 255)
     np.testing.assert_array_equal(clip[:20], shown[:20])
     assert np.abs(shown[30:, 60:].astype(int) - (255, 0, 0)).max() < 10  # there were hidden colors
+
+
+RED = [  # ITU-T H.273: matrix, range (1: 16 to 235, 2: full), and red in it
+    (1, 1, (63, 102, 240)),
+    (1, 2, (54, 99, 255)),
+    (5, 1, (81, 90, 240)),
+    (5, 2, (76, 85, 255)),
+    (9, 1, (74, 97, 240)),
+    (2, 0, (81, 90, 240)),  # untagged: BT.601
+]
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv420p10le"])
+@pytest.mark.parametrize(("matrix", "value_range", "red"), RED)
+def test_colors_are_those_of_their_matrix_and_range(tmp_path, matrix, value_range, red, pixels):
+    path, depth = tmp_path / "a.mp4", 10 if pixels.endswith("10le") else 8
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, value_range
+        frame = av.VideoFrame(32, 32, pixels)
+        for plane, level in zip(frame.planes, red, strict=True):
+            levels = np.full(plane.buffer_size * 8 // (8 if depth == 8 else 16), level << (depth - 8))
+            plane.update(levels.astype(np.uint8 if depth == 8 else np.uint16).tobytes())
+        frame.colorspace, frame.color_range = matrix, value_range
+        file.mux([*stream.encode(frame), *stream.encode()])
+    for decoder in video_reader.DECODERS:
+        clip = video_reader.read_clip(path, 1, decoder=decoder)
+        np.testing.assert_allclose(clip.astype(int), np.broadcast_to((255, 0, 0), clip.shape), atol=4)
 
 
 @pytest.mark.parametrize("suffix", [".avi", ".mkv", ".ts"])
