@@ -19,6 +19,9 @@ from microcinema.utils.errors import UserError
 if TYPE_CHECKING:
     import av
 
+_FORMATS = (
+    "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,vc1,yuv4mpegpipe"
+)
 _INDEXED_FORMATS = ("mov,mp4", "matroska")  # beginnings of FFmpeg's names
 _INDEXED_CODECS = ("av1", "h264", "hevc")
 
@@ -69,7 +72,6 @@ class VideoIndex:
         square: the same with square pixels, before it is turned.
         turn: how frames are turned: whether they are transposed, then the steps, 1 or -1, in which rows and columns are taken.
         stamps: time stamps by which frames are recognized; None: they are counted from the beginning of the file.
-        can_seek: whether decoding can begin at key frames.
         is_simple: progressive 4:2:0 of 8 bits and even size, stored as displayed, in the only video stream of a file with stamps.
     """
 
@@ -79,15 +81,14 @@ class VideoIndex:
     square: Size
     turn: tuple[bool, int, int]
     stamps: list[int] | None
-    can_seek: bool
     is_simple: bool
 
 
 def url(path: Source) -> str:
     """The name under which FFmpeg opens a file."""
     if isinstance(path, TarMember):
-        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:{path.archive}"
-    return str(path)
+        return f"subfile,,start,{path.offset},end,{path.offset + path.size},,:file:{path.archive}"
+    return f"file:{path}"  # a name may have a colon
 
 
 def damaged(path: Source, reason: Any) -> UserError:
@@ -98,7 +99,7 @@ def damaged(path: Source, reason: Any) -> UserError:
 
 @contextmanager
 def open_video(path: Source) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
-    """Opens the video stream that players show; any error of FFmpeg, here or in the body, becomes a UserError that names the file."""
+    """Opens the video stream that players show, of formats that hold it themselves; any error of FFmpeg becomes a UserError that names the file."""
     import av
     from av.stream import Disposition
 
@@ -108,7 +109,7 @@ def open_video(path: Source) -> Iterator[tuple["av.container.InputContainer", "a
     if (path.size if isinstance(path, TarMember) else file.stat().st_size) == 0:
         raise UserError(f"video file '{path}' is empty (0 bytes); fetch or write it again")
     try:
-        with av.open(url(path), metadata_errors="ignore") as container:
+        with av.open(url(path), options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
             stream: Any = container.streams.best("video")
             if stream is None or stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails):
                 raise UserError(f"file '{path}' has no video stream; give a video file")
@@ -142,7 +143,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     """
     packets: list[_Stamps] = []
     shown: list[_Stamps] = []
-    parameters: list[bytes] = []
+    parameters: set[bytes] = set()
     looks_damaged, first = False, None
     with open_video(path) as (container, stream):
         codec, container_format = stream.codec_context.codec.canonical_name, container.format.name
@@ -151,7 +152,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
             if packet.size and not packet.is_discard:  # by an edit list
                 packets.append((packet.pts, packet.dts, packet.duration or 0))
                 if packet.is_keyframe and not by_decoding:
-                    parameters.append(_parameters(packet, codec))
+                    parameters.add(_parameters(packet, codec))
             looks_damaged = looks_damaged or (first is not None and packet.is_corrupt)
             if by_decoding or len(shown) < 2:  # two frames confirm the packets: they tell frames from fields
                 for frame in decode(packet, first is not None):
@@ -173,8 +174,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     stamps = None
     if not by_decoding:
         stamps = sorted(packet[0] for packet in packets if packet[0] is not None)
-        confirmed = len(set(stamps)) == len(packets) and stamps[: len(shown)] == [frame[0] for frame in shown]
-        if not confirmed or len(set(parameters)) > 1:
+        if len(parameters) > 1 or len(set(stamps)) < len(packets) or stamps[: len(shown)] != [s[0] for s in shown]:
             return read_index(path, by_decoding=True)
         shown = sorted(packets)
     times, end = _times(path, shown, rate, time_base)
@@ -183,8 +183,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     info = VideoInfo(len(times), fps, *(square if turn[0] else square[::-1]), end)
     is_simple &= stamps is not None and not first.interlaced_frame
     is_simple &= first.format.name in ("yuv420p", "yuvj420p") and stored[0] % 2 == stored[1] % 2 == 0
-    can_seek = len(parameters) < len(packets)  # if all are key frames, the marks may be missing
-    return VideoIndex(info, times, stored, square, turn, stamps, can_seek, is_simple)
+    return VideoIndex(info, times, stored, square, turn, stamps, is_simple)
 
 
 def _check_soundness(path: Source) -> None:

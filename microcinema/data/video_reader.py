@@ -109,8 +109,8 @@ def _decode_from(origin: int | None, path: Source, index: VideoIndex, indices: n
 
 def _decode_pyav(path: Source, index: VideoIndex, indices: np.ndarray, size: Size | None = None) -> np.ndarray:
     """The frames with these indices, scaled to a displayed size if given; frames between them have to be sound as well."""
-    if index.stamps is not None and index.can_seek and indices.min() > 0:
-        with contextlib.suppress(UserError):  # key frames may need frames before them, seek tables be wrong
+    if index.stamps is not None and indices.min() > 0:
+        with contextlib.suppress(UserError):  # key frames may need frames before them, or be marked wrongly
             return _decode_from(index.stamps[int(indices.min())], path, index, indices, size)
     return _decode_from(None, path, index, indices, size)
 

@@ -377,12 +377,22 @@ def unknown_codec(folder: Path) -> Path:
     return path
 
 
+def list_of_files(folder: Path) -> Path:
+    """What FFmpeg reads as the videos that it names."""
+    path = folder / "a.mp4"
+    path.write_text(f"ffconcat version 1.0\nfile {write(folder / 'b.mp4').name}\n")
+    with av.open(str(path)) as container:
+        assert container.format.name == "concat"
+    return path
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "turned by 45 degrees": (
         lambda folder: write(folder / "a.mp4", rotation=(45, False, False)),
         "another than a right angle; convert it",
     ),
     "transparent WebM": (webm_with_transparency, "has transparency that cannot be decoded; convert it to mp4"),
+    "list of files": (list_of_files, "damaged, truncated or not a video"),
     "unknown codec": (unknown_codec, "FFmpeg has no decoder for it"),
     "sound with a cover": (lambda folder: with_cover(folder, ".mp4", video=False).path, "has no video stream"),
 }
@@ -424,6 +434,17 @@ def test_a_truncated_file_is_read_to_its_end_or_refused_by_all(tmp_path, codec, 
     for decoder in video_reader.DECODERS:
         np.testing.assert_array_equal(video_reader.read_clip(path, info.num_frames, decoder=decoder), whole)
     assert READERS["survey"](path)[0] == info
+
+
+def test_a_transport_stream_that_lost_a_packet_is_refused_by_all(tmp_path):
+    """The decoder conceals it, and joined recordings look the same to the demuxer."""
+    path = write(tmp_path / "a.ts", "libx265")
+    packets = [path.read_bytes()[at : at + 188] for at in range(0, path.stat().st_size, 188)]
+    # ISO 13818-1, 2.4.3.2: of program 256, neither the first packet of a picture nor its padded last one.
+    del packets[max(k for k, packet in enumerate(packets) if packet[1:3] == b"\1\0" and packet[3] & 0x30 == 0x10)]
+    path.write_bytes(b"".join(packets))
+    assert len(decode(File(path))) == 40
+    assert len(refusals(path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -487,6 +508,15 @@ def test_videos_in_shards_are_read_as_files(tmp_path, suffix):
     source = TarMember(str(tmp_path / "shard.tar"), f"it{suffix}", member.offset_data, member.size)
     assert video_reader.probe(source) == video_reader.probe(path)
     np.testing.assert_array_equal(video_reader.read_clip(source, 9, 12.5), video_reader.read_clip(path, 9, 12.5))
+
+
+@pytest.mark.parametrize("decoder", video_reader.DECODERS)
+@pytest.mark.parametrize("name", ["12:30 it.mp4", "http:it.mp4", "it%03d,#?&.mp4", "-it.mp4"])
+def test_names_are_no_protocols_and_patterns(tmp_path, monkeypatch, name, decoder):
+    """FFmpeg takes what stands before a colon for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(write(tmp_path / "plain.mp4").read_bytes())
+    assert [number_of(frame) for frame in video_reader.read_clip(name, 3, decoder=decoder)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["aspect 2 libx264 .ts", "turn (90, True, False) libx264 .mp4", "variable mpeg4 .avi"])
