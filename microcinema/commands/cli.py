@@ -16,7 +16,7 @@ from typing import Any
 
 from microcinema import __version__
 from microcinema.config.help import config_folder, describe_keys, file_of
-from microcinema.utils.errors import UserError, disk_fault
+from microcinema.utils.errors import OneLineError, UserError, disk_fault
 from microcinema.utils.files import lock_folder
 
 
@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
         with lock_folder(folder) if folder and os.environ.get("RANK", "0") == "0" else nullcontext():
             return importlib.import_module(f"microcinema.commands.{name}").run(config) or 0  # imports torch
     except Exception as error:
-        fault = error if isinstance(error, UserError) else disk_fault(error, folder)
+        fault = error if isinstance(error, OneLineError) else disk_fault(error, folder)
         if fault is None:
             raise
         _report(fault, options.traceback, same_everywhere=not composed)
@@ -193,7 +193,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _report(error: UserError | str, with_traceback: bool, same_everywhere: bool) -> None:
+def _report(error: OneLineError | str, with_traceback: bool, same_everywhere: bool) -> None:
     """Prints an error in one line, once for all processes of a run.
 
     Every process finds the same fault in a config. Later on, one that is not the main process waits: when that one has failed as

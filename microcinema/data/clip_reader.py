@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from microcinema.config.instantiate import convert
 from microcinema.config.types import ClipPosition, Decoder, Resolution
 from microcinema.data import video_reader
-from microcinema.data.decoder_process import DecoderProcess
+from microcinema.data.decoder_process import DecoderProcess, decode
 from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError, check_choice
 
@@ -104,7 +104,7 @@ class ClipReader:
     def _call(self, function: str, *arguments: Any, **keywords: Any) -> Any:
         if self.decoder_process is not None:
             return self.decoder_process(function, *arguments, **keywords)
-        return getattr(video_reader, function)(*arguments, **keywords)
+        return decode(function, *arguments, **keywords)
 
 
 def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

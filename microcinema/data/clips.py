@@ -16,7 +16,7 @@ from microcinema.data.metadata import read_rows
 from microcinema.data.ordering import Ordering
 from microcinema.data.source import ClipSource, spread
 from microcinema.data.watermark import Watermark
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import MachineError, UserError
 from microcinema.utils.hashing import hash_array, hash_json
 
 LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
@@ -140,6 +140,10 @@ class ClipDataset(ClipSource):
     def id(self, index: int) -> str:
         return self.rows[index]["id"]
 
+    def key(self, index: int) -> str:
+        row = self.rows[index]
+        return row["file"] or row["id"]
+
     def captions(self, index: int) -> dict[str, str]:
         row = self.rows[index]
         return {name: row[name] for name in _TEXTS}
@@ -153,14 +157,14 @@ class ClipDataset(ClipSource):
         return self._file(self.rows[index])
 
     def fingerprint(self) -> dict[str, Any]:
-        """The transform, hashes of the list with its buckets and watermarks, and, if the files are here, of the sizes of up to 1000 of them."""
+        """The transform, hashes of the list with its buckets and watermarks, and, if the files are here, the sizes of up to 1000 of them."""
         arrays = (self._has_watermark, self.buckets and self.buckets.assignment)
         content = [self.rows.digest(), *(None if array is None else hash_array(array) for array in arrays)]
         shapes = self.buckets.shapes if self.buckets else None
         fingerprint = {**self.reader.transform, "buckets": shapes, "list": hash_json(content)}
         if self.root is not None:
-            paths = [self._find(self.rows[index]) for index in spread(len(self), _MAX_FILE_SIZES)]
-            fingerprint["files"] = hash_json([None if path is None else path.stat().st_size for path in paths])
+            paths = {index: self._find(self.rows[index]) for index in spread(len(self), _MAX_FILE_SIZES)}
+            fingerprint["files"] = {index: path.stat().st_size for index, path in paths.items() if path is not None}
         return fingerprint
 
     def _file(self, row: dict[str, str]) -> Path:
@@ -168,6 +172,12 @@ class ClipDataset(ClipSource):
             raise UserError("the data set has no root; set data.root to the folder of the videos")
         path = self._find(row)
         if path is None:
+            try:
+                empty = not next(os.scandir(self.root), None)
+            except OSError:
+                empty = True
+            if empty:
+                raise MachineError(f"root '{self.root}' is gone or empty; mount its disk, and run the command again")
             paths = ", ".join(str(path) for path in self._candidates(row))
             raise UserError(f"video '{row['id']}' is missing; tried {paths}; fetch it or take it off the list")
         return path

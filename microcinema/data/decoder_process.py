@@ -11,13 +11,40 @@ import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 from microcinema.data import video_reader
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import MachineError, OneLineError, UserError
 
 _STARTUP = 120.0  # seconds until the child must have started, on the busiest machine
 _GRACE = 5.0  # seconds after the timeout in which a child without a parent ends itself
+
+
+def decode(function: str, source: video_reader.Source, *arguments: Any, **keywords: Any) -> Any:
+    """`video_reader.<function>(source, *arguments, **keywords)`.
+
+    Raises:
+        UserError: any error of a decoder, of which this file is the cause.
+        MachineError: a package is missing, or the bytes of the file cannot be read.
+    """
+    what = f"'{source}' cannot be read, through no fault of its own"
+    try:
+        return getattr(video_reader, function)(source, *arguments, **keywords)
+    except ImportError as error:
+        raise MachineError(f"{what} ({error}); install the package, and run the command again") from error
+    except Exception as error:
+        try:
+            with contextlib.suppress(PermissionError):
+                if isinstance(source, video_reader.TarMember):
+                    source.read()
+                elif os.path.isfile(source):
+                    Path(source).read_bytes()
+        except OSError as fault:
+            raise MachineError(f"{what} ({fault}); mend the disk, and run the command again") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"video file '{source}' cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 class DecoderProcess:
@@ -25,6 +52,7 @@ class DecoderProcess:
 
     Raises:
         UserError: the timeout is not positive; from a call, the error of the function, a timeout, or a crash of the decoder.
+        MachineError: from a call, as `decode`.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -40,7 +68,7 @@ class DecoderProcess:
         self._start()
         try:
             self._connection.send((self.timeout, function, (source, *arguments), keywords))
-            succeeded, answer = self._receive(self.timeout)
+            fault, answer = self._receive(self.timeout)
         except TimeoutError:
             self.close()
             fault = f"video file '{source}' took more than {self.timeout:g} s to decode, and its decoder was killed"
@@ -48,8 +76,8 @@ class DecoderProcess:
         except (EOFError, OSError):
             fault = f"video file '{source}' crashed its decoder ({self._exit_status()})"
             raise UserError(f"{fault}; take it off the list, or try the other decoder") from None
-        if not succeeded:
-            raise UserError(answer)
+        if fault is not None:
+            raise fault(answer)
         return answer
 
     def close(self) -> None:
@@ -114,11 +142,10 @@ def serve(descriptor: int) -> None:
             timeout, function, arguments, keywords = connection.recv()
             # If the parent has died, nobody kills a child that hangs, except the alarm's default action.
             signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
+            answer: tuple[type[OneLineError] | None, Any]
             try:
-                answer = True, getattr(video_reader, function)(*arguments, **keywords)
-            except UserError as error:
-                answer = False, str(error)
-            except Exception as error:  # any error of a decoder: this file is the cause
-                answer = False, f"video file '{arguments[0]}' cannot be decoded ({type(error).__name__}: {error})"
+                answer = None, decode(function, *arguments, **keywords)
+            except OneLineError as error:
+                answer = type(error), str(error)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(answer)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from webdataset import TarWriter
 
 from microcinema.data.latents import EMPTY, INDEX, LOCATION, QUARANTINE, Layout, read_fingerprint, shard_path
-from microcinema.data.quarantine import ErrorRate, Quarantine
+from microcinema.data.quarantine import ErrorRate, Quarantine, forget_records, read_quarantine
 from microcinema.data.shards import read_members
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
@@ -46,6 +46,7 @@ def create_folder(
             fault = f"'{folder}' holds other latents ({', '.join(changes)})"
             raise UserError(f"{fault}; delete it, or choose another folder")
         sweep(folder)
+        forget_records(folder / QUARANTINE, lambda row: not shard_path(folder, row // layout.clips_per_shard).is_file())
         return
     if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise UserError(f"'{folder}' holds something other than latents; choose a new folder")
@@ -70,6 +71,9 @@ def write_shards(
 ) -> None:
     """Writes this process's share of the shards that are not finished; clips that cannot be read go to quarantine.
 
+    A shard of which no clip can be read is left for the next start, unless all clips may be broken (`max_error_rate=1`); when too many
+    are broken, so are those shards that have more than their share. What a disk did that failed for a while is made good then.
+
     Raises:
         UserError: too many broken clips, tensors that overflow float16, a full disk.
     """
@@ -77,11 +81,24 @@ def write_shards(
     rows = [row for shard in shards for row in layout.rows(shard)]
     row_dataset = _RowDataset(dataset, layout.num_clips, Quarantine(folder / QUARANTINE, clip_retries, rank))
     loader = DataLoader(row_dataset, batch_size=1, sampler=rows, num_workers=num_workers)
-    batches = ErrorRate(max_error_rate).watch(loader, replaced=False)
+    window = min(1000, len(rows))
+    errors = ErrorRate(max_error_rate, folder / QUARANTINE if rank == 0 else None, window)
+    batches = errors.watch(loader, replaced=False)
+    doubtful: list[Path] = []
     with tqdm(total=len(rows), desc="encoding", unit="clip", disable=None if rank == 0 else True) as bar:
         for shard in shards:
-            _write_shard(folder, shard, layout, batches, encode)
-            bar.update(len(layout.rows(shard)))
+            count = len(layout.rows(shard))
+            try:
+                num_broken = _write_shard(folder, shard, layout, batches, encode)
+            except UserError:
+                for path in doubtful if errors.exceeded else ():
+                    path.unlink()
+                raise
+            if num_broken == count and max_error_rate < 1:
+                shard_path(folder, shard).unlink()
+            elif num_broken > max_error_rate * count:
+                doubtful.append(shard_path(folder, shard))
+            bar.update(count)
 
 
 def write_index(folder: Path, layout: Layout) -> int:
@@ -91,6 +108,11 @@ def write_index(folder: Path, layout: Layout) -> int:
         UserError: all rows are broken, a shard is missing, or the index cannot be written.
     """
     if missing := _missing_shards(folder, layout):
+        broken = {record["sample_index"] for record in read_quarantine(folder / QUARANTINE)}
+        if empty := [shard for shard in missing if broken.issuperset(layout.rows(shard))]:
+            state = f"no clip of {len(empty)} of {layout.num_shards} shards could be read, the first is {empty[0]}"
+            advice = "mend the data and run the command again, or accept this with max_error_rate=1"
+            raise UserError(f"{state}; see '{folder / QUARANTINE}', {advice}")
         state = f"{len(missing)} of {layout.num_shards} shards are missing in '{folder}', the first is {missing[0]}"
         raise UserError(f"{state}; let all processes write into one shared folder, and run the command again")
     files = [shard_path(folder, shard).with_suffix(".npy") for shard in range(layout.num_shards)]
@@ -123,8 +145,8 @@ def _missing_shards(folder: Path, layout: Layout, rank: int = 0, num_processes: 
     return [shard for shard in range(rank, layout.num_shards, num_processes) if not shard_path(folder, shard).is_file()]
 
 
-def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dict[str, Any]], encode: Encode) -> None:
-    """Encodes the next batches into a shard, which gets its name when it is complete."""
+def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dict[str, Any]], encode: Encode) -> int:
+    """Encodes the next batches into a shard, which gets its name when it is complete; returns the number of broken clips."""
     rows, path = layout.rows(shard), shard_path(folder, shard)
     positions: list[int] = []
     try:
@@ -144,6 +166,7 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
     except OSError as error:
         advice = "free disk space and continue with the same command"
         raise UserError(f"shard '{path}' cannot be written ({error.strerror or error}); {advice}") from None
+    return len(rows) - len(positions)
 
 
 def _members(batch: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:

@@ -123,7 +123,7 @@ class EncodedClips(ClipWrapper):
             data = os.pread(self._open(shard), tensors_start + int(location["tensors_size"]), start)
             record = json.loads(data[: int(location["json_size"])])
             return {**load(data[tensors_start:]), **record, "index": index}
-        except (OSError, ValueError, SafetensorError) as error:
+        except (ValueError, SafetensorError) as error:
             path = shard_path(self.folder, shard)
             raise UserError(f"clip {row} of '{path}' is damaged ({error}); make the shard again") from None
 

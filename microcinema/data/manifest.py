@@ -15,6 +15,7 @@ SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "file": pa.string(),
+        "key": pa.string(),  # by which training finds the row, see `ClipSource.key`
         "decodable": pa.bool_(),
         "reason": pa.string(),  # why it could not be decoded
         "num_frames": pa.int32(),
@@ -39,7 +40,7 @@ class Manifest:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        columns = ["id", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
+        columns = ["key", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
         try:
             self.table = pyarrow.parquet.read_table(self.path, columns=columns)
         except (OSError, pa.ArrowException) as error:
@@ -49,11 +50,13 @@ class Manifest:
         if missing:
             raise UserError(f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with prepare check")
 
-    def find(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """The manifest's row of each id, -1 where it has none."""
-        manifest_ids = self.table.column("id").cast(pa.large_string()).combine_chunks()
-        rows = pc.index_in(ids.cast(pa.large_string()), value_set=manifest_ids)
-        return pc.fill_null(rows, -1).to_numpy().astype(np.int64)
+    def find(self, keys: pa.ChunkedArray) -> np.ndarray:
+        """The manifest's row of each key, -1 where it has none; a UserError if it has none at all."""
+        manifest_keys = self.table.column("key").cast(pa.large_string()).combine_chunks()
+        rows = pc.fill_null(pc.index_in(keys.cast(pa.large_string()), value_set=manifest_keys), -1)
+        if pc.max(rows).as_py() == -1:
+            raise UserError(f"manifest '{self.path}' names no clip of this data; make one of it with prepare check")
+        return rows.to_numpy().astype(np.int64)
 
     def column(self, name: str) -> np.ndarray:
         """A column; missing numbers are NaN, missing booleans False."""

@@ -175,6 +175,8 @@ def judge(table: pa.Table, config: PrepareCheck) -> pa.Table:
     no_hashes = pa.scalar([0, 0, 0], SCHEMA.field("hashes").type)
     clip_hashes = pc.fill_null(pc.list_flatten(pc.coalesce(table.column("hashes"), no_hashes)), 0)
     first = first_copies(clip_hashes.to_numpy().reshape(-1, 3))
+    keys = table.column("key").combine_chunks()  # several captions of one file are no duplicates
+    first[pc.fill_null(pc.equal(keys, keys.take(pa.array(first, mask=first < 0))), False).to_numpy(False)] = -1
     failed = {**failed_checks(columns, config), "duplicate": first >= 0}
     rejecting = {name: fails for name, fails in failed.items() if name == "broken" or name in config.reject}
     rejected = np.any(list(rejecting.values()), axis=0)

@@ -32,15 +32,18 @@ _TEMPLATE_CLIPS = 256  # clips from which the watermark template is computed
 _TEMPLATE_CHUNK = 16
 _THUMBNAIL_CHUNKS = 50  # chunks with thumbnails
 _THUMBNAILS = 4  # of each verdict in one of these chunks
-# The manifest's columns, those of all clips still empty, and what the report needs.
-_CHUNK_SCHEMA = pa.schema([*SCHEMA, ("index", pa.int64()), ("caption", pa.string()), ("thumbnail", pa.binary())])
+# The manifest's columns, those of all clips still empty, what the report needs, and what tells whether a chunk still holds.
+_CHUNK_SCHEMA = pa.schema(
+    [*SCHEMA, ("index", pa.int64()), ("caption", pa.string()), ("thumbnail", pa.binary()), ("file_state", pa.string())]
+)
 
 
 def check_clips(dataset: ClipSource, indices: np.ndarray, folder: Path, config: PrepareCheck) -> pa.Table:
     """Examines clips and judges them: a table of the manifest's columns, `index`, `caption` and `thumbnail` (JPEG; null for most).
 
     Args:
-        folder: for finished chunks and the watermark template; emptied if it holds those of other clips.
+        folder: for finished chunks and the watermark template; emptied if it holds those of another list. A chunk is examined again if a
+            file of it has another size or time than it had.
         config: limits of the checks; `timeout`, seconds for a clip, after which its decoder is killed; `num_workers`, processes (None: one
             per core); `ray_address`, Ray cluster on which they run (None: this machine).
 
@@ -51,30 +54,39 @@ def check_clips(dataset: ClipSource, indices: np.ndarray, folder: Path, config: 
     _remove_other_chunks(folder, dataset, indices, config.timeout)
     chunks = np.split(indices, range(_CHUNK, len(indices), _CHUNK))
     files = [folder / f"{k:06d}.parquet" for k in range(len(chunks))]
-    missing = [k for k, file in enumerate(files) if not file.is_file()]
     thumbnail_step = -(-len(chunks) // _THUMBNAIL_CHUNKS)
     with _worker_pool(config.num_workers, config.ray_address) as pool:
         template = _watermark_template(pool, folder / "template.npy", dataset, indices, config.timeout)
         work = partial(_check_chunk, config=config, template=template)
-        tasks = ((k, *dataset.subset(chunks[k]), chunks[k], k % thumbnail_step == 0) for k in missing)
-        finished = len(indices) - sum(len(chunks[k]) for k in missing)
-        with tqdm(total=len(indices), initial=finished, desc="checking", unit="clip", disable=None) as bar:
+        tasks = (
+            (k, *dataset.subset(chunk), chunk, k % thumbnail_step == 0, _file_states(files[k]))
+            for k, chunk in enumerate(chunks)
+        )
+        with tqdm(total=len(indices), desc="checking", unit="clip", disable=None) as bar:
             for k, rows in pool.imap_unordered(work, tasks):
-                with atomic_path(files[k]) as temporary:
-                    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_CHUNK_SCHEMA), temporary)
-                bar.update(len(rows))
+                if rows is not None:
+                    with atomic_path(files[k]) as temporary:
+                        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_CHUNK_SCHEMA), temporary)
+                bar.update(len(chunks[k]))
     return quality.judge(pa.concat_tables(map(pyarrow.parquet.read_table, files)), config)
 
 
 def _remove_other_chunks(folder: Path, dataset: ClipSource, indices: np.ndarray, timeout: float) -> None:
     """Empties the folder unless its chunks are of the same clips, examined in the same way."""
     fingerprint = {
-        "clips": [len(dataset), dataset.id(0), dataset.id(len(dataset) - 1), len(indices)],
+        "clips": [len(dataset), dataset.fingerprint().get("list"), len(indices)],
         "decoding": {"size": quality.SIZE, "fps": quality.FPS, "timeout": timeout},
     }
     if not matches(folder, fingerprint):
         shutil.rmtree(folder, ignore_errors=True)
     write_or_verify(folder, fingerprint)
+
+
+def _file_states(chunk: Path) -> list[str] | None:
+    """Those that the files had when a chunk was examined; None: it was not."""
+    if not chunk.is_file():
+        return None
+    return pyarrow.parquet.read_table(chunk, columns=["file_state"]).column(0).to_pylist()
 
 
 def _watermark_template(
@@ -106,15 +118,24 @@ def _edges_of_chunk(task: tuple[ClipSource, Any, float]) -> list[np.ndarray]:
 
 
 def _check_chunk(
-    task: tuple[int, ClipSource, Any, np.ndarray, bool], config: PrepareCheck, template: np.ndarray | None
-) -> tuple[int, list[dict[str, Any]]]:
-    """The rows of a chunk, in a worker process. A task is (chunk, data set, indices in it, indices in the whole, thumbnails or not)."""
-    k, dataset, indices, whole_indices, thumbnails = task
+    task: tuple[int, ClipSource, Any, np.ndarray, bool, list[str] | None],
+    config: PrepareCheck,
+    template: np.ndarray | None,
+) -> tuple[int, list[dict[str, Any]] | None]:
+    """The rows of a chunk, in a worker process; None: the earlier ones still hold.
+
+    A task is (chunk, data set, indices in it, indices in the whole, thumbnails or not, earlier states of the files).
+    """
+    k, dataset, indices, whole_indices, thumbnails, earlier_states = task
+    states = [dataset.file_state(index) for index in indices]
+    if states == earlier_states:
+        return k, None
     decoder = DecoderProcess(config.timeout)
     rows: list[dict[str, Any]] = []
     shown: Counter[str] = Counter()
-    for index, whole_index in zip(indices, whole_indices.tolist(), strict=True):
-        row: dict[str, Any] = {"id": dataset.id(index), "index": whole_index}
+    for index, whole_index, state in zip(indices, whole_indices.tolist(), states, strict=True):
+        row: dict[str, Any] = {"id": dataset.id(index), "key": dataset.key(index), "index": whole_index}
+        row["file_state"] = state
         rows.append(row)
         try:
             row["caption"] = dataset.captions(index)["caption"]

@@ -6,16 +6,21 @@ index, so that a resumed run makes the same replacements even if the failure was
 
 import json
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from microcinema.data.source import ClipSource
 from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path
 
 MAX_REPLACEMENTS = 20  # tried for one sample; if all are broken, the data are
+FEW = 4  # broken clips of which the console says nothing, and that stop no run unless its limit is zero
 _FIRST_PAUSE = 0.1  # seconds before the first retry, doubled before each further one
 
 
@@ -54,7 +59,10 @@ class Quarantine:
         raise UserError(f"{fault}; see '{self.folder}', check the data")
 
     def try_read(self, dataset: ClipSource, sample_index: int, index: int) -> dict[str, Any] | None:
-        """`dataset[index]`, or None if it cannot be read or is recorded under this sample index; `reason` then says why."""
+        """`dataset[index]`, or None if it cannot be read or is recorded under this sample index; `reason` then says why.
+
+        Faults of the machine, which are no UserError, pass, and are not recorded.
+        """
         if (sample_index, index) in self._recorded:
             return None
         for retry in range(1 + self.retries):
@@ -71,12 +79,25 @@ class Quarantine:
         record = {"sample_index": sample_index, "index": index, "id": dataset.id(index), "reason": self.reason}
         record |= {"tries": 1 + self.retries, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, (json.dumps(record, ensure_ascii=False) + "\n").encode())
-        finally:
-            os.close(file)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(_line(record))
         self._recorded.add((sample_index, index))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def forget_records(folder: str | os.PathLike[str], forget: Callable[[int], bool]) -> None:
+    """Removes the records of some sample indices, so that their clips are tried again. By one process, before any other writes."""
+    records = read_quarantine(folder)
+    kept = [record for record in records if not forget(record["sample_index"])]
+    if len(kept) < len(records):
+        paths = sorted(Path(folder).glob("rank-*.jsonl"))
+        with atomic_path(paths[0]) as temporary:
+            temporary.write_bytes(b"".join(map(_line, kept)))
+        for path in paths[1:]:
+            path.unlink()
 
 
 def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -94,17 +115,24 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class ErrorRate:
-    """Counts broken clips among those that a process reads, in `total` and among the last `window`, and stops the run if there are too many.
+    """Counts broken clips among those that a process reads, in `total` and among the last `window`; stops the run if there are too many.
 
     Args:
-        max_error_rate: accepted fraction of broken clips.
-        min_clips: clips before which the fraction is not judged.
+        max_error_rate: accepted fraction of broken clips among `window` clips, which holds from the first clip on.
+        quarantine: folder that the console names once there are more than a few, and then at every doubling; None: it stays silent.
+        window: at most all clips that are read.
     """
 
-    def __init__(self, max_error_rate: float, window: int = 1000, min_clips: int = 100) -> None:
-        self.max_error_rate, self.min_clips = max_error_rate, min_clips
-        self.total = 0
+    def __init__(self, max_error_rate: float, quarantine: Path | None = None, window: int = 1000) -> None:
+        self.max_error_rate, self.quarantine = max_error_rate, quarantine
+        self.limit = max(FEW, max_error_rate * window) if max_error_rate else 0
+        self.total, self._told = 0, FEW
         self._recent: deque[bool] = deque(maxlen=window)  # whether each clip was broken
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more clips than the limit are broken."""
+        return sum(self._recent) > self.limit
 
     def watch(self, batches: Iterable[dict[str, Any]], replaced: bool = True) -> Iterator[dict[str, Any]]:
         """The same batches; counts their clips and the `broken` ones, which those replace or, if not `replaced`, are themselves."""
@@ -114,10 +142,15 @@ class ErrorRate:
             yield batch
 
     def count(self, broken: int, sound: int) -> None:
-        """Adds clips; a UserError if more than `max_error_rate` of the recent ones are broken."""
+        """Adds clips; a UserError if more than the limit of the last `window` are broken."""
         self.total += broken
         self._recent.extend([True] * broken + [False] * sound)
-        num_clips, num_broken = len(self._recent), sum(self._recent)
-        if num_clips >= self.min_clips and num_broken > self.max_error_rate * num_clips:
-            share = f"{num_broken} of the last {num_clips} clips are broken, more than max_error_rate={self.max_error_rate:g}"
-            raise UserError(f"{share}; see the quarantine, and exclude them with `microcinema prepare check`")
+        if self.exceeded:
+            share = f"{sum(self._recent)} of the last {len(self._recent)} clips are broken"
+            allowed = f"more than max_error_rate={self.max_error_rate:g} allows of {self._recent.maxlen}"
+            raise UserError(
+                f"{share}, {allowed}; see the quarantine, and exclude them with `microcinema prepare check`"
+            )
+        if self.quarantine is not None and self.total > self._told:
+            self._told = 2 * self.total
+            tqdm.write(f"{self.total} broken clips so far; '{self.quarantine}' names them", file=sys.stderr)

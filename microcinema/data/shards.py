@@ -5,7 +5,9 @@ cache that drops the oldest. The order is `ShardOrder` (data/ordering.py): a few
 """
 
 import glob
+import itertools
 import json
+import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from webdataset.cache import FileCache
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
@@ -24,6 +27,7 @@ from microcinema.data.clip_reader import ClipReader
 from microcinema.data.manifest import Manifest
 from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
+from microcinema.data.text_table import parse_object, text_of
 from microcinema.data.video_reader import IMAGES, TarMember
 from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
@@ -81,6 +85,7 @@ class ShardDataset(ClipSource):
         )
         self.columns = {name: name for name in ("caption", "description", "motion")} | dict(columns or {})
         self.urls = expand_shards(shards)
+        self.names = shard_names(self.urls)
         self.parallel_shards = min(parallel_shards, len(self.urls))
         self._cache = FileCache(str(cache_dir), url_to_name=_cache_name, cache_size=int(cache_size))
         self._listings: OrderedDict[int, list[Sample]] = OrderedDict()
@@ -111,41 +116,43 @@ class ShardDataset(ClipSource):
 
     def id(self, index: int) -> str:
         shard, number = self._locate(index)
-        return _sample_id(self.urls[shard], number)
+        return _sample_id(self.names[shard], number)
+
+    def file_state(self, index: int) -> str:
+        return super().file_state(index) if _is_local(self.urls[self._locate(index)[0]]) else ""
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> tuple["ShardDataset", Sequence[int] | np.ndarray]:
         return self, indices
 
     def file(self, index: int) -> TarMember:
         sample = self._sample(index)
-        for member in sample.values():
-            if member.name.lower().endswith((*VIDEOS, *IMAGES)):
-                return member
+        for suffixes in (VIDEOS, IMAGES):  # a picture beside a video is its thumbnail
+            extensions = [extension for extension in sample if f".{extension}".endswith(suffixes)]
+            if extensions:
+                return sample[min(extensions, key=lambda extension: extension.count("."))]
         names = ", ".join(member.name for member in sample.values())
         raise UserError(f"sample '{self.id(index)}' has no video (it has: {names}); take it out of its shard")
 
     def captions(self, index: int) -> dict[str, str]:
         sample = self._sample(index)
-        record: Any = {}
+        texts, keys = dict.fromkeys(self.columns, ""), "no keys"
         if "json" in sample:
             try:
-                record = json.loads(sample["json"].read())
+                record = parse_object(sample["json"].read())
+                texts, keys = {name: text_of(record, key) for name, key in self.columns.items()}, ", ".join(record)
             except ValueError as error:
-                raise UserError(f"'{sample['json']}' is no JSON ({error}); take it out of its shard") from None
-        record = record if isinstance(record, dict) else {}
-        caption = record.get(self.columns["caption"])
-        if not caption and "txt" in sample:
-            caption = sample["txt"].read().decode("utf-8", errors="replace").strip()
-        if not caption:
-            keys = ", ".join(record) or "no keys"
+                raise UserError(f"'{sample['json']}' holds no captions ({error}); take it out of its shard") from None
+        if not texts["caption"] and "txt" in sample:
+            texts["caption"] = sample["txt"].read().decode("utf-8", errors="replace").strip()
+        if not texts["caption"]:
             name = self.columns["caption"]
             raise UserError(f"sample '{self.id(index)}' has neither .txt nor '{name}' in .json ({keys}); set columns")
-        others = {name: str(record.get(self.columns[name]) or caption) for name in ("description", "motion")}
-        return {"caption": str(caption), **others}
+        return {name: text or texts["caption"] for name, text in texts.items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """The transform, a hash of the list, and one of the shards' sizes, if all are local."""
-        names = [[url.rsplit("/", 1)[-1], int(count)] for url, count in zip(self.urls, self.counts, strict=True)]
+        shards = zip(self.urls, self.counts, self.names, strict=True)
+        names = [[url.rsplit("/", 1)[-1], int(count), *name.split("/")[:-1]] for url, count, name in shards]
         kept = [hash_array(numbers) for numbers in self._kept or ()]
         fingerprint = {**self.reader.transform, "list": hash_json([names, self.columns, kept])}
         if all(_is_local(url) and Path(url).is_file() for url in self.urls):
@@ -198,8 +205,10 @@ class ShardDataset(ClipSource):
         return np.array(lengths)
 
     def _apply_manifest(self, manifest: Manifest) -> None:
-        ids = [_sample_id(url, n) for url, count in zip(self.urls, self.counts, strict=True) for n in range(count)]
-        manifest_rows = manifest.find(pa.chunked_array([pa.array(ids)]))
+        # The check may have seen shards of more folders, and so have named more of the folders of each.
+        names = shard_names(self.urls, str(pc.first(manifest.table.column("key"))).count("/"))
+        keys = [_sample_id(name, n) for name, count in zip(names, self.counts, strict=True) for n in range(count)]
+        manifest_rows = manifest.find(pa.chunked_array([pa.array(keys)]))
         keep = (manifest_rows < 0) | manifest.column("accepted")[manifest_rows]
         self.skipped["rejected by the manifest"] = int((~keep).sum())
         if not keep.any():
@@ -213,18 +222,28 @@ class ShardDataset(ClipSource):
 
 def read_members(path: str) -> list[Sample]:
     """The samples of an uncompressed tar file in their order, from its headers alone."""
-    samples: list[Sample] = []
-    last_key = None
     with tarfile.open(path, "r:") as tar:
-        for entry in tar:
-            key, extension = base_plus_ext(entry.name)
-            if not entry.isreg() or not extension:
-                continue
-            if key != last_key:
-                samples.append({})
-                last_key = key
-            samples[-1][extension.lower()] = TarMember(path, entry.name, entry.offset_data, entry.size)
-    return samples
+        files = [entry for entry in tar if entry.isreg() and base_plus_ext(entry.name)[1]]
+    members = [TarMember(path, entry.name, entry.offset_data, entry.size) for entry in files]
+    groups = itertools.groupby(members, lambda member: base_plus_ext(member.name)[0])
+    return [sample for _, group in groups for sample in _split(list(group))]
+
+
+def _split(members: list[TarMember]) -> list[Sample]:
+    """The samples of files that share a name up to the first dot: one, unless the names of all videos and pictures have more dots."""
+    media = [base_plus_ext(member.name)[1] for member in members if member.name.lower().endswith((*VIDEOS, *IMAGES))]
+    split = os.path.splitext if media and all("." in extension for extension in media) else base_plus_ext
+    groups = itertools.groupby(members, lambda member: split(member.name)[0])
+    return [{split(member.name)[1].removeprefix(".").lower(): member for member in group} for _, group in groups]
+
+
+def shard_names(urls: Sequence[str], num_folders: int = 0) -> list[str]:
+    """The names of shards without suffix, with as many of the folders above them as tell all apart, but at least `num_folders`."""
+    parts = [(*Path(url).parent.parts, Path(url).stem) for url in urls]
+    longest, count = max(map(len, parts)), 1 + num_folders
+    while count < longest and len({part[-count:] for part in parts}) < len(set(urls)):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
@@ -246,5 +265,5 @@ def _cache_name(url: str) -> str:
     return f"{hash_chunks([url])[:16]}-{url.rsplit('/', 1)[-1][-64:]}"
 
 
-def _sample_id(url: str, number: int) -> str:
-    return f"{Path(url).stem}#{number:05d}"
+def _sample_id(name: str, number: int) -> str:
+    return f"{name}#{number:05d}"

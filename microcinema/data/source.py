@@ -1,5 +1,6 @@
 """What training, and the commands that prepare data, may ask of any data set of clips."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from microcinema.data.ordering import Ordering, ShuffledOrder
-from microcinema.data.video_reader import Source
+from microcinema.data.video_reader import Source, TarMember
 from microcinema.utils.errors import UserError
 
 
@@ -52,6 +53,19 @@ class ClipSource(Dataset[dict[str, Any]]):
     def id(self, index: int) -> str:
         """Name of a clip in messages, quarantine and manifest."""
         return str(index)
+
+    def key(self, index: int) -> str:
+        """What tells the file of a clip from all others of the data set, where clips of one video share an `id`."""
+        return self.id(index)
+
+    def file_state(self, index: int) -> str:
+        """Size and time of a clip's file: what changes if it is replaced; empty if it is missing."""
+        try:
+            source = self.file(index)
+        except UserError:
+            return ""
+        stat = os.stat(source.archive if isinstance(source, TarMember) else source)
+        return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def file(self, index: int) -> Source:
         """The video or picture of a clip; a UserError if it has none, or it is missing."""

@@ -123,17 +123,12 @@ def _read_csv(path: Path, names: list[str], delimiter: str) -> tuple[pa.Table, l
     line = _stray_quote(path, delimiter.encode(), len(available))
     if line is not None and delimiter == ",":
         raise ValueError(f"line {line}: a quote opens a value and does not close it as a CSV writer would")
-    parsing = {"delimiter": delimiter, "newlines_in_values": True, "quote_char": False if line else '"'}
-    conversion = {"include_columns": selected, "column_types": dict.fromkeys(selected, TEXT)}
-
-    def read(threads: bool) -> pa.Table:
-        options = pyarrow.csv.ReadOptions(use_threads=threads), pyarrow.csv.ParseOptions(**parsing)
-        return pyarrow.csv.read_csv(path, *options, pyarrow.csv.ConvertOptions(**conversion))
-
-    try:
-        return read(threads=True), available
-    except pa.ArrowInvalid:
-        return read(threads=False), available  # its error names the row
+    return pyarrow.csv.read_csv(
+        path,
+        pyarrow.csv.ReadOptions(use_threads=False),  # with threads an error names no row
+        pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, quote_char=False if line else '"'),
+        pyarrow.csv.ConvertOptions(include_columns=selected, column_types=dict.fromkeys(selected, TEXT)),
+    ), available
 
 
 def _select(names: list[str], available: list[str]) -> list[str]:
@@ -144,7 +139,7 @@ def _select(names: list[str], available: list[str]) -> list[str]:
 
 
 def _stray_quote(path: Path, delimiter: bytes, num_columns: int) -> int | None:
-    """The first line on which a quote begins a value that does not end as a quoted one does, or that swallows whole rows; None: no such line."""
+    """The first line on which a quote begins a value that does not end as a quoted one does, or that runs over lines which would all be rows."""
     quoted = re.compile(b'"[^"]*(?:""[^"]*)*"(?=[\r\n' + delimiter + b"]|\\Z)")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         position = data.find(b'"')
@@ -152,17 +147,15 @@ def _stray_quote(path: Path, delimiter: bytes, num_columns: int) -> int | None:
             end = position + 1
             if data[position - 1 : position] in (delimiter, b"\n", b"\r"):
                 match = quoted.match(data, position)
-                if match is None or _swallows_rows(data, *match.span(), delimiter, num_columns):
+                end = match.end() if match else end
+                lines = [b""]
+                if b"\n" in data[position:end]:
+                    lines = data[
+                        data.rfind(b"\n", 0, position) + 1 : data.find(b"\n", end) % (len(data) + 1)
+                    ].splitlines()
+                if match is None or (
+                    num_columns > 1 and all(line.count(delimiter) == num_columns - 1 for line in lines)
+                ):
                     return data[:position].count(b"\n") + 1
-                end = match.end()
             position = data.find(b'"', end)
     return None
-
-
-def _swallows_rows(data: mmap.mmap, start: int, end: int, delimiter: bytes, num_columns: int) -> bool:
-    """Whether a quoted value runs over several lines each of which would be a whole row."""
-    if data.find(b"\n", start, end) < 0:
-        return False
-    last = data.find(b"\n", end)
-    lines = data[data.rfind(b"\n", 0, start) + 1 : last if last >= 0 else len(data)].splitlines()
-    return num_columns > 1 and all(line.count(delimiter) == num_columns - 1 for line in lines)

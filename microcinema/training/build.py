@@ -1,6 +1,7 @@
 """Builds what a config of the command `train` describes: networks, pipeline, data set and trainer."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,8 @@ from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.optical_flow import FlowClips
-from microcinema.data.quarantine import Quarantine
-from microcinema.data.source import ClipSource
+from microcinema.data.quarantine import MAX_REPLACEMENTS, Quarantine
+from microcinema.data.source import ClipSource, spread
 from microcinema.diffusion.schedule import check_keeps_prediction_type, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
@@ -32,6 +33,7 @@ from microcinema.training.launch_settings import launch_settings
 from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import known_schedule, warm_start, warm_start_summary
+from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder, sweep
 from microcinema.utils.provenance import append_record, describe_environment
 
@@ -56,7 +58,7 @@ def build_trainer(
     levels = check_schedule(config, base.scheduler)
     dataset = build_dataset(config, accelerator, base.vae_scale_factor)
     if config.fps is None:  # the saved config has to state it
-        config = replace(config, fps=dataset[0]["fps"])
+        config = replace(config, fps=first_fps(dataset))
     networks = build_networks(config, base)
     if config.init_weights_from is not None:
         new_weights = warm_start(networks["unet"], config.init_weights_from)
@@ -82,6 +84,14 @@ def build_trainer(
         start = {**describe_environment(accelerator.num_processes), "launch": launch_settings(accelerator)}
         append_record(output_dir / ENVIRONMENT, start)
     return trainer
+
+
+def first_fps(dataset: ClipSource) -> float:
+    """The frame rate of the first clip, or of another, should it be broken; a UserError if all that were tried are."""
+    for index in spread(len(dataset), 1 + MAX_REPLACEMENTS):
+        with suppress(UserError):
+            return float(dataset[index]["fps"])
+    return float(dataset[0]["fps"])  # its error says why
 
 
 def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:

@@ -91,7 +91,8 @@ class Trainer:
         self.encode = BatchEncoder(pipeline, accelerator.device, dataset.empty_tokens, region)
         self.metrics = StepMetrics(accelerator, self.loss_config.scheduler.config["num_train_timesteps"])
         self.nan_guard = NanGuard(accelerator, self.output_dir, config.seed)
-        self.errors = ErrorRate(config.max_error_rate)
+        quarantine = self.output_dir / "quarantine" if accelerator.is_main_process else None
+        self.errors = ErrorRate(config.max_error_rate, quarantine)
 
     def train(self) -> Path:
         """Trains from the current step to the last and saves the pipeline; returns `output_dir`. Collective.

@@ -1,4 +1,4 @@
-"""The one exception type that this package raises for bad input."""
+"""The exceptions that the command line tells in one line: of bad input, and of the machine."""
 
 import os
 import re
@@ -6,15 +6,20 @@ from collections.abc import Collection
 from typing import Any
 
 
-class UserError(Exception):
-    """Bad input, described in one line: what is wrong, with which value, and what to do about it.
-
-    The command line prints the message without a traceback and exits with code 2.
-    """
+class OneLineError(Exception):
+    """What is wrong, with which value, and what to do about it, in one line, which the command line prints without a traceback; exit code 2."""
 
     def __init__(self, message: str):
         # A DataLoader re-raises its worker's error with the worker's whole traceback as the message.
         super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
+
+
+class UserError(OneLineError):
+    """Bad input."""
+
+
+class MachineError(OneLineError):
+    """A fault of the machine, such as its disk or a package that is missing, for which no clip is to blame: the run ends, to be continued."""
 
 
 def first_line(error: BaseException) -> str:

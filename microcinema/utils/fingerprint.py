@@ -13,6 +13,7 @@ from microcinema.utils.hashing import canonical
 
 FINGERPRINT = "fingerprint.json"
 """The record of a folder."""
+_MAX_SHOWN = 20  # differences
 
 
 def read_record(
@@ -70,7 +71,7 @@ def write_or_verify(
 
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], common_only: bool = False) -> list[str]:
-    """Every key with another value, such as "vae.scale was 0.5 and is 1.0": first the actual value, then the expected one.
+    """Every key with another value (of more than 20, their number), such as "vae.scale was 0.5 and is 1.0": first the actual value, then the expected one.
 
     Keys of nested mappings are joined by dots, and floats are rounded.
 
@@ -80,7 +81,8 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], common_o
     new, old = _flatten(canonical(expected)), _flatten(canonical(actual))
     keys = [key for key in new if key in old] if common_only else {**new, **old}
     changed = [key for key in keys if new.get(key) != old.get(key)]
-    return [f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}" for key in changed]
+    shown = [f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}" for key in changed[:_MAX_SHOWN]]
+    return [*shown, f"{len(changed) - _MAX_SHOWN} more"] if len(changed) > _MAX_SHOWN else shown
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

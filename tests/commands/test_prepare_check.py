@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from fixtures import broken_videos
 from microcinema.commands import cli
-from microcinema.data import quality, video_writer
+from microcinema.data import video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.manifest import SCHEMA, Manifest
 from microcinema.utils.errors import UserError
@@ -121,17 +121,57 @@ def test_training_leaves_out_what_the_manifest_rejects(world, checked):
     assert shaped[0]["video"].shape == (8, 3, 48, 80)
 
 
-def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, monkeypatch, capsys):
+def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, capsys):
     output = tmp_path / "check"
     shutil.copytree(checked, output)
     (output / "manifest.parquet").unlink()
-    # A part that is there is not looked at again; only the verdicts are made anew.
-    monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("looked at again"))
+    chunks = {file: file.stat().st_mtime_ns for file in (output / "chunks").iterdir()}
     assert cli.main(arguments(world, output, "min_motion=0", "reject=[short, watermark]")) == 0
+    # Finished chunks are not examined again; only the verdicts are new.
+    assert {file: file.stat().st_mtime_ns for file in (output / "chunks").iterdir()} == chunks
     rows = read(output)
     assert rows["static"]["rejected_for"] == "watermark" and rows["cut"]["accepted"]
     assert rows["sound00"]["rejected_for"] == "watermark" and rows["short"]["rejected_for"] == "short, watermark"
     assert "rejected for watermark: 2" in capsys.readouterr().out
+
+
+def test_a_row_is_a_clip_and_a_check_sees_what_changed(tmp_path, capsys):
+    """Clips share the id of their source video, one has two captions; a clip is mended, another breaks, a caption changes."""
+    listing = tmp_path / "list.csv"
+    lines = [
+        "id,file_name,text",
+        "A,0.mp4,one",
+        "A,1.mp4,two",
+        "B,2.mp4,three",
+        "B,2.mp4,of the same file",
+        "B,3.mp4,copy",
+    ]
+    listing.write_text("\n".join(lines))
+    for k, seed in enumerate((0, 1, 2, 2)):
+        broken_videos.sound(tmp_path / f"{k}.mp4", seed)
+    sound = (tmp_path / "0.mp4").read_bytes()
+    (tmp_path / "0.mp4").write_bytes(b"broken")
+    keys = ["data=folder", f"data.metadata={listing}", f"data.root={tmp_path}", f"output_dir={tmp_path / 'check'}"]
+
+    def kept(*more: str) -> list[str]:
+        assert cli.main(["prepare", "check", *keys, "num_workers=1", *more]) == 0
+        columns = {"file": "file_name", "caption": "text"}
+        data = ClipDataset(
+            listing, tmp_path, 8, 8, 64, columns=columns, manifest=tmp_path / "check" / "manifest.parquet"
+        )
+        assert data.skipped["rejected by the manifest"] == 5 - len(data)
+        return [data.captions(k)["caption"] for k in range(len(data))]
+
+    assert kept() == ["two", "three", "of the same file"]
+    assert "rejected for broken: 1, duplicate: 1" in capsys.readouterr().out
+    (tmp_path / "0.mp4").write_bytes(sound)
+    assert kept() == ["one", "two", "three", "of the same file"]
+    (tmp_path / "1.mp4").write_bytes(b"broken")
+    assert kept() == ["one", "three", "of the same file"]
+    listing.write_text("\n".join([*lines[:1], "A,0.mp4,a new caption", *lines[2:]]))
+    assert kept("reject=[]") == ["a new caption", "three", "of the same file", "copy"]
+    captions = pyarrow.parquet.read_table(tmp_path / "check" / "chunks" / "000000.parquet").column("caption")
+    assert captions[0].as_py() == "a new caption"
 
 
 def test_a_sample_is_spread_over_the_list(world, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -178,22 +179,73 @@ def test_nothing_that_can_be_read(model, tmp_path):
     world = make_world(tmp_path / "world", count=2)
     for path in world.glob("*.mp4"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 2 clips could be read; see '.*quarantine'"):
+    with pytest.raises(UserError, match=r"no clip of 1 of 1 shards could be read, the first is 0; see '.*quarantine'"):
         encode_clips(model, clips(world), tmp_path / "latents")
-    with pytest.raises(UserError, match="are incomplete: 1 of 1"):
+    with pytest.raises(UserError, match="are incomplete: 0 of 1"):
         EncodedClips(tmp_path / "latents", clips(world))
+    with pytest.raises(UserError, match=r"none of the 2 clips could be read; see '.*quarantine'"):
+        encode_clips(model, clips(world), tmp_path / "latents", max_error_rate=1)
 
 
-def test_too_many_that_cannot_be_read(root, model, tmp_path, monkeypatch):
+def same_clips(one: Path, other: Path) -> bool:
+    files = [{file.name: file.read_bytes() for file in folder.glob("*.[nt]*")} for folder in (one, other)]
+    return files[0] == files[1]
+
+
+def test_a_shard_of_which_no_clip_can_be_read_is_not_finished(folder, root, model, tmp_path):
+    """The clips come back: the same command makes that shard alone, and ends with the files of a run without a fault."""
+    world = shutil.copytree(root, tmp_path / "world")
+    away = [world / f"{k:06}.mp4" for k in (2, 3)]
+    for path in away:
+        path.rename(path.with_suffix(".away"))
+    for _ in range(2):  # a start that finds the same fault says so again
+        with pytest.raises(
+            UserError, match="no clip of 1 of 3 shards could be read, the first is 1; .* max_error_rate=1"
+        ):
+            encode_clips(model, clips(world), tmp_path / "latents")
+        assert sorted(file.name for file in (tmp_path / "latents").glob("*.tar")) == ["000000.tar", "000002.tar"]
+        assert [record["sample_index"] for record in read_quarantine(tmp_path / "latents" / QUARANTINE)] == [2, 3]
+    for path in away:
+        path.with_suffix(".away").rename(path)
+    assert len(encode_clips(model, clips(world), tmp_path / "latents")) == 5
+    assert read_quarantine(tmp_path / "latents" / QUARANTINE) == [] and same_clips(tmp_path / "latents", folder)
+
+
+def test_what_was_written_while_the_disk_failed_is_made_again(root, model, tmp_path):
+    """Three epochs in shards of three; from the fifth clip on nothing can be read, and the limit stops the run at the fifth broken one."""
+
+    class Failing(ClipDataset):
+        reads, until = 0, 4
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > self.until:
+                raise UserError("the file server is busy")
+            return super().__getitem__(index)
+
+    def encode(data, name):
+        return encode_clips(model, data, tmp_path / name, epochs_cached=3, clips_per_shard=3)
+
+    data = Failing(root / "clips.csv", root, **TRANSFORM)
+    with pytest.raises(UserError, match="5 of the last 9 clips are broken, more than max_error_rate=0.05 allows of 15"):
+        encode(data, "latents")
+    assert [file.name for file in (tmp_path / "latents").glob("*.tar")] == ["000000.tar"]
+    data.until = 100
+    encode(data, "latents")
+    encode(clips(root), "whole")
+    assert read_quarantine(tmp_path / "latents" / QUARANTINE) == []
+    assert same_clips(tmp_path / "latents", tmp_path / "whole")
+
+
+def test_too_many_that_cannot_be_read(root, model, tmp_path):
     class Broken(ClipDataset):
         def __getitem__(self, index):
             raise UserError("the file server is gone")
 
-    monkeypatch.setattr("microcinema.data.quarantine.ErrorRate.__init__.__defaults__", (1000, 4))
     source = Broken(root / "clips.csv", root, 4, 8, 32, clip_position="first")
-    with pytest.raises(UserError, match="4 of the last 4 clips are broken, more than max_error_rate=0.05"):
+    with pytest.raises(UserError, match="5 of the last 5 clips are broken, more than max_error_rate=0.05"):
         encode_clips(model, source, tmp_path / "latents")
-    assert len(list((tmp_path / "latents").glob("[0-9]*.tar"))) == 1
+    assert not list((tmp_path / "latents").glob("[0-9]*.tar"))
 
 
 def test_any_data_set_of_training(root, model, tmp_path):
@@ -276,7 +328,9 @@ def test_other_clips_are_refused_and_files_may_be_gone(folder, model, tmp_path):
     changed = make_world(tmp_path)
     check(folder, model, changed)  # the same clips elsewhere
     video_writer.write_video(changed / "000002.mp4", np.zeros((10, 32, 40, 3), np.uint8), fps=8)
-    with pytest.raises(UserError, match=f"do not match this run: clips.files {CHANGED}; make others"):
+    with pytest.raises(
+        UserError, match="do not match this run: clips.files.[0-9]+ was [0-9]+ and is [0-9]+.*; make others"
+    ):
         check(folder, model, changed)
     check(folder, model, changed, root=None)
     with pytest.raises(UserError, match=r"no root; set data\.root"):

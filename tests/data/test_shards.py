@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import json
 import pickle
 import tarfile
@@ -20,6 +21,7 @@ from fixtures.tiny_training import logged, pipeline, train, weights
 from microcinema.data import video_reader
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.manifest import SCHEMA
+from microcinema.data.quarantine import Quarantine
 from microcinema.data.shards import ShardDataset, expand_shards
 from microcinema.utils.errors import UserError
 
@@ -196,7 +198,7 @@ def test_a_manifest_leaves_samples_out(tmp_path, folder):
     ids = [data.id(k) for k in range(18)]
     rejected = {*ids[5:8], ids[0], ids[17]}
     table = pa.Table.from_pylist(
-        [{"id": name, "accepted": name not in rejected} for name in [*ids[:-2], ids[17]]], schema=SCHEMA
+        [{"key": name, "accepted": name not in rejected} for name in [*ids[:-2], ids[17]]], schema=SCHEMA
     )
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
     kept = clips(folder, clip_position="first", manifest=tmp_path / "manifest.parquet", parallel_shards=2)
@@ -207,7 +209,78 @@ def test_a_manifest_leaves_samples_out(tmp_path, folder):
     ((order, share),) = kept.orderings([0])
     assert sorted(order.epoch_and_index(n)[1] for n in range(13)) == list(range(13)) and share == 13
     assert kept.fingerprint()["list"] != data.fingerprint()["list"]
-    table = pa.Table.from_pylist([{"id": name, "accepted": False} for name in ids], schema=SCHEMA)
+    table = pa.Table.from_pylist([{"key": name, "accepted": False} for name in ids], schema=SCHEMA)
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
     with pytest.raises(UserError, match="leaves no clip of 18; relax the check"):
         clips(folder, manifest=tmp_path / "manifest.parquet")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    """Also by the manifest of both folders for one of them, and of one folder for both."""
+    for folder in "ab":
+        files = {f"{k}.{kind}": f"{folder}{k}".encode() for k in range(3) for kind in ("mp4", "txt")}
+        write_tar(tmp_path / folder / "00000.tar", files)
+    both = [f"{tmp_path}/{folder}/00000.tar" for folder in "ab"]
+    data = ShardDataset(both, 4, 8.0, tiny.SIZE)
+    ids = [data.id(k) for k in range(6)]
+    assert ids == [f"{folder}/00000#{k:05d}" for folder in "ab" for k in range(3)]
+    assert data.fingerprint()["list"] != ShardDataset(both[::-1], 4, 8.0, tiny.SIZE).fingerprint()["list"]
+    table = pa.Table.from_pylist([{"key": name, "accepted": name != ids[0]} for name in ids], schema=SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "both.parquet")
+    table = pa.Table.from_pylist([{"key": f"00000#{k:05d}", "accepted": k != 0} for k in range(3)], schema=SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "one.parquet")
+
+    def kept(shards, manifest):
+        data = ShardDataset(shards, 4, 8.0, tiny.SIZE, manifest=tmp_path / manifest)
+        return [data.captions(k)["caption"] for k in range(len(data))]
+
+    assert kept(both, "both.parquet") == ["a1", "a2", "b0", "b1", "b2"]
+    assert kept(both[:1], "both.parquet") == kept(both[:1], "one.parquet") == ["a1", "a2"]
+    assert kept(both[1:], "both.parquet") == ["b0", "b1", "b2"]
+    with pytest.raises(UserError, match="one.parquet' names no clip of this data"):
+        kept(both, "one.parquet")
+
+
+@pytest.mark.parametrize(
+    ("files", "videos"),
+    [
+        (("0.jpg", "0.json", "0.mp4", "1.mp4", "1.jpg"), ["0.mp4", "1.mp4"]),  # a thumbnail before the video
+        (("a.v1.json", "a.v1.mp4", "a.v2.json", "a.v2.mp4"), ["a.v1.mp4", "a.v2.mp4"]),  # dots in names
+        (("2026.01.01.mp4", "2026.01.01.json", "2026.01.02.mp4"), ["2026.01.01.mp4", "2026.01.02.mp4"]),
+        (("s.1/0.mp4", "s.1/0.json", "s.2/0.mp4"), ["s.1/0.mp4", "s.2/0.mp4"]),
+        (("0.low.mp4", "0.mp4", "0.seg.png", "1.mp4"), ["0.mp4", "1.mp4"]),  # WebDataset's extensions of several parts
+        (("0.JPG", "1.jpg"), ["0.JPG", "1.jpg"]),
+        (("0.mp4", "._0.mp4", "1.mp4"), ["0.mp4", "1.mp4"]),
+    ],
+)
+def test_each_video_is_a_sample_whatever_lies_beside_it(tmp_path, files, videos):
+    text = b'{"caption": "a star"}'
+    write_tar(tmp_path / "0.tar", {name: text if name.endswith("json") else b"x" for name in files})
+    data = clips(tmp_path, "0.tar")
+    assert [data.file(k).name for k in range(len(data))] == videos
+    captions = [name.removesuffix("json") for name in files if name.endswith("json")]
+    for k, video in enumerate(videos):
+        if video.removesuffix("mp4") in captions:
+            assert data.captions(k)["caption"] == "a star"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1]", b"3", b"null", b'"text"', b"", b"{", b"\xff", b"[" * 200_000, b'{"a":' * 200_000]
+    + [b'{"caption": ' + value + b"}" for value in (b'["a"]', b'"\\ud800"', b'{"en": "a"}', b"true")],
+)
+def test_a_json_that_holds_no_captions_is_quarantined_by_name(tmp_path, content):
+    write_tar(tmp_path / "0.tar", {"0.mp4": b"x", "0.json": content, "0.txt": b"a star"})
+    quarantine = Quarantine(tmp_path / "quarantine", retries=0)
+    assert quarantine.try_read(clips(tmp_path, "0.tar"), 0, 0) is None
+    assert "0.tar:0.json' holds no captions (" in quarantine.reason
