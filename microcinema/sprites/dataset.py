@@ -16,6 +16,8 @@ from microcinema.utils.files import atomic_folder
 
 TRUTH_FILE = "truth.jsonl"
 CSV_FILE = "clips.csv"
+OWN_FILES = r"clips\.csv|truth\.jsonl|videos/\d{6,}_\d{6,}/\d{6,}\.mp4"
+"""What a folder of the data set may hold if another one may take its place."""
 _CLIPS_PER_FOLDER = 1000
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import shutil
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from fixtures import broken_videos
 from microcinema.commands import cli
-from microcinema.data import video_writer
+from microcinema.data import quality_check, video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.manifest import SCHEMA, Manifest
 from microcinema.utils.errors import UserError
@@ -135,8 +136,9 @@ def test_a_check_that_was_broken_off_goes_on(world, checked, tmp_path, capsys):
     assert "rejected for watermark: 2" in capsys.readouterr().out
 
 
-def test_a_row_is_a_clip_and_a_check_sees_what_changed(tmp_path, capsys):
+def test_a_row_is_a_clip_and_a_check_sees_what_changed(tmp_path, capsys, monkeypatch):
     """Clips share the id of their source video, one has two captions; a clip is mended, another breaks, a caption changes."""
+    monkeypatch.setattr(quality_check, "_worker_pool", lambda *_: ThreadPool(1))  # starts at once
     listing = tmp_path / "list.csv"
     lines = [
         "id,file_name,text",

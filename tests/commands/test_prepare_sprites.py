@@ -30,3 +30,18 @@ def test_it_renders_and_replaces_only_its_own(tmp_path: Path, capsys: pytest.Cap
     assert "choose a new folder" in capsys.readouterr().err
     assert precious.read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sprites", "thesis"]
+
+
+@pytest.mark.parametrize(
+    "name", ["latents/000000.tar", "videos/000001_001000/mine.mp4", "notes.txt", "videos/cut.mp4", ".env"]
+)
+def test_it_replaces_no_file_of_others_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture, name: str):
+    """Encoded latents, for example, that lie beside the clips."""
+    command = ["prepare", "sprites", f"output_dir={tmp_path}", "num_frames=1", "size=32"]
+    assert cli.main([*command, "num_videos=2"]) == 0
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.main([*command, "num_videos=1"]) == 2
+    assert f"holds '{name}', which is not of Moving Sprites" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
