@@ -324,9 +324,10 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
 
 
 def test_a_config_that_no_run_could_have_is_a_problem(arguments):
-    composed = compose("train", [*arguments[1:], "diffusion.scheduler.prediction_type=nonsense"])
+    wrong = [f"diffusion.scheduler.{key}" for key in ("prediction_type=epsilon", "rescale_betas_zero_snr=true")]
+    composed = compose("train", [*arguments[1:], *wrong])
     (found,) = doctor.needs(composed, composed.base.pretrained_model_name_or_path, doctor.CPU)
-    assert found.status == PROBLEM and "nonsense" in found.found
+    assert found.status == PROBLEM and "zero terminal SNR" in found.found
 
 
 @pytest.mark.slow

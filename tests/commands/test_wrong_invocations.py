@@ -79,7 +79,7 @@ MAY_BE_NEGATIVE = {"max_watermark_score", "watermark_score"}
 
 def dotted(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in node.items():
-        if key != "_target_":
+        if key != "_target_" and prefix + key != "evaluation.clip.sha256":  # a default of the schema, no key of a file
             yield prefix + key, value
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -131,7 +131,7 @@ def meaning(command: str, options: tuple[str, ...], key: str) -> str:
     group, _, rest = key.partition(".")
     files = [option.replace("=", "/") for option in options if option.startswith(f"{group}=")]
     files += [f"{group}/{default}" for name, default in group_defaults(command).items() if name == group]
-    texts = [text for name, _, text in documented_keys(command) if name == key]
+    texts = [text for name, _, text in documented_keys(command) if name in (key, key.rpartition(".")[2])]
     return " ".join(texts + [text for file in files for name, _, text in documented_keys(file) if name == rest])
 
 
