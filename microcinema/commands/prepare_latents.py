@@ -17,7 +17,7 @@ from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.batch_encoder import BatchEncoder
-from microcinema.training.build import build_networks, build_pipeline
+from microcinema.training.build import build_clips, build_networks, build_pipeline
 from microcinema.training.cached_latents_check import fingerprint
 from microcinema.training.distributed import make_accelerator
 from microcinema.utils.errors import UserError
@@ -33,7 +33,7 @@ def run(config: PrepareLatents) -> None:
     # A finished process waits for the slowest one, which may take long.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
     accelerator = make_accelerator(config, kwargs_handlers=[timeout])
-    dataset, base = config.data.build(), load_base(**vars(config.base))
+    dataset, base = build_clips(config, accelerator), load_base(**vars(config.base))
     networks = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     encode_clips(
         accelerator,

@@ -94,12 +94,18 @@ def first_fps(dataset: ClipSource) -> float:
     return float(dataset[0]["fps"])  # its error says why
 
 
-def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
-    """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains."""
+def build_clips(config: Train, accelerator: Accelerator) -> ClipSource:
+    """The data set of a config; the main process prints how many of its clips are skipped, and why."""
     dataset = config.data.build()
     if accelerator.is_main_process:
         for reason, count in dataset.skipped.items():
             print(f"{count} clips skipped: {reason}")
+    return dataset
+
+
+def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
+    """The clips of a run: cached latents if the config names them, with optical flow if PredictNet trains."""
+    dataset = build_clips(config, accelerator)
     if config.cached_latents is not None:
         return EncodedClips(config.cached_latents, dataset)
     if config.model.flow_model is not None:

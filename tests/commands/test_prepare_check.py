@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from microcinema.commands import cli
 from microcinema.data import quality_check, video_writer
 from microcinema.data.clips import ClipDataset
 from microcinema.data.manifest import SCHEMA, Manifest
+from microcinema.training.build import build_clips
 from microcinema.utils.errors import UserError
 
 SOUND = 26
@@ -174,6 +176,14 @@ def test_a_row_is_a_clip_and_a_check_sees_what_changed(tmp_path, capsys, monkeyp
     assert kept("reject=[]") == ["a new caption", "three", "of the same file", "copy"]
     captions = pyarrow.parquet.read_table(tmp_path / "check" / "chunks" / "000000.parquet").column("caption")
     assert captions[0].as_py() == "a new caption"
+
+
+def test_the_number_of_clips_left_out_is_told_by_training_and_by_latents(world, checked, capsys):
+    data = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet")
+    config = SimpleNamespace(data=SimpleNamespace(build=lambda: data))
+    for main in (True, False):
+        build_clips(config, SimpleNamespace(is_main_process=main))
+    assert capsys.readouterr().out == f"{len(REJECTED)} clips skipped: rejected by the manifest\n"
 
 
 def test_a_sample_is_spread_over_the_list(world, tmp_path):
