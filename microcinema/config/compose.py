@@ -23,7 +23,8 @@ from microcinema.config.instantiate import Component, convert, reasons
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.files import atomic_path
 
-_MARK = "\0{"  # stands for `${` of the command line, which cannot hold a NUL, while references are resolved
+# Of a text of the command line, which cannot hold a NUL: what stands for its `${` and `???` while references are resolved.
+_MARK, _MISSING = "\0{", "\0?"
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> Any:
@@ -74,7 +75,8 @@ def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[A
                 raise UserError(f"data.{name} is {tree['data'][name]}, but {name} is {tree[name]}; set {name} alone")
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"the config of {command} does not compose: {first_line(error)}") from error
-    return _checked(map_strings(tree, lambda text: text.replace(_MARK, "${")), kind), choices
+    tree = map_strings(tree, lambda text: text.replace(_MARK, "${").replace(_MISSING, "???"))
+    return _checked(tree, kind), choices
 
 
 def schema_of(command: str) -> type:
@@ -226,10 +228,10 @@ def _parse(key: str, text: str) -> Any:
 
 
 def _literal(key: str, text: str) -> str:
-    """A text of the command line, whose `${` refers to nothing; one that no file can hold is refused."""
+    """A text of the command line, whose `${` refers to nothing and whose `???` is no gap; one that no file can hold is refused."""
     if "\0" in text or text.encode("utf-8", "ignore").decode() != text:
         raise UserError(f"{key} is {text!r}, which is no text in UTF-8; leave such characters out")
-    return text.replace("${", _MARK)
+    return text.replace("${", _MARK).replace("???", _MISSING)
 
 
 def map_strings(node: Any, function: Callable[[str], str]) -> Any:

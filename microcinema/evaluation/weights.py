@@ -1,6 +1,7 @@
 """Weight files of detectors: given by path or by URL, held against their sha256, fetched once."""
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,8 +21,10 @@ def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
     The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`. `key` of the config is for messages: `evaluation.video`.
 
     Raises:
-        UserError: no such file, no such page, or another sha256.
+        UserError: no such file, no such page, another sha256, or a text that is none.
     """
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise UserError(f"{key}.sha256='{sha256}' is no sha256; give all of its 64 hexadecimal digits, or null")
     if urlsplit(source).scheme not in _URL_SCHEMES:
         path = Path(source)
         if not path.is_file():

@@ -87,8 +87,9 @@ class KeyframePipeline:
         """
         path = resolve_model_path(name)
         index = load_index(path, revision)
-        for part in index:
+        for part, kind in index.items():
             refuse_pickles(Path(path, part))  # from a hub repository only safetensors are downloaded
+            _check_is_of_libraries(path, part, kind)
         settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
         # diffusers needs an explicit None for a component that the pipeline was saved without, such as the T5 of Stable Diffusion 3.
         settings |= {part: None for part, kind in index.items() if kind == [None, None]}
@@ -278,6 +279,15 @@ def _check_is_text_to_image(path: str, name: str | None) -> None:
     arguments = set(inspect.signature(cls.__call__).parameters)
     if not {"prompt", "height"} <= arguments or {"image", "num_frames"} & arguments:
         raise UserError(f"'{path}' holds a {name}, which does not make images from text; give a text-to-image pipeline")
+
+
+def _check_is_of_libraries(path: str, part: str, kind: Any) -> None:
+    """Refuses a class, as `[module, name]` of `model_index.json`, from any module that diffusers would import or run for it."""
+    module, name = kind if isinstance(kind, list) and len(kind) == 2 else (None, None)
+    is_known = module in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(module))
+    if isinstance(module, str) and (not is_known or (module == "transformers" and str(name).startswith("Auto"))):
+        fault = f"the {part} of '{path}' is a {name} of '{module}', which is code from elsewhere"
+        raise UserError(f"{fault}; give a pipeline whose parts are classes of diffusers and transformers")
 
 
 def _size(height: int, width: int) -> dict[str, int]:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -63,6 +64,23 @@ def test_a_finished_run_that_is_resumed_saves_the_same_model_again(finished, bro
     resume(broken)
     one, other = weights(finished / "unet"), weights(broken.parent / "unet")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch written",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_a_checkpoint_runs_no_code(broken, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Hostile(), broken / name)
+    write_checksums(broken)
+    with contextlib.suppress(UserError, RuntimeError, KeyError):  # or it is resumed without that file
+        resume(broken)
+    assert not (tmp_path / "written").exists()
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
