@@ -22,6 +22,11 @@ _DEFAULTS = {**dict(zip(_OWN, _OWN, strict=True)), "gamma": "noise_prior_gamma"}
 """Settings for which None stands for a value in the pipeline's config, and its key there."""
 
 
+def _check_values(settings: Any, kind: type, prefix: str = "") -> None:
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        convert(prefix + name, getattr(settings, name), hint)
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """Settings of stage 2. `ImageToVideoPipeline.resolve` fills in the model's own values.
@@ -55,8 +60,7 @@ class SamplingSettings:
     decode_chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(SamplingSettings, include_extras=True).items():
-            convert(name, getattr(self, name), kind)
+        _check_values(self, SamplingSettings)
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
@@ -86,7 +90,7 @@ class KeyframeSettings:
         resize_mode: how an image is brought to the size of the video.
 
     Raises:
-        UserError: one of height and width.
+        UserError: a value out of range, or one of height and width.
     """
 
     pretrained_model_name_or_path: PathText | None = None
@@ -100,6 +104,7 @@ class KeyframeSettings:
     resize_mode: ResizeMode = "crop"
 
     def __post_init__(self) -> None:
+        _check_values(self, KeyframeSettings, "keyframe.")
         if (self.height is None) != (self.width is None):
             raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
 

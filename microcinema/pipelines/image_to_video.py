@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.config.sampling import SamplingSettings
+from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion.guidance import CFG
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -136,6 +136,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         keyframe_index(keyframe_position, num_frames)
         SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
+        KeyframeSettings(num_inference_steps=keyframe_num_inference_steps, guidance_scale=keyframe_guidance_scale)
         check_sampler(self.training_scheduler, scheduler)
         self._logged: set[str] = set()
 
@@ -335,11 +336,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
             conditions = prepare_conditions(self.unet, guidance, captions, context, settings.fps)
             shape = (videos, settings.num_frames, *z_ref.shape[1:])
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            set_timesteps(self.scheduler, steps, device)
+            scheduler = set_timesteps(self.scheduler, steps, device)
             with self.progress_bar(total=steps) as bar:
                 z_T, timesteps = prior.initial_noise(eps, z_ref), self.remapped_timesteps
                 inputs = (prior, z_ref, conditions, guidance, windows, timesteps, generator, step_end, bar)
-                z = denoise(self.unet, self.scheduler, z_T, *inputs)
+                z = denoise(self.unet, scheduler, z_T, *inputs)
             clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())
             if clip < settings.num_segments - 1:
                 last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]

@@ -210,8 +210,7 @@ def _generator_record(item: PromptItem) -> dict[str, int]:
 
 def _model_record(video: ImageToVideoPipeline, num_inference_steps: int) -> dict[str, Any]:
     """The model, the VAE that encodes its key frame, and the schedule; a UserError if that cannot make so many steps."""
-    scheduler, weights = video.scheduler, hash_networks(video.components)
-    set_timesteps(scheduler, num_inference_steps)
+    scheduler, weights = set_timesteps(video.scheduler, num_inference_steps), hash_networks(video.components)
     return {
         "source": video.config.get("_name_or_path"),
         "pipeline": {key: video.config.get(key) for key in _MODEL},

@@ -31,6 +31,7 @@ from microcinema.diffusion.schedule import (
     shifted_betas,
     signal_and_noise,
     snr,
+    step_arguments,
     trial_fault,
 )
 from microcinema.utils.errors import UserError
@@ -221,9 +222,39 @@ def test_a_trial_looks_at_the_numbers():
 )
 def test_numbers_of_steps_that_give_wrong_numbers_are_refused(name, overrides, steps, words):
     sampler = make_sampler(make_scheduler(SD15, overrides), f"{name}Scheduler")
-    set_timesteps(sampler, 20)
+    assert set_timesteps(sampler, 20) is sampler
     with pytest.raises(UserError, match=f"{name}Scheduler does not work with {steps} steps .*{words}"):
         set_timesteps(sampler, steps)
+
+
+def sampled(sampler, mean=1.0, deviation=0.5):
+    """The mean of numbers that are sampled from pure noise, as videos are, with the denoiser of their closed form."""
+    rng = torch.Generator().manual_seed(0)
+    z = sampler.init_noise_sigma * torch.randn(1, 1, 1, 1, 8192, generator=rng)
+    for t in sampler.timesteps:
+        z_t, (signal, sigma) = sampler.scale_model_input(z, t), signal_and_noise(sampler, t, z)
+        z0 = mean + signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * (z_t - signal * mean)
+        z = sampler.step((z_t - signal * z0) / sigma, t, z, **step_arguments(sampler, rng)).prev_sample
+    return z.mean().item()
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "DPMSolverMultistep"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_sampling_begins_near_pure_noise_whatever_the_number_of_steps(name, spacing):
+    """With leading spacing one step began at t = 1, and saved the noise."""
+    training = make_scheduler(SD15, {"prediction_type": "epsilon"})
+    for steps in (1, 2, 5, 6, 10, 25):
+        sampler = make_sampler(training, f"{name}Scheduler", timestep_spacing=spacing)
+        try:
+            chosen = set_timesteps(sampler, steps)
+        except UserError:
+            assert (name, spacing) == ("DDIM", "linspace")  # whose steps do not end at zero
+            continue
+        assert abs(sampled(chosen) - 1) <= 0.08  # 0.034 by the schedule itself, whose last step has a signal of 0.068
+        assert chosen.timesteps[0] > 820
+        if steps >= 10:  # of two kinds of spacing one is a matter of taste
+            assert chosen is sampler and chosen.config.timestep_spacing == spacing
+        assert sampler.config.timestep_spacing == spacing  # the next call may have more steps
 
 
 def test_noise_levels_between_two_steps_are_interpolated(clip):
