@@ -13,6 +13,7 @@ from microcinema.config.instantiate import convert
 from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fps, Name, NotNegative, PathText, Size
 from microcinema.utils.errors import UserError, check_choice
 
+OnFlagged = Literal["error", "skip", "keep"]
 ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
 `stretch` scales each direction separately; `exact` refuses an image of another size."""
@@ -88,6 +89,8 @@ class KeyframeSettings:
         height, width: size in pixels at which it draws; None: its own.
         num_inference_steps, guidance_scale: None: those that the video model was saved with for stage 1, or else those of the video.
         resize_mode: how an image is brought to the size of the video.
+        on_flagged: what becomes of a picture that the model's safety checker flags, and blackens: `error`, the call ends; `skip`, no
+            video is made of it; `keep`, it is animated as it is.
 
     Raises:
         UserError: a value out of range, or one of height and width.
@@ -102,6 +105,7 @@ class KeyframeSettings:
     num_inference_steps: Count | None = None
     guidance_scale: NotNegative | None = None
     resize_mode: ResizeMode = "crop"
+    on_flagged: OnFlagged = "error"
 
     def __post_init__(self) -> None:
         _check_values(self, KeyframeSettings, "keyframe.")

@@ -1,7 +1,7 @@
 """The generated clips of a protocol: from the sampler that the command `sample` uses, or from a folder of videos."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from microcinema.utils.hashing import hash_json
 @dataclass(frozen=True)
 class Generated:
     """Generated clips of a protocol's samples. `load` returns the frames of one, uint8 (f, h, w, 3), and its key frame uint8 (h, w, 3),
-    with which the frame `keyframe_index` is compared, or None. The fingerprint is everything that the clips depend on."""
+    with which the frame `keyframe_index` is compared, or None. The fingerprint is everything that the clips depend on; counts are those of
+    `generate`."""
 
     samples: list[PromptItem]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
@@ -33,6 +34,7 @@ class Generated:
     keyframe_index: int = 0
     has_prompts: bool = True
     warnings: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def protocol_sampler(
@@ -50,6 +52,7 @@ def protocol_sampler(
         settings.keyframe_model,
         num_inference_steps=settings.keyframe_num_inference_steps,
         guidance_scale=settings.keyframe_guidance_scale,
+        on_flagged="keep",  # every prompt of a protocol has a clip
     )
     memory, size, progress = MemorySettings(settings.torch_dtype), config.batch_size, state.is_main_process
     return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, batch_size=size, progress=progress)
@@ -57,9 +60,11 @@ def protocol_sampler(
 
 def generate(
     sampler: Sampler, items: Sequence[PromptItem], seed: int, folder: Path, state: PartialState, **fingerprint: Any
-) -> tuple[SampleFolder, dict[str, Any]]:
-    """Makes the clips that the folder does not hold yet, by all processes, and waits for them. Returns them and their whole fingerprint,
-    of which `fingerprint` is what they depend on beside sampler and seed.
+) -> tuple[SampleFolder, dict[str, Any], dict[str, int]]:
+    """Makes the clips that the folder does not hold yet, by all processes, and waits for them.
+
+    Returns them; their whole fingerprint, of which `fingerprint` is what they depend on beside sampler and seed; and the numbers of
+    key frames that a safety checker flagged (and blackened) and of prompts that were longer than a text encoder reads.
 
     Raises:
         UserError: the folder holds clips with another fingerprint, or they cannot be made.
@@ -70,7 +75,11 @@ def generate(
     seeded = [replace(item, seed=seed) for item in items]
     sampler.run(seeded, samples, state.process_index, state.num_processes)
     state.wait_for_everyone()
-    return samples, fingerprint
+    records: Any = [samples.record(item) for item in seeded]
+    truncated = ["truncated" in {**record, **record["keyframe"]} for record in records]
+    flagged = ["flagged" in record["keyframe"] for record in records]
+    counts = {"flagged_keyframes": sum(flagged), "truncated_prompts": sum(truncated)}
+    return samples, fingerprint, counts
 
 
 def generate_clips(
@@ -81,13 +90,14 @@ def generate_clips(
     size = config.evaluation.height, config.evaluation.width
     sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
     prompts_sha256 = hash_json([sample.prompt for sample in samples])
-    clips, fingerprint = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts_sha256)
+    clips, fingerprint, counts = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts_sha256)
 
     def load(number: int) -> tuple[np.ndarray, np.ndarray | None]:
         clip = clips.load(samples[number].id)
         return clip.frames, clip.keyframe
 
-    return Generated(samples, load, fingerprint["fps"], fingerprint, sampler.keyframe_index)
+    index = sampler.keyframe_index
+    return Generated(samples, load, fingerprint["fps"], fingerprint, index, counts=counts)
 
 
 def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem]) -> Generated:

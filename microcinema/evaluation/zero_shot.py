@@ -92,11 +92,11 @@ def run_zero_shot(
         "real_files_sha256": hash_list(real) if real else None,
         "generated": generated.fingerprint,
         "detectors": detectors_used,
-        "counts": {"generated": len(generated.samples), "real": len(real)},
+        "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
         "values": compute(features[0], features[1] if real else None, protocol),
         "not_measured": not_measured,
         "shortfalls": shortfalls,
-        "warnings": list(generated.warnings),
+        "warnings": [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)],
         "versions": describe_code(),
     }
     _write(folder, results, samples, real, generated)

@@ -6,7 +6,7 @@ Shapes: b samples, n text tokens, d text width, p patch tokens, k motion tokens,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,13 @@ def encode_text(
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return encoder(tokens.input_ids.to(device or encoder.device))[0]
+
+
+def unread_texts(lengths: Mapping[str, tuple[Any, int]], texts: Mapping[str, str]) -> dict[str, str]:
+    """The ends of texts that are longer than their encoders read, by name; a length is a tokenizer and its number of tokens."""
+    tokens = {name: tokenizer(texts[name], verbose=False).input_ids for name, (tokenizer, _) in lengths.items()}
+    longer = [(name, *lengths[name]) for name in lengths if len(tokens[name]) > lengths[name][1]]
+    return {name: tokenizer.decode(tokens[name][length - 1 : -1]).strip() for name, tokenizer, length in longer}
 
 
 def encode_motion_tokens(

@@ -1,6 +1,5 @@
 """Stage 2: a key frame and a text become a video. Shapes: latents `b f c h w`, frames `b f 3 H W`, key frame `b 3 H W`."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -30,13 +29,12 @@ from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_fact
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
 from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, denoise, prepare_conditions
-from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text
+from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text, unread_texts
 from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
 from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
 from microcinema.pipelines.prompts import broadcast_to_prompts, check_generators, check_motion_prompt, check_prompts
 from microcinema.utils.errors import UserError, check_choice
-
-_LOG = logging.getLogger(__name__)
+from microcinema.utils.logging import warn_once
 
 
 @dataclass
@@ -138,7 +136,6 @@ class ImageToVideoPipeline(DiffusionPipeline):
         SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
         KeyframeSettings(num_inference_steps=keyframe_num_inference_steps, guidance_scale=keyframe_guidance_scale)
         check_sampler(self.training_scheduler, scheduler)
-        self._logged: set[str] = set()
 
     @property
     def num_timesteps(self) -> int:
@@ -169,6 +166,13 @@ class ImageToVideoPipeline(DiffusionPipeline):
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (b, n, d) of texts."""
         return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
+
+    @property
+    def text_lengths(self) -> dict[str, tuple[Any, int]]:
+        """Of the texts of a call, by their names, for `unread_texts`."""
+        length = self.tokenizer, self.tokenizer.model_max_length
+        motion = {"motion_prompt": (self.motion_tokenizer, self.config["num_motion_tokens"])}
+        return {"prompt": length, "negative_prompt": length, **(motion if self.uses_motion_caption else {})}
 
     @property
     def uses_motion_caption(self) -> bool:
@@ -300,6 +304,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         negative = "" if negative_prompt is None else negative_prompt
         single = isinstance(negative, str)  # encoded once for all prompts
         negatives = broadcast_to_prompts("negative prompts", negative, 1 if single else count)
+        texts = {"prompt": prompts, "negative_prompt": negatives, "motion_prompt": motions}
+        for name, length in self.text_lengths.items():
+            for text in texts[name]:
+                for end in unread_texts({name: length}, {name: text}).values():
+                    warn_once(f"{name} '{text}' is read without its end '{end}'")
         captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
         if self.uses_motion_caption:
             captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
@@ -356,9 +365,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if settings.num_segments > 1:
             messages.append(continuation_notice(settings.num_segments, windows.frames))
         for message in messages:
-            if message not in self._logged:
-                self._logged.add(message)
-                _LOG.warning(message)
+            warn_once(message)
 
 
 def _repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:

@@ -15,14 +15,17 @@ from accelerate.utils import release_memory
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, SchedulerMixin
 from einops import rearrange
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from microcinema.config.sampling import ResizeMode
+from microcinema.config.sampling import OnFlagged, ResizeMode
 from microcinema.data.clip_reader import cover, resize
 from microcinema.data.images import SUFFIXES, open_image, to_rgb
+from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
 from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
+from microcinema.utils.logging import warn_once
 
 PixelImage = Image.Image | np.ndarray | torch.Tensor
 """A PIL image, an array (h, w, 3) or a tensor (3, h, w); numbers are uint8, or floats in [0, 1] as pipelines return them."""
@@ -70,6 +73,8 @@ class KeyframePipeline:
                     raise UserError(f"folder '{self.source}' has no images ({', '.join(SUFFIXES)}); give another")
         for network in self.networks.values():
             network.eval().requires_grad_(False)
+            if isinstance(decoder := getattr(network, "decoder", None), torch.nn.Module):  # of a VAE
+                decoder.register_forward_hook(_check_finite)
 
     @classmethod
     def from_pretrained(
@@ -159,7 +164,8 @@ class KeyframePipeline:
 
         Raises:
             UserError: a file is not an image, a folder has not one image per prompt, the pipeline refuses an argument, or it has
-                been unloaded.
+                been unloaded; it draws pixels that are not finite. An image that its safety checker flags has `flagged` in its
+                provenance, see `is_animated`.
         """
         if isinstance(self.source, Path):
             files = self.files or [self.source] * len(prompt)
@@ -170,10 +176,10 @@ class KeyframePipeline:
             source = self.provenance(draw_height, draw_width, **arguments)
             generators: Sequence[torch.Generator | None] = generator or [None] * len(prompt)
             # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
-            images = [
-                (self._draw(text, generators[i], source["arguments"]), {**source, "prompt": text})
-                for i, text in enumerate(prompt)
-            ]
+            images = []
+            for text, rng in zip(prompt, generators, strict=True):
+                image, remarks = self._draw(text, rng, source["arguments"])
+                images.append((image, {**source, "prompt": text, **remarks}))
         return [make_keyframe(image, height, width, entries, self.resize_mode) for image, entries in images]
 
     def provenance(
@@ -200,18 +206,51 @@ class KeyframePipeline:
             "arguments": arguments,
         }
 
-    def _draw(self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]) -> Image.Image:
+    def _draw(
+        self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]
+    ) -> tuple[Image.Image, dict[str, str]]:
+        """An image, with what its provenance has to say: `flagged`, or the end of the prompt that is `truncated`."""
         assert isinstance(self.source, DiffusionPipeline)
         name = type(self.source).__name__
         try:
-            images = getattr(self.source(prompt=prompt, generator=generator, **arguments), "images", None)
+            output = self.source(prompt=prompt, generator=generator, **arguments)
         except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
             settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
             fault = f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)})"
             raise UserError(f"{fault}; change these settings") from error
+        images = getattr(output, "images", None)
         if images is None:
             raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")
-        return images[0]
+        flags = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None)
+        remarks = {"flagged": "by the safety checker"} if flags and flags[0] else {}
+        longest = inspect.signature(type(self.source).__call__).parameters.get("max_sequence_length")
+        parts = {key: part for key, part in self.source.components.items() if isinstance(part, PreTrainedTokenizerBase)}
+        lengths = {
+            key: (part, part.model_max_length if longest is None or "CLIP" in type(part).__name__ else longest.default)
+            for key, part in parts.items()
+        }
+        ends = unread_texts(lengths, dict.fromkeys(parts, prompt))
+        if parts and ends.keys() == parts.keys():  # otherwise one of several encoders reads all
+            remarks["truncated"] = min(ends.values(), key=len)
+            warn_once(f"stage 1 reads '{prompt}' without its end '{remarks['truncated']}'")
+        return images[0], remarks
+
+
+def is_animated(provenance: Mapping[str, Any], name: str, on_flagged: OnFlagged) -> bool:
+    """Whether a video is made of a key frame with this provenance; says so, or raises a UserError, if it is flagged."""
+    if flagged := provenance.get("flagged"):
+        fault = f"the key frame of '{name}' was flagged {flagged} of stage 1"
+        if on_flagged == "error":
+            raise UserError(f"{fault}; change prompt or seed, or set keyframe.on_flagged=skip or keep")
+        warn_once(f"{fault}; keyframe.on_flagged={on_flagged}")
+    return not (flagged and on_flagged == "skip")
+
+
+def _check_finite(decoder: torch.nn.Module, inputs: Any, pixels: Any) -> None:
+    if isinstance(pixels, torch.Tensor) and not pixels.isfinite().all():
+        raise UserError(
+            "stage 1 draws pixels that are not finite; use keyframe.torch_dtype=float32, and check the weights"
+        )
 
 
 def make_keyframe(

@@ -82,9 +82,9 @@ class SampleFolder:
         """Whether all files of the video with this record exist."""
         return self._matching(item, _RECORD, record) is not None
 
-    def keyframe_record(self, item: PromptItem) -> dict[str, Any] | None:
-        """The record of a key frame; None if there is none."""
-        return self._matching(item, _KEYFRAME_RECORD, {})
+    def record(self, item: PromptItem, of_keyframe: bool = False) -> dict[str, Any] | None:
+        """The record of a video, or of its key frame; None if there is none."""
+        return self._matching(item, _KEYFRAME_RECORD if of_keyframe else _RECORD, {})
 
     def open_keyframe(self, item: PromptItem) -> Image.Image:
         """The key frame; a UserError if it is missing or damaged."""

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.data.images import open_image
 from microcinema.diffusion.schedule import set_timesteps
+from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.keyframe import KeyframePipeline, is_animated
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
@@ -61,7 +62,7 @@ class Sampler:
         video = self._load_video()
         self.settings = video.resolve(settings)
         self.defaults = dict(video.config)
-        self.uses_motion_caption = video.uses_motion_caption
+        self.uses_motion_caption, self._text_lengths = video.uses_motion_caption, video.text_lengths
         windows = video.windows(self.settings)
         self.keyframe_index = windows.keyframe_index(video.keyframe_position)
         self.video_record = {
@@ -169,13 +170,17 @@ class Sampler:
                 apply(source.source, self.keyframe_memory, self.device)
                 on_device = True
             keyframe = make_item_keyframe(item, source, height, width, **arguments)
+            is_animated(
+                keyframe.provenance, item.id, self.keyframe.on_flagged
+            )  # if not at all, then before it is written
             folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
 
     def _make_videos(
         self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder, on_done: Callable[[PromptItem, bool], None]
     ) -> None:
         video: ImageToVideoPipeline | None = None
-        for batch in self._bar(batches, "videos", "video" if self.batch_size == 1 else "batch"):
+        for whole in self._bar(batches, "videos", "video" if self.batch_size == 1 else "batch"):
+            batch = [item for item in whole if self._is_animated(item, folder)]
             records = [self._record(item, folder) for item in batch]
             is_new = [not folder.video_is_up_to_date(*entry) for entry in zip(batch, records, strict=True)]
             if any(is_new):
@@ -191,13 +196,19 @@ class Sampler:
             for item, made in zip(batch, is_new, strict=True):
                 on_done(item, made)
 
+    def _is_animated(self, item: PromptItem, folder: SampleFolder) -> bool:
+        return is_animated(folder.record(item, of_keyframe=True) or {}, item.id, self.keyframe.on_flagged)
+
     def _record(self, item: PromptItem, folder: SampleFolder) -> dict[str, Any]:
+        texts = {name: getattr(item, name) for name in ("id", "prompt", "motion_prompt", "negative_prompt")}
+        truncated = unread_texts(self._text_lengths, texts | {"motion_prompt": item.motion_prompt or item.prompt})
         return {
-            **{name: getattr(item, name) for name in ("id", "prompt", "motion_prompt", "negative_prompt")},
+            **texts,
+            **({"truncated": truncated} if truncated else {}),
             "generator": _generator_record(item),
             **self.video_record,
             "video_crf": folder.crf,
-            "keyframe": folder.keyframe_record(item),
+            "keyframe": folder.record(item, of_keyframe=True),
         }
 
     def _bar(self, sequence: Sequence[Any], label: str, unit: str) -> Any:

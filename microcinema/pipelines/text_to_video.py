@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
-from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, make_keyframe
+from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, is_animated, make_keyframe
 from microcinema.pipelines.prompts import (
     PromptItem,
     broadcast_to_prompts,
@@ -29,7 +29,7 @@ class TextToVideoOutput(BaseOutput):
 
     Attributes:
         frames: as in `ImageToVideoOutput`.
-        keyframes: one per video, with its provenance.
+        keyframes: one per video, with its provenance. Without prompts that `on_flagged=skip` left out.
     """
 
     frames: Any
@@ -175,17 +175,20 @@ class TextToVideoPipeline:
             for video in range(num_videos_per_prompt)
         ]
         resolved, stage1 = self.video.resolve(SamplingSettings(**settings)), keyframe or KeyframeSettings()
-        keyframes = []
+        keyframes, animated = [], []
         assert resolved.height is not None and resolved.width is not None
         for item in items:
             arguments = keyframe_arguments(self.keyframe, item, self.video.config, resolved, stage1)
-            keyframes.append(make_item_keyframe(item, self.keyframe, resolved.height, resolved.width, **arguments))
+            image = make_item_keyframe(item, self.keyframe, resolved.height, resolved.width, **arguments)
+            if is_animated(image.provenance, item.prompt, stage1.on_flagged):
+                keyframes.append(image)
+                animated.append(item)
         batches = []
-        for start in range(0, len(items), batch_size):
+        for start in range(0, len(animated), batch_size):
             batch = slice(start, start + batch_size)
             images = [entry.image for entry in keyframes[batch]]
-            batches.append(animate(self.video, items[batch], images, resolved, output_type=output_type).frames)
-        join: Any = torch.cat if isinstance(batches[0], torch.Tensor) else np.concatenate
-        frames = list(chain(*batches)) if isinstance(batches[0], list) else join(batches)
+            batches.append(animate(self.video, animated[batch], images, resolved, output_type=output_type).frames)
+        join: Any = torch.cat if batches and isinstance(batches[0], torch.Tensor) else np.concatenate
+        frames = list(chain(*batches)) if not batches or isinstance(batches[0], list) else join(batches)
         output = TextToVideoOutput(frames, keyframes)
         return output if return_dict else output.to_tuple()

@@ -51,9 +51,9 @@ def run_sprites(config: Evaluate, protocol: SpritesProtocol, state: PartialState
     for task in tasks:
         keyframe = real_sample(task.sprite, protocol, index).keyframe if task.part == "image" else None
         items.append(task.item(sampler.uses_motion_caption, keyframe))
-    samples, fingerprint = generate(sampler, items, config.seed, folder / SAMPLES_FOLDER, state)
+    samples, fingerprint, counts = generate(sampler, items, config.seed, folder / SAMPLES_FOLDER, state)
     if state.is_main_process:
-        results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint, index)
+        results = evaluate(protocol, lambda task: samples.load(task.name), judge, folder, fingerprint | counts, index)
         print(f"{text_table(results)}\n{folder / REPORT_FILE}")
 
 

@@ -1,4 +1,13 @@
-"""Notices of the libraries."""
+"""Notices of this package and of the libraries."""
+
+import functools
+import logging
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, if this process has not done so before."""
+    logging.getLogger("microcinema").warning(message)
 
 
 def quieten_libraries() -> None:
@@ -6,6 +15,6 @@ def quieten_libraries() -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

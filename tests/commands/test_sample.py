@@ -234,6 +234,56 @@ def test_a_revision_and_a_variant_of_stage_1_are_those_of_the_config(run, tmp_pa
     assert (record["source"], record["revision"], record["variant"]) == (repository, "v2", "fp16")
 
 
+def records(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_flagged_key_frames_end_the_run_or_have_no_video_or_are_animated(run, tmp_path, made, monkeypatch):
+    base = tiny.flagging(tmp_path / "base")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "start.png")
+    (tmp_path / "p.csv").write_text("id,prompt,image\na,a star,\nb,a moon,start.png\n")
+    settings = ["prompts=p.csv", f"keyframe.pretrained_model_name_or_path={base}", "num_inference_steps=1"]
+    code, _, told = run(*settings)
+    assert code == 2 and told.splitlines()[-1].startswith(
+        "error: the key frame of 'a' was flagged by the safety checker"
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b_keyframe.png", "b_keyframe.json"}
+    code, said, _ = run(*settings, "keyframe.on_flagged=skip")
+    assert code == 0 and said.splitlines() == ["out/b.mp4"]
+    assert set(records(tmp_path / "out")) == {"a_keyframe", "b_keyframe", "b"}
+    made.clear()
+    assert run(*settings, "keyframe.on_flagged=skip")[0] == 0 and made == []  # not drawn again
+    code, _, told = run(*settings)
+    assert code == 2 and "'a' was flagged" in told.splitlines()[-1]
+    assert run(*settings, "keyframe.on_flagged=keep")[0] == 0 and made == both("a")[1:]
+    found = records(tmp_path / "out")
+    assert found["a"]["keyframe"]["flagged"] == found["a_keyframe"]["flagged"] == "by the safety checker"
+    assert "flagged" not in found["b_keyframe"]
+
+
+def test_key_frames_that_are_not_finite_are_not_written(run, tmp_path, model):
+    base = shutil.copytree(model.parent / "base", tmp_path / "base")
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "decoder.conv_out.bias": weights["decoder.conv_out.bias"] * torch.nan}, path)
+    code, _, told = run(f"prompt={PROMPT}", f"keyframe.pretrained_model_name_or_path={base}")
+    assert code == 2 and "stage 1 draws pixels that are not finite; use keyframe.torch_dtype" in told.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_ends_of_prompts_that_no_encoder_reads_are_said_and_recorded(run, tmp_path, caplog):
+    long = " ".join(["circle"] * 14)  # with begin and end as many tokens as the tiny encoder reads
+    (tmp_path / "p.csv").write_text(f"id,prompt\na,{long}\nb,{long} moving left\n")
+    code, *_ = run("prompts=p.csv", "negative_prompt=" + "moon " * 15)
+    found = records(tmp_path / "out")
+    assert code == 0
+    assert found["a"]["truncated"] == {"negative_prompt": "moon"} and "truncated" not in found["a_keyframe"]
+    assert found["b"]["truncated"] == {"prompt": "moving left", "negative_prompt": "moon"}
+    assert found["b"]["keyframe"]["truncated"] == "moving left"
+    assert f"stage 1 reads '{long} moving left' without its end 'moving left'" in caplog.messages
+    assert f"prompt '{long} moving left' is read without its end 'moving left'" in caplog.messages
+
+
 # Memory
 
 

@@ -24,7 +24,7 @@ from microcinema.config.sampling import MemorySettings
 from microcinema.data.clip_reader import resize_and_crop
 from microcinema.data.images import open_image
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines.keyframe import KeyframePipeline, make_keyframe
+from microcinema.pipelines.keyframe import KeyframePipeline, is_animated, make_keyframe
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
@@ -209,6 +209,39 @@ def test_unloading_empties_the_device(sdxl, offload):
     keyframes(PROMPTS[:1], 32, 32, [generator(0)], num_inference_steps=1)
     keyframes.unload()
     assert torch.cuda.memory_allocated() == before
+
+
+# Pictures that are none
+
+
+def test_a_flagged_picture_and_a_prompt_without_its_end_are_in_the_provenance(base, sd3, tmp_path, caplog):
+    flagged = open_quietly(tiny.flagging(tmp_path / "flagging"))
+    (keyframe,) = flagged(["a star"], 32, 32, num_inference_steps=1)
+    assert keyframe.provenance["flagged"] == "by the safety checker" and not np.any(keyframe.image)
+    assert not is_animated(keyframe.provenance, "a", "skip") and is_animated(keyframe.provenance, "a", "keep")
+    assert "the key frame of 'a' was flagged by the safety checker" in caplog.text
+    with pytest.raises(UserError, match=r"key frame of 'a' was flagged.*keyframe\.on_flagged=skip or keep"):
+        is_animated(keyframe.provenance, "a", "error")
+    long = " ".join(["star"] * 14)  # with begin and end as many tokens as the encoder reads
+    for folder in (base, sd3):
+        keyframes = open_quietly(folder)
+        one, two = keyframes([long, f"{long} moving left"], 16, 16, num_inference_steps=1)
+        assert (
+            "flagged" not in one.provenance
+            and "truncated" not in one.provenance
+            and is_animated(one.provenance, "", "error")
+        )
+        assert two.provenance["truncated"] == "moving left"
+    assert f"stage 1 reads '{long} moving left' without its end 'moving left'" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_pixels_that_are_not_finite_are_an_error_and_no_black_picture(base, sdxl, value):
+    for folder in (base, sdxl):
+        keyframes = open_quietly(folder)
+        keyframes.source.vae.decoder.conv_out.bias.data[0] = value
+        with pytest.raises(UserError, match="stage 1 draws pixels that are not finite; use"):
+            keyframes(PROMPTS[:1], 32, 32, num_inference_steps=1)
 
 
 # Bad pipelines

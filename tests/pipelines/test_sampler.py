@@ -95,8 +95,9 @@ def test_moving_sprites_makes_the_videos_of_the_command(model, command, tmp_path
     sampler = protocol_sampler(config, tiny.SIZE, tiny.SIZE, FRAMES, protocol.fps, PartialState(cpu=True))
     real = {task.name: protocol.render(task.sprite).frames[0] for task in protocol.tasks() if task.part == "image"}
     items = [task.item(sampler.uses_motion_caption, real.get(task.name)) for task in protocol.tasks()]
-    clips, fingerprint = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
+    clips, fingerprint, counts = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
     assert (fingerprint["num_inference_steps"], fingerprint["keyframe_guidance_scale"]) == (2, 3.0)
+    assert counts == {"flagged_keyframes": 0, "truncated_prompts": 4}  # the tiny tokenizer reads 16 tokens
 
     rows = sorted(items, key=lambda item: item.sample_index)
     assert [item.sample_index for item in rows] == [0, 1, 2, 3]
@@ -144,11 +145,24 @@ def test_a_zero_shot_protocol_makes_the_videos_of_the_python_api(model, tmp_path
     protocol = config.evaluation.protocol.build()
     items = protocol.samples(protocol.open(config.evaluation.root))[:2]
     sampler = protocol_sampler(config, None, None, FRAMES, None, PartialState(cpu=True))
-    clips, _ = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
+    clips, *_ = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
     output = open_api(model)([item.prompt for item in items], seed=SEED)
     for item, keyframe, frames in zip(items, output.keyframes, output.frames, strict=True):
         assert np.array_equal(clips.load(item.id).keyframe, keyframe.image)
         assert np.array_equal(clips.load(item.id).frames, np.stack(frames))
+
+
+def test_a_protocol_animates_and_counts_flagged_key_frames(tmp_path):
+    tiny.flagging(tmp_path / "base")
+    save_pipeline(tiny.video_pipeline(tmp_path / "base", **DEFAULTS), tmp_path / "video", with_base=False)
+    config = compose("evaluate", [f"pipeline={tmp_path / 'video'}"])
+    sampler = protocol_sampler(config, tiny.SIZE, tiny.SIZE, FRAMES, 8.0, PartialState(cpu=True))
+    image = np.full((tiny.SIZE, tiny.SIZE, 3), 99, np.uint8)
+    items = [PromptItem("a star", "a"), PromptItem("a moon", "b"), PromptItem("a heart", "c", image=image)]
+    for _ in range(2):  # resumed, they are counted as well
+        clips, _, counts = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
+        assert counts == {"flagged_keyframes": 2, "truncated_prompts": 0}
+    assert [clips.load(name).keyframe.max() for name in "abc"] == [0, 0, 99]
 
 
 def test_from_an_image_the_second_stage_alone_makes_the_video_of_the_command(model, command, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fixtures import tiny
+from microcinema.config.sampling import KeyframeSettings
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_keyframe_pipeline
@@ -67,6 +68,25 @@ def test_clips_go_on_from_the_key_frame(both):
     assert output.frames.shape[1] == 11
     one = sample(both, PROMPTS[0], num_frames=6, window_overlap=1)
     assert np.abs(output.frames[0, :6] - one.frames[0]).max() < 1e-3
+
+
+def test_flagged_key_frames_are_an_error_or_left_out_or_kept(tmp_path):
+    video = tiny.video_pipeline(tiny.flagging(tmp_path))
+    pipeline = TextToVideoPipeline(load_keyframe_pipeline(video), video)
+    pipeline.keyframe.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="flagged"):
+        sample(pipeline, PROMPTS)
+    for output_type in ("np", "pil"):
+        output = sample(pipeline, PROMPTS, output_type=output_type, keyframe=KeyframeSettings(on_flagged="skip"))
+        assert len(output.frames) == len(output.keyframes) == 0
+    kept = sample(pipeline, PROMPTS, num_inference_steps=1, keyframe=KeyframeSettings(on_flagged="keep"))
+    assert len(kept.frames) == len(kept.keyframes) == 2 and "flagged" in kept.keyframes[1].provenance
+
+
+@pytest.mark.parametrize("bad", [{"guidance_scale": float("nan")}, {"num_inference_steps": 0}, {"on_flagged": "hide"}])
+def test_settings_of_stage_1_are_checked_where_they_are_made(bad):
+    with pytest.raises(UserError, match=f"keyframe.{next(iter(bad))} is "):
+        KeyframeSettings(**bad)
 
 
 @pytest.mark.parametrize(
