@@ -34,6 +34,7 @@ def base(tmp_path_factory):
         ("unet", ["net", "Net"], "model/unet/net.py"),  # code in the component's folder
         ("unet", ["net", "Net"], "net.py"),  # in the folder where the command is started
         ("unet", ["os", "system"], "net.py"),
+        ("unet", ["diffusersx.net", "Net"], "net.py"),
         ("_class_name", ["pipe", "Pipe"], "model/pipe.py"),  # a pipeline of its own
         ("text_encoder", ["transformers", "AutoModel"], "model/text_encoder/net.py"),  # asks whether it may run code
     ],

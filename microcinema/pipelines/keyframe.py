@@ -224,13 +224,13 @@ class KeyframePipeline:
         flags = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None)
         remarks = {"flagged": "by the safety checker"} if flags and flags[0] else {}
         longest = inspect.signature(type(self.source).__call__).parameters.get("max_sequence_length")
-        parts = {key: part for key, part in self.source.components.items() if isinstance(part, PreTrainedTokenizerBase)}
         lengths = {
             key: (part, part.model_max_length if longest is None or "CLIP" in type(part).__name__ else longest.default)
-            for key, part in parts.items()
+            for key, part in self.source.components.items()
+            if isinstance(part, PreTrainedTokenizerBase)
         }
-        ends = unread_texts(lengths, dict.fromkeys(parts, prompt))
-        if parts and ends.keys() == parts.keys():  # otherwise one of several encoders reads all
+        ends = unread_texts(lengths, dict.fromkeys(lengths, prompt))
+        if lengths and ends.keys() == lengths.keys():  # otherwise one of several encoders reads all
             remarks["truncated"] = min(ends.values(), key=len)
             warn_once(f"stage 1 reads '{prompt}' without its end '{remarks['truncated']}'")
         return images[0], remarks
@@ -323,8 +323,9 @@ def _check_is_text_to_image(path: str, name: str | None) -> None:
 def _check_is_of_libraries(path: str, part: str, kind: Any) -> None:
     """Refuses a class, as `[module, name]` of `model_index.json`, from any module that diffusers would import or run for it."""
     module, name = kind if isinstance(kind, list) and len(kind) == 2 else (None, None)
-    is_known = module in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(module))
-    if isinstance(module, str) and (not is_known or (module == "transformers" and str(name).startswith("Auto"))):
+    library = str(module).partition(".")[0]
+    is_known = library in ("diffusers", "transformers", "microcinema") or hasattr(diffusers.pipelines, library)
+    if isinstance(module, str) and (not is_known or (library == "transformers" and str(name).startswith("Auto"))):
         fault = f"the {part} of '{path}' is a {name} of '{module}', which is code from elsewhere"
         raise UserError(f"{fault}; give a pipeline whose parts are classes of diffusers and transformers")
 
