@@ -79,7 +79,7 @@ TEXTS = ["${oc.env:SECRET}", "${seed}", "a ${oc.decode:${oc.env:SECRET}} b", "??
     [
         ("train", [f"validation_prompts={json.dumps(TEXTS)}"]),
         ("sample", [f"prompt={TEXTS[0]}", f"negative_prompt={TEXTS[1]}", f"keyframe.revision={TEXTS[2]}"]),
-        ("train", [f"data.metadata={TEXTS[3]}", f"data.root={TEXTS[4]}", f"model.flow_model={TEXTS[0]}"]),
+        ("train", [f"data.metadata={TEXTS[3]}", f"data.root={TEXTS[4]}", f"model.motion_encoder={TEXTS[0]}"]),
     ],
 )
 def test_texts_are_literal_wherever_they_stand(monkeypatch, command, overrides):
