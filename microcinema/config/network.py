@@ -77,5 +77,8 @@ class VideoUNetConfig(NetworkOptions):
             raise ValueError(
                 f"adapter={self.adapter.mode} needs an image encoder; name one, or set the adapter to null"
             )
+        if self.temporal.attention_bottleneck > (narrowest := min(self.unet2d["block_out_channels"])):
+            fault = f"temporal.attention_bottleneck={self.temporal.attention_bottleneck} leaves layers no channel"
+            raise ValueError(f"{fault}; use at most {narrowest}, the channels of the narrowest")
         if self.motion_width is not None and not self.temporal.text:
             raise ValueError("the motion encoder's tokens are for temporal attention; set temporal.text=true")

@@ -236,6 +236,10 @@ def test_predict_net_learns_motion_from_loud_features_of_a_world_that_mostly_sta
         (["model.adapter.num_tokens=0"], "should be greater than or equal to 1"),
         (["model.pixels.scales=[1,8]"], r"pixels.scales has 8, but there are layers for it only at \[1, 2, 4\]"),
         (["model.pixels.scales=[2,1]"], "rising powers of two"),
+        (
+            ["model.temporal.attention_bottleneck=1000"],
+            "attention_bottleneck=1000 leaves layers no channel; use at most",
+        ),
         (["model.temporal.text=false"], "motion encoder's tokens are for temporal attention; set temporal.text=true"),
     ],
 )
