@@ -34,7 +34,7 @@ from microcinema.training.trainer import Trainer
 from microcinema.training.validation import Validation
 from microcinema.training.warm_start import known_schedule, warm_start, warm_start_summary
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import make_folder, sweep
+from microcinema.utils.files import make_folder
 from microcinema.utils.provenance import append_record, describe_environment
 
 CONFIG = "config.yaml"
@@ -78,8 +78,7 @@ def build_trainer(
         quarantine = Quarantine(output_dir / "validation/quarantine", config.clip_retries, accelerator.process_index)
         measured = IndexedDataset(held_out, SEED, quarantine), config.validation_clips
         trainer.validations.append(HeldOutLoss(accelerator, trainer.encode, trainer.loss_config, *measured))
-    if accelerator.is_main_process:  # only now: a run that is refused leaves no records, and removes nothing
-        sweep(output_dir)
+    if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)
         start = {**describe_environment(accelerator.num_processes), "launch": launch_settings(accelerator)}
         append_record(output_dir / ENVIRONMENT, start)

@@ -102,6 +102,8 @@ class Trainer:
             Preempted: the run received SIGTERM or SIGUSR1, and has saved a checkpoint.
         """
         config, preempted = self.config, False
+        if self.accelerator.is_main_process:
+            sweep(self.output_dir)  # only now: a run that is refused removes nothing
         if config.report_to:
             values = asdict(config).items()
             settings = {key: value if isinstance(value, LOGGABLE) else str(value) for key, value in values}

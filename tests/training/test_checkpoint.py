@@ -156,6 +156,9 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_replaces_the_broken_one(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     flip(run / "checkpoint-2/unet/diffusion_pytorch_model.safetensors")
+    (run / f".checkpoint-3.{2**22 + 1}.microcinema-partial/unet").mkdir(
+        parents=True
+    )  # of a process that was killed in a save
     train(pipeline(tmp_path), LatentClips(), run, max_train_steps=2, resume_from_checkpoint="latest", report_to=None)
     assert "checkpoint-2 is damaged (unet/diffusion_pytorch_model.safetensors does not match" in capsys.readouterr().out
     one, other = weights(finished / "checkpoint-2"), weights(run / "checkpoint-2")
