@@ -100,8 +100,8 @@ class KeyframePipeline:
         settings |= {part: None for part, kind in index.items() if kind == [None, None]}
         try:
             with warnings.catch_warnings():
-                # All releases of diffusers before 1.0 accept this name, and the later ones warn that there is a new one.
-                warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+                # All releases of diffusers before 1.0 accept `torch_dtype`, and later ones warn of it; the other is theirs to the hub.
+                warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
                 try:
                     pipeline = AutoPipelineForText2Image.from_pretrained(path, **settings)
                 except ValueError as error:
