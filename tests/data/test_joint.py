@@ -119,7 +119,7 @@ def test_more_processes_than_shards_are_refused_in_joint_data_too(world, tmp_pat
 
 
 def test_skipped_clips_are_counted_by_part_and_reason(world, tmp_path):
-    rows = [{"id": f"{k}.mp4", "accepted": k > 1} for k in range(9)]
+    rows = [{"key": f"{k}.mp4", "id": f"{k}.mp4", "accepted": k > 1} for k in range(9)]
     table = pyarrow.Table.from_pylist(rows, schema=SCHEMA)
     pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
     videos = clips(world, "videos", 4, manifest=tmp_path / "manifest.parquet")

@@ -290,7 +290,7 @@ def test_the_commands_train_export_and_sample(folder, clips, tmp_path, capsys, m
 
 
 def test_flow_needs_a_truth_and_a_known_teacher(clips):
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(UserError, match="not allowed"):
         FlowClips(dataset(clips), "guess", 4)
     moving = dataset(clips)
     moving.clip_position = "random"

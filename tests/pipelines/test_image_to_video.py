@@ -329,7 +329,7 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"prompt": [PROMPTS[0], "  "]}, "prompt is empty"),
         ({"prompt": []}, "prompt is empty"),
         ({"height": 30}, "height 30.*multiple of 8.*32"),
-        ({"width": 0}, "width 0"),
+        ({"width": 0}, "width is 0"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"fps": 0}, "fps is 0"),
         ({"image": np.full((8, 8, 3), 1.01)}, r"float64 \(8, 8, 3\).*floats from 0 to 1"),
