@@ -54,13 +54,13 @@ def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[A
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"'{override}' is not of the form key=value; `microcinema {command} --help` lists the keys")
+            raise UserError(f"{override!r} is not of the form key=value; `microcinema {command} --help` lists the keys")
         if key not in groups:
             values.append((key, value))
         elif value in group_options(key):
             options.append(f"{key}={value}")
         elif value != "null" or groups[key] is not None:
-            raise UserError(f"{key} has no option '{value}'; there are {', '.join(group_options(key))}")
+            raise UserError(f"{key} has no option {value!r}; there are {', '.join(group_options(key))}")
     try:
         with initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
             composed = hydra_compose(file_of(command), options, return_hydra_config=True)
