@@ -61,6 +61,7 @@ def print_world() -> None:
         print(hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest())
 
 
+@pytest.mark.slow
 def test_identifiers_frames_and_files_do_not_depend_on_the_instruction_set():
     extensions = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     if not extensions:
