@@ -3,7 +3,8 @@
 import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -73,8 +74,6 @@ class KeyframePipeline:
                     raise UserError(f"folder '{self.source}' has no images ({', '.join(SUFFIXES)}); give another")
         for network in self.networks.values():
             network.eval().requires_grad_(False)
-            if isinstance(decoder := getattr(network, "decoder", None), torch.nn.Module):  # of a VAE
-                decoder.register_forward_hook(_check_finite)
 
     @classmethod
     def from_pretrained(
@@ -165,7 +164,7 @@ class KeyframePipeline:
         Raises:
             UserError: a file is not an image, a folder has not one image per prompt, the pipeline refuses an argument, or it has
                 been unloaded; it draws pixels that are not finite. An image that its safety checker flags has `flagged` in its
-                provenance, see `is_animated`.
+                provenance, see `check_flagged`.
         """
         if isinstance(self.source, Path):
             files = self.files or [self.source] * len(prompt)
@@ -213,7 +212,8 @@ class KeyframePipeline:
         assert isinstance(self.source, DiffusionPipeline)
         name = type(self.source).__name__
         try:
-            output = self.source(prompt=prompt, generator=generator, **arguments)
+            with _check_decoders(self.networks.values()):
+                output = self.source(prompt=prompt, generator=generator, **arguments)
         except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
             settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
             fault = f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)})"
@@ -236,14 +236,26 @@ class KeyframePipeline:
         return images[0], remarks
 
 
-def is_animated(provenance: Mapping[str, Any], name: str, on_flagged: OnFlagged) -> bool:
-    """Whether a video is made of a key frame with this provenance; says so, or raises a UserError, if it is flagged."""
+def check_flagged(provenance: Mapping[str, Any], name: str, on_flagged: OnFlagged) -> bool:
+    """Whether a video is made of a key frame with this provenance; one that is flagged is told, or refused with a UserError."""
     if flagged := provenance.get("flagged"):
         fault = f"the key frame of '{name}' was flagged {flagged} of stage 1"
         if on_flagged == "error":
             raise UserError(f"{fault}; change prompt or seed, or set keyframe.on_flagged=skip or keep")
         warn_once(f"{fault}; keyframe.on_flagged={on_flagged}")
     return not (flagged and on_flagged == "skip")
+
+
+@contextmanager
+def _check_decoders(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within it a VAE that decodes to numbers that are not finite raises a UserError; it may be the video pipeline's as well."""
+    decoders = [getattr(network, "decoder", None) for network in networks]
+    hooks = [part.register_forward_hook(_check_finite) for part in decoders if isinstance(part, torch.nn.Module)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_finite(decoder: torch.nn.Module, inputs: Any, pixels: Any) -> None:

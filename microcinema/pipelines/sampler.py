@@ -13,7 +13,7 @@ from microcinema.data.images import open_image
 from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline, is_animated
+from microcinema.pipelines.keyframe import KeyframePipeline, check_flagged
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
@@ -170,7 +170,7 @@ class Sampler:
                 apply(source.source, self.keyframe_memory, self.device)
                 on_device = True
             keyframe = make_item_keyframe(item, source, height, width, **arguments)
-            is_animated(
+            check_flagged(
                 keyframe.provenance, item.id, self.keyframe.on_flagged
             )  # if not at all, then before it is written
             folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
@@ -197,7 +197,7 @@ class Sampler:
                 on_done(item, made)
 
     def _is_animated(self, item: PromptItem, folder: SampleFolder) -> bool:
-        return is_animated(folder.record(item, of_keyframe=True) or {}, item.id, self.keyframe.on_flagged)
+        return check_flagged(folder.record(item, of_keyframe=True) or {}, item.id, self.keyframe.on_flagged)
 
     def _record(self, item: PromptItem, folder: SampleFolder) -> dict[str, Any]:
         texts = {name: getattr(item, name) for name in ("id", "prompt", "motion_prompt", "negative_prompt")}

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from microcinema.config.sampling import KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
-from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, is_animated, make_keyframe
+from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, check_flagged, make_keyframe
 from microcinema.pipelines.prompts import (
     PromptItem,
     broadcast_to_prompts,
@@ -161,26 +161,18 @@ class TextToVideoPipeline:
             raise UserError(f"argument '{unknown[0]}' is unknown; use those of SamplingSettings")
         if num_videos_per_prompt < 1 or batch_size < 1:
             raise UserError(f"{num_videos_per_prompt=}, {batch_size=}; both must be >= 1")
-        prompts = check_prompts(prompt)
-        check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
-        motions = broadcast_to_prompts("motion prompts", motion_prompt, len(prompts))
-        negatives = broadcast_to_prompts("negative prompts", negative_prompt, len(prompts))
         if generator is not None and (seed or sample_index):
             raise UserError(f"{seed=}, {sample_index=} and a generator; give one of the two")
-        videos = len(prompts) * num_videos_per_prompt
-        rngs = iter([None] * videos if generator is None else check_generators(generator, videos))
-        items = [
-            PromptItem(text, "", motion, None, negative, seed, sample_index + index, video, rng=next(rngs))
-            for index, (text, motion, negative) in enumerate(zip(prompts, motions, negatives, strict=True))
-            for video in range(num_videos_per_prompt)
-        ]
+        check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
+        texts = check_prompts(prompt), motion_prompt, negative_prompt
+        items = _prompt_items(*texts, seed, sample_index, num_videos_per_prompt, generator)
         resolved, stage1 = self.video.resolve(SamplingSettings(**settings)), keyframe or KeyframeSettings()
         keyframes, animated = [], []
         assert resolved.height is not None and resolved.width is not None
         for item in items:
             arguments = keyframe_arguments(self.keyframe, item, self.video.config, resolved, stage1)
             image = make_item_keyframe(item, self.keyframe, resolved.height, resolved.width, **arguments)
-            if is_animated(image.provenance, item.prompt, stage1.on_flagged):
+            if check_flagged(image.provenance, item.prompt, stage1.on_flagged):
                 keyframes.append(image)
                 animated.append(item)
         batches = []
@@ -192,3 +184,24 @@ class TextToVideoPipeline:
         frames = list(chain(*batches)) if not batches or isinstance(batches[0], list) else join(batches)
         output = TextToVideoOutput(frames, keyframes)
         return output if return_dict else output.to_tuple()
+
+
+def _prompt_items(
+    prompts: list[str],
+    motion_prompt: Any,
+    negative_prompt: Any,
+    seed: int,
+    sample_index: int,
+    videos: int,
+    generator: Any,
+) -> list[PromptItem]:
+    """An item for each of the `videos` of every prompt; see `TextToVideoPipeline.__call__`."""
+    motions = broadcast_to_prompts("motion prompts", motion_prompt, len(prompts))
+    negatives = broadcast_to_prompts("negative prompts", negative_prompt, len(prompts))
+    count = len(prompts) * videos
+    rngs = iter([None] * count if generator is None else check_generators(generator, count))
+    return [
+        PromptItem(text, "", motion, None, negative, seed, sample_index + index, video, rng=next(rngs))
+        for index, (text, motion, negative) in enumerate(zip(prompts, motions, negatives, strict=True))
+        for video in range(videos)
+    ]

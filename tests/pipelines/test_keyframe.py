@@ -24,7 +24,7 @@ from microcinema.config.sampling import MemorySettings
 from microcinema.data.clip_reader import resize_and_crop
 from microcinema.data.images import open_image
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines.keyframe import KeyframePipeline, is_animated, make_keyframe
+from microcinema.pipelines.keyframe import KeyframePipeline, check_flagged, make_keyframe
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.text_to_video import TextToVideoPipeline
@@ -218,11 +218,11 @@ def test_a_flagged_picture_and_a_prompt_without_its_end_are_in_the_provenance(ba
     flagged = open_quietly(tiny.flagging(tmp_path / "flagging"))
     (keyframe,) = flagged(["a star"], 32, 32, num_inference_steps=1)
     assert keyframe.provenance["flagged"] == "by the safety checker" and not np.any(keyframe.image)
-    assert not is_animated(keyframe.provenance, "only here", "skip")
-    assert is_animated(keyframe.provenance, "only here", "keep")
+    assert not check_flagged(keyframe.provenance, "only here", "skip")
+    assert check_flagged(keyframe.provenance, "only here", "keep")
     assert "the key frame of 'only here' was flagged by the safety checker" in caplog.text
     with pytest.raises(UserError, match=r"key frame of 'a' was flagged.*keyframe\.on_flagged=skip or keep"):
-        is_animated(keyframe.provenance, "a", "error")
+        check_flagged(keyframe.provenance, "a", "error")
     long = " ".join(["star"] * 14)  # with begin and end as many tokens as the encoder reads
     for folder in (base, sd3):
         keyframes = open_quietly(folder)
@@ -230,7 +230,7 @@ def test_a_flagged_picture_and_a_prompt_without_its_end_are_in_the_provenance(ba
         assert (
             "flagged" not in one.provenance
             and "truncated" not in one.provenance
-            and is_animated(one.provenance, "", "error")
+            and check_flagged(one.provenance, "", "error")
         )
         assert two.provenance["truncated"] == "moving left"
     assert f"stage 1 reads '{long} moving left' without its end 'moving left'" in caplog.text
@@ -243,6 +243,9 @@ def test_pixels_that_are_not_finite_are_an_error_and_no_black_picture(base, sdxl
         keyframes.source.vae.decoder.conv_out.bias.data[0] = value
         with pytest.raises(UserError, match="stage 1 draws pixels that are not finite; use"):
             keyframes(PROMPTS[:1], 32, 32, num_inference_steps=1)
+        # Outside of stage 1 the VAE is as it was: in training it is the video pipeline's, too.
+        vae = keyframes.source.vae
+        assert not vae.decode(torch.zeros(1, vae.config.latent_channels, 2, 2)).sample.isfinite().all()
 
 
 # Bad pipelines
