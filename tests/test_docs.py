@@ -148,23 +148,23 @@ def runnable() -> list[str]:
     ]
 
 
-def run_line(line: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_line(line: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.chdir(world)
     (world / "prompts.csv").write_text("prompt\na large red star moving up on sand\n")
     Image.new("RGB", (64, 64), "red").save(world / "heart.png")
     command, *overrides = here(line, world)
-    assert cli.main([command, *overrides, *SMALL[command]]) == 0
+    return cli.main([command, *overrides, *SMALL[command]])
 
 
 @pytest.mark.parametrize("line", [line for line in runnable() if "preview data=folder" in line][:1])
 def test_a_command_runs(line: str, world: Path, monkeypatch: pytest.MonkeyPatch):
-    run_line(line, world, monkeypatch)
+    assert run_line(line, world, monkeypatch) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", runnable())
 def test_every_command_that_can_run_here_runs(line: str, world: Path, monkeypatch: pytest.MonkeyPatch):
-    run_line(line, world, monkeypatch)
+    assert run_line(line, world, monkeypatch) == 0
 
 
 @pytest.mark.parametrize("page, module, arguments", benchmarks())

@@ -143,7 +143,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     """
     packets: list[_Stamps] = []
     shown: list[_Stamps] = []
-    parameters: set[bytes] = set()
+    sequence_headers: set[bytes] = set()
     looks_damaged, first = False, None
     with open_video(path) as (container, stream):
         codec, container_format = stream.codec_context.codec.canonical_name, container.format.name
@@ -152,7 +152,7 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
             if packet.size and not packet.is_discard:  # by an edit list
                 packets.append((packet.pts, packet.dts, packet.duration or 0))
                 if packet.is_keyframe and not by_decoding:
-                    parameters.add(_parameters(packet, codec))
+                    sequence_headers.add(_sequence_header(packet, codec))
             looks_damaged = looks_damaged or (first is not None and packet.is_corrupt)
             if by_decoding or len(shown) < 2:  # two frames confirm the packets: they tell frames from fields
                 for frame in decode(packet, first is not None):
@@ -174,7 +174,11 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     stamps = None
     if not by_decoding:
         stamps = sorted(packet[0] for packet in packets if packet[0] is not None)
-        if len(parameters) > 1 or len(set(stamps)) < len(packets) or stamps[: len(shown)] != [s[0] for s in shown]:
+        if (
+            len(sequence_headers) > 1
+            or len(set(stamps)) < len(packets)
+            or stamps[: len(shown)] != [s[0] for s in shown]
+        ):
             return read_index(path, by_decoding=True)
         shown = sorted(packets)
     times, end = _times(path, shown, rate, time_base)
@@ -195,7 +199,7 @@ def _check_soundness(path: Source) -> None:
             started = bool(decode(packet, started)) or started
 
 
-def _parameters(packet: "av.Packet[Any]", codec: str) -> bytes:
+def _sequence_header(packet: "av.Packet[Any]", codec: str) -> bytes:
     """The sequence header in a key packet of MP4 or Matroska, which says the size of the frames that follow; empty: it has none."""
     data, at = bytes(packet), 0
     if codec == "av1":

@@ -17,8 +17,8 @@ from microcinema.pipelines.loading import (
     load_components,
     load_index,
     load_scheduler_config,
-    names_damage,
     resolve_snapshot,
+    user_error_if_damaged,
 )
 from microcinema.utils.errors import UserError, first_line
 
@@ -42,7 +42,7 @@ class Base:
         return vae_scale_factor(self.vae)
 
 
-@names_damage
+@user_error_if_damaged
 def load_base(
     pretrained_model_name_or_path: str | os.PathLike[str],
     revision: str | None = None,

@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def names_damage(open_model: F) -> F:
+def user_error_if_damaged(open_model: F) -> F:
     """Decorates a function that opens the model of its first argument: what libraries raise for damaged files becomes a UserError."""
 
     @wraps(open_model)

@@ -30,9 +30,9 @@ from microcinema.pipelines.loading import (
     load_components,
     load_index,
     load_scheduler_config,
-    names_damage,
     resolve_model_path,
     resolve_snapshot,
+    user_error_if_damaged,
     weight_variants,
 )
 from microcinema.utils.errors import UserError
@@ -115,7 +115,7 @@ def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torc
     return freeze(unet, dtype)  # type: ignore[return-value]
 
 
-@names_damage
+@user_error_if_damaged
 def load_pipeline(
     name: str | os.PathLike[str],
     scheduler: str | None = None,

@@ -22,8 +22,8 @@ def launch_settings(accelerator: Accelerator) -> dict[str, Any]:
     """The settings in force that the environment of a run decides or could override, as JSON."""
     state, parallelism = accelerator.state, getattr(accelerator, "parallelism_config", None)
     is_deepspeed, fsdp = accelerator.distributed_type == DistributedType.DEEPSPEED, getattr(state, "fsdp_plugin", None)
-    deepspeed = dict(state.deepspeed_plugin.deepspeed_config) if is_deepspeed else {}
-    deepspeed["steps_per_print"] = None  # accelerate sets infinity, which JSON does not have
+    # accelerate sets steps_per_print to infinity, which JSON does not have.
+    deepspeed = state.deepspeed_plugin.deepspeed_config | {"steps_per_print": None} if is_deepspeed else {}
     autocast = deepspeed.get("torch_autocast", {})
     dtype = str(autocast.get("dtype", "bfloat16")).replace("bfloat", "bf").replace("float", "fp")
     return {

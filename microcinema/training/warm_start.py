@@ -10,14 +10,20 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from microcinema.diffusion.schedule import SUMMARY, make_scheduler, schedule_summary
-from microcinema.pipelines.loading import INDEX, load_index, load_scheduler_config, names_damage, resolve_snapshot
+from microcinema.pipelines.loading import (
+    INDEX,
+    load_index,
+    load_scheduler_config,
+    resolve_snapshot,
+    user_error_if_damaged,
+)
 from microcinema.pipelines.saving import load_source_weights
 from microcinema.training.checkpoint import load_safetensors
 from microcinema.training.resume import is_checkpoint, read_state
 from microcinema.utils.errors import UserError
 
 
-@names_damage
+@user_error_if_damaged
 def known_schedule(source: str | None, base: DDPMScheduler) -> tuple[dict[str, Any], str]:
     """The schedule by whose timesteps the network knows noise levels before it trains, and what its layers predict.
 

@@ -274,7 +274,7 @@ def test_features_of_real_clips_are_shared_between_runs_and_refused_if_they_are_
 # Bad input
 
 
-def refused(run, overrides, words, **changes):
+def assert_refused(run, overrides, words, **changes):
     code, _, told = run(overrides, **changes)
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and words in errors[0], told
@@ -285,7 +285,7 @@ def test_fewer_real_videos_are_counted_refused_or_marked(run, chosen, whole, fil
     root = shutil.copytree(files / "msrvtt", tmp_path / "msrvtt")
     (root / "TestVideo" / "video7011.mp4").unlink()
     overrides = {**chosen["msrvtt"], "evaluation.root": root, "generated_dir": write_folder(tmp_path / "videos", clips)}
-    refused(run, overrides, "3 of 4 real videos")
+    assert_refused(run, overrides, "3 of 4 real videos")
     assert not (tmp_path / "out").exists()
     code, said, _ = run(overrides, evaluation__allow_fewer="true")
     assert code == 0 and "INCOMPLETE: 3 of 4 real videos" in said
@@ -298,7 +298,7 @@ def test_fewer_generated_videos_are_counted_refused_or_marked(run, chosen, whole
     clips = sample_frames(whole["msrvtt"][0])[:3]
     numbered = write_folder(tmp_path / "numbered", clips, ["0.mp4", "2.mp4", "3.mp4"])
     named = write_folder(tmp_path / "named", clips, ["a.mp4", "b.mp4", "c.mp4"])
-    refused(run, chosen["msrvtt"], "3 of 4 videos in generated_dir=", generated_dir=numbered)
+    assert_refused(run, chosen["msrvtt"], "3 of 4 videos in generated_dir=", generated_dir=numbered)
     code, said, _ = run(chosen["msrvtt"], generated_dir=numbered, evaluation__allow_fewer="true")
     assert code == 0 and "INCOMPLETE: 3 of 4" in said and "CLIPSIM" in said
     # Without numbers nobody knows which prompt a video was made from.
@@ -307,24 +307,24 @@ def test_fewer_generated_videos_are_counted_refused_or_marked(run, chosen, whole
     )
     assert code == 0 and "prompts are unknown" in said and "CLIPSIM " not in said.replace("CLIPSIM,", "")
     write_folder(tmp_path / "numbered", clips[:1], ["9.mp4"])
-    refused(run, chosen["msrvtt"], "samples 0 to 3", generated_dir=numbered)
+    assert_refused(run, chosen["msrvtt"], "samples 0 to 3", generated_dir=numbered)
 
 
 def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):
-    refused(run, chosen["msrvtt"], "4 of 2990 prompts", evaluation__protocol__num_samples=2990)
-    refused(run, chosen["msrvtt"], "4 prompts, and the protocol asks for 3", evaluation__protocol__num_samples=3)
-    refused(run, chosen["msrvtt"], "4 of 2990 real videos", evaluation__protocol__num_real=2990)
+    assert_refused(run, chosen["msrvtt"], "4 of 2990 prompts", evaluation__protocol__num_samples=2990)
+    assert_refused(run, chosen["msrvtt"], "4 prompts, and the protocol asks for 3", evaluation__protocol__num_samples=3)
+    assert_refused(run, chosen["msrvtt"], "4 of 2990 real videos", evaluation__protocol__num_real=2990)
 
 
 def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
     clips = [zero_shot_data.clip(seed, FRAMES, SIZE, SIZE) for seed in range(4)]
     short = write_folder(tmp_path / "short", [*clips[:3], clips[3][:8]])
-    refused(run, chosen["msrvtt"], "3.mp4' (8 frames", generated_dir=short)
+    assert_refused(run, chosen["msrvtt"], "3.mp4' (8 frames", generated_dir=short)
     mixed = write_folder(tmp_path / "mixed", [*clips[:3], clips[3][:, :16]])
-    refused(run, chosen["msrvtt"], "must all have one size", generated_dir=mixed, output_dir=tmp_path / "b")
+    assert_refused(run, chosen["msrvtt"], "must all have one size", generated_dir=mixed, output_dir=tmp_path / "b")
     damaged = write_folder(tmp_path / "damaged", clips)
     (damaged / "2.mp4").write_bytes(b"no video")
-    refused(run, chosen["msrvtt"], "2.mp4' cannot be decoded", generated_dir=damaged, output_dir=tmp_path / "c")
+    assert_refused(run, chosen["msrvtt"], "2.mp4' cannot be decoded", generated_dir=damaged, output_dir=tmp_path / "c")
     assert not list(tmp_path.rglob(RESULTS_FILE))
 
 
@@ -342,15 +342,15 @@ def test_videos_that_do_not_fit_are_named(run, chosen, tmp_path):
     ],
 )
 def test_bad_input_ends_in_one_line_before_anything_is_made(run, chosen, tmp_path, changes, words):
-    refused(run, chosen["ucf101"], words, **changes)
+    assert_refused(run, chosen["ucf101"], words, **changes)
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob(RESULTS_FILE))
 
 
 def test_without_any_weights_nothing_starts(run, chosen, tmp_path):
     none = {key: value for key, value in chosen["ucf101"].items() if "weights" not in key and "sha256" not in key}
-    refused(run, none, "evaluation.video.weights, evaluation.c3d.weights")
-    refused(run, {"evaluation": "sprites", "generated_dir": tmp_path}, "zero-shot protocols")
-    refused(run, {"evaluation": "folders", "evaluation.root": tmp_path}, "no videos")
+    assert_refused(run, none, "evaluation.video.weights, evaluation.c3d.weights")
+    assert_refused(run, {"evaluation": "sprites", "generated_dir": tmp_path}, "zero-shot protocols")
+    assert_refused(run, {"evaluation": "folders", "evaluation.root": tmp_path}, "no videos")
 
 
 def test_only_similarity_is_measured_where_nothing_is_compared(run, chosen, files, tmp_path):
