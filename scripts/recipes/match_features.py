@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from microcinema.data.keyframe_index import keyframe_index
-from microcinema.diffusion.losses import add_noise, motion_weights, squared_error, target
 from microcinema.models.unet2d import resamplers_of
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.training.loss import LossConfig
+from microcinema.training.loss import Batch, LossConfig, NullConditioning, training_loss
 
 
 def places(unet: VideoUNet) -> list[nn.Module]:
@@ -53,40 +52,26 @@ def matching_loss(
     student: ImageToVideoPipeline,
     teacher: ImageToVideoPipeline,
     config: LossConfig,
-    latents: Tensor,
-    text: Tensor,
-    null_text: Tensor,
-    indices: list[int],
+    batch: Batch,
+    null: NullConditioning,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of the student's clips plus the distance of its features, and both as figures.
+    """The student's `training_loss` plus the distance of its features, and both as figures.
 
-    Both networks see the same noisy clips and captions, each with its own key frame.
-
-    Args:
-        config: the student's loss.
-        latents: of the clips, `b f c h w`.
-        text: of their captions, `b n d`; `null_text` `1 n d` replaces those that are dropped.
-        indices: of the clips, for their noise.
+    Both networks see the same noisy clips and captions, each with its own key frame; their training schedules are the same.
     """
-    noise = config.sample_noise_and_timesteps(indices, latents.shape[1:]).to(latents.device)
-    z_ref = config.keyframes(latents)
-    eps = config.prior.noise(noise.noise, z_ref)
-    z_t = add_noise(config.scheduler, latents, eps, noise.t)
-    text = torch.where(noise.text_mask[:, None, None], text, null_text)
+    distances: list[Tensor] = []
 
-    def predict(pipeline: ImageToVideoPipeline) -> tuple[Tensor, list[Tensor]]:
-        z_ref = latents[:, keyframe_index(pipeline.keyframe_position, latents.shape[1])]
-        fps = torch.full((len(latents),), pipeline.config["fps"], device=latents.device)
-        conditions = pipeline.unet.encode(text, z_ref, fps, noise.image_mask)
-        remapped = pipeline.remapped_timesteps
-        t = noise.t if remapped is None else remapped.to(latents.device)[noise.t]
-        with record_features(pipeline.unet) as features:
-            return pipeline.unet(z_t, t, conditions), features
+    def denoiser(
+        z_t: Tensor, t: Tensor, text: Tensor, z_ref: Tensor, fps: Tensor, image_mask: Tensor
+    ) -> tuple[Tensor, None]:
+        own = batch.latents[:, keyframe_index(teacher.keyframe_position, z_t.shape[1])]
+        with torch.no_grad(), record_features(teacher.unet) as wanted:
+            teacher.unet(z_t, t, teacher.unet.encode(text, own, fps, image_mask))
+        with record_features(student.unet) as found:
+            prediction = student.unet(z_t, t, student.unet.encode(text, z_ref, fps, image_mask))
+        distances.append(feature_distance(found, wanted))
+        return prediction, None
 
-    with torch.no_grad():
-        wanted = predict(teacher)[1]
-    prediction, found = predict(student)
-    weights = motion_weights(latents, z_ref, config.motion_weight)
-    loss = squared_error(prediction, target(config.scheduler, latents, eps, noise.t), weights).mean()
-    distance = feature_distance(found, wanted)
-    return loss + distance, {"clips": loss.item(), "features": distance.item()}
+    noise = config.sample_noise_and_timesteps(batch.indices, batch.latents.shape[1:]).to(batch.latents.device)
+    loss = training_loss(denoiser, batch, noise, null, config).total.mean()
+    return loss + distances[0], {"clips": loss.item(), "features": distances[0].item()}

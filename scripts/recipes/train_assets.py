@@ -49,7 +49,7 @@ from microcinema.sprites import scene
 from microcinema.sprites.classifier import SpriteClassifier, classifier_loss, encode_labels
 from microcinema.sprites.dataset import CSV_FILE, read_truth, write_dataset
 from microcinema.training.build import build_networks, build_pipeline
-from microcinema.training.loss import make_loss_config
+from microcinema.training.loss import Batch, NullConditioning, make_loss_config
 from microcinema.training.warm_start import warm_start
 from microcinema.utils.files import atomic_path, write_json
 from scripts.recipes.match_features import matching_loss
@@ -591,14 +591,15 @@ def train_start(recipe: Recipe, pool: Pool, folder: Path) -> None:
     latents, loss_config = encode_clips(data, base), make_loss_config(student, config)
     captions = [scene.combined_caption(sprite) for _, sprite, *_ in read_truth(data)]
     text = torch.cat([student.encode_text(captions[k : k + 100]) for k in range(0, len(captions), 100)])
-    null_text = student.encode_text([""])
+    null = NullConditioning(student.encode_text([""]))
+    fps = torch.full((8,), student.config["fps"], device=DEVICE)
 
     def loss_of(
         rng: np.random.Generator, generator: torch.Generator, done: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
         clip, noise = rng.integers(len(latents), size=8), rng.integers(2**31, size=8).tolist()
-        batch = latents[clip].float().to(DEVICE), text[clip]
-        return matching_loss(student, teacher, loss_config, *batch, null_text, noise)
+        batch = Batch(latents[clip].float().to(DEVICE), text[clip], fps, noise)
+        return matching_loss(student, teacher, loss_config, batch, null)
 
     # In channels_last PyTorch 2.13 crashes on a CPU, in the backward of the GroupNorm over frames.
     settings = {"memory_format": torch.contiguous_format}

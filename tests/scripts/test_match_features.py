@@ -6,6 +6,7 @@ import torch
 from benchmarks.text_sensitivity import loss_config
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.saving import load_pipeline
+from microcinema.training.loss import Batch, NullConditioning
 from scripts.recipes.match_features import feature_distance, matching_loss, places, record_features
 
 
@@ -21,18 +22,19 @@ def test_features_of_every_layer_are_recorded_and_a_network_is_at_no_distance_fr
     pipeline = load_pipeline("sprites-microcinema")
     unet: VideoUNet = pipeline.unet
     latents = torch.randn(2, 4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    text, null = pipeline.encode_text(["a red star", "a blue moon"]), pipeline.encode_text([""])
+    text, null = pipeline.encode_text(["a red star", "a blue moon"]), NullConditioning(pipeline.encode_text([""]))
+    batch = Batch(latents, text, torch.full((2,), 8.0), [0, 1])
     with record_features(unet) as features:
         unet(latents, 500, unet.encode(text, latents[:, 0], torch.tensor([8.0])))
     assert len(features) == len(places(unet)) == 2 + 4 + 2 + 1  # of the mid block and the decoder, resampling, the last
     assert not any(module._forward_pre_hooks for module in places(unet))
 
-    total, figures = matching_loss(pipeline, pipeline, loss_config(pipeline), latents, text, null, [0, 1])
+    total, figures = matching_loss(pipeline, pipeline, loss_config(pipeline), batch, null)
     assert figures["features"] == 0 and total.item() == pytest.approx(figures["clips"])
     other = load_pipeline("sprites-microcinema")
     other.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(1.5)
     other.unet.requires_grad_(True)
-    total, figures = matching_loss(other, pipeline, loss_config(other), latents, text, null, [0, 1])
+    total, figures = matching_loss(other, pipeline, loss_config(other), batch, null)
     assert figures["features"] > 0
     total.backward()
     assert other.unet.mid_block.resnets[0].conv1.weight.grad.abs().max() > 0
