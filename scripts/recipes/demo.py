@@ -19,8 +19,8 @@ PROMPTS, TWO_PROMPTS = HERE / "prompts.csv", HERE / "two_prompts.csv"
 MICROCINEMA, FACTORIZED_DREAMER = "sprites-microcinema", "sprites-factorized-dreamer"
 BOTH = HERE / "both_papers"
 PAPERS = {
-    "microcinema": "MicroCinema",
-    "factorized_dreamer": "Factorized-Dreamer",
+    "microcinema": "MicroCinema, once per clip (ours)",
+    "factorized_dreamer": "Factorized-Dreamer, light (ours)",
 }  # folder and title, in the order of rows
 SCALE = 2  # of the GIF: a pixel of the small world is hardly seen on a screen
 
@@ -46,11 +46,11 @@ STEPS = [
         ["train", "experiment=sprites_demo", f"data.root={HERE}/data", f"output_dir={HERE}/train"],
     ),
     (
-        "Sample with the embedded MicroCinema model: text to key frame, key frame to video",
+        "Sample with the embedded MicroCinema model, whose appearance branch is ours and runs once per clip: text to key frame, key frame to video",
         ["sample", f"pipeline={MICROCINEMA}", f"prompts={PROMPTS}", f"output_dir={HERE}/microcinema"],
     ),
     (
-        "Sample with the embedded Factorized-Dreamer model: the same key frames, the motion told apart",
+        "Sample with the embedded Factorized-Dreamer model, with our light pixel-aware attention: the same key frames, the motion told apart",
         ["sample", f"pipeline={FACTORIZED_DREAMER}", f"prompts={TWO_PROMPTS}", f"output_dir={HERE}/factorized_dreamer"],
     ),
     (
@@ -115,7 +115,8 @@ def main() -> int:
     show_both()
     print(f"\n== Done in {time.monotonic() - start:.0f} s")
     for what, where in {
-        "the same key frames moved by MicroCinema (above) and by Factorized-Dreamer (below)": BOTH / "all.gif",
+        "the same key frames moved by our once-per-clip MicroCinema (above) and our light Factorized-Dreamer (below)": BOTH
+        / "all.gif",
         "videos of the model trained just now": HERE / "train" / "validation",
         "page with everything measured": HERE / "report" / "report.html",
     }.items():
