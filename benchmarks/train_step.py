@@ -15,9 +15,9 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import CLOCKS, add_clock, environment, make_parser, run
+from benchmarks.step_timer import PARTS, StepTimer
 from microcinema.config.compose import compose
 from microcinema.config.schema import Train
-from microcinema.profiling.step_timer import PARTS, StepTimer
 from microcinema.training.build import build_trainer
 from microcinema.utils.errors import UserError
 

@@ -4,8 +4,6 @@ It judges generated clips (shape, colour, background) and its penultimate featur
 Sprites protocol: the stand-in for I3D and C3D in the embedded world, never compared with them.
 """
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microcinema.utils.errors import UserError
-
-IGNORED = -100
-"""Target of an attribute that a clip does not have (the speed of a still sprite); it does not enter the loss."""
 
 
 class TemporalConv(nn.Module):
@@ -122,24 +117,3 @@ class SpriteClassifier(ModelMixin, ConfigMixin):
         """(b f 3 h w) in [-1, 1] -> attribute -> logits (b classes)."""
         features = self.features(video)
         return {name: head(features) for name, head in self.heads.items()}
-
-
-def encode_labels(classes: Mapping[str, Sequence[str]], attributes: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-    """Class numbers (b,) of every attribute: `IGNORED` for an empty string (no such attribute), a UserError for an unknown name."""
-    targets = {}
-    for name, names in classes.items():
-        values = [item[name] for item in attributes]
-        if unknown := sorted(set(values) - {*names, ""}):
-            raise UserError(f"{name} is '{unknown[0]}'; this classifier knows {', '.join(names)}")
-        targets[name] = torch.tensor([list(names).index(value) if value else IGNORED for value in values])
-    return targets
-
-
-def classifier_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """Sum over the attributes of the mean cross-entropy; clips without an attribute (`IGNORED`) do not count in it."""
-    losses = []
-    for name, values in logits.items():
-        target = targets[name].to(values.device)
-        known = (target != IGNORED).sum().clamp(min=1)
-        losses.append(functional.cross_entropy(values.float(), target, ignore_index=IGNORED, reduction="sum") / known)
-    return torch.stack(losses).sum()

@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from microcinema.models.video_unet import set_trainable
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.sprites import scene
-from microcinema.sprites.classifier import SpriteClassifier, classifier_loss, encode_labels
+from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.dataset import CSV_FILE, read_truth, write_dataset
 from microcinema.training.build import build_networks, build_pipeline
 from microcinema.training.loss import Batch, NullConditioning, make_loss_config
@@ -531,6 +531,30 @@ def write_base_index(base: Path) -> None:
         "requires_safety_checker": False,
     }
     write_json(base / "model_index.json", index)
+
+
+IGNORED = -100
+"""Target of an attribute that a clip does not have (the speed of a still sprite); it does not enter the loss."""
+
+
+def encode_labels(
+    classes: Mapping[str, Sequence[str]], attributes: Sequence[Mapping[str, str]]
+) -> dict[str, torch.Tensor]:
+    """Class numbers (b,) of every attribute: `IGNORED` for an empty string (no such attribute)."""
+    return {
+        name: torch.tensor([names.index(item[name]) if item[name] else IGNORED for item in attributes])
+        for name, names in classes.items()
+    }
+
+
+def classifier_loss(logits: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum over the attributes of the mean cross-entropy; clips without an attribute (`IGNORED`) do not count in it."""
+    losses = []
+    for name, values in logits.items():
+        target = targets[name].to(values.device)
+        known = (target != IGNORED).sum().clamp(min=1)
+        losses.append(F.cross_entropy(values.float(), target, ignore_index=IGNORED, reduction="sum") / known)
+    return torch.stack(losses).sum()
 
 
 def train_classifier(recipe: Recipe, pool: Pool, folder: Path) -> None:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import train_step
+from benchmarks.step_timer import PARTS
 from fixtures import tiny, tiny_training
-from microcinema.profiling.step_timer import PARTS
 from microcinema.sprites.dataset import write_dataset
 
 

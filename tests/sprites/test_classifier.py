@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from microcinema.sprites.classifier import IGNORED, SpriteClassifier, classifier_loss, encode_labels
+from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.utils.errors import UserError
+from scripts.recipes.train_assets import IGNORED, classifier_loss, encode_labels
 
 CLASSES = {"shape": ["circle", "square"], "motion": ["still", "left", "right"], "speed": ["slowly", "quickly"]}
 
@@ -68,8 +69,6 @@ def test_bad_input_names_the_value():
         SpriteClassifier(CLASSES, channels=(12, 16, 24))
     with pytest.raises(UserError, match="16 frames"):
         small()(torch.randn(1, 16, 3, 32, 32))
-    with pytest.raises(UserError, match="hexagon"):
-        encode_labels(CLASSES, [{"shape": "hexagon", "motion": "left", "speed": "slowly"}])
 
 
 def test_learns_which_way_a_square_moves():

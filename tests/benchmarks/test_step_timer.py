@@ -5,9 +5,9 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.step_timer import StepTimer
 from fixtures import tiny_training
 from fixtures.tiny_training import LatentClips, pipeline
-from microcinema.profiling.step_timer import StepTimer
 from microcinema.training.trainer import Trainer
 
 
