@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -40,7 +39,6 @@ Measure = Callable[[Batch], dict[str, np.ndarray]]
 """Maps a batch to named arrays with one entry per clip."""
 
 DETECTORS = ("i3d", "i3d_torchscript")
-_NO_DETECTORS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class VideoDetectorSettings:
             raise UserError(f"preparation=own is unknown to i3d; use one of {', '.join(PREPARATIONS)}")
 
     def load(
-        self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader]" = _NO_DETECTORS
+        self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader] | None" = None
     ) -> "VideoFeatures":
         """Opens the weights; `added` are further detectors by name.
 
@@ -77,6 +75,7 @@ class VideoDetectorSettings:
             UserError: an unknown detector, or weights that are missing or another network's.
         """
         assert self.weights is not None
+        added = added or {}
         if self.detector in added:
             return added[self.detector](self.weights, device, batch_size)
         if self.detector not in DETECTORS:

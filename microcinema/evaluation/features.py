@@ -51,9 +51,9 @@ def extract_features(
     share: RankShare,
     label: str,
     progress: bool = True,
-) -> None:
+) -> "Features":
     """Runs every measure on the clips of this process, and stores the features in one file per batch. The folder keeps the fingerprint:
-    everything that they depend on.
+    everything that they depend on. Returns the features of all clips, for when all processes are done.
 
     Raises:
         UserError: the folder holds features with another fingerprint, a clip cannot be read, or a detector refuses it.
@@ -77,6 +77,7 @@ def extract_features(
             with atomic_path(_path(folder, batch)) as path:
                 np.savez(path, **features)  # type: ignore[arg-type]
             bar.update(len(batch))
+    return Features(Path(folder), clips.count, batch_size)
 
 
 def _measure(

@@ -20,49 +20,43 @@ _SUFFIXES = (".mp4", ".webm")
 _SPLITS = {"train": ("train",), "validate": ("validate", "val"), "test": ("test",)}
 
 
-class MsrVtt:
-    """The videos that a list names, whether they are there or not, with all of their captions.
+def msrvtt_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
+    """The videos of `train`, `validate`, `test` or `all` that a list names, whether they are there or not, in the order of their numbers,
+    with all of their captions in the order of theirs.
 
-    `root` holds the lists, or a folder `annotation` of them, and the videos, in one of their usual folders.
+    Args:
+        root: holds the lists, or a folder `annotation` of them, and the videos, in one of their usual folders.
+
+    Raises:
+        UserError: no list of this split, or one that is not MSR-VTT's.
     """
+    names = _LISTS.values() if split == "all" else [_LISTS["test" if split == "test" else "train"]]
+    words = {word for key, words in _SPLITS.items() if split in ("all", key) for word in words}
+    captions: dict[str, dict[int, str]] = defaultdict(dict)
+    identifiers = set()
+    for path in dict.fromkeys(_list(Path(root), name) for name in names):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            identifiers |= {video["video_id"] for video in content["videos"] if video["split"] in words}
+            for sentence in content["sentences"]:
+                captions[sentence["video_id"]][int(sentence["sen_id"])] = sentence["caption"].strip()
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{path}' is no list of MSR-VTT ({type(error).__name__}: {error})") from None
+    if not identifiers:
+        raise UserError(f"'{path}' names no video of the split '{split}'; check evaluation.root")
+    texts = {name: tuple(Caption(str(i), text) for i, text in sorted(captions[name].items())) for name in identifiers}
+    # video2 before video10
+    return [Video(name, _path(Path(root), name), captions=texts[name]) for name in sorted(texts, key=natural_key)]
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
 
-    def videos(self, split: str) -> list[Video]:
-        """Of `train`, `validate`, `test` or `all`, in the order of their numbers; captions in the order of theirs.
+def _list(root: Path, name: str) -> Path:
+    places = [root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]
+    return first_of(places, "the list of MSR-VTT's videos and captions")
 
-        Raises:
-            UserError: no list of this split, or one that is not MSR-VTT's.
-        """
-        names = [*_LISTS.values()] if split == "all" else [_LISTS["test" if split == "test" else "train"]]
-        lists = [self._list(name) for name in names]
-        wanted = {word for key, words in _SPLITS.items() if split in ("all", key) for word in words}
-        captions: dict[str, dict[int, str]] = defaultdict(dict)
-        identifiers = set()
-        for path in dict.fromkeys(lists):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8-sig"))
-                identifiers |= {video["video_id"] for video in content["videos"] if video["split"] in wanted}
-                for sentence in content["sentences"]:
-                    captions[sentence["video_id"]][int(sentence["sen_id"])] = sentence["caption"].strip()
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{path}' is no list of MSR-VTT ({type(error).__name__}: {error})") from None
-        if not identifiers:
-            raise UserError(f"'{lists[0]}' names no video of the split '{split}'; check evaluation.root")
-        texts = {
-            name: tuple(Caption(str(i), captions[name][i]) for i in sorted(captions[name])) for name in identifiers
-        }
-        names = sorted(identifiers, key=natural_key)  # video2 before video10
-        return [Video(name, self._path(name), captions=texts[name]) for name in names]
 
-    def _list(self, name: str) -> Path:
-        places = [self.root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]
-        return first_of(places, "the list of MSR-VTT's videos and captions")
-
-    def _path(self, name: str) -> Path:
-        places = [self.root / folder / f"{name}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES]
-        return next((path for path in places if path.is_file()), places[0])
+def _path(root: Path, name: str) -> Path:
+    places = [root / folder / f"{name}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES]
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def chosen_caption(video: Video) -> Caption:

@@ -9,8 +9,8 @@ import numpy as np
 
 from microcinema.config.types import ClipPosition, Count, Fps, Name, Seed, Size
 from microcinema.data.clip_reader import RESIZE
-from microcinema.evaluation.msrvtt import MsrVtt, chosen_caption
-from microcinema.evaluation.ucf101 import Ucf101, class_prompt
+from microcinema.evaluation.msrvtt import chosen_caption, msrvtt_videos
+from microcinema.evaluation.ucf101 import class_prompt, ucf101_videos
 from microcinema.evaluation.videos import Caption, Video, folder_videos
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
@@ -71,13 +71,15 @@ class ZeroShotProtocol:
         if self.selection in ("draw", "per_class") and self.num_samples is None:
             raise UserError(f"selection={self.selection} needs num_samples; give a number")
 
-    def open(self, root: str | os.PathLike[str]) -> "Ucf101 | MsrVtt | _Folder":
-        """The data set on disk; a UserError if it is not there, or has another layout."""
-        return {"ucf101": Ucf101, "msrvtt": MsrVtt, "folder": _Folder}[self.dataset](root)
+    def videos(self, root: str | os.PathLike[str], split: str) -> list[Video]:
+        """A part of the data set on disk; a UserError if it is not there, or has another layout."""
+        if self.dataset == "folder":
+            return folder_videos(root)
+        return {"ucf101": ucf101_videos, "msrvtt": msrvtt_videos}[self.dataset](root, split)
 
-    def samples(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[PromptItem]:
+    def samples(self, root: str | os.PathLike[str]) -> list[PromptItem]:
         """All clips to make."""
-        videos = dataset.videos(self.sample_split)
+        videos = self.videos(root, self.sample_split)
         number = self.num_samples or 0  # given with `draw` and `per_class`
         if self.selection == "draw":
             generator = np.random.default_rng([self.seed, _DRAW_PROMPTS])
@@ -90,16 +92,14 @@ class ZeroShotProtocol:
         return [PromptItem(text.text, f"{i:05d}", sample_index=i, source=text.id) for i, text in enumerate(texts)]
 
     def _texts(self, video: Video) -> Sequence[Caption]:
-        if self.dataset == "folder":
-            return [Caption(video.name, "")]
         if self.dataset == "ucf101":
             assert self.prompts in ("raw", "split", "descriptive")
             return [Caption(video.label, class_prompt(video.label, self.prompts))]
         return video.captions if self.selection == "every_caption" else [chosen_caption(video)]
 
-    def real(self, dataset: "Ucf101 | MsrVtt | _Folder") -> list[Video]:
+    def real(self, root: str | os.PathLike[str]) -> list[Video]:
         """The real videos that are asked for, whether they are there or not."""
-        videos = [] if self.real_split is None else dataset.videos(self.real_split)
+        videos = [] if self.real_split is None else self.videos(root, self.real_split)
         if self.num_real is None or len(videos) <= self.num_real:
             return videos
         picks = np.random.default_rng([self.seed, _DRAW_REAL]).choice(len(videos), self.num_real, replace=False)
@@ -140,11 +140,3 @@ def check_count(count: int, expected: int | None, what: str, allow_fewer: bool, 
         advice = "complete them, or set evaluation.allow_fewer=true"
         raise UserError(f"{count} of {expected} {what} that the protocol asks for{detail}; {advice}")
     return [f"{count} of {expected} {what}"]
-
-
-class _Folder:
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._videos = folder_videos(root)
-
-    def videos(self, split: str) -> list[Video]:
-        return self._videos

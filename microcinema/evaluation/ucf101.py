@@ -15,35 +15,24 @@ VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"
 PromptSet = Literal["raw", "split", "descriptive"]
 
 
-class Ucf101:
-    """The videos that the lists name, whether they are there or not, in one of the three official divisions into train and test.
+def ucf101_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
+    """The videos of `train`, `test` or `all` that the lists of the first official division name, whether they are there or not, sorted by
+    name, with their classes.
 
     Raises:
-        UserError: another layout (what was looked for is named), or a list that is none.
+        UserError: another layout (what was looked for is named), an empty list, or one with a class that `classInd.txt` does not name.
     """
-
-    def __init__(self, root: str | os.PathLike[str], fold: int = 1) -> None:
-        self.root = Path(root)
-        first_of([self.root / VIDEOS], "the videos of UCF-101")
-        lists = self.root / LISTS
-        self.classes = [line.split(maxsplit=1)[-1] for line in _lines(lists / "classInd.txt")]
-        self._splits = {split: _lines(lists / f"{split}list0{fold}.txt") for split in ("train", "test")}
-
-    def videos(self, split: str) -> list[Video]:
-        """Of `train`, `test` or `all`, sorted by name, with their classes.
-
-        Raises:
-            UserError: the lists name a class that `classInd.txt` does not.
-        """
-        parts = ("train", "test") if split == "all" else (split,)
-        # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1": a class number follows in the training lists.
-        names = sorted({line.split()[0] for part in parts for line in self._splits[part]})
-        # By the folder: that of handstand push-ups is HandstandPushups, its files are called v_HandStandPushups_*.
-        folder = self.root / VIDEOS
-        videos = [Video(name, folder / name, label=name.partition("/")[0]) for name in names]
-        if unknown := sorted({video.label for video in videos} - set(self.classes)):
-            raise UserError(f"'{self.root / LISTS}' names the class '{unknown[0]}', which is not in classInd.txt")
-        return videos
+    folder, lists = Path(root, VIDEOS), Path(root, LISTS)
+    first_of([folder], "the videos of UCF-101")
+    classes = {line.split(maxsplit=1)[-1] for line in _lines(lists / "classInd.txt")}
+    parts = ("train", "test") if split == "all" else (split,)
+    # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1": a class number follows in the training lists.
+    names = sorted({line.split()[0] for part in parts for line in _lines(lists / f"{part}list01.txt")})
+    # By the folder: that of handstand push-ups is HandstandPushups, its files are called v_HandStandPushups_*.
+    videos = [Video(name, folder / name, label=name.partition("/")[0]) for name in names]
+    if unknown := sorted({video.label for video in videos} - classes):
+        raise UserError(f"'{lists}' names the class '{unknown[0]}', which is not in classInd.txt")
+    return videos
 
 
 def class_prompt(name: str, prompts: PromptSet) -> str:

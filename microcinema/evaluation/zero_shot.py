@@ -1,10 +1,9 @@
 """Running a zero-shot protocol: clips, features, numbers and a report, by any number of processes."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from microcinema.evaluation.videos import Video, hash_list
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder, write_json
-from microcinema.utils.fingerprint import FINGERPRINT, write_or_verify
+from microcinema.utils.fingerprint import FINGERPRINT
 from microcinema.utils.hashing import hash_json
 from microcinema.utils.provenance import describe_code
 
@@ -37,21 +36,11 @@ SAMPLES_FOLDER, FEATURES_FOLDER, REFERENCE_FOLDER = "samples", "features", "refe
 NUM_PICTURES = 24  # clips that the report shows
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """Clips and the folder of their features, with everything that these depend on."""
-
-    clips: Clips
-    folder: Path
-    fingerprint: Mapping[str, Any]
-    label: str
-
-
 def run_zero_shot(
     config: Evaluate,
     protocol: ZeroShotProtocol,
     state: PartialState,
-    video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
+    video_detectors: Mapping[str, VideoDetectorLoader],
 ) -> None:
     """Runs a protocol with all processes; the first one writes and prints results. `video_detectors`: added to `DETECTORS`.
 
@@ -65,9 +54,8 @@ def run_zero_shot(
         raise UserError("the protocol has no prompts; set generated_dir=folder, the videos to measure")
     compares = bool(real) or protocol.dataset == "folder"
     classes = protocol.dataset == "ucf101"
-    measures, not_measured = load_measures(
-        settings, state.device, config.batch_size, compares, classes, video_detectors
-    )
+    options = state.device, config.batch_size, compares, classes, video_detectors
+    measures, not_measured = load_measures(settings, *options)
     make_folder(folder)
     if config.generated_dir is None:
         generated = generate_clips(config, protocol, samples, folder / SAMPLES_FOLDER, state)
@@ -76,15 +64,17 @@ def run_zero_shot(
         what = f"videos in generated_dir='{config.generated_dir}'"
         shortfalls += check_count(len(generated.samples), len(samples) or None, what, settings.allow_fewer)
     detectors_used = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
-    sets = _feature_sets(config, protocol, generated, real, detectors_used)
-    options = config.batch_size, RankShare(state.process_index, state.num_processes)
-    for part in sets:
-        place = part.folder, part.fingerprint
-        extract_features(part.clips, measures, *place, *options, part.label, state.is_main_process)
+    extract = partial(
+        extract_features,
+        measures=measures,
+        batch_size=config.batch_size,
+        share=RankShare(state.process_index, state.num_processes),
+        progress=state.is_main_process,
+    )
+    features = _features(config, protocol, generated, real, detectors_used, extract)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    features = [Features(part.folder, part.clips.count, config.batch_size) for part in sets]
     identifier = protocol.identifier(samples or generated.samples, real, detectors_used)
     results = {
         "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
@@ -93,7 +83,7 @@ def run_zero_shot(
         "generated": generated.fingerprint,
         "detectors": detectors_used,
         "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
-        "values": compute(features[0], features[1] if real else None, protocol),
+        "values": compute(*features, protocol),
         "not_measured": not_measured,
         "shortfalls": shortfalls,
         "warnings": [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)],
@@ -126,28 +116,28 @@ def select_clips(
     Raises:
         UserError: no such data set, or fewer videos than the protocol asks for and `allow_fewer` is false.
     """
-    dataset, allow_fewer = protocol.open(settings.root), settings.allow_fewer
     samples: list[PromptItem] = []
-    shortfalls = []
+    allow_fewer, shortfalls = settings.allow_fewer, []
     if protocol.dataset != "folder":
-        samples = protocol.samples(dataset)
+        samples = protocol.samples(settings.root)
         expected = protocol.num_samples if protocol.selection in ("all", "every_caption") else None
         shortfalls += check_count(len(samples), expected, "prompts", allow_fewer)
-    videos = protocol.real(dataset)
+    videos = protocol.real(settings.root)
     real = [video for video in videos if video.path.is_file()]
     missing = next((f"; first missing: '{video.path}'" for video in videos if not video.path.is_file()), "")
     shortfalls += check_count(len(real), max(protocol.num_real or 0, len(videos)), "real videos", allow_fewer, missing)
     return samples, real, shortfalls
 
 
-def _feature_sets(
+def _features(
     config: Evaluate,
     protocol: ZeroShotProtocol,
     generated: Generated,
     real: list[Video],
     detectors_used: dict[str, Any],
-) -> list[FeatureSet]:
-    """The generated clips and, if there are any, the real ones, as the detectors see them.
+    extract: Callable[..., Features],
+) -> tuple[Features, Features | None]:
+    """Features of the generated clips and, if there are any, of the real ones.
 
     Features of real clips are in `real_features_dir` or the output folder, in a folder named by the hash of their fingerprint; or in
     `real_features_dir` itself, if it is such a folder.
@@ -165,21 +155,22 @@ def _feature_sets(
         position = protocol.position(index)
         return _resized(read_clip(real[index].path, protocol.num_frames, protocol.fps, position=position), size), None
 
-    prompts = [sample.prompt for sample in generated.samples]
-    known_prompts = prompts if generated.has_prompts else None
-    clips = Clips(len(prompts), generated_clip, known_prompts, generated.keyframe_index)
-    fingerprint = {**common, "generated": generated.fingerprint, "prompts": hash_json(prompts)}
-    place = folder / FEATURES_FOLDER / hash_json(fingerprint)[:16]
-    sets = [FeatureSet(clips, place, fingerprint, "measure generated")]
+    real_features = None
     if real:
         seed = protocol.seed if protocol.clip_position == "random" else None
         selection = {"fps": protocol.fps, "clip_position": protocol.clip_position, "seed": seed}
         fingerprint = {**common, **selection, "files_sha256": hash_list(real), "count": len(real)}
         root = Path(config.evaluation.real_features_dir or folder / REFERENCE_FOLDER)
         place = root if (root / FINGERPRINT).is_file() else root / hash_json(fingerprint)[:16]
-        write_or_verify(place, fingerprint, "choose another output_dir or evaluation.real_features_dir")
-        sets.append(FeatureSet(Clips(len(real), real_clip), place, fingerprint, "measure real"))
-    return sets
+        real_features = extract(
+            Clips(len(real), real_clip), folder=place, fingerprint=fingerprint, label="measure real"
+        )
+    prompts = [sample.prompt for sample in generated.samples]
+    known_prompts = prompts if generated.has_prompts else None
+    clips = Clips(len(prompts), generated_clip, known_prompts, generated.keyframe_index)
+    fingerprint = {**common, "generated": generated.fingerprint, "prompts": hash_json(prompts)}
+    place = folder / FEATURES_FOLDER / hash_json(fingerprint)[:16]
+    return extract(clips, folder=place, fingerprint=fingerprint, label="measure generated"), real_features
 
 
 def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -192,7 +183,7 @@ def load_measures(
     batch_size: int,
     compares: bool,
     classes: bool,
-    video_detectors: Mapping[str, VideoDetectorLoader] = MappingProxyType({}),
+    video_detectors: Mapping[str, VideoDetectorLoader],
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures whose weights are given; and for each other one, why not. Some need real clips to compare with, or UCF-101's classes.
 
@@ -211,20 +202,19 @@ def load_measures(
         return detectors.FrameFeatures(weights, inception.sha256, device)
 
     measures: list[Measure] = [detectors.motion, detectors.keyframe_fidelity]
-    no_classes, no_clips = "it speaks of the classes of UCF-101", "the protocol has nothing to compare it with"
+    no_clips = None if compares else "the protocol has nothing to compare it with"
+    no_classes = None if classes else "it speaks of the classes of UCF-101"
     missing, keys = {}, []
-    for key, names, applies, weights in (
-        ("video", "FVD, KVD", compares, settings.video.arguments["weights"]),
-        ("c3d", "IS", classes, c3d.weights),
-        ("clip", "CLIPSIM, CLIP consistency", True, settings.clip.weights),
-        ("inception", "Frame FID", compares, inception.weights),
+    for key, names, obstacle, weights in (
+        ("video", "FVD, KVD", no_clips, settings.video.arguments["weights"]),
+        ("c3d", "IS", no_classes, c3d.weights),
+        ("clip", "CLIPSIM, CLIP consistency", None, settings.clip.weights),
+        ("inception", "Frame FID", no_clips, inception.weights),
     ):
-        if applies:
+        if obstacle is None:
             keys.append(f"evaluation.{key}.weights")
-        if not applies:
-            missing[names] = no_classes if key == "c3d" else no_clips
-        elif weights is None:
-            missing[names] = f"evaluation.{key}.weights is not set"
+        if obstacle is not None or weights is None:
+            missing[names] = obstacle or f"evaluation.{key}.weights is not set"
         else:
             measures.append(load(key, weights))
     if len(measures) == 2:

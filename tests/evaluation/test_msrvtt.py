@@ -1,29 +1,30 @@
 import csv
 import hashlib
+from functools import partial
 
 import pytest
 
 from fixtures import zero_shot_data
 from microcinema.data.video_reader import read_clip
-from microcinema.evaluation.msrvtt import CHOICE_FILE, MsrVtt, chosen_caption
+from microcinema.evaluation.msrvtt import CHOICE_FILE, chosen_caption, msrvtt_videos
 from microcinema.utils.errors import UserError
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["two lists", "one list"])
 def data(request, tmp_path_factory):
-    return MsrVtt(zero_shot_data.msrvtt(tmp_path_factory.mktemp("msrvtt"), merged=request.param))
+    return partial(msrvtt_videos, zero_shot_data.msrvtt(tmp_path_factory.mktemp("msrvtt"), merged=request.param))
 
 
 def test_videos_come_by_number_and_captions_by_theirs(data):
-    videos = data.videos("test")
+    videos = data("test")
     assert [video.name for video in videos] == ["video7010", "video7011", "video7012", "video9999"]
     for video in videos:
         assert [caption.text for caption in video.captions] == [c.strip() for c in zero_shot_data.CAPTIONS[video.name]]
         assert [int(caption.id) for caption in video.captions] == sorted(int(caption.id) for caption in video.captions)
         assert read_clip(video.path, 10).shape[0] == 10
     assert videos[2].path.suffix == ".webm"
-    assert [video.name for video in data.videos("train")] == ["video0"]
-    assert len(data.videos("all")) == 5
+    assert [video.name for video in data("train")] == ["video0"]
+    assert len(data("all")) == 5
 
 
 def test_chosen_captions_are_written_out_for_every_test_video():
@@ -36,19 +37,19 @@ def test_chosen_captions_are_written_out_for_every_test_video():
 
 
 def test_the_choice_is_one_of_the_captions(data):
-    first, *_ = data.videos("test")
+    first, *_ = data("test")
     assert chosen_caption(first) == first.captions[4 % 3]
     with pytest.raises(UserError, match="'video0' is not one of the 2,990"):
-        chosen_caption(data.videos("train")[0])
+        chosen_caption(data("train")[0])
 
 
 def test_another_layout_is_told_with_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"test_videodatainfo.json'.*MSRVTT_data.json'.*evaluation.root"):
-        MsrVtt(tmp_path).videos("test")
+        msrvtt_videos(tmp_path, "test")
     for content in ("{", "[]", '{"videos": [{"id": 1}], "sentences": []}'):
         (tmp_path / "test_videodatainfo.json").write_text(content)
         with pytest.raises(UserError, match="is no list of MSR-VTT"):
-            MsrVtt(tmp_path).videos("test")
+            msrvtt_videos(tmp_path, "test")
     (tmp_path / "test_videodatainfo.json").write_text('{"videos": [], "sentences": []}')
     with pytest.raises(UserError, match="names no video of the split 'test'"):
-        MsrVtt(tmp_path).videos("test")
+        msrvtt_videos(tmp_path, "test")

@@ -54,8 +54,7 @@ def ucf101(tmp_path_factory) -> Path:
 )
 def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, real, identifier):
     protocol = preset(option)
-    data = protocol.open(ucf101)
-    asked, videos = protocol.samples(data), protocol.real(data)
+    asked, videos = protocol.samples(ucf101), protocol.real(ucf101)
     assert (len(asked), len(videos)) == (samples, real)
     assert len({video.name for video in videos}) == real
     assert [sample.sample_index for sample in asked] == list(range(samples))
@@ -69,33 +68,31 @@ def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, 
         assert set(counts.values()) == {100} and "Apply Eye Makeup" in {sample.prompt for sample in asked}
     if option == "ucf101_videopoet":
         assert {sample.prompt for sample in asked} <= set(descriptive_prompts().values())
-        assert not {video.name for video in videos} & {video.name for video in data.videos("test")}
+        assert not {video.name for video in videos} & {video.name for video in protocol.videos(ucf101, "test")}
 
 
 def test_msrvtt_asks_for_one_caption_or_all(tmp_path):
-    data_root = zero_shot_data.msrvtt(tmp_path)
+    root = zero_shot_data.msrvtt(tmp_path)
     one, every = preset("msrvtt"), preset("msrvtt_all")
     assert (one.num_samples, one.num_real, every.num_samples) == (2990, 2990, 59800)
-    data = one.open(data_root)
-    assert [sample.source for sample in one.samples(data)] == [
+    assert [sample.source for sample in one.samples(root)] == [
         caption.id
-        for video in data.videos("test")
+        for video in one.videos(root, "test")
         for caption in video.captions
-        if caption.text in {sample.prompt for sample in one.samples(data)}
+        if caption.text in {sample.prompt for sample in one.samples(root)}
     ]
-    assert len(one.samples(data)) == 4 and len(one.real(data)) == 4
-    assert [sample.prompt for sample in every.samples(data)] == [
+    assert len(one.samples(root)) == 4 and len(one.real(root)) == 4
+    assert [sample.prompt for sample in every.samples(root)] == [
         text.strip() for captions in zero_shot_data.CAPTIONS.values() for text in captions
     ]
-    assert every.real(data) == []
+    assert every.real(root) == []
 
 
 def test_draws_follow_the_seed_alone(ucf101):
     protocol = preset("ucf101_styleganv2048", num_samples=20, num_real=30)
-    data = protocol.open(ucf101)
-    assert protocol.samples(data) == protocol.samples(data) and protocol.real(data) == protocol.real(data)
+    assert protocol.samples(ucf101) == protocol.samples(ucf101) and protocol.real(ucf101) == protocol.real(ucf101)
     other = dataclasses.replace(protocol, seed=1)
-    assert other.samples(data) != protocol.samples(data) and other.real(data) != protocol.real(data)
+    assert other.samples(ucf101) != protocol.samples(ucf101) and other.real(ucf101) != protocol.real(ucf101)
     places = [protocol.position(index) for index in range(200)]
     assert places == [protocol.position(index) for index in range(200)]
     assert min(places) < 0.1 and max(places) > 0.9
@@ -104,8 +101,7 @@ def test_draws_follow_the_seed_alone(ucf101):
 
 def test_the_identifier_changes_with_everything_that_changes_the_number(ucf101):
     protocol = preset("ucf101_styleganv2048", num_samples=5, num_real=5)
-    data = protocol.open(ucf101)
-    samples, real = protocol.samples(data), protocol.real(data)
+    samples, real = protocol.samples(ucf101), protocol.real(ucf101)
     detectors = {"VideoFeatures": {"sha256": "a", "preparation": "squash"}}
     seen = {protocol.identifier(samples, real, detectors)}
     assert protocol.identifier(list(samples), list(real), json.loads(json.dumps(detectors))) in seen

@@ -143,7 +143,7 @@ def test_a_zero_shot_protocol_makes_the_videos_of_the_python_api(model, tmp_path
     overrides = ["evaluation=msrvtt", f"pipeline={model}", "batch_size=1", f"evaluation.protocol.num_frames={FRAMES}"]
     config = compose("evaluate", [*overrides, "evaluation.protocol.fps=null", f"evaluation.root={tmp_path / 'msrvtt'}"])
     protocol = config.evaluation.protocol.build()
-    items = protocol.samples(protocol.open(config.evaluation.root))[:2]
+    items = protocol.samples(config.evaluation.root)[:2]
     sampler = protocol_sampler(config, None, None, FRAMES, None, PartialState(cpu=True))
     clips, *_ = generate(sampler, items, SEED, tmp_path / "samples", PartialState(cpu=True))
     output = open_api(model)([item.prompt for item in items], seed=SEED)
