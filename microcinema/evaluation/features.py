@@ -20,18 +20,6 @@ _READERS = 8  # threads that decode clips while the detectors run; decoding rele
 
 
 @dataclass(frozen=True)
-class RankShare:
-    """The batches of one process: every `num_processes`-th from `rank`, so that batches do not depend on the number of processes."""
-
-    rank: int = 0
-    num_processes: int = 1
-
-    def batches(self, count: int, batch_size: int) -> Iterator[range]:
-        starts = range(0, count, batch_size)[self.rank :: self.num_processes]
-        return (range(start, min(start + batch_size, count)) for start in starts)
-
-
-@dataclass(frozen=True)
 class Clips:
     """A set of clips to measure. `load` returns the frames of one, uint8 (f, h, w, 3), all of one shape, and its key frame uint8
     (h, w, 3), with which the frame `keyframe_index` is compared, or None."""
@@ -48,18 +36,20 @@ def extract_features(
     folder: str | os.PathLike[str],
     fingerprint: Mapping[str, Any],
     batch_size: int,
-    share: RankShare,
     label: str,
+    rank: int = 0,
+    num_processes: int = 1,
     progress: bool = True,
 ) -> "Features":
-    """Runs every measure on the clips of this process, and stores the features in one file per batch. The folder keeps the fingerprint:
-    everything that they depend on. Returns the features of all clips, for when all processes are done.
+    """Runs every measure on the batches of this process, every `num_processes`-th from `rank`, and stores the features in one file per
+    batch. The folder keeps the fingerprint: everything that they depend on. Returns the features of all clips, for when all processes are done.
 
     Raises:
         UserError: the folder holds features with another fingerprint, a clip cannot be read, or a detector refuses it.
     """
     write_or_verify(folder, fingerprint, "choose another output_dir or evaluation.real_features_dir")
-    missing = [batch for batch in share.batches(clips.count, batch_size) if not _path(folder, batch).exists()]
+    mine = _batches(clips.count, batch_size)[rank::num_processes]  # so that batches do not depend on the processes
+    missing = [batch for batch in mine if not _path(folder, batch).exists()]
     total, silent = sum(map(len, missing)), not progress or not missing
     with ThreadPoolExecutor(_READERS) as pool, tqdm(total=total, desc=label, unit="clip", disable=silent) as bar:
         # One batch is read ahead and no more, so that memory does not grow with the number of clips.
@@ -103,7 +93,7 @@ class Features:
 
     def batches(self, name: str) -> Iterator[np.ndarray]:
         """Yields an array (b, ...) for each batch; a UserError if its file is missing or damaged."""
-        for batch in RankShare().batches(self.count, self.batch_size):
+        for batch in _batches(self.count, self.batch_size):
             path = _path(self.folder, batch)
             try:
                 with np.load(path, allow_pickle=False) as arrays:
@@ -119,6 +109,10 @@ class Features:
     def names(self) -> list[str]:
         with np.load(_path(self.folder, range(min(self.count, self.batch_size)))) as arrays:
             return list(arrays.files)
+
+
+def _batches(count: int, batch_size: int) -> list[range]:
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
 def _path(folder: str | os.PathLike[str], batch: range) -> Path:

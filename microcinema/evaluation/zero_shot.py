@@ -16,7 +16,7 @@ from microcinema.data.clip_reader import resize_and_crop
 from microcinema.data.video_reader import read_clip
 from microcinema.evaluation import detectors, statistics
 from microcinema.evaluation.detectors import Measure, VideoDetectorLoader
-from microcinema.evaluation.features import Clips, Features, RankShare, extract_features
+from microcinema.evaluation.features import Clips, Features, extract_features
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.fvd import video_distance
 from microcinema.evaluation.generate import Generated, folder_clips, generate_clips
@@ -68,7 +68,8 @@ def run_zero_shot(
         extract_features,
         measures=measures,
         batch_size=config.batch_size,
-        share=RankShare(state.process_index, state.num_processes),
+        rank=state.process_index,
+        num_processes=state.num_processes,
         progress=state.is_main_process,
     )
     features = _features(config, protocol, generated, real, detectors_used, extract)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from microcinema.evaluation.detectors import Batch
-from microcinema.evaluation.features import Clips, Features, RankShare, extract_features
+from microcinema.evaluation.features import Clips, Features, extract_features
 from microcinema.utils.errors import UserError
 
 BATCH = 3
@@ -29,10 +29,9 @@ class Mean:
         return {"mean": batch.frames.mean(axis=(1, 2, 3, 4), dtype=np.float32)}
 
 
-def run(folder, count=8, measure=None, share=None, load=clip, batch_size=BATCH, **identity):
+def run(folder, count=8, measure=None, share=(0, 1), load=clip, batch_size=BATCH, **identity):
     clips = Clips(count, load, [f"prompt {index}" for index in range(count)])
-    extract_features(clips, [measure or Mean()], folder, identity, batch_size, share or RankShare(), "", progress=False)
-    return Features(folder, count, batch_size)
+    return extract_features(clips, [measure or Mean()], folder, identity, batch_size, "", *share, progress=False)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -40,7 +39,7 @@ def test_any_number_of_processes_stores_the_same_in_the_same_batches(tmp_path, p
     seen, prompts = [], []
     for rank in reversed(range(processes)):
         measure = Mean()
-        features = run(tmp_path, measure=measure, share=RankShare(rank, processes))
+        features = run(tmp_path, measure=measure, share=(rank, processes))
         seen, prompts = seen + measure.seen, prompts + measure.prompts
     assert sorted(seen) == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert sorted(prompts) == [f"prompt {index}" for index in range(8)]
