@@ -75,7 +75,8 @@ def write_shards(
     are broken, so are those shards that have more than their share. What a disk did that failed for a while is made good then.
 
     Raises:
-        UserError: too many broken clips, tensors that overflow float16, a full disk.
+        UserError: too many broken clips, tensors that overflow float16.
+        OSError: a full disk; finished shards are kept.
     """
     shards = _missing_shards(folder, layout, rank, num_processes)
     rows = [row for shard in shards for row in layout.rows(shard)]
@@ -105,7 +106,7 @@ def write_index(folder: Path, layout: Layout) -> int:
     """Writes the index, which completes the folder, and returns the number of sound rows. By one process, after all others have written.
 
     Raises:
-        UserError: all rows are broken, a shard is missing, or the index cannot be written.
+        UserError: all rows are broken, or a shard is missing.
     """
     if missing := _missing_shards(folder, layout):
         broken = {record["sample_index"] for record in read_quarantine(folder / QUARANTINE)}
@@ -120,11 +121,8 @@ def write_index(folder: Path, layout: Layout) -> int:
     count = int(np.count_nonzero(locations["tensors_size"]))
     if count == 0:
         raise UserError(f"none of the {len(locations)} clips could be read; see '{folder / QUARANTINE}'")
-    try:
-        with atomic_path(folder / INDEX) as temporary:
-            np.save(temporary, locations)
-    except OSError as error:
-        raise UserError(f"'{folder / INDEX}' cannot be written ({error.strerror}); free disk space, continue") from None
+    with atomic_path(folder / INDEX) as temporary:
+        np.save(temporary, locations)
     return count
 
 
@@ -149,23 +147,19 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
     """Encodes the next batches into a shard, which gets its name when it is complete; returns the number of broken clips."""
     rows, path = layout.rows(shard), shard_path(folder, shard)
     positions: list[int] = []
-    try:
-        with atomic_path(path) as temporary:
-            with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
-                # `zip` asks for positions first, and so leaves the next shard's first batch.
-                for position, batch in zip(range(len(rows)), batches, strict=False):
-                    if not batch["broken"].item():
-                        tar.write({"__key__": f"{rows[position]:09d}", **_members(batch, encode(batch))})
-                        positions.append(position)
-            locations = np.zeros(len(rows), LOCATION)
-            for position, sample in zip(positions, read_members(str(temporary)), strict=True):
-                record, tensors = sample["json"], sample["safetensors"]
-                locations[position] = (record.offset, record.size, tensors.offset, tensors.size)
-            with atomic_path(path.with_suffix(".npy")) as index:
-                np.save(index, locations)
-    except OSError as error:
-        advice = "free disk space and continue with the same command"
-        raise UserError(f"shard '{path}' cannot be written ({error.strerror or error}); {advice}") from None
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
+            # `zip` asks for positions first, and so leaves the next shard's first batch.
+            for position, batch in zip(range(len(rows)), batches, strict=False):
+                if not batch["broken"].item():
+                    tar.write({"__key__": f"{rows[position]:09d}", **_members(batch, encode(batch))})
+                    positions.append(position)
+        locations = np.zeros(len(rows), LOCATION)
+        for position, sample in zip(positions, read_members(str(temporary)), strict=True):
+            record, tensors = sample["json"], sample["safetensors"]
+            locations[position] = (record.offset, record.size, tensors.offset, tensors.size)
+        with atomic_path(path.with_suffix(".npy")) as index:
+            np.save(index, locations)
     return len(rows) - len(positions)
 
 
