@@ -32,6 +32,7 @@ def test_options(tmp_path):
     assert (report["clock"], report["size"]["latents"]) == ("cpu", 4)
 
 
+@pytest.mark.slow  # the bounds of a training step, below, count operations in the quick round
 def test_operations_are_counted_at_full_width_without_computing(tmp_path):
     path = tmp_path / "figures.json"
     assert denoiser.main(["--parts", "flops", "--json", str(path)]) == 0

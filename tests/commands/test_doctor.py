@@ -205,7 +205,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED)
+SAMPLE = ("a schedule without signal", "no latents", "an earlier run", "another run's checkpoint")  # in the quick round
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in REFUSED]
+)
 def test_what_train_refuses_at_once_is_a_problem(fault, arguments, tmp_path, monkeypatch, capsys):
     overrides, topic, said = REFUSED[fault]
     if topic in ("data", "output"):  # found before
@@ -323,13 +328,6 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
     assert (disk.status, training.status, sampling.status) == (OK, PROBLEM, WARNING)
     half = re.search(r"memory.torch_dtype=float16 decode_chunk_size=1 \(([\d.]+) GiB\)", sampling.advice)[1]
     assert 0 < float(half) < float(sampling.found.partition(" GiB")[0])
-
-
-def test_a_config_that_no_run_could_have_is_a_problem(arguments):
-    wrong = [f"diffusion.scheduler.{key}" for key in ("prediction_type=epsilon", "rescale_betas_zero_snr=true")]
-    composed = compose("train", [*arguments[1:], *wrong])
-    (found,) = doctor.needs(composed, composed.base.pretrained_model_name_or_path, doctor.CPU)
-    assert found.status == PROBLEM and "zero terminal SNR" in found.found
 
 
 @pytest.mark.slow

@@ -413,7 +413,7 @@ def test_a_bad_clip_is_told_in_one_line(tmp_path, clips, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the command silences it
-@pytest.mark.parametrize("then", ["nothing", "a file"])
+@pytest.mark.parametrize("then", ["nothing", pytest.param("a file", marks=pytest.mark.slow)])
 def test_a_folder_that_vanishes_in_mid_run_is_told_as_a_failed_checkpoint_is(tmp_path, then):
     run = tmp_path / "run"
 

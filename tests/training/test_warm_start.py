@@ -1,5 +1,6 @@
 """Runs that start from a model trained earlier: its weights, and the schedule and target that they know."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -111,9 +112,17 @@ def config_of(stages, source, *overrides):
     return compose("train", ["model=plain", f"resolution={tiny.SIZE}", "num_frames=4", base, start, *overrides])
 
 
-@pytest.mark.parametrize("source", [None, "base", "pipeline", "checkpoint"])
+SAMPLE = [("temporal", None), ("temporal", "checkpoint"), ("all", "checkpoint")]  # in the quick round
+
+
+@pytest.mark.parametrize(
+    "trainable, source",
+    [
+        pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.slow)
+        for case in itertools.product(["temporal", "all"], [None, "base", "pipeline", "checkpoint"])
+    ],
+)
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("trainable", ["temporal", "all"])
 def test_frozen_layers_keep_their_target_wherever_they_come_from(stages, source, target, trainable):
     knows = "v_prediction" if source in ("pipeline", "checkpoint") else "epsilon"
     overrides = [f"diffusion.scheduler.prediction_type={target}", f"trainable_parameters={trainable}"]
