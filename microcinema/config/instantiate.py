@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -107,6 +107,13 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         return adapter.validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name} is {value!r}, but {reasons(error.errors())}") from None
+
+
+def check_fields(settings: Any, prefix: str = "") -> None:
+    """Refuses, as `convert` does, a field of a dataclass that is not of its type or out of its bounds: in Python as in a config."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        convert(prefix + field.name, getattr(settings, field.name), hints[field.name])
 
 
 def reasons(details: typing.Iterable[Any]) -> str:

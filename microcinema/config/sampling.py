@@ -5,13 +5,13 @@ None stands for the model's own value.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from pydantic import with_config
 
-from microcinema.config.instantiate import convert
+from microcinema.config.instantiate import check_fields
 from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fps, Name, NotNegative, PathText, Size
-from microcinema.utils.errors import UserError, check_choice
+from microcinema.utils.errors import UserError
 
 OnFlagged = Literal["error", "skip", "keep"]
 ResizeMode = Literal["crop", "stretch", "exact"]
@@ -21,11 +21,6 @@ ResizeMode = Literal["crop", "stretch", "exact"]
 _OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
 _DEFAULTS = {**dict(zip(_OWN, _OWN, strict=True)), "gamma": "noise_prior_gamma"}
 """Settings for which None stands for a value in the pipeline's config, and its key there."""
-
-
-def _check_values(settings: Any, kind: type, prefix: str = "") -> None:
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        convert(prefix + name, getattr(settings, name), hint)
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class SamplingSettings:
     decode_chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
-        _check_values(self, SamplingSettings)
+        check_fields(self)
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
@@ -108,7 +103,7 @@ class KeyframeSettings:
     on_flagged: OnFlagged = "error"
 
     def __post_init__(self) -> None:
-        _check_values(self, KeyframeSettings, "keyframe.")
+        check_fields(self, "keyframe.")
         if (self.height is None) != (self.width is None):
             raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
 
@@ -140,8 +135,6 @@ class MemorySettings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if choices := get_args(hint):
-                check_choice(name, getattr(self, name), choices)
+        check_fields(self, "memory.")
         if self.compile and self.offload == "sequential":
             raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")

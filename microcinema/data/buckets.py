@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from microcinema.config.instantiate import convert
+from microcinema.config.types import Shapes
 from microcinema.data.ordering import Ordering, ShuffledOrder
-from microcinema.utils.errors import UserError
 
 _TICK = 1e-6  # seconds, as in data/video_reader.py
 
@@ -14,7 +15,7 @@ class Buckets:
     """Buckets with shapes (num_frames, height, width), and the index of the bucket of each clip, `assignment` (n,)."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], assignment: np.ndarray) -> None:
-        self.shapes = _check_shapes(shapes)
+        self.shapes = convert("buckets", shapes, Shapes)
         self.assignment = assignment.astype(np.int16)
 
     def shape(self, index: int) -> tuple[int, int, int]:
@@ -44,7 +45,7 @@ class Buckets:
         best_distance, best_frames = np.full(len(height), np.inf), np.zeros(len(height))
         with np.errstate(invalid="ignore", divide="ignore"):
             log_aspect = np.log(width / height)
-            for bucket, (frames, bucket_height, bucket_width) in enumerate(_check_shapes(shapes)):
+            for bucket, (frames, bucket_height, bucket_width) in enumerate(convert("buckets", shapes, Shapes)):
                 if fps is None or frames == 1:  # a picture has no duration
                     long_enough = num_frames >= frames
                 else:
@@ -54,12 +55,3 @@ class Buckets:
                 better = long_enough & ((distance < best_distance - 1e-9) | as_near)
                 best[better], best_distance[better], best_frames[better] = bucket, distance[better], frames
         return best
-
-
-def _check_shapes(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    for shape in shapes:
-        if len(shape) != 3 or min(shape) < 1:
-            raise UserError(f"bucket {list(shape)}; give [num_frames, height, width]")
-    if not shapes:
-        raise UserError("buckets is empty; give at least one [num_frames, height, width], or null")
-    return [(int(frames), int(height), int(width)) for frames, height, width in shapes]

@@ -1,5 +1,6 @@
 """Reading the pixels of one training clip from a video or picture file."""
 
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -8,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from microcinema.config.instantiate import convert
-from microcinema.config.types import ClipPosition, Decoder, Resolution
+from microcinema.config.instantiate import check_fields, convert
+from microcinema.config.types import ClipPosition, Decoder, Fps, Resolution, Seed, Size
 from microcinema.data import video_reader
 from microcinema.data.decoder_process import DecoderProcess, decode
 from microcinema.data.watermark import Watermark
-from microcinema.utils.errors import UserError, check_choice
+from microcinema.utils.errors import UserError
 
 POSITIONS = {"first": 0.0, "center": 0.5}
 RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protocol identifiers
@@ -23,32 +24,27 @@ RESIZE = "bicubic, antialiased, centre crop"  # part of fingerprints and protoco
 class ClipReader:
     """Reads clips with one transform; `watermark` holds arguments of `Watermark`, the others are those of `ClipDataset`."""
 
-    num_frames: int
-    fps: float | None
+    num_frames: Size
+    fps: Fps | None
     resolution: Resolution
     decoder: Decoder
     clip_position: ClipPosition
-    seed: int
-    multiple_of: int
+    seed: Seed
+    multiple_of: Size
     watermark: InitVar[Watermark | None] = None
     timeout: InitVar[float | None] = None
 
     def __post_init__(self, watermark: Watermark | None, timeout: float | None) -> None:
-        sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
-        if len(sides) != 2:
-            raise UserError(f"resolution={list(sides)}; give one number for a square, or [height, width]")
-        if self.num_frames < 1 or (self.fps is not None and not self.fps > 0):
-            raise UserError(f"num_frames={self.num_frames}, fps={self.fps}; give at least 1 frame, and fps > 0 or null")
-        check_choice("decoder", self.decoder, video_reader.DECODERS)
-        check_choice("clip_position", self.clip_position, ("random", *POSITIONS))
-        self.size = (int(sides[0]), int(sides[1]))
+        check_fields(self)
+        sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+        self.size = (sides[0], sides[1])
         self.check_size(*self.size)
         self.mark = convert("watermark", watermark, Watermark | None)
-        self.decoder_process = DecoderProcess(timeout) if timeout is not None else None
+        self.decode: Callable[..., Any] = decode if timeout is None else DecoderProcess(timeout)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises a UserError if the size is not divisible by `multiple_of`."""
-        if min(height, width) < 1 or height % self.multiple_of or width % self.multiple_of:
+        if height % self.multiple_of or width % self.multiple_of:
             raise UserError(f"resolution={height}x{width} (height x width) does not divide by {self.multiple_of}")
 
     @property
@@ -85,14 +81,14 @@ class ClipReader:
                 raise UserError(f"'{source}' is a picture, not a clip of {num_frames} frames; set num_frames=1 for it")
             if self.fps is None:
                 raise UserError(f"'{source}' is a picture, which has no frame rate of its own; set fps")
-            frames, fps = self._call("read_image", source), self.fps
+            frames, fps = self.decode("read_image", source), self.fps
         else:
             if self.clip_position == "random":
                 position = float(np.random.default_rng([self.seed, epoch, index]).random())
             else:
                 position = POSITIONS[self.clip_position]
-            frames = self._call("read_clip", source, num_frames, self.fps, position=position, decoder=self.decoder)
-            fps = self.fps if self.fps is not None else self._call("probe", source).fps
+            frames = self.decode("read_clip", source, num_frames, self.fps, position=position, decoder=self.decoder)
+            fps = self.fps if self.fps is not None else self.decode("probe", source).fps
         if self.mark and has_watermark:
             frames = self.mark.pixels(frames, (height, width))
         return resize_and_crop(frames, (height, width)).float() / 127.5 - 1, float(fps)
@@ -100,11 +96,6 @@ class ClipReader:
     def caption(self, text: str, has_watermark: bool = True) -> str:
         """The caption for the model, which may name the watermark."""
         return self.mark.caption(text) if self.mark and has_watermark else text
-
-    def _call(self, function: str, *arguments: Any, **keywords: Any) -> Any:
-        if self.decoder_process is not None:
-            return self.decoder_process(function, *arguments, **keywords)
-        return decode(function, *arguments, **keywords)
 
 
 def cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

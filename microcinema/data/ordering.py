@@ -9,8 +9,6 @@ from typing import Protocol
 
 import numpy as np
 
-from microcinema.utils.errors import UserError
-
 
 class Ordering(Protocol):
     """An endless order of the items of a data set."""
@@ -102,14 +100,9 @@ class MixedOrder:
     In each epoch, ordering k contributes `shares[k]` samples on average, in whole runs: after E epochs it has contributed
     floor(E shares[k] / same_shape_run) runs. No ordering is ever rounded away, and all items of an ordering are met equally often. The runs
     of an epoch are shuffled.
-
-    Raises:
-        UserError: no orderings, or a share or run that is not positive.
     """
 
     def __init__(self, orderings: Sequence[Ordering], shares: Sequence[int], same_shape_run: int, seed: int) -> None:
-        if same_shape_run < 1 or len(orderings) != len(shares) or min(shares, default=0) < 1:
-            raise UserError(f"clips with shares {list(shares)} in runs of {same_shape_run}; all must be positive")
         self.orderings, self.shares = list(orderings), list(shares)
         self.same_shape_run, self.seed = same_shape_run, seed
         self.length = sum(self.shares)

@@ -7,10 +7,9 @@ import cv2
 import numpy as np
 from pydantic import with_config
 
+from microcinema.config.instantiate import check_fields
 from microcinema.config.types import CONFIG, Fraction
-from microcinema.utils.errors import UserError, check_choice
-
-ACTIONS = ("crop", "mask", "tag")
+from microcinema.utils.errors import UserError
 
 
 @with_config(CONFIG)
@@ -33,9 +32,9 @@ class Watermark:
     tag: str = "watermark"
 
     def __post_init__(self) -> None:
-        check_choice("watermark action", self.action, ACTIONS)
-        if len(self.box) != 4 or not (0 <= self.box[0] < self.box[2] <= 1 and 0 <= self.box[1] < self.box[3] <= 1):
-            raise UserError(f"watermark box={list(self.box)}; give [left, top, right, bottom], each in [0, 1]")
+        check_fields(self, "watermark.")
+        if not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise UserError(f"watermark box={list(self.box)}; give [left, top, right, bottom], in this order")
         if self.action == "crop" and tuple(self.box) == (0, 0, 1, 1):
             raise UserError("watermark box covers the whole frame, of which crop leaves nothing; choose a smaller box")
 

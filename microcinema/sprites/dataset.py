@@ -38,10 +38,8 @@ def write_dataset(
     Each line of the truth file has a clip's sprite, frames, size and fps, from which `render` gives masks and flow exactly.
 
     Raises:
-        UserError: nothing to render, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    if num_videos < 1:
-        raise UserError(f"num_videos={num_videos}: render at least one clip")
     with (
         atomic_folder(folder) as partial,
         open(partial / CSV_FILE, "w", newline="", encoding="utf-8") as table_file,

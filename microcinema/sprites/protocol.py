@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from microcinema.config.instantiate import check_fields
 from microcinema.config.types import CountOrZero, Fps, Size
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.sprites import scene
@@ -70,11 +71,11 @@ class SpritesProtocol:
     version: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:
-        counts = {part: self.count(part) for part in PARTS}
-        if min(counts.values()) < 0 or not any(counts.values()):
-            raise UserError(f"numbers of prompts are {tuple(counts.values())}; ask for at least one, none below zero")
-        if self.num_frames < 2 or self.size < 1 or not self.fps > 0:
-            raise UserError(f"num_frames={self.num_frames}, size={self.size}, fps={self.fps}; use 2 frames or more")
+        check_fields(self)
+        if not any(map(self.count, PARTS)):
+            raise UserError("all numbers of prompts are 0; ask for at least one")
+        if self.num_frames < 2:
+            raise UserError(f"num_frames={self.num_frames}; use 2 frames or more")
 
     def count(self, part: str) -> int:
         """Number of prompts in a part."""

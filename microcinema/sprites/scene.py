@@ -151,15 +151,13 @@ def sample_attributes(seed: int, index: int, split: str = "train", rotation_weig
 
     Args:
         split: `train` excludes the pairs of `HELD_OUT`, `heldout` has no others.
-        rotation_weight: how many times as often each rotation is drawn as each other motion, since models learn rotation last.
+        rotation_weight: at least 1, how many times as often each rotation is drawn as each other motion, since models learn rotation last.
 
     Raises:
-        UserError: unknown split, or a weight below 1.
+        UserError: unknown split.
     """
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split '{split}' of Moving Sprites; choose train or heldout")
-    if rotation_weight < 1:
-        raise UserError(f"rotation_weight={rotation_weight} of Moving Sprites: it is at least 1")
     rng = np.random.default_rng([seed, index, split == "heldout"])
 
     def choice(names: object) -> str:
@@ -170,9 +168,8 @@ def sample_attributes(seed: int, index: int, split: str = "train", rotation_weig
     # A turning circle looks like a still one.
     weights = {m: rotation_weight * (shape != "circle") if m in ROTATIONS else 1 for m in MOTIONS}
     motion = choice(m for m in MOTIONS for _ in range(weights[m]))
-    return place(
-        rng, shape, colour, choice(SIZES), choice(BACKGROUNDS), motion, "" if motion == "still" else choice(SPEEDS)
-    )
+    size, ground = choice(SIZES), choice(BACKGROUNDS)
+    return place(rng, shape, colour, size, ground, motion, "" if motion == "still" else choice(SPEEDS))
 
 
 def place(
@@ -228,13 +225,7 @@ def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarr
 
 
 def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
-    """Renders the clip, `size` pixels wide and high, and its truth, the same on every processor.
-
-    Raises:
-        UserError: a number of frames, a size or a frame rate that is not positive.
-    """
-    if num_frames < 1 or size < 1 or not fps > 0:
-        raise UserError(f"num_frames={num_frames}, size={size}, fps={fps}: all three must be positive")
+    """Renders the clip, `size` pixels wide and high, and its truth, the same on every processor."""
     x, y = grid(size)
     pixel = np.float32(WORLD / size)
     pose = poses(sprite, np.arange(num_frames) / fps)

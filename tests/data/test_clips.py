@@ -188,15 +188,15 @@ def test_small_is_not_aliased():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_frames": 0}, "num_frames=0"),
-        ({"fps": -1}, "fps=-1"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"fps": -1}, "fps is -1"),
         ({"resolution": 36}, "36x36.* does not divide by 8"),
         ({"resolution": (32, 60)}, "32x60.* does not divide by 8"),
         ({"resolution": 48, "multiple_of": 32}, "does not divide by 32"),
-        ({"resolution": 0}, "0x0"),
+        ({"resolution": 0}, "resolution is 0"),
         ({"resolution": (64, 64, 3)}, "64, 64, 3"),
-        ({"decoder": "opencv"}, "decoder='opencv'"),
-        ({"clip_position": "last"}, "clip_position='last'"),
+        ({"decoder": "opencv"}, "decoder is 'opencv'"),
+        ({"clip_position": "last"}, "clip_position is 'last'"),
     ],
 )
 def test_values_out_of_range_are_named(world, tmp_path, arguments, message):

@@ -103,9 +103,9 @@ def test_the_bucket_that_suits_a_clip():
     assert Buckets.assign([(16, 80, 48)], 8.0, height, width, frames, duration).tolist() == [0, 0, 0, -1, -1, -1, -1]
 
 
-@pytest.mark.parametrize("shapes, said", [([], "buckets is empty"), ([(16, 64)], "16, 64"), ([(0, 64, 64)], "0, 64")])
+@pytest.mark.parametrize(
+    "shapes, said", [([], "buckets is .*at least 1 item"), ([(16, 64)], "16, 64"), ([(0, 64, 64)], "0, 64")]
+)
 def test_shapes_that_are_none(shapes, said):
     with pytest.raises(UserError, match=said):
         Buckets(shapes, np.zeros(1))
-    with pytest.raises(UserError, match="shares .0"):
-        MixedOrder([ShuffledOrder(3, [0])], [0], 1, 0)

@@ -342,7 +342,7 @@ def test_training_goes_on_after_a_decoder_that_hangs(tmp_path, listing):
     class Hanging(ClipDataset):
         def __getitem__(self, index):
             if index == 3:
-                self.reader.decoder_process("probe", broken_videos.Hanging())
+                self.reader.decode("probe", broken_videos.Hanging())
             return super().__getitem__(index)
 
     data = Hanging(listing, listing.parent, 4, 8.0, 32, timeout=2.0)
@@ -369,8 +369,8 @@ def test_a_decoder_that_crashes_is_told(listing):
 
 def test_workers_have_their_own_and_leave_none_behind(listing):
     data = clips(listing)
-    data.reader.decoder_process("probe", listing.parent / "sound0.mp4")
-    mine = data.reader.decoder_process._child.pid
+    data.reader.decode("probe", listing.parent / "sound0.mp4")
+    mine = data.reader.decode._child.pid
     batches = list(DataLoader(data, batch_size=2, num_workers=2, sampler=range(8)))
     assert [len(batch["id"]) for batch in batches] == [2] * 4
     torch.testing.assert_close(batches[0]["video"][0], data[0]["video"])

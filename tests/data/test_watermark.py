@@ -54,10 +54,10 @@ def test_tag_names_it_and_leaves_the_pixels():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("blur", BOX), "action='blur' is not known; choose one of crop, mask, tag"),
+        (("blur", BOX), "watermark.action is 'blur', but should be 'crop', 'mask' or 'tag'"),
         (("crop", [0.5, 0.5, 0.2, 0.9]), "box=.0.5, 0.5, 0.2, 0.9.; give .left, top, right, bottom."),
-        (("mask", [0, 0, 1.5, 1]), "box="),
-        (("mask", [0, 0, 1]), "box="),
+        (("mask", [0, 0, 1.5, 1]), "watermark.box is .*should be less than or equal to 1"),
+        (("mask", [0, 0, 1]), "watermark.box is "),
         (("crop", [0, 0, 1, 1]), "covers the whole frame"),
     ],
 )

@@ -281,9 +281,9 @@ def test_the_denoiser_is_one_graph_and_gives_the_same_frames(pipeline, image):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"torch_dtype": "int8"}, "torch_dtype='int8'.*float32, float16, bfloat16"),
-        ({"offload": "disk"}, "offload='disk'.*none, model, sequential"),
-        ({"attention": "flash"}, "attention='flash'.*sdpa, xformers"),
+        ({"torch_dtype": "int8"}, "memory.torch_dtype is 'int8'.*'float32', 'float16' or 'bfloat16'"),
+        ({"offload": "disk"}, "memory.offload is 'disk'.*'none', 'model' or 'sequential'"),
+        ({"attention": "flash"}, "memory.attention is 'flash'.*'sdpa' or 'xformers'"),
         ({"compile": True, "offload": "sequential"}, "exclude each other"),
     ],
 )

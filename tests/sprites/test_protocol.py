@@ -29,7 +29,7 @@ def test_identifier_tells_measurements_apart():
 
 
 def test_bad_counts_are_named():
-    with pytest.raises(UserError, match=r"\(0, 0, 0\)"):
+    with pytest.raises(UserError, match="all numbers of prompts are 0"):
         SpritesProtocol(0, 0, 0)
     with pytest.raises(UserError, match="-1"):
         SpritesProtocol(5, -1, 0)

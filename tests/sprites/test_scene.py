@@ -48,8 +48,6 @@ def test_rotations_can_be_drawn_more_often():
     share = len(turning) / sum(s.shape != "circle" for s in drawn)
     assert share == pytest.approx(2 * 4 / (2 * 4 + len(scene.MOTIONS) - 2), abs=0.05)
     assert {s.motion for s in drawn if s.shape == "circle"} == set(scene.MOTIONS) - set(scene.ROTATIONS)
-    with pytest.raises(UserError, match="rotation_weight=0"):
-        scene.sample_attributes(0, 0, rotation_weight=0)
 
 
 def test_captions():
@@ -144,10 +142,5 @@ def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(UserError, match="num_videos=0"):
-        dataset.write_dataset(tmp_path / "none", 0)
-    with pytest.raises(UserError, match="num_frames=0"):
-        scene.render(example(), num_frames=0)
     with pytest.raises(UserError, match=r"truth\.jsonl"):
         next(dataset.read_truth(tmp_path))
-    assert not (tmp_path / "none").exists()
