@@ -190,9 +190,8 @@ def output(config: Train) -> tuple[Finding, Path | None]:
             checkpoint = choose_checkpoint(config.output_dir, config.resume_from_checkpoint, warn=lambda _: None)
     except UserError as error:
         return Finding("output", str(error), PROBLEM), None
-    return Finding(
-        "output", f"a new run in '{config.output_dir}'" if checkpoint is None else str(checkpoint)
-    ), checkpoint
+    found = f"a new run in '{config.output_dir}'" if checkpoint is None else str(checkpoint)
+    return Finding("output", found), checkpoint
 
 
 def base(pretrained_model_name_or_path: str, revision: str | None, variant: str | None) -> tuple[Finding, str | None]:

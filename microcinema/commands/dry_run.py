@@ -144,9 +144,8 @@ def _scratch(output_dir: Path, main: bool) -> Iterator[Path]:
 
 
 def _estimate(config: Train) -> Estimate:
-    precision: Any = launch_settings(make_accelerator(config))[
-        "mixed_precision"
-    ]  # accelerate has one state per process
+    # With the precision that accelerate, which has one state per process, took.
+    precision: Any = launch_settings(make_accelerator(config))["mixed_precision"]
     config, pipeline = replace(config, mixed_precision=precision), empty_pipeline(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return training_memory(pipeline, config, config.cached_latents is not None, device)

@@ -13,11 +13,8 @@ def run(config: PrepareSprites) -> None:
     """Renders the data set, in the place of an earlier one, and prints where it is; a UserError if the folder holds something else."""
     folder = Path(config.output_dir)
     for path in folder.rglob("*"):
-        if (
-            not path.is_dir()
-            and not re.fullmatch(OWN_FILES, name := path.relative_to(folder).as_posix())
-            and name != LOCK
-        ):
+        name = path.relative_to(folder).as_posix()
+        if not (path.is_dir() or name == LOCK or re.fullmatch(OWN_FILES, name)):
             advice = "choose a new folder, or move it elsewhere"
             raise UserError(f"output_dir '{folder}' holds '{name}', which is not of Moving Sprites; {advice}")
     shape = config.num_frames, config.size, config.fps

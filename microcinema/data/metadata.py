@@ -90,9 +90,8 @@ def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str | None] | 
     if names["id"] not in available and names["file"] not in available and not missing:
         missing = ["id or file"]
     if missing:
-        advice = (
-            "the first line must name the columns" if FORMATS[Path(path).suffix.lower()] else "name them in columns"
-        )
+        is_table = FORMATS[Path(path).suffix.lower()]  # with a delimiter
+        advice = "the first line must name the columns" if is_table else "name them in columns"
         fault = f"lacks column {' and '.join(missing)} (it has: {', '.join(available) or 'none'})"
         raise UserError(f"list '{path}' {fault}; {advice}")
     names = {key: name for key, name in names.items() if name in available}

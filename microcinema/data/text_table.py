@@ -148,14 +148,10 @@ def _stray_quote(path: Path, delimiter: bytes, num_columns: int) -> int | None:
             if data[position - 1 : position] in (delimiter, b"\n", b"\r"):
                 match = quoted.match(data, position)
                 end = match.end() if match else end
-                lines = [b""]
-                if b"\n" in data[position:end]:
-                    lines = data[
-                        data.rfind(b"\n", 0, position) + 1 : data.find(b"\n", end) % (len(data) + 1)
-                    ].splitlines()
-                if match is None or (
-                    num_columns > 1 and all(line.count(delimiter) == num_columns - 1 for line in lines)
-                ):
+                first, last = data.rfind(b"\n", 0, position) + 1, data.find(b"\n", end) % (len(data) + 1)
+                lines = data[first:last].splitlines() if b"\n" in data[position:end] else [b""]
+                are_rows = num_columns > 1 and all(line.count(delimiter) == num_columns - 1 for line in lines)
+                if match is None or are_rows:
                     return data[:position].count(b"\n") + 1
             position = data.find(b'"', end)
     return None

@@ -174,11 +174,8 @@ def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
     stamps = None
     if not by_decoding:
         stamps = sorted(packet[0] for packet in packets if packet[0] is not None)
-        if (
-            len(sequence_headers) > 1
-            or len(set(stamps)) < len(packets)
-            or stamps[: len(shown)] != [s[0] for s in shown]
-        ):
+        confirmed = len(set(stamps)) == len(packets) and stamps[: len(shown)] == [s[0] for s in shown]
+        if len(sequence_headers) > 1 or not confirmed:
             return read_index(path, by_decoding=True)
         shown = sorted(packets)
     times, end = _times(path, shown, rate, time_base)

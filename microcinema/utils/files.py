@@ -20,10 +20,8 @@ import psutil
 from microcinema.utils.errors import UserError
 
 LOCK = ".microcinema.lock"
-_PARTIAL, _OLD = (
-    "microcinema-partial",
-    "microcinema-old",
-)  # marks of what is not finished, behind the process that writes it
+# Marks of what is not finished, behind the process that writes it.
+_PARTIAL, _OLD = "microcinema-partial", "microcinema-old"
 
 
 def natural_key(path: str | os.PathLike[str]) -> Any:
