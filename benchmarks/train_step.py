@@ -65,7 +65,12 @@ def time_steps(config: Train, steps: int, clock: Callable[[], float]) -> dict[st
         the wall clock; `clips` of this process in a step; `peak_memory_gib`.
     """
     total = WARM_UP + steps
-    changes: dict[str, Any] = {"max_train_steps": total, "checkpointing_steps": total, "validation_prompts": []}
+    changes: dict[str, Any] = {
+        "max_train_steps": total,
+        "checkpointing_steps": total,
+        "validation_prompts": [],
+        "logging_steps": 1,
+    }
     config = replace(config, **changes, validation_data=None, report_to=None, resume_from_checkpoint=None)
     timer = StepTimer(clock)
     trainer = build_trainer(config, timer.on_metrics, timer.region)

@@ -65,7 +65,12 @@ def run(config: Train) -> int:
     with _scratch(Path(config.output_dir), main) as folder:
         steps = WARM_UP + MEASURED
         changes: dict[str, Any] = {"output_dir": str(folder), "report_to": None, "resume_from_checkpoint": None}
-        changes |= {"max_train_steps": steps, "checkpointing_steps": steps, "validation_steps": steps}
+        changes |= {
+            "max_train_steps": steps,
+            "checkpointing_steps": steps,
+            "validation_steps": steps,
+            "logging_steps": 1,
+        }
         changes["validation_prompts"] = list(config.validation_prompts)[:processes]
 
         def on_metrics(metrics: dict[str, float]) -> None:

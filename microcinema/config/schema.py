@@ -111,6 +111,7 @@ class Train(Clips):
     validation_data: Annotated[dict[str, Any], BeforeValidator(components)] | None
     validation_clips: types.Count
     validation_steps: types.Count
+    logging_steps: types.Count
     report_to: Literal["tensorboard", "wandb"] | None
     checkpointing_steps: types.Count
     checkpoints_total_limit: types.Count | None

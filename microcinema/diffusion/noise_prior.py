@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from einops import einsum, rearrange
 
+from microcinema.utils.device import to_device
 from microcinema.utils.errors import UserError, check_choice
 
 KINDS = ("none", "appearance", "mixed", "progressive")
@@ -79,7 +80,9 @@ class NoisePrior:
         if self.kind in ("none", "appearance"):
             return x
         with torch.autocast(x.device.type, enabled=False):
-            return einsum(matrix(self.covariance(x.shape[1])).to(x), x, "f g, b g c h w -> b f c h w")
+            return einsum(
+                to_device(matrix(self.covariance(x.shape[1])).to(x.dtype), x.device), x, "f g, b g c h w -> b f c h w"
+            )
 
     def initial_noise(self, eps: torch.Tensor, z_ref: torch.Tensor) -> torch.Tensor:
         """`z_T`, from which sampling starts: `eps_hat + gamma z_ref`, so `eps + (lam + gamma) z_ref` for `appearance`."""

@@ -229,7 +229,8 @@ class UNet2DBackbone(nn.Module):
 
         Not in that of the weights: with diffusers' layerwise casting they are stored in eight bits until they are used.
         """
-        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        # A number is filled in on the device: a copy from the host would wait for the device.
+        t = (t if isinstance(t, Tensor) else torch.full((), t, device=z.device)).to(z.device).expand(len(z))
         return self.time_embedding(self.time_proj(t).to(z.dtype))
 
     def run_blocks(

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.pipelines.loading import component_class, load_component, load_index, resolve_snapshot
+from microcinema.utils.device import to_device
 from microcinema.utils.errors import UserError
 
 IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER = "image_encoder", "motion_encoder", "motion_tokenizer"
@@ -87,7 +88,7 @@ def encode_text(
     """
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoder(tokens.input_ids.to(device or encoder.device))[0]
+    return encoder(to_device(tokens.input_ids, device or encoder.device))[0]
 
 
 def unread_texts(lengths: Mapping[str, tuple[Any, int]], texts: Mapping[str, str]) -> dict[str, str]:
@@ -106,9 +107,10 @@ def encode_motion_tokens(
 ) -> Tensor:
     """Motion tokens `b k e` of motion captions, padded with zeros or cut to k = `num_tokens`; `device` as in `encode_text`."""
     tokens = tokenizer(captions, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
-    tokens = tokens.to(device or encoder.device)
-    states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    return states * tokens.attention_mask[..., None].to(states.dtype)
+    ids, mask = (to_device(each, device or encoder.device) for each in (tokens.input_ids, tokens.attention_mask))
+    # As what is added to the scores: of ones and zeros transformers would read whether any is zero, and wait for the device.
+    added = torch.where(mask[:, None, None].bool(), 0.0, torch.finfo(encoder.dtype).min).to(encoder.dtype)
+    return encoder(input_ids=ids, attention_mask=added).last_hidden_state * mask[..., None]
 
 
 def encode_image_tokens(
@@ -120,5 +122,5 @@ def encode_image_tokens(
     """
     size = encoder.config.image_size
     resized = functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    shift, scale = (torch.tensor(values, device=pixels.device).reshape(3, 1, 1) for values in (mean, std))
+    shift, scale = (to_device(torch.tensor(values), pixels.device).reshape(3, 1, 1) for values in (mean, std))
     return encoder(((resized + 1) / 2 - shift).div(scale).to(encoder.dtype)).last_hidden_state

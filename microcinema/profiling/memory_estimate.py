@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +20,7 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline, check_schedule
-from microcinema.training.ema import ema_weights
+from microcinema.training.ema import Averages, ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.trainer import make_optimizer
 
@@ -107,7 +106,7 @@ def training_memory(
             parameter.grad = torch.zeros_like(parameter)
         optimizer_step = _optimizer_step(parameters, config)
         optimizer = live.now - weights - gradients
-        ema = EMAModel(parameters, foreach=True) if config.use_ema else None
+        ema = Averages(parameters, foreach=True) if config.use_ema else None
         average = live.now - weights - gradients - optimizer
         if config.gradient_accumulation_steps == 1:
             model.zero_grad()  # otherwise they are held while the next batch is encoded

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,23 +13,11 @@ from microcinema.data.optical_flow import Flow
 from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.loss import Batch, NullConditioning
+from microcinema.utils.device import to_device
 from microcinema.utils.errors import UserError
 
 Region = Callable[[str], AbstractContextManager[Any]]
 """Marks a named part of the training step, as `torch.profiler.record_function` does."""
-
-
-def cached_encoder(
-    encode: Callable[[list[str]], torch.Tensor], capacity: int = 4096
-) -> Callable[[Sequence[str]], torch.Tensor]:
-    """An encoder (b, n, d) of captions, one at a time so that batches change no bit, with the most recently used in memory."""
-
-    @lru_cache(capacity)
-    @torch.no_grad()
-    def embedding(caption: str) -> torch.Tensor:
-        return encode([caption])
-
-    return lambda captions: torch.cat([embedding(caption) for caption in captions])
 
 
 @dataclass
@@ -51,11 +38,7 @@ class BatchEncoder:
     device: torch.device
     empty: Mapping[str, torch.Tensor] = field(default_factory=dict)
     region: Region = record_function
-
-    def __post_init__(self) -> None:
-        # In float32 between the encoders and the loss, whatever dtype the encoders compute in.
-        self.embed = cached_encoder(lambda captions: self.pipeline.encode_text(captions).float())
-        self.embed_motion = cached_encoder(lambda captions: self.pipeline.encode_motion(captions).float())
+    _null: NullConditioning | None = field(default=None, init=False)
 
     def __call__(self, items: Mapping[str, Any]) -> Batch:
         """The batch; a UserError if a model that uses pixels gets latents without key frames."""
@@ -67,7 +50,9 @@ class BatchEncoder:
             indices=items["sample_index"].tolist(),
             image=self._image_inputs(items),
             motion_tokens=self.motion_tokens(items),
-            flow=Flow(self._to_device(items["flow"]), items["flow_valid"].to(self.device)) if has_flow else None,
+            flow=Flow(self._to_device(items["flow"]), to_device(items["flow_valid"], self.device))
+            if has_flow
+            else None,
         )
 
     def latents(self, items: Mapping[str, Any]) -> torch.Tensor:
@@ -75,7 +60,7 @@ class BatchEncoder:
         if "latents" in items:
             return self._to_device(items["latents"])
         # One clip at a time: bounded memory, and latents that do not depend on the batch.
-        video = items["video"].to(self.device, non_blocking=True)
+        video = to_device(items["video"], self.device)
         with self.region("VAE"):
             return torch.cat([encode_pixels(self.pipeline.vae, clip) for clip in video.split(1)])
 
@@ -83,8 +68,8 @@ class BatchEncoder:
         """Embeddings of captions, (b, n, d), float32."""
         if "text" in items:
             return self._to_device(items["text"])
-        with self.region("encoders"):
-            return self.embed(items["description" if self.pipeline.uses_motion_caption else "caption"])
+        captions = items["description" if self.pipeline.uses_motion_caption else "caption"]
+        return self._embed(self.pipeline.encode_text, captions)
 
     def motion_tokens(self, items: Mapping[str, Any]) -> torch.Tensor | None:
         """Tokens of motion captions, (b, k, e), float32; None for a model without a motion encoder."""
@@ -92,26 +77,34 @@ class BatchEncoder:
             return None
         if "motion_tokens" in items:
             return self._to_device(items["motion_tokens"])
-        with self.region("encoders"):
-            return self.embed_motion(items["motion"])
+        return self._embed(self.pipeline.encode_motion, items["motion"])
 
     def pixels(self, items: Mapping[str, Any]) -> torch.Tensor:
         """Pixels of key frames, (b, 3, H, W) in [-1, 1]; a UserError if the items have none."""
         if "video" in items:
             frames = items["video"]
-            return frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])].to(self.device)
+            return to_device(frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])], self.device)
         if "keyframe" not in items:
             raise UserError("the model needs pixels, which these cached latents do not include; encode them again")
         return self._to_device(items["keyframe"]) / 127.5 - 1
 
     def null_conditioning(self) -> NullConditioning:
-        """Replaces dropped captions; from the same source as the tokens of the others."""
-        empty = {name: self._to_device(tokens) for name, tokens in self.empty.items()}
-        items = {**empty, **{name: [""] for name in ("caption", "description", "motion")}}
-        return NullConditioning(self.text(items), self.motion_tokens(items))
+        """Replaces dropped captions; from the same source as the tokens of the others, encoded once."""
+        if self._null is None:
+            items = {**self.empty, **{name: [""] for name in ("caption", "description", "motion")}}
+            self._null = NullConditioning(self.text(items), self.motion_tokens(items))
+        return self._null
+
+    @torch.no_grad()
+    def _embed(self, encode: Callable[[list[str]], torch.Tensor], captions: Sequence[str]) -> torch.Tensor:
+        """Embeddings in float32, whatever dtype the encoder computes in, of all captions at once; of equal ones only the first is encoded."""
+        distinct = list(dict.fromkeys(captions))
+        with self.region("encoders"):
+            embeddings = encode(distinct).float().split(1)
+        return torch.cat([embeddings[distinct.index(caption)] for caption in captions])
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, torch.float32, non_blocking=True)
+        return to_device(tensor, self.device).float()
 
     @torch.no_grad()
     def _image_inputs(self, items: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,27 @@
 """Moving averages of the trained weights, and the model in training as it would be used: unsharded, in evaluation mode, averaged."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.distributed import gathered_copy, is_sharded, unsharded_state
+
+
+class Averages(EMAModel):
+    """Moving averages as in diffusers, whose own step makes a copy of all of them."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Moves the averages towards the parameters, in place; shards need no communication."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
 
 @contextmanager

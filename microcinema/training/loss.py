@@ -20,6 +20,7 @@ from microcinema.diffusion.rng import generator
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.utils.device import to_device
 
 LOSS_KEYS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -58,7 +59,7 @@ class TrainingNoise:
 
     def to(self, device: torch.device) -> "TrainingNoise":
         """The same noise on another device."""
-        return TrainingNoise(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return TrainingNoise(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,14 @@ class LossConfig:
         return (steps * torch.sigmoid(mean + std * torch.randn((), generator=rng))).long().clamp(max=steps - 1)
 
 
-def make_loss_config(pipeline: ImageToVideoPipeline, config: Train) -> LossConfig:
-    """The loss of a run that trains this pipeline with this config."""
+def make_loss_config(pipeline: ImageToVideoPipeline, config: Train, device: torch.device | None = None) -> LossConfig:
+    """The loss of a run that trains this pipeline with this config, its tables on the device, so that no step copies them there."""
+    scheduler, remapped = pipeline.training_scheduler, pipeline.remapped_timesteps
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     return LossConfig(
-        scheduler=pipeline.training_scheduler,
+        scheduler=scheduler,
         prior=pipeline.noise_prior,
-        remapped_timesteps=pipeline.remapped_timesteps,
+        remapped_timesteps=None if remapped is None else remapped.to(device),
         keyframe_position=pipeline.keyframe_position,
         **{name: getattr(config, name) for name in ("seed", *LOSS_KEYS)},
     )

@@ -1,4 +1,4 @@
-"""Metrics of a training step: losses over all ranks; times, operations and memory of this process."""
+"""Metrics of training steps: losses over all ranks; times, operations and memory of this process."""
 
 import resource
 import sys
@@ -21,20 +21,23 @@ T = TypeVar("T")
 
 
 class StepMetrics:
-    """Collects the clips of one optimizer step over its micro-batches and all processes.
+    """Collects the clips of the optimizer steps between two readings, on the device, over micro-batches and processes.
 
     Losses are logged by quarter of the schedule too, `loss/t1` (least noise) to `loss/t4`.
 
     Attributes:
-        losses: of every clip of the last finished step, by process, (processes, clips).
+        losses: of every clip of the last interval, by step and process, (steps, processes, clips).
+        grad_norms: of its steps, (steps,); empty if they are not known.
     """
 
     def __init__(self, accelerator: Accelerator, num_train_timesteps: int) -> None:
         self.accelerator = accelerator
         self.num_train_timesteps = num_train_timesteps
-        self.losses = torch.empty(accelerator.num_processes, 0)
+        self.losses, self.grad_norms = torch.empty(0, accelerator.num_processes, 0), torch.empty(0)
         self.paused_seconds = 0.0
         self._rows: list[torch.Tensor] = []
+        self._grad_norms: list[torch.Tensor] = []
+        self._steps = 0
         self._recent: deque[float] = deque(maxlen=50)
         self._data_wait = 0.0
         self._flops = 0
@@ -67,11 +70,18 @@ class StepMetrics:
         rows = [loss.detach().float(), t.float(), *([] if flow_loss is None else [flow_loss.detach().float()])]
         self._rows.append(torch.stack(rows))
 
-    def finish_step(self) -> dict[str, float]:
-        """The metrics of the step; starts the next one. Collective: one gather, one copy to the host."""
+    def end_step(self, grad_norm: torch.Tensor | None) -> None:
+        """Ends a step; reads nothing."""
+        self._steps += 1
+        if grad_norm is not None:
+            self._grad_norms.append(grad_norm)
+
+    def finish_interval(self) -> dict[str, float]:
+        """The metrics of the steps since the last call, means over their clips; starts the next interval. Collective: one gather."""
         # gather concatenates along the first axis, hence b k.
         rows = self.accelerator.gather(rearrange(torch.cat(self._rows, dim=1), "k b -> b k")).double().cpu()
-        self.losses = rearrange(rows[:, 0], "(p b) -> p b", p=self.accelerator.num_processes)
+        self.losses = rearrange(rows[:, 0], "(p s b) -> s p b", p=self.accelerator.num_processes, s=self._steps)
+        self.grad_norms = torch.stack(self._grad_norms).cpu() if self._grad_norms else torch.empty(0)
         losses, quarter = rows[:, 0], (rows[:, 1] * QUARTILES / self.num_train_timesteps).long()
         seconds = time.perf_counter() - self._start
         metrics = {
@@ -86,21 +96,25 @@ class StepMetrics:
                 metrics[f"loss/t{k + 1}"] = losses[quarter == k].mean().item()
         if rows.shape[1] > 2:
             metrics["loss/flow"] = rows[:, 2].mean().item()
-        self._recent.append(metrics["loss"])
-        self.start_step()
+        if len(self.grad_norms):
+            metrics["grad_norm"] = self.grad_norms.mean().item()
+        self._recent.extend(self.losses.mean(dim=(1, 2)).tolist())
+        self.start_interval()
         return metrics
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around a checkpoint or a validation, which are no part of a step: measures them, then starts the next step."""
+        """Around a checkpoint or a validation, which are no part of a step: measures them, then starts the next interval."""
         start = time.perf_counter()
         yield
         self.paused_seconds = time.perf_counter() - start
-        self.start_step()
+        self.start_interval()
 
-    def start_step(self) -> None:
+    def start_interval(self) -> None:
         """Clears what was collected and starts the clock."""
         self._rows.clear()
+        self._grad_norms.clear()
+        self._steps = 0
         self._data_wait = 0.0
         self._flops = 0
         self._start = time.perf_counter()

@@ -1,7 +1,6 @@
 """Stops a run whose loss or gradient is not finite, and saves the clips of that step."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ FOLDER = "not_finite"
 
 
 class NanGuard:
-    """Keeps the clips of this process until their optimizer step is known to be finite.
+    """Keeps the clips of this process, on the device, until their optimizer steps are known to be finite.
 
     Args:
         output_dir: clips are saved in it as `not_finite/step-{step}-rank-{rank}.safetensors`: `numbers`, `latents`, `t` and `losses`
@@ -28,34 +27,37 @@ class NanGuard:
         self.accelerator = accelerator
         self.folder = output_dir / FOLDER
         self.seed = seed
-        self._tensors: list[dict[str, torch.Tensor]] = []
-        self._clips: list[dict[str, Any]] = []
+        self._batches: list[tuple[int, dict[str, torch.Tensor], list[dict[str, Any]]]] = []
 
-    def record(self, items: Mapping[str, Any], latents: torch.Tensor, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Adds a micro-batch with `latents` (b, f, c, h, w), `t` and `losses` (b,)."""
-        indices = items["sample_index"]
-        self._tensors.append({"numbers": indices, "latents": latents, "t": t, "losses": losses.detach()})
+    def record(
+        self, step: int, items: Mapping[str, Any], latents: torch.Tensor, t: torch.Tensor, losses: torch.Tensor
+    ) -> None:
+        """Adds a micro-batch of a step, with `latents` (b, f, c, h, w), `t` and `losses` (b,)."""
+        indices, clips = items["sample_index"], list[dict[str, Any]]()
         ids = items.get("id", [None] * len(indices))
         captions = items.get("caption", [None] * len(indices))
         for index, clip_id, caption in zip(indices.tolist(), ids, captions, strict=True):
-            self._clips.append({"number": index, "id": None if clip_id is None else str(clip_id), "caption": caption})
+            clips.append({"number": index, "id": None if clip_id is None else str(clip_id), "caption": caption})
+        self._batches.append((step, {"numbers": indices, "latents": latents, "t": t, "losses": losses.detach()}, clips))
 
-    def assert_finite(self, step: int, losses: torch.Tensor, grad_norm: float | None) -> None:
-        """Discards the clips of a finite step. Collective, with the same arguments on every rank.
+    def assert_finite(self, losses: torch.Tensor, grad_norms: torch.Tensor) -> None:
+        """Discards the recorded clips if their steps were finite. Collective, with the same arguments on every rank.
 
         Args:
-            losses: of every clip, by process, (processes, clips).
-            grad_norm: None if it tells nothing, as when the loss scale was too large.
+            losses: of every clip of these steps, by process, (steps, processes, clips).
+            grad_norms: (steps,), or empty if they tell nothing, as with a loss scale, which may be too large.
 
         Raises:
-            UserError: a loss or the norm is not finite; the clips of the ranks that had it, or of all, are saved.
+            UserError: a loss or a norm is not finite; of the first such step, the clips of the ranks that had it, or of all, are saved.
         """
-        is_finite = losses.isfinite().all(dim=1)
-        if is_finite.all() and (grad_norm is None or math.isfinite(grad_norm)):
-            self._tensors.clear()
-            self._clips.clear()
+        norms = grad_norms if len(grad_norms) else torch.zeros(len(losses))
+        faults = ~(losses.isfinite().all(dim=(1, 2)) & norms.isfinite())
+        if not faults.any():
+            self._batches.clear()
             return
-        problem = f"the loss is {losses.mean().item()}" if not is_finite.all() else f"the gradient norm is {grad_norm}"
+        first = int(faults.int().argmax())
+        step, loss, is_finite = self._batches[0][0] + first, losses[first], losses[first].isfinite().all(dim=1)
+        problem = f"the loss is {loss.mean():g}" if not is_finite.all() else f"the gradient norm is {norms[first]:g}"
         ranks = [rank for rank, finite in enumerate(is_finite.tolist()) if not finite] or list(range(len(is_finite)))
         if self.accelerator.process_index in ranks:
             self._save(self._path(step, self.accelerator.process_index), step)
@@ -69,7 +71,9 @@ class NanGuard:
         return self.folder / f"step-{step}-rank-{rank:05d}.safetensors"
 
     def _save(self, path: Path, step: int) -> None:
-        tensors = {name: torch.cat([batch[name].cpu() for batch in self._tensors]) for name in self._tensors[0]}
-        metadata = {"step": str(step), "seed": str(self.seed), "clips": json.dumps(self._clips, ensure_ascii=False)}
+        batches = [(tensors, clips) for number, tensors, clips in self._batches if number == step]
+        tensors = {name: torch.cat([batch[name].cpu() for batch, _ in batches]) for name in batches[0][0]}
+        clips = json.dumps([clip for _, clips in batches for clip in clips], ensure_ascii=False)
+        metadata = {"step": str(step), "seed": str(self.seed), "clips": clips}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
@@ -27,8 +26,8 @@ from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
 from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
-from microcinema.training.distributed import broadcast_from_main, has_zero3
-from microcinema.training.ema import ema_pipeline
+from microcinema.training.distributed import broadcast_from_main, has_zero3, unshard
+from microcinema.training.ema import Averages, ema_pipeline
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.metrics import StepMetrics
 from microcinema.training.nan_guard import NanGuard
@@ -54,7 +53,7 @@ class Trainer:
         dataset: items as in data/clips.py: `video` (f, 3, H, W) or scaled `latents` (f, c, h, w), `caption`, `fps`.
         validation: of `validations`, which are called on every rank every `validation_steps` and at the end, on averaged weights.
         predict_net: trained beside the pipeline, saved in checkpoints alone; needs clips with `flow` and `flow_valid`.
-        on_metrics: called with all metrics that are logged: those of each step, and the seconds of each checkpoint and validation.
+        on_metrics: called with all metrics that are logged: those of each interval, and the seconds of each checkpoint and validation.
         region: marks named parts of a step for a profiler: `VAE`, `encoders`, `forward`, `backward`, `optimizer`.
 
     Raises:
@@ -87,7 +86,7 @@ class Trainer:
             accelerator, self.output_dir, self.model, self.trained, self.ema, config.checkpoints_total_limit, identity
         )
         self.progress = self.checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
-        self.loss_config = make_loss_config(pipeline, config)
+        self.loss_config = make_loss_config(pipeline, config, accelerator.device)
         self.encode = BatchEncoder(pipeline, accelerator.device, dataset.empty_tokens, region)
         self.metrics = StepMetrics(accelerator, self.loss_config.scheduler.config["num_train_timesteps"])
         self.nan_guard = NanGuard(accelerator, self.output_dir, config.seed)
@@ -111,17 +110,19 @@ class Trainer:
         with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
             if self.progress.step > 0:
                 self.validate()  # in case the run was killed between the checkpoint and this
-            self.metrics.start_step()
+            self.metrics.start_interval()
             while self.progress.step < config.max_train_steps and not preempted:
-                metrics = self.step(micro_batches)
-                self._log(metrics)
+                self.step(micro_batches)
+                bar.update()
+                # All of these, so that an interval has the same steps in a run that resumes from any of them.
+                if not self._is_due(config.logging_steps, config.checkpointing_steps, config.validation_steps):
+                    continue
+                metrics = self.finish_interval()
                 loss, rate = self.metrics.recent_loss, metrics["clips_per_second"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} clips/s", refresh=False)
-                bar.update()
-
-                step, last = self.progress.step, self.progress.step == config.max_train_steps
+                last = self.progress.step == config.max_train_steps
                 preempted = preemption.on_any_rank(self.accelerator) and not last
-                if last or preempted or step % config.checkpointing_steps == 0:
+                if preempted or self._is_due(config.checkpointing_steps):
                     self.save()
                 if not preempted:
                     self.validate()
@@ -134,8 +135,8 @@ class Trainer:
             raise Preempted(f"preempted; saved step {self.progress.step} of {config.max_train_steps}")
         return self.output_dir
 
-    def step(self, micro_batches: Iterator[Items]) -> dict[str, float]:
-        """One optimizer step over its micro-batches; returns its metrics. Collective."""
+    def step(self, micro_batches: Iterator[Items]) -> None:
+        """One optimizer step over its micro-batches; waits for nothing that a GPU computes. Collective."""
         accelerator, grad_norm = self.accelerator, None
         for _ in range(self.config.gradient_accumulation_steps):
             items = next(micro_batches)
@@ -149,19 +150,25 @@ class Trainer:
                 with self.region("optimizer"):
                     self.optimizer.step()
                 self.optimizer.zero_grad()
-        metrics = {**self.metrics.finish_step(), "lr": self.lr_schedule.get_last_lr()[0]}
-        metrics["broken_clips"] = self.errors.total
-        if grad_norm is not None:
-            metrics["grad_norm"] = float(grad_norm)
-        # A skipped step means that the fp16 loss scale was too large: its gradients overflow, and it does not count.
-        skipped = accelerator.optimizer_step_was_skipped
-        checked_norm = None if skipped else metrics.get("grad_norm")
-        self.nan_guard.assert_finite(self.progress.step + 1, self.metrics.losses, checked_norm)
-        if not skipped:
-            self.lr_schedule.step()
-            if self.ema is not None:
-                self.ema.step(list(self.trained.values()))
+        self.metrics.end_step(None if grad_norm is None else unshard(torch.as_tensor(grad_norm)))
+        self.learning_rate = self.lr_schedule.get_last_lr()[0]
+        # Whether the loss scale of fp16 was too large, and the optimizer skipped the step, is known to the device alone: it counts.
+        self.lr_schedule.step()
+        if self.ema is not None:
+            self.ema.step(list(self.trained.values()))
         self.progress = Progress(self.progress.step + 1, self.progress.clips + self.clips_per_step)
+
+    def finish_interval(self) -> dict[str, float]:
+        """Reads, checks and logs the metrics of the steps since the last call, before anything of them is saved. Collective.
+
+        Raises:
+            UserError: a loss or gradient was not finite.
+        """
+        metrics = {**self.metrics.finish_interval(), "lr": self.learning_rate, "broken_clips": self.errors.total}
+        # Gradients that overflow are the loss scaler's business.
+        norms = self.metrics.grad_norms[: 0 if self.accelerator.mixed_precision == "fp16" else None]
+        self.nan_guard.assert_finite(self.metrics.losses, norms)
+        self._log(metrics)
         return metrics
 
     def loss(self, items: Items) -> torch.Tensor:
@@ -172,7 +179,7 @@ class Trainer:
         noise = noise.to(self.accelerator.device)
         losses = training_loss(self._forward, batch, noise, null, self.loss_config)
         self.metrics.add(losses.total, noise.t, losses.flow)
-        self.nan_guard.record(items, batch.latents, noise.t, losses.total)
+        self.nan_guard.record(self.progress.step + 1, items, batch.latents, noise.t, losses.total)
         return losses.total.mean()
 
     def save(self) -> None:
@@ -183,15 +190,14 @@ class Trainer:
 
     def validate(self) -> None:
         """Runs the validations, if they are due after this step, with the averaged weights. Collective."""
-        step, config = self.progress.step, self.config
-        if not self.validations or (step % config.validation_steps and step != config.max_train_steps):
+        if not self.validations or not self._is_due(self.config.validation_steps):
             return
         with (
             self.metrics.paused(),
             ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline,
         ):
             for validation in self.validations:
-                validation(self.accelerator, pipeline, step)
+                validation(self.accelerator, pipeline, self.progress.step)
         self._log({"validation_seconds": self.metrics.paused_seconds})
 
     def export(self) -> None:
@@ -217,7 +223,7 @@ class Trainer:
         if config.use_ema and has_zero3(self.model):
             raise UserError("use_ema=true does not work with ZeRO-3; use FSDP, ZeRO-2 or use_ema=false")
         trained = list(self.trained.values())
-        self.ema = EMAModel(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None
+        self.ema = Averages(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None
 
     def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self.region("forward"):
@@ -248,6 +254,11 @@ class Trainer:
             generator=torch.Generator().manual_seed(config.seed),
         )
         return self.metrics.timed_iterator(self.errors.watch(iter(loader)))
+
+    def _is_due(self, *every: int) -> bool:
+        """Whether this is the last step, or a multiple of any of these."""
+        step = self.progress.step
+        return step == self.config.max_train_steps or any(step % each == 0 for each in every)
 
     def _progress_bar(self) -> tqdm:
         total, hidden = self.config.max_train_steps, not self.accelerator.is_main_process

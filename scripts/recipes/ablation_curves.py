@@ -1,6 +1,7 @@
 """Curves of the ablation: what a run logged of its held-out clips, over steps and over seconds of training."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read_curves(trained: Path) -> tuple[dict[str, list[float]], float]:
     Neither counts validations and checkpoints. The median pace hardly depends on what else the machine does meanwhile.
 
     Raises:
-        UserError: a step that was not logged, as when a process is killed while it writes, or no measurement after the last.
+        UserError: an interval that was not logged, as when a process is killed while it writes, or no measurement after the last.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,13 +33,16 @@ def read_curves(trained: Path) -> tuple[dict[str, list[float]], float]:
     figures = {
         tag.removeprefix("validation/"): values for tag, values in scalars.items() if tag.startswith("validation/")
     }
-    if any(step not in rates for step in range(1, steps + 1)) or steps not in figures.get("loss", {}):
+    every = config.logging_steps, config.checkpointing_steps, config.validation_steps
+    ends = [step for step in range(1, steps + 1) if step == steps or any(step % each == 0 for each in every)]
+    if any(step not in rates for step in ends) or steps not in figures.get("loss", {}):
         raise UserError(f"the log in '{trained}' lacks some of its {steps} steps; delete this folder and start again")
     clips = config.train_batch_size * config.gradient_accumulation_steps
-    seconds = [clips / rates[step] for step in range(1, steps + 1)]
+    seconds = {step: clips / rates[step] for step in ends}  # of one step
+    pace, whole = float(np.median([*seconds.values()])), sum((b - a) * seconds[b] for a, b in pairwise([0, *ends]))
     measured = sorted(figures["loss"])
-    curves = {"step": measured, "seconds": [step * float(np.median(seconds)) for step in measured]}
-    return curves | {name: [values[step] for step in measured] for name, values in figures.items()}, sum(seconds)
+    curves = {"step": measured, "seconds": [step * pace for step in measured]}
+    return curves | {name: [values[step] for step in measured] for name, values in figures.items()}, whole
 
 
 def at_equal_time(one: Curves, other: Curves, figure: str = "loss") -> tuple[float, float] | None:

@@ -253,6 +253,9 @@ def test_curves_are_what_was_logged_of_held_out_clips(tmp_path: Path):
     curves, wall_seconds = ablation_curves.read_curves(tmp_path)
     assert curves.pop("seconds") == pytest.approx([3 * 3.5, 6 * 3.5]) and wall_seconds == pytest.approx(26)
     assert curves == {"step": [3, 6], "loss": [4, 2], "loss/t=100": [2, 1]}
+    save(tiny_training.make_config(tmp_path, max_train_steps=6, logging_steps=4), tmp_path / "config.yaml")
+    curves, wall_seconds = ablation_curves.read_curves(tmp_path)  # read at steps 4 and 6
+    assert curves["seconds"] == pytest.approx([3 * 7.5, 6 * 7.5]) and wall_seconds == pytest.approx(4 * 4 + 2 * 11)
     save(tiny_training.make_config(tmp_path, max_train_steps=7), tmp_path / "config.yaml")
     with pytest.raises(UserError, match="lacks some of its 7 steps"):
         ablation_curves.read_curves(tmp_path)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 KILLS = 10
 STEPS = 20
 EVERY = 2  # steps between checkpoints
+READ = [step for step in range(1, STEPS + 1) if step % EVERY == 0 or step % 3 == 0]  # steps at which metrics are read
 CLIPS = 2  # in a step
 
 
@@ -53,7 +54,7 @@ def saving(run: Path) -> bool:
     return any(run.glob(".checkpoint-*.microcinema-partial"))
 
 
-SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints_total_limit": 2}
+SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints_total_limit": 2, "logging_steps": 3}
 
 
 @pytest.fixture(scope="module", params=[(1, "clips"), (2, "shards")], ids=["one-clips", "two-shards"])
@@ -89,7 +90,7 @@ def test_killed_ten_times_ends_in_the_same_bits(tmp_path, whole):
     assert life.end() == [0] * processes, life.said()
     check_equal(whole, run)
     losses = history(whole)
-    assert sorted(losses) == list(range(1, STEPS + 1)) and all(len(values) == 1 for values in losses.values())
+    assert sorted(losses) == READ and all(len(values) == 1 for values in losses.values())
     assert history(run) == losses
     assert not list(run.glob(".*"))
 
@@ -112,7 +113,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, whole):
     life = Life(tmp_path / "one", clips, 1, **{**settings, "train_batch_size": CLIPS})
     assert life.end() == [0], life.said()
     two, one = history(whole), history(tmp_path / "one")
-    assert sorted(one) == list(range(1, STEPS + 1))
+    assert sorted(one) == READ
     assert all(abs(max(one[step] | two[step]) - min(one[step] | two[step])) < 1e-5 for step in one)
 
 
@@ -154,7 +155,7 @@ def test_fsdp_trains_saves_and_resumes(tmp_path, whole):
             life = Life(tmp_path / name, clips, processes, environment, **{**few, "max_train_steps": step})
             assert life.end() == [0] * processes, life.said()
     ddp, sharded, parts = (history(run) for run in (whole, tmp_path / "sharded", tmp_path / "parts"))
-    assert sharded == parts and sorted(sharded) == [1, 2, 3, 4]
+    assert sharded == parts and sorted(sharded) == [2, 3, 4]
     for step, (loss,) in sharded.items():
         assert loss == pytest.approx(*ddp[step], abs=1e-5)
     one, other = (tiny_training.weights(tmp_path / name) for name in ("sharded", "parts"))

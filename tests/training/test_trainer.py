@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from microcinema.models.vae import encode_pixels
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
-from microcinema.training.batch_encoder import BatchEncoder, cached_encoder
+from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.loss import LossConfig, TrainableModel, training_loss
 from microcinema.training.trainer import Trainer, make_optimizer
 from microcinema.training.validation import Validation
@@ -303,21 +304,18 @@ def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
     torch.testing.assert_close(batch.latents[0], mean)
 
 
-def test_captions_are_encoded_once_while_they_are_kept():
+def test_the_captions_of_a_batch_are_encoded_together_each_once():
     asked = []
 
     def encode(captions):
-        asked.extend(captions)
-        return torch.full((1, 2, 3), float(len(captions[0])))
+        asked.append(captions)
+        return torch.tensor([float(len(caption)) for caption in captions], dtype=torch.float16)[:, None, None]
 
-    embed = cached_encoder(encode, capacity=2)
-    assert embed(["a", "bb", "a"])[:, 0, 0].tolist() == [1, 2, 1]
-    assert asked == ["a", "bb"]
-    embed(["ccc"])  # "bb" is the one used least recently
-    embed(["a"])
-    assert asked == ["a", "bb", "ccc"]
-    embed(["bb"])
-    assert asked == ["a", "bb", "ccc", "bb"]
+    encoder = BatchEncoder(SimpleNamespace(uses_motion_caption=False, encode_text=encode), torch.device("cpu"))
+    text = encoder.text({"caption": ["a", "bb", "a"]})
+    assert text.flatten().tolist() == [1, 2, 1] and text.dtype == torch.float32
+    assert encoder.null_conditioning().text.tolist() == encoder.null_conditioning().text.tolist() == [[[0.0]]]
+    assert asked == [["a", "bb"], [""]]  # the empty caption is kept
 
 
 # The command
@@ -366,7 +364,15 @@ def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, c
     run = tmp_path / "run"
     small = [f"resolution={tiny.SIZE}", "num_frames=4", "max_train_steps=2", "train_batch_size=1", "model=plain"]
     where = [f"base.pretrained_model_name_or_path={tmp_path / 'base'}", f"data.root={clips}", f"output_dir={run}"]
-    command = ["train", *where, *small, "dataloader_num_workers=0", "resume_from_checkpoint=latest", "report_to=null"]
+    command = [
+        "train",
+        *where,
+        *small,
+        "dataloader_num_workers=0",
+        "resume_from_checkpoint=latest",
+        "report_to=null",
+        "logging_steps=1",
+    ]
 
     def call(*overrides: str) -> int:
         tiny_training.reset_accelerator()
@@ -374,9 +380,9 @@ def test_the_command_that_is_asked_to_end_says_so_and_goes_on(tmp_path, clips, c
 
     step = Trainer.step
 
-    def signaled(*arguments: Any) -> dict[str, float]:
+    def signaled(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
+        step(*arguments)
 
     with monkeypatch.context() as context:
         context.setattr(Trainer, "step", signaled)
