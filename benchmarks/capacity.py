@@ -200,7 +200,7 @@ def count(composed: Any) -> dict[str, float]:
         "training_flops": flops.total,
         "vae_flops": of_vae.get_total_flops(),
         "text_encoder_flops": of_text.get_total_flops(),
-        "gradient_bytes": estimate.gradients,
+        "gradient_bytes": estimate.gradients // (2 if composed.ddp.comm_hook else 1),
         "latent_bytes": 2 * latents.numel(),
         "text_token_bytes": 2 * text.numel(),
     }
@@ -263,7 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     _, entries = read_figures()
     if arguments.count:
-        overrides = [f"base.pretrained_model_name_or_path={arguments.count}", f"resolution={RESOLUTION}"]
+        overrides = [
+            f"base.pretrained_model_name_or_path={arguments.count}",
+            f"resolution={RESOLUTION}",
+            "ddp.comm_hook=bf16",
+        ]
         renew(entries, count(compose("train", [*overrides, f"num_frames={FRAMES}"])))
     if arguments.measure:
         found = measure_decoding(18.0, 30, entries["bits_per_second"]["value"])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import CLOCKS, add_clock, environment, make_parser, run
@@ -72,10 +73,12 @@ def time_steps(config: Train, steps: int, clock: Callable[[], float]) -> dict[st
         "logging_steps": 1,
     }
     config = replace(config, **changes, validation_data=None, report_to=None, resume_from_checkpoint=None)
-    timer = StepTimer(clock)
+    timer, hook = StepTimer(clock), config.ddp.comm_hook
+    config = replace(config, ddp=replace(config.ddp, comm_hook=None))  # the timer's own takes its place
     trainer = build_trainer(config, timer.on_metrics, timer.region)
     if isinstance(trainer.model, DistributedDataParallel):
-        trainer.model.register_comm_hook(None, timer.communication)
+        wrap = getattr(default_hooks, f"{hook}_compress_wrapper") if hook else lambda communication: communication
+        trainer.model.register_comm_hook(None, wrap(timer.communication))
     decoding = []
     for index in range(total):
         start = clock()

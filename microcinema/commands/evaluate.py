@@ -11,6 +11,7 @@ from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
 from microcinema.sprites.protocol import SpritesProtocol
+from microcinema.utils.device import set_precision
 from microcinema.utils.logging import quieten_libraries
 
 DETECTORS = {"sprites": load_video_features}
@@ -25,6 +26,7 @@ def run(config: Evaluate) -> None:
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT)
+    set_precision(allow_tf32=True)
     try:
         protocol = config.evaluation.protocol.build()
         quieten_libraries()

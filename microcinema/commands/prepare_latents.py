@@ -32,7 +32,7 @@ def run(config: PrepareLatents) -> None:
     assert config.cached_latents is not None  # the table of commands requires it
     # A finished process waits for the slowest one, which may take long.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
-    accelerator = make_accelerator(config, kwargs_handlers=[timeout])
+    accelerator = make_accelerator(config, timeout)
     dataset, base = build_clips(config, accelerator), load_base(**vars(config.base))
     networks = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     encode_clips(

@@ -11,6 +11,7 @@ from microcinema.config.schema import Sample
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
+from microcinema.utils.device import set_precision
 from microcinema.utils.logging import quieten_libraries
 
 
@@ -18,6 +19,7 @@ def run(config: Sample) -> None:
     """Makes the samples that a config describes; bad input is a UserError, and leaves nothing or complete files only."""
     # First of all: a process that fails before it would leave the others waiting for it here.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    set_precision(allow_tf32=True)
     try:
         prompts = config.prompt, config.motion_prompt, config.prompts, config.image
         items = read_prompt_items(*prompts, config.seed, config.num_videos_per_prompt, config.negative_prompt)

@@ -72,6 +72,12 @@ class Clips:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class DataParallel:
+    comm_hook: Literal["fp16", "bf16"] | None
+    bucket_cap_mb: types.Count
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Train(Clips):
     base: Base
     cached_latents: types.PathText | None
@@ -102,6 +108,8 @@ class Train(Clips):
     use_ema: bool
     ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None
+    allow_tf32: bool
+    ddp: DataParallel
     gradient_checkpointing: bool
     dataloader_num_workers: types.CountOrZero
     clip_retries: types.CountOrZero

@@ -7,22 +7,37 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    KwargsHandler,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from microcinema.config.schema import Train
 from microcinema.training.launch_settings import check_launch_settings
+from microcinema.utils.device import set_precision
 from microcinema.utils.errors import UserError, first_line
 
 T = TypeVar("T")
 
 
-def make_accelerator(config: Train, **arguments: Any) -> Accelerator:
+def make_accelerator(config: Train, *handlers: KwargsHandler) -> Accelerator:
     """The processes, device, precision and tracker of a run. Accelerate keeps one state per process: the first accelerator decides.
 
-    `arguments` are further ones of `Accelerator`. What its environment sets that cannot be or contradicts the run is a UserError.
+    `handlers` are further ones of `Accelerator`. What its environment sets that cannot be or contradicts the run is a UserError.
     """
+    set_precision(config.allow_tf32)
+    ddp = DistributedDataParallelKwargs(
+        bucket_cap_mb=config.ddp.bucket_cap_mb,
+        gradient_as_bucket_view=True,  # or gradients would be held twice and copied
+        comm_hook=DDPCommunicationHookType(config.ddp.comm_hook or "no"),
+    )
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -31,7 +46,7 @@ def make_accelerator(config: Train, **arguments: Any) -> Accelerator:
             project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")),
             # Accelerate would advance the schedule once per process; here a step is a step.
             step_scheduler_with_optimizer=False,
-            **arguments,
+            kwargs_handlers=[ddp, *handlers],
         )
     except (ImportError, ValueError, NotImplementedError, KeyError, OSError) as error:
         raise UserError(f"accelerate cannot start ({first_line(error)}); check its config and ACCELERATE_*") from error

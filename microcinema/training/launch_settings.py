@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from microcinema.config.schema import Train
+from microcinema.utils.device import precision_settings
 from microcinema.utils.errors import UserError
 
 _OPEN = (None, "auto")  # left to the run
@@ -30,7 +30,7 @@ def launch_settings(accelerator: Accelerator) -> dict[str, Any]:
         "distributed_type": accelerator.distributed_type.value,
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": dtype if autocast.get("enabled") else accelerator.mixed_precision,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+        **precision_settings(),
         "dynamo_backend": state.dynamo_plugin.backend.value.lower(),
         "model_parallel_size": parallelism.non_data_parallel_size if parallelism else 1,
         "fsdp_version": fsdp.fsdp_version if fsdp else None,

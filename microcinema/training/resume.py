@@ -119,6 +119,7 @@ def run_identity(
     fixed |= schedule_summary(pipeline.training_scheduler)
     fixed["clips"] = clips.fingerprint()
     free = {name: getattr(config, name) for name in FREE}
+    free |= {"ddp.comm_hook": config.ddp.comm_hook}
     free |= {"mixed_precision": mixed_precision, "num_processes": num_processes}
     if not config.lr_scheduler.startswith("constant"):  # other schedules depend on the length of the run
         free["max_train_steps"] = config.max_train_steps

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.profiler import record_function
@@ -212,6 +213,8 @@ class Trainer:
         for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
             if encoder is not None:
                 encoder.requires_grad_(False).eval().to(self.accelerator.device)
+        if config.ddp.comm_hook == "bf16" and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            raise UserError("ddp.comm_hook=bf16 needs GPUs; set ddp.comm_hook=null")
         model = TrainableModel.for_training(pipeline, config, predict_net)
         optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
         lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}

@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from wandb.sdk.wandb_run import Run
 
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train, weights
 from microcinema.commands import cli
+from microcinema.config.schema import DataParallel
 from microcinema.data.clips import ClipDataset
 from microcinema.diffusion.rng import generator
 from microcinema.models.vae import encode_pixels
@@ -118,6 +120,23 @@ def test_only_what_is_to_be_trained_changes(tmp_path, which, trainable_unet_laye
     assert changed
     if which == "all" or trainable_unet_layers:
         assert any(id(parameter) not in added for name, parameter in model.unet.named_parameters() if name in changed)
+
+
+def test_gradients_of_frozen_layers_are_not_even_built(tmp_path):
+    """The graph of a loss ends in what trains, and nowhere else; a weight without an end there has no gradient to compute."""
+    model = pipeline(tmp_path)
+    trainer = Trainer(
+        tiny_training.accelerator(config := tiny_training.make_config(tmp_path / "run")), model, LatentClips(), config
+    )
+    pending, seen, ends = [trainer.loss(next(trainer._micro_batches())).grad_fn], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+            ends |= {id(node.variable)} if hasattr(node, "variable") else set()
+    trained = {id(parameter) for parameter in trainer.trained.values()}
+    assert ends == trained and trained < {id(parameter) for parameter in model.unet.parameters()}
 
 
 def test_averages_follow_their_recurrence_and_are_what_is_saved(tmp_path):
@@ -252,6 +271,10 @@ def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path
         assert logged(run) == pytest.approx(wanted, abs=1e-5), run
     one, other = weights(tmp_path / "two"), weights(tmp_path / "two-parts")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    # Gradients that were averaged in fp16: other bits, alike losses.
+    fp16 = weights(tmp_path / "fp16")
+    assert logged(tmp_path / "fp16") == pytest.approx(wanted, abs=2e-3)
+    assert any(not torch.equal(fp16[key], value) for key, value in one.items())
     # The prompts of validation were shared out, and validating changed nothing of the training.
     videos = {path.name for path in (tmp_path / "two/validation/step-4").glob("*.mp4")}
     assert videos == {"0.mp4", "1.mp4", "2.mp4"}
@@ -283,9 +306,16 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
         if validates:
             keyframes = KeyframePipeline(own / "keyframe.png")
             validate = Validation(accelerator, pipeline(own, seed), keyframes, prompts, folder / name)
-        Trainer(accelerator, pipeline(own, seed), clips(), settings, validate).train()
+        trainer = Trainer(accelerator, pipeline(own, seed), clips(), settings, validate)
+        model = trainer.model
+        assert isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
+        assert model.bucket_bytes_cap == settings.ddp.bucket_cap_mb * 2**20
+        trainer.train()
 
     run("two", validates=True)
+    run("fp16", ddp=DataParallel("fp16", bucket_cap_mb=1))
+    with pytest.raises(UserError, match="comm_hook=bf16 needs GPUs"):  # torch refuses it over gloo
+        run("bf16", ddp=DataParallel("bf16", bucket_cap_mb=1))
     run("two-parts", max_train_steps=2)
     run("two-parts", seed=5, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match="the loss is nan"):  # both, or the other would wait for ever
