@@ -37,7 +37,7 @@ class SamplingSettings:
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
-        decode_chunk_size: frames that the VAE decodes at once; None: all of a clip.
+        decode_chunk_size: frames that the VAE decodes at once; None: as many as free GPU memory holds, on a CPU all of a clip.
 
     Raises:
         UserError: a value out of range.
@@ -111,7 +111,7 @@ class KeyframeSettings:
 @with_config(CONFIG)
 @dataclass(frozen=True)
 class MemorySettings:
-    """Settings that trade time for memory. Frames stay the same up to rounding, except with `vae_tiling`.
+    """Settings that trade time for memory. Frames stay the same up to rounding, except with the last two and `vae_tiling`.
 
     Args:
         torch_dtype: of the networks; latents and schedule stay in float32.
@@ -122,6 +122,10 @@ class MemorySettings:
             attention then sees a tile instead of the whole frame, which changes frames by more than rounding.
         attention: `sdpa`, torch's scaled dot-product attention, or `xformers` in all spatial layers.
         compile: compile the denoiser with torch.compile; the first step takes minutes.
+        layerwise_casting: the denoiser's linear layers and convolutions are stored as float8_e4m3fn and brought to `torch_dtype` one by
+            one; frames change by more than rounding.
+        preview_vae: folder or hub repository of an `AutoencoderTiny` for the base's latents, which decodes the videos in the place of the
+            VAE and in less memory; None: the VAE does.
 
     Raises:
         UserError: an unknown choice, or two that exclude each other.
@@ -133,8 +137,13 @@ class MemorySettings:
     vae_tiling: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: bool = False
+    layerwise_casting: bool = False
+    preview_vae: PathText | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "memory.")
         if self.compile and self.offload == "sequential":
             raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")
+        if self.layerwise_casting and (self.compile or self.offload == "sequential"):
+            others = f"compile={str(self.compile).lower()} and offload={self.offload}"
+            raise UserError(f"layerwise_casting=true with {others}; use compile=false and offload=model, or none")

@@ -8,15 +8,19 @@ Shapes: b clips, f frames, c latent channels, H W pixels, h w latent grid (`H = 
 The VAEs of Stable Diffusion 1 and 2 have no shift.
 """
 
+from typing import TypeAlias
+
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import pack, unpack
 from torch import Tensor
 
 from microcinema.utils.errors import UserError
 
+VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
 
-def vae_scale_factor(vae: AutoencoderKL) -> int:
+
+def vae_scale_factor(vae: VAE) -> int:
     """Pixels per latent position, in each direction."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
@@ -26,7 +30,7 @@ def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
 
 
-def unscale_latents(vae: AutoencoderKL, z: Tensor) -> Tensor:
+def unscale_latents(vae: VAE, z: Tensor) -> Tensor:
     """The inverse of `scale_latents`."""
     return z / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
 
@@ -51,13 +55,40 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | Non
     return unpack(scale_latents(vae, mean.float()), leading, "* c h w")[0]
 
 
-def decode_latents(vae: AutoencoderKL, z: Tensor, chunk_size: int | None = None) -> Tensor:
+def decode_latents(vae: VAE, z: Tensor, chunk_size: int | None = None) -> Tensor:
     """Pixels `b f 3 H W` or `b 3 H W`, in about [-1, 1] and the VAE's dtype, of scaled latents on the device to compute on.
 
     Args:
         z: `b f c h w` or `b c h w`.
-        chunk_size: images decoded at once; None: all.
+        chunk_size: images decoded at once, halved while a GPU has no memory for them; None: as many as its free memory is thought to
+            hold, on a CPU all.
     """
     images, leading = pack([unscale_latents(vae, z)], "* c h w")
-    chunks = images.to(vae.dtype).split(chunk_size or len(images))
-    return unpack(torch.cat([vae.decode(chunk).sample for chunk in chunks]), leading, "* c h w")[0]
+    images = images.to(vae.dtype)
+    chunk_size = min(chunk_size or images_at_once(vae, images), len(images))
+    while True:
+        try:
+            pixels = [vae.decode(chunk).sample for chunk in images.split(chunk_size)]
+            return unpack(torch.cat(pixels), leading, "* c h w")[0]
+        except torch.OutOfMemoryError:
+            if chunk_size == 1:
+                raise
+        chunk_size = (chunk_size + 1) // 2  # only here, where what the failed try held is released
+
+
+def images_at_once(vae: VAE, images: Tensor) -> int:
+    """Of latents `n c h w`, how many the free memory of their device lets a VAE decode at once; on a CPU all n."""
+    if images.device.type != "cuda":
+        return len(images)
+    cached = torch.cuda.memory_reserved(images.device) - torch.cuda.memory_allocated(images.device)
+    free = torch.cuda.mem_get_info(images.device)[0] + cached
+    return max(1, min(len(images), int(free / decoding_bytes(vae, images))))
+
+
+def decoding_bytes(vae: VAE, images: Tensor) -> int:
+    """Bytes to be free for each of the latents `n c h w` that a VAE of diffusers decodes at once.
+
+    It holds most in its last block, three maps of the frame's size with the channels of the block before; a fourth is the margin.
+    """
+    channels, (height, width) = vae.config["block_out_channels"][:2][-1], images.shape[-2:]
+    return 4 * channels * vae_scale_factor(vae) ** 2 * height * width * images.element_size()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -82,6 +82,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     _optional_components: ClassVar = [*OPTIONAL_COMPONENTS]
     _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS]
     model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->unet->vae"
+    preview_vae: AutoencoderTiny | None = None  # decodes in the place of the VAE; not a part of the saved pipeline
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         """Pixels (b, f, 3, H, W) in [-1, 1] of scaled latents (b, f, c, h, w), `chunk_size` frames at a time."""
-        return decode_latents(self.vae, latents, chunk_size)
+        return decode_latents(self.preview_vae or self.vae, latents, chunk_size)
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings with the model's own values in place of None; a UserError if they do not work with this model."""

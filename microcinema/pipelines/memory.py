@@ -1,11 +1,15 @@
-"""Memory of a pipeline: dtype, offloading, slicing and tiling of the VAE, attention kernels, compilation."""
+"""Memory of a pipeline: dtype and storage, offloading, slicing, tiling and previews of the VAE, attention kernels, compilation."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from microcinema.config.sampling import MemorySettings
+from microcinema.models.vae import vae_scale_factor
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.utils.errors import UserError
 
 
@@ -26,9 +30,10 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
             raise UserError(f"attention=xformers, but xformers is not installed; {advice}")
         if device.type != "cuda":
             raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")
-    if settings.compile and denoiser is None:
-        name = type(pipeline).__name__
-        raise UserError(f"compile=true, but {name} has neither a unet nor a transformer; use compile=false")
+    for option in ("compile", "layerwise_casting"):
+        if getattr(settings, option) and denoiser is None:
+            name = type(pipeline).__name__
+            raise UserError(f"{option}=true, but {name} has neither a unet nor a transformer; use {option}=false")
     for option in ("slicing", "tiling"):
         if getattr(settings, f"vae_{option}") and "vae" in networks:
             try:
@@ -40,6 +45,12 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         # Networks opened in another dtype may keep a few layers in float32; those stay.
         if network.dtype != dtype:
             torch.nn.Module.to(network, dtype)
+    if settings.layerwise_casting and denoiser is not None:
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    if settings.preview_vae is not None and isinstance(pipeline, ImageToVideoPipeline):
+        pipeline.preview_vae = load_preview_vae(settings.preview_vae, pipeline.vae, dtype).to(device)
+    if device.type == "cuda" and "vae" in networks:
+        networks["vae"].to(memory_format=torch.channels_last)  # tensor cores want it; it changes no value
     if settings.attention == "xformers":
         pipeline.enable_xformers_memory_efficient_attention()
     if settings.offload == "model":
@@ -50,3 +61,17 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         pipeline.to(device)
     if settings.compile and denoiser is not None:
         denoiser.compile()
+
+
+def load_preview_vae(name: str, vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderTiny:
+    """The frozen `AutoencoderTiny` of a folder or a hub repository; a UserError if it does not decode the latents of a VAE."""
+    tiny = load_component(Path(resolve_snapshot(name, ["."])), AutoencoderTiny, dtype=dtype)
+    for what, size in {
+        "latent channels": lambda x: x.config["latent_channels"],
+        "pixels per latent": vae_scale_factor,
+    }.items():
+        if size(tiny) != size(vae):
+            raise UserError(
+                f"preview_vae '{name}' has {size(tiny)} {what}, the model's VAE {size(vae)}; use one for its base"
+            )
+    return tiny

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import Attention
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from fixtures import tiny, tiny_sampling
 from fixtures.tiny_sampling import PROMPTS, sample
 from microcinema.config.sampling import MemorySettings
 from microcinema.models.unet2d import SharedTextProcessor
+from microcinema.models.vae import decode_latents, decoding_bytes, images_at_once
 from microcinema.pipelines import memory
+from microcinema.profiling.memory_estimate import Estimate, layerwise_casting_memory
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.utils.errors import UserError
 
@@ -176,6 +180,91 @@ def test_the_vae_in_parts_takes_less_memory(base):
     assert decode(pipeline, 16) < 0.6 * sliced
 
 
+def test_fewer_frames_are_decoded_at_once_where_there_is_no_memory_for_more():
+    class OutOfMemory:
+        dtype, config, limit = torch.float32, {"scaling_factor": 1.0}, 2
+
+        def decode(self, chunk):
+            chunks.append(len(chunk))
+            if len(chunk) > self.limit:
+                raise torch.OutOfMemoryError
+            return types.SimpleNamespace(sample=2 * chunk)
+
+    z, vae, chunks = torch.randn(1, 7, 4, 2, 2), OutOfMemory(), []
+    assert torch.equal(decode_latents(vae, z), 2 * z)
+    assert chunks == [7, 4, 2, 2, 2, 1]
+    vae.limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_latents(vae, z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [AutoencoderKL, AutoencoderTiny])
+def test_the_memory_of_a_decoded_frame_is_known_beforehand(make, monkeypatch):
+    widths = (32, 64, 64)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    if make is AutoencoderKL:
+        vae = make(block_out_channels=widths, norm_num_groups=8, layers_per_block=2, **kinds)
+    else:
+        blocks = {f"{part}_block_out_channels": (64, 64, 64) for part in ("encoder", "decoder")}
+        vae = make(**blocks, num_encoder_blocks=(1, 3, 3), num_decoder_blocks=(3, 3, 1))
+    images = torch.zeros(6, 4, 16, 16)
+    with LiveMemory() as live:
+        decode_latents(vae, images)
+    estimate = decoding_bytes(vae, images)
+    assert 0.6 * estimate < live.peak / 6 < estimate
+    assert images_at_once(vae, images) == 6  # on a CPU
+    free = {"mem_get_info": (estimate, 0), "memory_reserved": 3 * estimate, "memory_allocated": estimate // 2}
+    for name, value in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    with FakeTensorMode():
+        images = torch.empty(6, 4, 16, 16, device="cuda")
+    assert images_at_once(vae, images) == 3  # of what is free, and what torch keeps for itself
+
+
+def preview_vae(folder, levels):
+    """The folder of an AutoencoderTiny with random weights for the latents of the tiny base, if it has three levels."""
+    widths = {f"{part}_block_out_channels": (8,) * levels for part in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    tiny_vae = AutoencoderTiny(**widths, num_encoder_blocks=(1,) * levels, num_decoder_blocks=(1,) * levels)
+    tiny_vae.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tiny_decoder_makes_previews_of_the_same_size(pipeline, image, tmp_path):
+    wanted, key = frames(pipeline, image), pipeline.encode_image(torch.zeros(1, 3, tiny.SIZE, tiny.SIZE))
+    folder, z = preview_vae(tmp_path / "tiny", 3), frames(pipeline, image, output_type="latent")
+    memory.apply(pipeline, MemorySettings(preview_vae=folder), "cpu")
+    preview = frames(pipeline, image)
+    assert preview.shape == wanted.shape and np.abs(preview - wanted).max() > 0.01
+    with torch.no_grad():  # of scaled latents, which the tiny decoder expects
+        expected = AutoencoderTiny.from_pretrained(folder).decode(z[0]).sample / 2 + 0.5
+    assert np.abs(preview[0] - expected.clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-5
+    assert torch.equal(
+        pipeline.encode_image(torch.zeros(1, 3, tiny.SIZE, tiny.SIZE)), key
+    )  # the key frame is the VAE's
+    other = preview_vae(tmp_path / "other", 4)
+    with pytest.raises(UserError, match="preview_vae '.*' has 8 pixels per latent, the model's VAE 4"):
+        memory.apply(pipeline, MemorySettings(preview_vae=other), "cpu")
+    with pytest.raises(UserError, match="'nothing' is neither a folder nor"):
+        memory.apply(pipeline, MemorySettings(preview_vae="nothing"), "cpu")
+
+
+@pytest.mark.parametrize("dtype, rounding", [("float32", 4), ("bfloat16", 2)])
+def test_layerwise_casting_stores_a_byte_for_each_weight(pipeline, image, dtype, rounding):
+    memory.apply(pipeline, MemorySettings(torch_dtype=dtype), "cpu")
+    wanted, held = frames(pipeline, image), [sum(p.nbytes for p in pipeline.unet.parameters())]
+    estimate = layerwise_casting_memory(Estimate(held[0], {"denoising": 2 * held[0]}), pipeline.unet)
+    memory.apply(pipeline, MemorySettings(torch_dtype=dtype, layerwise_casting=True), "cpu")
+    cast = [p.numel() for p in pipeline.unet.parameters() if p.dtype == torch.float8_e4m3fn]
+    assert sum(cast) > 0.95 * sum(p.numel() for p in pipeline.unet.parameters())
+    assert sum(p.nbytes for p in pipeline.unet.parameters()) == estimate.weights == held[0] - (rounding - 1) * sum(cast)
+    assert held[0] + estimate.weights < estimate.phases["denoising"] < held[0] + 1.2 * estimate.weights
+    error = np.abs(frames(pipeline, image) - wanted)
+    assert 0 < error.mean() < 0.03
+    assert pipeline.unet.dtype == getattr(torch, dtype)
+
+
 @torch.no_grad()
 def test_half_precision_takes_half_the_memory(base):
     pipeline = tiny.video_pipeline(base)
@@ -285,6 +374,8 @@ def test_the_denoiser_is_one_graph_and_gives_the_same_frames(pipeline, image):
         ({"offload": "disk"}, "memory.offload is 'disk'.*'none', 'model' or 'sequential'"),
         ({"attention": "flash"}, "memory.attention is 'flash'.*'sdpa' or 'xformers'"),
         ({"compile": True, "offload": "sequential"}, "exclude each other"),
+        ({"compile": True, "layerwise_casting": True}, "layerwise_casting=true with compile=true and offload=none"),
+        ({"layerwise_casting": True, "offload": "sequential"}, "layerwise_casting=true with .*offload=sequential"),
     ],
 )
 def test_bad_settings_are_named(bad, words):
@@ -315,8 +406,9 @@ def test_what_a_pipeline_does_not_have_is_refused_or_left_aside(base, tmp_path):
     memory.apply(stage1, MemorySettings(vae_slicing=True, vae_tiling=True), "cpu")
     assert stage1.vae.use_slicing and stage1.vae.use_tiling
     stage1.register_modules(unet=None)
-    with pytest.raises(UserError, match="StableDiffusionPipeline has neither a unet nor a transformer"):
-        memory.apply(stage1, MemorySettings(compile=True), "cpu")
+    for option in ("compile", "layerwise_casting"):
+        with pytest.raises(UserError, match=f"{option}=true, but StableDiffusionPipeline has neither a unet nor a tra"):
+            memory.apply(stage1, MemorySettings(**{option: True}), "cpu")
     stage1.register_modules(vae=stage1.text_encoder)
     with pytest.raises(UserError, match="vae_tiling=true, but CLIPTextModel"):
         memory.apply(stage1, MemorySettings(vae_tiling=True), "cpu")
