@@ -64,18 +64,19 @@ NARROW: dict[str, dict[str, Any]] = {
     "vae": {"block_out_channels": [32, 32, 64, 64]},
     "text_encoder": {"num_hidden_layers": 1},
 }
-HALF = "memory.torch_dtype=float16"
+HALF, CAST = "memory.torch_dtype=float16", "memory.layerwise_casting=true"
 RUNS: dict[str, dict[str, Any]] = {
     "sample": {},
     f"sample {HALF}": {"dtype": torch.float16},
     f"sample {HALF} decode_chunk_size=1": {"dtype": torch.float16, "decode_chunk_size": 1},
+    f"sample {HALF} decode_chunk_size=1 {CAST}": {"dtype": torch.float16, "decode_chunk_size": 1, "cast": True},
     **{
-        f"train trainable_parameters={layers}{' gradient_checkpointing=true' * thrifty}": {
+        f"train trainable_parameters={layers}{checkpointing and f' gradient_checkpointing={checkpointing}'}": {
             "trainable_parameters": layers,
-            "gradient_checkpointing": thrifty,
+            "gradient_checkpointing": {"": False, "true": True}.get(checkpointing, checkpointing),
         }
         for layers in ("temporal", "all")
-        for thrifty in (False, True)
+        for checkpointing in ("", "first_level", "true")
     },
     "train trainable_parameters=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
         "trainable_parameters": "temporal",
@@ -108,7 +109,8 @@ def estimate(composed: Any, run: dict[str, Any]) -> memory_estimate.Estimate:
     sample = compose("sample")
     guidance = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale")}
     pipeline = memory_estimate.empty_pipeline(composed, run.get("dtype", torch.float32))
-    return memory_estimate.sampling_memory(pipeline, **guidance, decode_chunk_size=run.get("decode_chunk_size"))
+    found = memory_estimate.sampling_memory(pipeline, **guidance, decode_chunk_size=run.get("decode_chunk_size"))
+    return memory_estimate.layerwise_casting_memory(found, pipeline.unet) if "cast" in run else found
 
 
 def resident() -> tuple[int, int]:

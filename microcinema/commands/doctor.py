@@ -25,7 +25,13 @@ from microcinema.data.latents import EncodedClips
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
-from microcinema.profiling.memory_estimate import Estimate, empty_pipeline, sampling_memory, training_memory
+from microcinema.profiling.memory_estimate import (
+    Estimate,
+    empty_pipeline,
+    layerwise_casting_memory,
+    sampling_memory,
+    training_memory,
+)
 from microcinema.training.build import build_held_out
 from microcinema.training.distributed import make_accelerator
 from microcinema.training.launch_settings import launch_settings
@@ -38,6 +44,11 @@ GIB = 2**30
 CPU = torch.device("cpu")
 # What is measured may be this much more than the estimate (docs/memory.md).
 MARGIN = 1.15
+CHECKPOINTING: tuple[Any, ...] = (
+    False,
+    "first_level",
+    True,
+)  # the values of gradient_checkpointing, from the fastest on
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 DECODERS = {"pyav": "av", "decord": "decord"}
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -228,6 +239,7 @@ def needs(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sample = compose("sample")
     arguments = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale", "decode_chunk_size")}
+    arguments["decode_chunk_size"] = arguments["decode_chunk_size"] or (1 if device.type == "cuda" else None)
     with tqdm(total=3, desc="estimating memory", unit="part", delay=2, leave=False) as bar:  # shown from two seconds on
         try:
             pipeline = empty_pipeline(config)
@@ -236,16 +248,21 @@ def needs(
             bar.update()
             sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
             if free < MARGIN * sampling.peak:
-                half = sampling_memory(empty_pipeline(config, torch.float16), **{**arguments, "decode_chunk_size": 1})
-                with_less.insert(0, f"memory.torch_dtype=float16 decode_chunk_size=1 ({_gib(half.peak)})")
+                halved = empty_pipeline(config, torch.float16)
+                half = sampling_memory(halved, **{**arguments, "decode_chunk_size": 1})
+                way = "memory.torch_dtype=float16 decode_chunk_size=1"
+                if free < MARGIN * half.peak:
+                    way, half = f"{way} memory.layerwise_casting=true", layerwise_casting_memory(half, halved.unet)
+                with_less.insert(0, f"{way} ({_gib(half.peak)})")
             bar.update()
             training = training_memory(pipeline, config, config.cached_latents is not None, device.type)
+            checkpointing = least_checkpointing(config, training, free, device)
             bar.update()
         except UserError as error:
             yield Finding("model", str(error), PROBLEM)
             return
     yield disk(config, networks, training)
-    yield memory("training", training, free, PROBLEM, ways_to_train_with_less(config, training))
+    yield memory("training", training, free, PROBLEM, checkpointing + ways_to_train_with_less(config, training))
     yield memory("sampling", sampling, free, WARNING, with_less)
 
 
@@ -274,10 +291,21 @@ def memory(topic: str, needed: Estimate, free: int, short: str, advice: list[str
     return Finding(topic, found, status, f"set {', '.join(advice)}")
 
 
+def least_checkpointing(config: Train, training: Estimate, free: int, device: torch.device) -> list[str]:
+    """The least `gradient_checkpointing` with which a run of this estimate fits, or the most if none does; empty if it is not needed."""
+    ways: list[str] = []
+    for value in CHECKPOINTING[CHECKPOINTING.index(config.gradient_checkpointing) + 1 :]:
+        if free >= MARGIN * training.peak:
+            break
+        changed = replace(config, gradient_checkpointing=value)
+        training = training_memory(empty_pipeline(config), changed, config.cached_latents is not None, device.type)
+        ways = [f"gradient_checkpointing={str(value).lower()} ({_gib(training.peak)})"]
+    return ways
+
+
 def ways_to_train_with_less(config: Train, training: Estimate) -> list[str]:
-    """Settings that lower the memory of a run and are not made use of, the mildest first."""
+    """Further settings that lower the memory of a run and are not made use of, the mildest first."""
     ways = {
-        "gradient_checkpointing=true": not config.gradient_checkpointing,
         "mixed_precision=bf16": config.mixed_precision == "no" and torch.cuda.is_available(),
         "train_batch_size=1 (and gradient_accumulation_steps for it)": config.train_batch_size > 1,
         "data to clips that are encoded already": training.worst == "encoding",

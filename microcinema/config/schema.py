@@ -110,7 +110,7 @@ class Train(Clips):
     mixed_precision: Literal["no", "fp16", "bf16"] | None
     allow_tf32: bool
     ddp: DataParallel
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["first_level"]
     dataloader_num_workers: types.CountOrZero
     clip_retries: types.CountOrZero
     max_error_rate: types.Fraction

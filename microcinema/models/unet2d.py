@@ -222,7 +222,7 @@ class UNet2DBackbone(nn.Module):
             if isinstance(module, ResnetBlock2D):
                 module.__class__ = HalvedResnetBlock2D
         share_tokens(self)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpoints_first_level_alone = False, False
 
     def embed_time(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Time embedding, one row per clip, of a diffusion time, a number or `(b,)`, for latents `b ...` and in their dtype.
@@ -239,7 +239,7 @@ class UNet2DBackbone(nn.Module):
         """Runs all blocks on `h`, the output of `conv_in`; returns the last features, and what the layers return beside them.
 
         Args:
-            layer: `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on, and
+            layer: `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on for it, and
                 returns its features and anything else; skip connections and changes of resolution are those of the 2D UNet.
             after_resampling: function of the features after the down- or upsampler of a number, from 0.
         """
@@ -248,15 +248,17 @@ class UNet2DBackbone(nn.Module):
         def run(number: int, resnet: Any, transformer: Transformer2DModel | None, *inputs: Tensor) -> Any:
             return layer(number, resnet, transformer, torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
 
-        def step(*arguments: Any) -> Any:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+        def step(block: int, *arguments: Any) -> Any:
+            # The first level, at the full resolution, is the first block and the last of a decoder.
+            checkpointed = not self.checkpoints_first_level_alone or block in (0, 2 * len(down))
+            if self.gradient_checkpointing and checkpointed and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(run, *arguments)
             return run(*arguments)
 
         number, resampling, skips, others = 0, 0, [h], []
         for i, block in enumerate((*down, self.mid_block, *up)):
             for resnet, transformer in block_layers(block):
-                h, other = step(number, resnet, transformer, h, *([skips.pop()] if i > len(down) else ()))
+                h, other = step(i, number, resnet, transformer, h, *([skips.pop()] if i > len(down) else ()))
                 others.append(other)
                 if i < len(down):
                     skips.append(h)

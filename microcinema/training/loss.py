@@ -18,6 +18,7 @@ from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, mot
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
 from microcinema.models.predict_net import PredictNet
+from microcinema.models.unet2d import UNet2DBackbone
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.utils.device import to_device
@@ -151,6 +152,9 @@ class TrainableModel(nn.Module):
         """The networks of a pipeline in training mode; only what the config names requires gradients."""
         if config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
+        for module in pipeline.unet.modules():
+            if isinstance(module, UNet2DBackbone):
+                module.checkpoints_first_level_alone = config.gradient_checkpointing == "first_level"
         set_trainable(pipeline.unet, config.trainable_parameters, config.trainable_unet_layers)
         return cls(pipeline.unet, predict_net).train()
 

@@ -308,7 +308,8 @@ def test_memory_beside_what_is_free():
 def test_what_to_set_where_memory_is_short():
     needed = Estimate(GIB, {"encoding": 3 * GIB, "training": 2 * GIB})
     ways = doctor.ways_to_train_with_less(SETTINGS, needed)
-    assert ways[0] == "gradient_checkpointing=true" and "use_ema=false" in ways
+    assert "use_ema=false" in ways
+    assert not any("gradient_checkpointing" in way for way in ways)  # least_checkpointing tells it
     assert any("encoded" in way for way in ways) and not any("validation" in way or "train=" in way for way in ways)
     thrifty = {"gradient_checkpointing": True, "use_8bit_adam": True, "use_ema": False, "train_batch_size": 1}
     needed = Estimate(GIB, {"training": 2 * GIB})
@@ -328,6 +329,25 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
     assert (disk.status, training.status, sampling.status) == (OK, PROBLEM, WARNING)
     half = re.search(r"memory.torch_dtype=float16 decode_chunk_size=1 \(([\d.]+) GiB\)", sampling.advice)[1]
     assert 0 < float(half) < float(sampling.found.partition(" GiB")[0])
+
+
+def test_the_least_checkpointing_that_fits_is_named(monkeypatch):
+    peaks = {False: 9 * GIB, "first_level": 5 * GIB, True: 2 * GIB}
+
+    def estimate(pipeline, config, latents, device):
+        return Estimate(GIB, {"training": peaks[config.gradient_checkpointing]})
+
+    monkeypatch.setattr(doctor, "training_memory", estimate)
+    monkeypatch.setattr(doctor, "empty_pipeline", lambda config: None)
+
+    def told(free, value=False):
+        config = replace(SETTINGS, gradient_checkpointing=value)
+        return doctor.least_checkpointing(config, estimate(None, config, False, "cpu"), int(free * GIB), doctor.CPU)
+
+    assert told(doctor.MARGIN * 9) == []
+    assert told(doctor.MARGIN * 5) == ["gradient_checkpointing=first_level (5 GiB)"]
+    assert told(doctor.MARGIN * 4) == told(1) == told(1, "first_level") == ["gradient_checkpointing=true (2 GiB)"]
+    assert told(1, True) == []
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
+from collections import Counter
+
 import pytest
 import torch
 from einops import rearrange, repeat
 from safetensors.torch import load_file, save_file
 
+from fixtures import tiny_training
 from fixtures.tiny_unet import (
     EVERYTHING,
     PRESETS,
@@ -17,6 +20,7 @@ from fixtures.tiny_unet import (
 from microcinema.config.compose import plain
 from microcinema.models.conditioning import Conditions
 from microcinema.models.video_unet import VideoUNet, set_trainable
+from microcinema.training.loss import TrainableModel
 from microcinema.utils.errors import UserError
 
 VARIANTS = [
@@ -151,6 +155,29 @@ def test_gradient_checkpointing_changes_no_gradient_and_covers_the_appearance_br
     branch.down_blocks[0].resnets[0].register_forward_hook(lambda *_: calls.append(1))
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
     assert len(calls) == 2  # forward, and recomputed
+
+
+@pytest.mark.parametrize("variant", APPEARANCE, ids=lambda v: v[0])
+def test_the_first_level_alone_can_be_checkpointed(variant, tmp_path):
+    pipeline = tiny_training.pipeline(tmp_path)
+    pipeline.unet = network(base(), *variant)
+    randomise(pipeline.unet)
+    predict(pipeline.unet, *inputs(3)).square().mean().backward()
+    plain = [p.grad.clone() for p in pipeline.unet.parameters()]
+    pipeline.unet.zero_grad()
+    config = tiny_training.make_config(tmp_path, gradient_checkpointing="first_level", trainable_parameters="all")
+    video, calls = TrainableModel.for_training(pipeline, config).unet, Counter()
+    branch = video.appear_net if hasattr(video, "appear_net") else video.reference_net
+    for prefix, net in (("video", video), ("branch", branch)):
+        for name, module in net.named_modules():
+            if (name.count(".") == 3 and ".resnets." in name) or name == "mid_block.resnets.0":
+                module.register_forward_hook(lambda *_, name=f"{prefix}.{name}": calls.update([name]))
+    predict(video, *inputs(3)).square().mean().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, video.parameters(), strict=True))
+    last = len(video.up_blocks) - 1
+    twice = {name.rpartition(".resnets")[0] for name, count in calls.items() if count == 2}
+    decoder = {f"branch.up_blocks.{last}"} if hasattr(branch, "up_blocks") else set()
+    assert twice == {"video.down_blocks.0", f"video.up_blocks.{last}", "branch.down_blocks.0", *decoder}
 
 
 @pytest.mark.parametrize("shape", ["sd1", "sd2"])
