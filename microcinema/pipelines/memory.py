@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
@@ -20,7 +21,9 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         UserError: a setting that this machine or this pipeline does not support.
     """
     device, dtype = torch.device(device), getattr(torch, settings.torch_dtype)
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    networks: dict[str, Any] = {
+        name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+    }
     denoiser = networks.get("unet", networks.get("transformer"))
     if settings.offload != "none" and device.type == "cpu":
         raise UserError(f"offload={settings.offload} saves GPU memory, and the device is the CPU; use offload=none")

@@ -52,11 +52,14 @@ def make_accelerator(config: Train, *handlers: KwargsHandler) -> Accelerator:
         raise UserError(f"accelerate cannot start ({first_line(error)}); check its config and ACCELERATE_*") from error
     check_launch_settings(accelerator, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
         # DeepSpeed clips gradients itself, and would read the batch size from a prepared loader.
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.train_batch_size,
             "gradient_clipping": config.max_grad_norm,
         }
+        # By this reference transformers knows of ZeRO-3, and would shard the frozen encoders while it loads them.
+        plugin.dschf = None
     return accelerator
 
 
@@ -100,7 +103,7 @@ def has_zero3(module: nn.Module) -> bool:
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, on every rank. Collective if the tensor is sharded; otherwise the tensor itself."""
     if _is_zero3(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
             return tensor.detach().clone()

@@ -342,7 +342,7 @@ def test_the_least_checkpointing_that_fits_is_named(monkeypatch):
 
     def told(free, value=False):
         config = replace(SETTINGS, gradient_checkpointing=value)
-        return doctor.least_checkpointing(config, estimate(None, config, False, "cpu"), int(free * GIB), doctor.CPU)
+        return doctor.least_checkpointing(config, estimate(None, config, False, "cpu"), int(free * GIB) + 1, doctor.CPU)
 
     assert told(doctor.MARGIN * 9) == []
     assert told(doctor.MARGIN * 5) == ["gradient_checkpointing=first_level (5 GiB)"]

@@ -171,7 +171,7 @@ def test_what_is_held_is_told_apart(composed):
     assert everything.optimizer == everything.gradients / 2  # two bytes for four
     assert everything.average == 0
     first = estimate(gradient_checkpointing="first_level")
-    assert everything.activations < 0.5 * first.activations and first.activations < 0.8 * temporal.activations
+    assert everything.activations < first.activations < temporal.activations
     assert set(temporal.phases) == {"encoding", "training", "updating"}
     held = temporal.weights + temporal.optimizer + temporal.average
     assert held < temporal.phases["updating"]
