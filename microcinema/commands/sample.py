@@ -27,7 +27,7 @@ def run(config: Sample) -> None:
         record = {"config": plain(config)}
         quieten_libraries()
         models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
-        sampler = Sampler(*models, state.device, config.scheduler, progress=progress)
+        sampler = Sampler(*models, state.device, progress=progress)
         folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
 
         def announce(item: PromptItem, is_new: bool) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import with_config
 
+from microcinema.config import types
 from microcinema.config.instantiate import check_fields
-from microcinema.config.types import CONFIG, Count, CountOrZero, Dtype, Fps, Name, NotNegative, PathText, Size
 from microcinema.utils.errors import UserError
 
 OnFlagged = Literal["error", "skip", "keep"]
@@ -18,22 +18,57 @@ ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
 `stretch` scales each direction separately; `exact` refuses an image of another size."""
 
-_OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
-_DEFAULTS = {**dict(zip(_OWN, _OWN, strict=True)), "gamma": "noise_prior_gamma"}
+Preset = Literal["quality", "balanced", "fast"]
+_PLAIN = {"guidance_interval": (0.0, 1.0), "guidance_reuse": 1, "cache_interval": 1}
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "quality": _PLAIN,
+    "balanced": {**_PLAIN, "num_inference_steps": 15},
+    "fast": {**_PLAIN, "num_inference_steps": 10},
+}
+"""Settings for which None stands, by the name of the preset; what one does not name is the model's own."""
+
+OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+_DEFAULTS = {**dict(zip(OWN, OWN, strict=True)), "gamma": "noise_prior_gamma"}
 """Settings for which None stands for a value in the pipeline's config, and its key there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoisingSettings:
+    """How clips are denoised: keys of `sample` and of every evaluation. None: that of the preset, or else the model's own.
+
+    Args:
+        preset: a column of `PRESETS`; it names the steps of key frames as well.
+        num_inference_steps: denoising steps.
+        scheduler: a scheduler class of diffusers.
+        guidance_scale, image_guidance_scale: of text and key frame, see `Guidance`; 1 is no guidance.
+        guidance_interval, guidance_reuse, guidance_rescale, apg_eta, apg_norm_threshold, apg_momentum: see `Guidance`.
+        cache_interval: of so many steps one computes the network's deep features, and the others take them over, see `StepCache`.
+        gamma: moves the start of sampling towards the key frame, see `NoisePrior.initial_noise`; 0 for none.
+    """
+
+    preset: Preset = "quality"
+    num_inference_steps: types.Count | None = None
+    scheduler: types.Name | None = None
+    guidance_scale: types.NotNegative | None = None
+    image_guidance_scale: types.NotNegative | None = None
+    guidance_interval: tuple[types.Fraction, types.Fraction] | None = None
+    guidance_reuse: types.Count | None = None
+    guidance_rescale: types.Fraction = 0.0
+    apg_eta: types.Number = 1.0
+    apg_norm_threshold: types.Positive | None = None
+    apg_momentum: types.Momentum = 0.0
+    cache_interval: types.Count | None = None
+    gamma: types.NotNegative | None = None
+
+
 @dataclass(frozen=True)
-class SamplingSettings:
-    """Settings of stage 2. `ImageToVideoPipeline.resolve` fills in the model's own values.
+class SamplingSettings(DenoisingSettings):
+    """Settings of stage 2. `ImageToVideoPipeline.resolve` fills in the values of the preset and the model's own.
 
     Args:
         height, width: pixels; multiples of the model's stride.
         num_frames: of a clip; more than the model was trained with are made in windows, see `Windows`.
         fps: frames per second.
-        num_inference_steps: denoising steps.
-        guidance_scale, image_guidance_scale: of text and key frame, see `CFG`; 1 is no guidance.
-        gamma: moves the start of sampling towards the key frame, see `NoisePrior.initial_noise`; 0 for none.
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
@@ -43,26 +78,30 @@ class SamplingSettings:
         UserError: a value out of range.
     """
 
-    height: Size | None = None
-    width: Size | None = None
-    num_frames: Size | None = None
-    fps: Fps | None = None
-    num_inference_steps: Count | None = None
-    guidance_scale: NotNegative | None = None
-    image_guidance_scale: NotNegative | None = None
-    gamma: NotNegative | None = None
-    num_segments: Count = 1
-    window_overlap: CountOrZero | None = None
-    decode_chunk_size: Count | None = None
+    height: types.Size | None = None
+    width: types.Size | None = None
+    num_frames: types.Size | None = None
+    fps: types.Fps | None = None
+    num_segments: types.Count = 1
+    window_overlap: types.CountOrZero | None = None
+    decode_chunk_size: types.Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise UserError(f"guidance_interval is {list(self.guidance_interval)}; begin with the lower number")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "SamplingSettings":
+        """The settings of a Python call; an unknown one is a UserError."""
+        if unknown := sorted(settings.keys() - cls.__dataclass_fields__.keys()):
+            raise UserError(f"argument '{unknown[0]}' is unknown; use those of SamplingSettings")
+        return cls(**settings)
 
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
-        settings = replace(
-            self, **{name: defaults[key] for name, key in _DEFAULTS.items() if getattr(self, name) is None}
-        )
+        values = {name: defaults[key] for name, key in _DEFAULTS.items()} | PRESETS[self.preset]
+        settings = replace(self, **{name: value for name, value in values.items() if getattr(self, name, 0) is None})
         if settings.height is None or settings.width is None:
             raise UserError("the model does not say at which size it was trained; give height and width")
         for name, value in (("height", settings.height), ("width", settings.width)):
@@ -72,7 +111,7 @@ class SamplingSettings:
         return replace(settings, fps=float(settings.fps or 0))
 
 
-@with_config(CONFIG)
+@with_config(types.CONFIG)
 @dataclass(frozen=True)
 class KeyframeSettings:
     """The text-to-image model of stage 1 and its settings: the group `keyframe` of `sample`.
@@ -91,14 +130,14 @@ class KeyframeSettings:
         UserError: a value out of range, or one of height and width.
     """
 
-    pretrained_model_name_or_path: PathText | None = None
-    revision: Name | None = None
-    variant: Name | None = None
-    torch_dtype: Dtype | None = None
-    height: Size | None = None
-    width: Size | None = None
-    num_inference_steps: Count | None = None
-    guidance_scale: NotNegative | None = None
+    pretrained_model_name_or_path: types.PathText | None = None
+    revision: types.Name | None = None
+    variant: types.Name | None = None
+    torch_dtype: types.Dtype | None = None
+    height: types.Size | None = None
+    width: types.Size | None = None
+    num_inference_steps: types.Count | None = None
+    guidance_scale: types.NotNegative | None = None
     resize_mode: ResizeMode = "crop"
     on_flagged: OnFlagged = "error"
 
@@ -108,7 +147,7 @@ class KeyframeSettings:
             raise UserError(f"keyframe.height={self.height}, keyframe.width={self.width}; give both, or neither")
 
 
-@with_config(CONFIG)
+@with_config(types.CONFIG)
 @dataclass(frozen=True)
 class MemorySettings:
     """Settings that trade time for memory. Frames stay the same up to rounding, except with the last two and `vae_tiling`.
@@ -131,14 +170,14 @@ class MemorySettings:
         UserError: an unknown choice, or two that exclude each other.
     """
 
-    torch_dtype: Dtype = "float32"
+    torch_dtype: types.Dtype = "float32"
     offload: Literal["none", "model", "sequential"] = "none"
     vae_slicing: bool = False
     vae_tiling: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: bool = False
     layerwise_casting: bool = False
-    preview_vae: PathText | None = None
+    preview_vae: types.PathText | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "memory.")

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from microcinema.config import types
 from microcinema.config.instantiate import Component, components
 from microcinema.config.network import NetworkOptions
-from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
+from microcinema.config.sampling import DenoisingSettings, KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.config.types import CONFIG
 
 LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -154,24 +154,19 @@ class Sample(SamplingSettings):
     window_overlap: types.CountOrZero | None
     negative_prompt: str
     num_videos_per_prompt: types.Count
-    scheduler: types.Name | None
     video_crf: Annotated[types.CountOrZero, Field(le=51)]
 
 
-@dataclass(frozen=True, config=CONFIG)
-class Generation:
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Generation(DenoisingSettings):
     protocol: Open
     keyframe_model: types.PathText | None
     torch_dtype: types.Dtype
-    num_inference_steps: types.Count | None
-    guidance_scale: types.NotNegative | None
-    image_guidance_scale: types.NotNegative | None
-    gamma: types.NotNegative | None
     keyframe_num_inference_steps: types.Count | None
     keyframe_guidance_scale: types.NotNegative | None
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SpritesEvaluation(Generation):
     classifier: types.PathText
 
@@ -182,7 +177,7 @@ class Weights:
     sha256: types.Sha256 | None = None
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ZeroShotEvaluation(Generation):
     root: types.PathText
     allow_fewer: bool

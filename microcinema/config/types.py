@@ -36,6 +36,7 @@ Positive = Annotated[float, _NUMBER, Field(gt=0, le=_LARGEST)]
 NotNegative = Annotated[float, _NUMBER, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1)]
 Decay = Annotated[float, _NUMBER, Field(ge=0, lt=1)]  # of a moving average, which 1 would never move
+Momentum = Annotated[float, _NUMBER, Field(gt=-1, lt=1)]
 Fps = Annotated[float, _NUMBER, Field(ge=0.01, le=1000)]
 Resolution = Size | tuple[Size, Size]  # pixels: one number for squares, or (height, width)
 Shapes = Annotated[Sequence[tuple[Size, Size, Size]], Field(min_length=1)]

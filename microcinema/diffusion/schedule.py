@@ -248,6 +248,13 @@ def signal_and_noise(
     return abar**0.5, (1 - abar) ** 0.5
 
 
+def predicted_z0_gains(scheduler: SchedulerMixin, t: torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
+    """Factors of `z_t` and of the prediction in the clip that a prediction stands for: `z0 = a z_t + b prediction`."""
+    signal, sigma = signal_and_noise(scheduler, t, like)
+    gains = {"epsilon": (1 / signal, -sigma / signal), "v_prediction": (signal, -sigma), "sample": (0.0, 1.0)}
+    return gains[scheduler.config["prediction_type"]]
+
+
 def check_schedules_agree(training: SchedulerMixin, sampling: SchedulerMixin) -> None:
     """Refuses a sampler whose noise levels or prediction type differ from those in training; names both values."""
     name, advice = type(sampling).__name__, "create it with from_config of the model's scheduler"

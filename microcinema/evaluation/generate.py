@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
+from microcinema.config.sampling import DenoisingSettings, KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.config.schema import Evaluate, ZeroShotEvaluation
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.protocol import ZeroShotProtocol
@@ -46,8 +46,8 @@ def protocol_sampler(
         UserError: a model that cannot be loaded, or settings that do not work with it.
     """
     settings = config.evaluation
-    scales = settings.guidance_scale, settings.image_guidance_scale, settings.gamma
-    sampling = SamplingSettings(height, width, num_frames, fps, settings.num_inference_steps, *scales)
+    denoising = {name: getattr(settings, name) for name in DenoisingSettings.__dataclass_fields__}
+    sampling = SamplingSettings(height, width, num_frames, fps, **denoising)
     keyframe = KeyframeSettings(
         settings.keyframe_model,
         num_inference_steps=settings.keyframe_num_inference_steps,
@@ -55,7 +55,7 @@ def protocol_sampler(
         on_flagged="keep",  # every prompt of a protocol has a clip
     )
     memory, size, progress = MemorySettings(settings.torch_dtype), config.batch_size, state.is_main_process
-    return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, batch_size=size, progress=progress)
+    return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, size, progress)
 
 
 def generate(

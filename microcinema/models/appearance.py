@@ -15,7 +15,14 @@ from torch.nn import functional
 from microcinema.config.network import Appearance, VideoUNetConfig
 from microcinema.models.attention import zero_init
 from microcinema.models.conditioning import Conditions
-from microcinema.models.unet2d import ENCODER_MODULES, LayerSpec, UNet2DBackbone, layer_specs, spatial_transformer
+from microcinema.models.unet2d import (
+    ENCODER_MODULES,
+    LayerSpec,
+    StepCache,
+    UNet2DBackbone,
+    layer_specs,
+    spatial_transformer,
+)
 from microcinema.models.unet3d import UNet3D
 
 
@@ -127,8 +134,10 @@ class AppearNet(UNet3D):
         # No bias: a dropped key frame is zero and must add nothing.
         self.keyframe_conv = zero_init(nn.Conv2d(channels, channels, 1, bias=False))
 
-    def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> list[AppearanceEmbedding]:
-        """The embeddings of every layer, for latents `b f c h w`."""
+    def forward(
+        self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None
+    ) -> list[AppearanceEmbedding]:
+        """The embeddings of every layer, for latents `b f c h w`; those of the first resolution if the cache holds the deep features."""
         frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions.fps)
 
         def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, AppearanceEmbedding]:
@@ -141,7 +150,7 @@ class AppearNet(UNet3D):
         if conditions.keyframe is not None:
             z_t = z_t + self.keyframe_conv(conditions.keyframe)[:, None]
         h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
-        return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames))[1]
+        return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames), cache)[1]
 
 
 def fuse(h: Tensor, feature: Tensor, fusion: str, groups: int) -> Tensor:

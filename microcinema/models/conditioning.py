@@ -25,6 +25,10 @@ class Conditions:
     pixels: tuple[Tensor, ...] | None = None  # features b (h w) c of the key frame's pixels, for every scale
     motion: Tensor | None = None  # tokens of the motion caption, b k e, zero where they are padding
 
+    def last(self, clips: int) -> "Conditions":
+        """Those of the last clips."""
+        return Conditions(**tree_map_only(Tensor, lambda x: x[-clips:], vars(self)))
+
 
 def drop(value: Any, mask: Tensor) -> Any:
     """A tensor, or tuple of tensors, of b clips, with zeros for the clips where `mask`, bool `(b,)`, is False."""

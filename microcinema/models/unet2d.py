@@ -5,6 +5,7 @@ Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text t
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -196,6 +197,21 @@ def spatial_transformer(module: Transformer2DModel, h: Tensor, text: Tensor | Te
     return h + (x if linear else module.proj_out(x))
 
 
+@dataclass
+class StepCache:
+    """Deep features that denoising steps take over from an earlier one (DeepCache, arXiv 2312.00858).
+
+    A network that finds them runs its layers of the first resolution alone, spatial and temporal; otherwise it runs all, and leaves here
+    what enters the last block of its decoder.
+    """
+
+    features: Tensor | None = None  # n c h w
+
+    def holds(self, h: Tensor) -> bool:
+        """Whether there are features for the frames of `h`, `n ...`: its own, or those of more terms of guidance, of which it is the last."""
+        return self.features is not None and len(self.features) >= len(h)
+
+
 class UNet2DBackbone(nn.Module):
     """Base class of the networks that are built from a 2D UNet's modules, which keep their names.
 
@@ -234,16 +250,23 @@ class UNet2DBackbone(nn.Module):
         return self.time_embedding(self.time_proj(t).to(z.dtype))
 
     def run_blocks(
-        self, h: Tensor, layer: LayerFunction, after_resampling: Callable[[int, Tensor], Tensor] | None = None
+        self,
+        h: Tensor,
+        layer: LayerFunction,
+        after_resampling: Callable[[int, Tensor], Tensor] | None = None,
+        cache: StepCache | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """Runs all blocks on `h`, the output of `conv_in`; returns the last features, and what the layers return beside them.
+        """Runs all blocks on `h`, the output of `conv_in`; returns the last features, and what the layers that ran return beside them.
 
         Args:
             layer: `layer(number, resnet, transformer, h)` runs one layer, under a checkpoint if gradient checkpointing is on for it, and
                 returns its features and anything else; skip connections and changes of resolution are those of the 2D UNet.
             after_resampling: function of the features after the down- or upsampler of a number, from 0.
+            cache: of deep features; a network of one resolution has none.
         """
         down, up = list(self.down_blocks), list(getattr(self, "up_blocks", ()))
+        cache = cache if len(down) > 1 else None
+        is_shallow, last = cache is not None and cache.holds(h), len(down) + len(up)
 
         def run(number: int, resnet: Any, transformer: Transformer2DModel | None, *inputs: Tensor) -> Any:
             return layer(number, resnet, transformer, torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
@@ -257,13 +280,21 @@ class UNet2DBackbone(nn.Module):
 
         number, resampling, skips, others = 0, 0, [h], []
         for i, block in enumerate((*down, self.mid_block, *up)):
+            if cache is not None and up and i == last:
+                if is_shallow:
+                    h = cache.features[-len(h) :]  # type: ignore[index]
+                else:
+                    cache.features = h
+            elif is_shallow and i > 0:
+                number += len(block.resnets)
+                continue
             for resnet, transformer in block_layers(block):
                 h, other = step(i, number, resnet, transformer, h, *([skips.pop()] if i > len(down) else ()))
                 others.append(other)
                 if i < len(down):
                     skips.append(h)
                 number += 1
-            for resampler in resamplers_of(block):
+            for resampler in () if is_shallow else resamplers_of(block):
                 h = resampler(h)
                 h = after_resampling(resampling, h) if after_resampling else h
                 resampling += 1

@@ -33,7 +33,14 @@ from microcinema.models.attention import zero_init
 from microcinema.models.conditioning import Conditions, drop
 from microcinema.models.image_adapter import TextImageAdapter
 from microcinema.models.pixel_attention import PixelAwareCrossAttention, PixelAwareTransformer, PixelPyramid
-from microcinema.models.unet2d import LayerSpec, TextImageContext, layer_specs, spatial_transformer, unet2d_arguments
+from microcinema.models.unet2d import (
+    LayerSpec,
+    StepCache,
+    TextImageContext,
+    layer_specs,
+    spatial_transformer,
+    unet2d_arguments,
+)
 from microcinema.models.unet3d import UNet3D
 from microcinema.models.weights import load_checked
 from microcinema.utils.errors import UserError, check_choice
@@ -234,20 +241,23 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             )
         return Conditions(text=text, fps=fps, **parts)
 
-    def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+    def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None) -> Tensor:
         """The prediction `b f c h w`, of the target that the model was trained for.
 
         Args:
             z_t: noisy latents, `b f c h w`.
             t: diffusion time, a number or `(b,)`.
+            cache: of deep features, which the call takes from it or leaves there; None: none is taken.
 
         Raises:
             UserError: the latents or the conditions do not fit the network.
         """
-        h = self.head(self.features(z_t, t, conditions))
+        h = self.head(self.features(z_t, t, conditions, cache))
         return rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))
 
-    def features(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+    def features(
+        self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None
+    ) -> Tensor:
         """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
         self._check_inputs(z_t, conditions)
         frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions.fps)
@@ -259,8 +269,9 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         pixels = dict(zip(sorted(set(self.pixel_scales.values())), conditions.pixels or (), strict=False))
         appearance: dict[int, AppearanceEmbedding] = {}
         if self.sources:
-            embeddings = self.appear_net(z_t, t, conditions)
-            appearance = {layer: combine(embeddings, sources) for layer, sources in self.sources.items()}
+            embeddings = self.appear_net(z_t, t, conditions, cache)
+            known = {layer: sources for layer, sources in self.sources.items() if max(sources) < len(embeddings)}
+            appearance = {layer: combine(embeddings, sources) for layer, sources in known.items()}
 
         def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, None]:
             name = str(number)
@@ -285,7 +296,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
         if self.options.keyframe_concat and conditions.keyframe is not None:
             h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", groups)
-        return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames))[0]
+        return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames), cache)[0]
 
     def head(self, features: Tensor) -> Tensor:
         """The prediction `(b f) c h w` of the decoder's last features."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from diffusers import SchedulerMixin
 from einops import repeat
 
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance, GuidedDenoiser
 from microcinema.diffusion.noise_prior import NoisePrior
-from microcinema.diffusion.schedule import signal_and_noise, step_arguments
+from microcinema.diffusion.schedule import predicted_z0_gains, signal_and_noise, step_arguments
 from microcinema.models.conditioning import Conditions
+from microcinema.models.unet2d import StepCache
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
@@ -50,7 +52,7 @@ class StepCallback:
 
 def prepare_conditions(
     unet: VideoUNet,
-    guidance: CFG,
+    guidance: Guidance,
     captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     image: Mapping[str, torch.Tensor],
     fps: float,
@@ -80,12 +82,13 @@ def denoise(
     prior: NoisePrior,
     z_ref: torch.Tensor,
     conditions: Conditions,
-    guidance: CFG,
+    guidance: Guidance,
     windows: Windows,
     remapped_timesteps: torch.Tensor | None,
     generator: torch.Generator | list[torch.Generator] | None,
     step_end: StepCallback,
     bar: Any,
+    cache_interval: int = 1,
 ) -> torch.Tensor:
     """z0 (b, f, c, h, w) of initial noise z_T, along the timesteps that the scheduler has been set to.
 
@@ -104,6 +107,7 @@ def denoise(
         remapped_timesteps: input of the network for every step of the training schedule, (t,); None: the step itself.
         generator: of schedulers that add noise.
         bar: progress bar over steps (tqdm).
+        cache_interval: of so many steps the first computes the deep features of the network, and the others take them over.
     """
     mean, first = prior.mean(z_ref, z_T.shape[1]), scheduler.timesteps[0]
     scale = scheduler.scale_model_input(torch.ones_like(mean), first)  # not 1 for schedulers in terms of sigma
@@ -111,19 +115,33 @@ def denoise(
     arguments, device = step_arguments(scheduler, generator), z_T.device.type
     # Under autocast, as in validation, only the network runs in low precision.
     autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device))
+    times, branches = scheduler.timesteps, len(guidance.terms) * len(z)
+    if remapped_timesteps is not None:
+        # As tensors: a number is a constant to torch.compile, which would make a new graph at each step.
+        interpolated = np.interp(times.cpu(), range(len(remapped_timesteps)), remapped_timesteps)
+        times = torch.from_numpy(interpolated).to(z.device, torch.float32)
 
-    def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        t_model: torch.Tensor | float = t
-        if remapped_timesteps is not None:
-            t_model = float(np.interp(float(t), range(len(remapped_timesteps)), remapped_timesteps))
+    def denoiser(z_t: torch.Tensor, t_model: torch.Tensor) -> torch.Tensor:
+        known = conditions if len(z_t) == branches else conditions.last(len(z_t))
+        cache = iter(caches)
+
+        def predict(window: torch.Tensor) -> torch.Tensor:
+            return unet(window.to(unet.dtype), t_model, known, *islice(cache, 1)).float()
+
         with autocast:
-            return windows.average(lambda window: unet(window.to(unet.dtype), t_model, conditions).float(), z_t)
+            return windows.average(predict, z_t)
 
-    for step, t in enumerate(scheduler.timesteps):
+    caches = [StepCache() for _ in windows.slices] if cache_interval > 1 else []
+    guided = GuidedDenoiser(guidance, denoiser, len(times))
+    for step, (t, t_model) in enumerate(zip(scheduler.timesteps, times, strict=True)):
+        if step % cache_interval == 0:
+            for cache in caches:
+                cache.features = None
         with torch.autocast(device, enabled=False):
             # Here z is L u, the latents without their share of the prior's mean.
             signal, sigma = signal_and_noise(scheduler, t, z)
-            prediction = guidance(denoiser, scheduler.scale_model_input(z, t) + sigma * mean, t)
+            z_t = scheduler.scale_model_input(z, t) + sigma * mean
+            prediction = guided(z_t, t_model, predicted_z0_gains(scheduler, t, z))
             share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
             plain = prior.whiten(prediction - share * mean)
             z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)

@@ -13,13 +13,14 @@ from einops import rearrange, repeat
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.config.sampling import KeyframeSettings, SamplingSettings
+from microcinema.config.sampling import OWN, KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
     alphas_cumprod,
     check_sampler,
+    make_sampler,
     make_scheduler,
     match_snr_timesteps,
     schedule_summary,
@@ -134,14 +135,14 @@ class ImageToVideoPipeline(DiffusionPipeline):
         self.register_to_config(**{**config, "noise_prior_gamma": prior.gamma})
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         keyframe_index(keyframe_position, num_frames)
-        SamplingSettings(None, None, num_frames, fps, num_inference_steps, guidance_scale, image_guidance_scale)
+        SamplingSettings.of({name: config[name] for name in OWN})
         KeyframeSettings(num_inference_steps=keyframe_num_inference_steps, guidance_scale=keyframe_guidance_scale)
         check_sampler(self.training_scheduler, scheduler)
 
     @property
     def num_timesteps(self) -> int:
         """How many steps, and calls of `callback_on_step_end`, each clip of the last call takes."""
-        return len(self.scheduler.timesteps)
+        return self._num_timesteps
 
     @property
     def noise_prior(self) -> NoisePrior:
@@ -233,30 +234,25 @@ class ImageToVideoPipeline(DiffusionPipeline):
         assert settings.num_frames is not None
         return Windows(settings.num_frames, self.config["num_frames"], settings.window_overlap)
 
+    def sampler(self, settings: SamplingSettings, device: torch.device | None = None) -> SchedulerMixin:
+        """The scheduler of resolved settings, or else the pipeline's own, with its timesteps; a UserError if it is not right."""
+        name, steps = settings.scheduler, settings.num_inference_steps or 0
+        return set_timesteps(make_sampler(self.scheduler, name) if name else self.scheduler, steps, device)
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
         image: PixelImage | Sequence[PixelImage],
         motion_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        image_guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        decode_chunk_size: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        num_segments: int = 1,
-        window_overlap: int | None = None,
-        gamma: float | None = None,
         return_dict: bool = True,
+        **settings: Any,
     ) -> ImageToVideoOutput:
         """Animates key frames.
 
@@ -265,19 +261,18 @@ class ImageToVideoPipeline(DiffusionPipeline):
             image, motion_prompt, negative_prompt: one for all prompts, or one each. Images (`PixelImage`, or a batch of them), resized
                 and cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
                 text where guidance drops it (None: the empty text).
-            height ... image_guidance_scale, decode_chunk_size, num_segments, window_overlap, gamma: see `SamplingSettings`.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one per video (which makes a video independent of its batch), or one for all.
             output_type: `pil`, `np`, `pt` or `latent`.
             callback_on_step_end, callback_on_step_end_tensor_inputs: see `StepCallback`. Steps of each clip are counted from 0.
             return_dict: False: a tuple, of frames and key frames.
+            settings: those of `SamplingSettings`.
 
         Raises:
             UserError: bad input.
         """
-        own = {key: value for key, value in locals().items() if key in SamplingSettings.__dataclass_fields__}
         prompts = check_prompts(prompt)
-        settings, videos = self.resolve(SamplingSettings(**own)), len(prompts) * num_videos_per_prompt
+        resolved, videos = self.resolve(SamplingSettings.of(settings)), len(prompts) * num_videos_per_prompt
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt={num_videos_per_prompt}; use a number >= 1")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
@@ -288,7 +283,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         images = [as_pil(img) for img in broadcast_to_prompts("images", batch, len(prompts))]
         step_end = StepCallback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         captions = self._encode_captions(prompts, motion_prompt, negative_prompt, videos)
-        output = self._animate(images, captions, settings, videos, generator, step_end, output_type)
+        output = self._animate(images, captions, resolved, videos, generator, step_end, output_type)
         return output if return_dict else output.to_tuple()
 
     def _encode_captions(
@@ -327,10 +322,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
     ) -> ImageToVideoOutput:
         height, width, steps = settings.height, settings.width, settings.num_inference_steps
         assert height and width and steps and settings.num_frames and settings.fps is not None
-        assert settings.guidance_scale is not None and settings.image_guidance_scale is not None
         check_sampler(self.training_scheduler, self.scheduler)
-        prior = replace(self.noise_prior, gamma=settings.gamma)
-        guidance = CFG(settings.guidance_scale, settings.image_guidance_scale)
+        prior, guidance = replace(self.noise_prior, gamma=settings.gamma), make_guidance(settings)
         windows, device = self.windows(settings), self._execution_device
         self._log_long_video(windows, settings)
         current = [make_keyframe(image, height, width, {}).image for image in images]
@@ -346,11 +339,12 @@ class ImageToVideoPipeline(DiffusionPipeline):
             conditions = prepare_conditions(self.unet, guidance, captions, context, settings.fps)
             shape = (videos, settings.num_frames, *z_ref.shape[1:])
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            scheduler = set_timesteps(self.scheduler, steps, device)
+            scheduler = self.sampler(settings, device)
+            self._num_timesteps = len(scheduler.timesteps)
             with self.progress_bar(total=steps) as bar:
                 z_T, timesteps = prior.initial_noise(eps, z_ref), self.remapped_timesteps
                 inputs = (prior, z_ref, conditions, guidance, windows, timesteps, generator, step_end, bar)
-                z = denoise(self.unet, scheduler, z_T, *inputs)
+                z = denoise(self.unet, scheduler, z_T, *inputs, settings.cache_interval or 1)
             clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())
             if clip < settings.num_segments - 1:
                 last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
@@ -367,6 +361,13 @@ class ImageToVideoPipeline(DiffusionPipeline):
             messages.append(continuation_notice(settings.num_segments, windows.frames))
         for message in messages:
             warn_once(message)
+
+
+def make_guidance(settings: Any) -> Guidance:
+    """The guidance of resolved `SamplingSettings`."""
+    scales = settings.guidance_scale, settings.image_guidance_scale
+    update = settings.guidance_interval, settings.guidance_reuse, settings.guidance_rescale
+    return Guidance(*scales, *update, settings.apg_eta, settings.apg_norm_threshold, settings.apg_momentum)
 
 
 def _repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:

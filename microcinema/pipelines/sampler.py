@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from microcinema.config.sampling import KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.data.images import open_image
-from microcinema.diffusion.schedule import set_timesteps
 from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline, check_flagged
@@ -33,7 +32,6 @@ class Sampler:
         pipeline: the video model: an embedded model, a folder or a hub repository.
         settings, keyframe: of stage 2, and of stage 1.
         memory: of both stages.
-        scheduler: a scheduler class of diffusers; None: the model's own.
         batch_size: videos made at once; key frames are drawn one at a time.
         progress: show bars.
 
@@ -51,15 +49,15 @@ class Sampler:
         keyframe: KeyframeSettings,
         memory: MemorySettings,
         device: torch.device | str,
-        scheduler: str | None = None,
         batch_size: int = 1,
         progress: bool = True,
     ):
         self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
-        self.scheduler, self.batch_size, self.progress = scheduler, batch_size, progress
+        self.batch_size, self.progress = batch_size, progress
         self.keyframe_memory = replace(memory, torch_dtype=keyframe.torch_dtype or memory.torch_dtype)
-        # Loaded for its checks and hashes before anything long starts, and again once stage 1 has left the memory.
-        video = self._load_video()
+        # Opened for its checks and hashes before anything long starts; it waits in host memory, see `_load_stage1`.
+        self._video: ImageToVideoPipeline | None = None
+        self._video = video = self._load_video()
         self.settings = video.resolve(settings)
         self.defaults = dict(video.config)
         self.uses_motion_caption, self._text_lengths = video.uses_motion_caption, video.text_lengths
@@ -71,7 +69,7 @@ class Sampler:
             "keyframe_index": self.keyframe_index,
             "frames_of_all_clips": self.settings.num_segments * (windows.frames - 1) + 1,
             "memory": asdict(memory),
-            **_model_record(video, self.settings.num_inference_steps or 0),
+            **_model_record(video, self.settings),
         }
         self._stage1: KeyframePipeline | None = None
         self._stage1_hashes: dict[str, str] = {}
@@ -119,10 +117,12 @@ class Sampler:
         }
 
     def _load_video(self) -> ImageToVideoPipeline:
-        return load_pipeline(self.pipeline, self.scheduler, getattr(torch, self.memory.torch_dtype))
+        return self._video or load_pipeline(self.pipeline, torch_dtype=getattr(torch, self.memory.torch_dtype))
 
     def _load_stage1(self) -> KeyframePipeline:
         if self._stage1 is None:
+            if torch.device(self.device).type == "cpu":  # one memory for both: the video model is opened again
+                self._video = None
             model = self.keyframe
             origin = model.pretrained_model_name_or_path, model.revision, model.variant
             self._stage1 = load_keyframe_pipeline(
@@ -185,7 +185,7 @@ class Sampler:
             is_new = [not folder.video_is_up_to_date(*entry) for entry in zip(batch, records, strict=True)]
             if any(is_new):
                 if video is None:
-                    video = self._load_video()
+                    video, self._video = self._load_video(), None  # which a second run opens anew
                     apply(video, self.memory, self.device)
                     video.set_progress_bar_config(desc="video", unit="step", leave=False, disable=not self.progress)
                 keyframes = [folder.open_keyframe(item) for item in batch]
@@ -219,9 +219,9 @@ def _generator_record(item: PromptItem) -> dict[str, int]:
     return {name: getattr(item, name) for name in ("seed", "sample_index", "video_index")}
 
 
-def _model_record(video: ImageToVideoPipeline, num_inference_steps: int) -> dict[str, Any]:
+def _model_record(video: ImageToVideoPipeline, settings: SamplingSettings) -> dict[str, Any]:
     """The model, the VAE that encodes its key frame, and the schedule; a UserError if that cannot make so many steps."""
-    scheduler, weights = set_timesteps(video.scheduler, num_inference_steps), hash_networks(video.components)
+    scheduler, weights = video.sampler(settings), hash_networks(video.components)
     return {
         "source": video.config.get("_name_or_path"),
         "pipeline": {key: video.config.get(key) for key in _MODEL},

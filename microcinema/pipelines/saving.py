@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-from microcinema.diffusion.schedule import make_sampler
 from microcinema.models.video_unet import VideoUNet
 from microcinema.models.weights import check_keys
 from microcinema.pipelines.base_model import BASE_COMPONENTS
@@ -118,7 +117,6 @@ def _complete_unet(folder: Path, source: Mapping[str, torch.Tensor], dtype: torc
 @user_error_if_damaged
 def load_pipeline(
     name: str | os.PathLike[str],
-    scheduler: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> ImageToVideoPipeline:
@@ -126,7 +124,6 @@ def load_pipeline(
 
     Args:
         name: an embedded model, a folder or a hub repository.
-        scheduler: class name of a diffusers scheduler for sampling; None: the saved one.
         torch_dtype: of the weights in memory, whatever they are stored in.
         variant: of the weight files, such as `fp16`; None: that of the folder's UNet, if it has only one.
 
@@ -150,8 +147,6 @@ def load_pipeline(
         components["unet"] = _complete_unet(Path(folder, "unet"), source, torch_dtype)
     config = load_scheduler_config(folder)
     sampler = getattr(diffusers, config["_class_name"]).from_config(config)
-    if scheduler is not None:
-        sampler = make_sampler(sampler, scheduler)
     others = {*BASE_COMPONENTS, *_ENCODERS, "unet", "scheduler"}
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in others}
     pipeline = ImageToVideoPipeline(**components, scheduler=sampler, **settings)

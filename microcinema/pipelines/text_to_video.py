@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 
-from microcinema.config.sampling import KeyframeSettings, SamplingSettings
+from microcinema.config.sampling import PRESETS, KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, check_flagged, make_keyframe
 from microcinema.pipelines.prompts import (
@@ -45,14 +45,14 @@ def keyframe_arguments(
 ) -> dict[str, Any]:
     """Arguments of `KeyframePipeline.__call__` beside prompt and size.
 
-    Steps and guidance that `settings` leaves open are those in `defaults`, the config of the video pipeline, or else those of
+    Steps and guidance that `settings` leaves open are those of the preset, or in `defaults`, the config of the video pipeline, or else of
     `video`, the resolved settings of stage 2; like the negative prompt, they are left out if the pipeline does not take them.
     """
     arguments: dict[str, Any] = {"draw_height": settings.height, "draw_width": settings.width}
     for name in ("num_inference_steps", "guidance_scale"):
         arguments[name] = getattr(settings, name)
         if arguments[name] is None and source.takes(name):
-            default = defaults[f"keyframe_{name}"]
+            default = PRESETS[video.preset].get(f"keyframe_{name}", defaults[f"keyframe_{name}"])
             arguments[name] = getattr(video, name) if default is None else default
     if item.negative_prompt and source.takes("negative_prompt"):
         arguments["negative_prompt"] = item.negative_prompt
@@ -157,8 +157,7 @@ class TextToVideoPipeline:
         Raises:
             UserError: bad input; it is found before stage 1 starts, unless only the text-to-image pipeline can tell.
         """
-        if unknown := sorted(set(settings) - set(SamplingSettings.__dataclass_fields__)):
-            raise UserError(f"argument '{unknown[0]}' is unknown; use those of SamplingSettings")
+        asked = SamplingSettings.of(settings)
         if num_videos_per_prompt < 1 or batch_size < 1:
             raise UserError(f"{num_videos_per_prompt=}, {batch_size=}; both must be >= 1")
         if generator is not None and (seed or sample_index):
@@ -166,7 +165,7 @@ class TextToVideoPipeline:
         check_motion_prompt(motion_prompt, self.video.uses_motion_caption)
         texts = check_prompts(prompt), motion_prompt, negative_prompt
         items = _prompt_items(*texts, seed, sample_index, num_videos_per_prompt, generator)
-        resolved, stage1 = self.video.resolve(SamplingSettings(**settings)), keyframe or KeyframeSettings()
+        resolved, stage1 = self.video.resolve(asked), keyframe or KeyframeSettings()
         keyframes, animated = [], []
         assert resolved.height is not None and resolved.width is not None
         for item in items:

@@ -1,5 +1,6 @@
 """sha256 of files, values, arrays and weights, all as hexadecimal digits, and the checksums of a folder's files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 
 SUMS = "SHA256SUMS"
 """The file of checksums, in the format of `sha256sum -c`."""
+_KEPT_FROM = 2**26  # bytes of files that take longer to hash than to look up
 _THREADS = 8  # hashlib releases the interpreter's lock
 
 
@@ -65,8 +67,32 @@ def hash_weights(network: torch.nn.Module, dtype: torch.dtype | None = None) -> 
 
 
 def hash_networks(components: Mapping[str, Any]) -> dict[str, str]:
-    """`hash_weights` of those components of a pipeline that are networks."""
-    return {name: hash_weights(part) for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    """`hash_weights` of those components of a pipeline that are networks, as they were opened.
+
+    Those of large ones are kept in the user's cache folder, by path, size and time of their files and the first numbers of every weight.
+    """
+    return {name: _kept_hash(part) for name, part in components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _kept_hash(network: torch.nn.Module) -> str:
+    folder = getattr(getattr(network, "config", None), "_name_or_path", None) or ""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []  # none: assembled here, or changed since
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if sum(size for _, size, _ in stats) < _KEPT_FROM:
+        return hash_weights(network)
+    weights = sorted(network.state_dict().items())
+    key = hash_chunks([str(stats), *(f"{name} {w.dtype} {w.shape} {w.flatten()[:8].tolist()}" for name, w in weights)])
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microcinema" / "weights_sha256" / key
+    try:
+        if len(kept := store.read_text()) == 64:
+            return kept
+    except OSError:
+        pass
+    digest = hash_weights(network)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_text(digest)
+    return digest
 
 
 def write_checksums(folder: str | os.PathLike[str]) -> None:

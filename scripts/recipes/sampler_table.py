@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from einops import einsum
 from tqdm import tqdm
 
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import make_sampler, make_scheduler, set_timesteps, signal_and_noise
 from microcinema.pipelines.denoise import StepCallback, denoise
@@ -129,7 +129,7 @@ def measure(
     windows, step_end = Windows(FRAMES, FRAMES), StepCallback(None, None, ())
     bar = SimpleNamespace(update=lambda n: None, total=steps, n=0)
     z = denoise(
-        unet, sampler, z_T, assumed or prior, z_ref, None, CFG(1.0, 1.0), windows, None, generator, step_end, bar
+        unet, sampler, z_T, assumed or prior, z_ref, None, Guidance(1.0, 1.0), windows, None, generator, step_end, bar
     )
     frames = z.reshape(FRAMES, -1)
     neighbors = torch.corrcoef(frames).diagonal(1)

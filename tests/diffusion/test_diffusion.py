@@ -15,7 +15,7 @@ from diffusers import (
 
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.diffusion import losses
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance, GuidedDenoiser
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import (
@@ -26,6 +26,7 @@ from microcinema.diffusion.schedule import (
     make_sampler,
     make_scheduler,
     match_snr_timesteps,
+    predicted_z0_gains,
     right_samplers,
     set_timesteps,
     shifted_betas,
@@ -456,21 +457,35 @@ def test_half_precision_latents_meet_a_full_precision_schedule():
 # ---------------------------------------------------------------- guidance
 
 
-class TrainableModel:
-    """p(z, image, text), not linear in anything, which counts its calls and evaluations."""
+class ClosedForm:
+    """p(z, t, image, text), not linear in anything, which counts the evaluations of each call."""
 
-    def __init__(self, guidance):
-        self.terms, self.calls, self.evaluations = guidance.terms, 0, 0
+    def __init__(self, guidance, clips):
+        self.terms, self.clips, self.evaluations = guidance.terms, clips, []
 
     def __call__(self, z, t):
-        self.calls += 1
-        parts = z.chunk(len(self.terms))
-        self.evaluations += len(parts)
-        return torch.cat([self.at(part, term.image, term.text) for part, term in zip(parts, self.terms, strict=True)])
+        parts = z.split(self.clips)
+        self.evaluations.append(len(parts))
+        terms = self.terms[-len(parts) :]
+        return torch.cat([self.at(z, term.image, term.text, t) for z, term in zip(parts, terms, strict=True)])
 
     @staticmethod
-    def at(z, image, text):
-        return torch.sin(z) + 0.3 * image * torch.cos(z) + text * z**2
+    def at(z, image, text, t=0.0):
+        return torch.sin(z + t) + 0.3 * image * torch.cos(z) + text * z**2 * (1 - t / 10)
+
+
+def guided_steps(guidance, z, steps=1, gains=(0.0, 1.0)):
+    """The predictions of `steps` steps at z, of which step i has time i, and the number of evaluations of each."""
+    denoiser = ClosedForm(guidance, len(z))
+    run = GuidedDenoiser(guidance, denoiser, steps)
+    return [run(z, float(t), gains) for t in range(steps)], denoiser.evaluations
+
+
+def plain_steps(scales, z, steps):
+    """What plain guidance and no guidance predict."""
+    p00, p10, p11 = ([ClosedForm.at(z, *c, float(t)) for t in range(steps)] for c in ((0, 0), (1, 0), (1, 1)))
+    text, image = scales
+    return [a + image * (b - a) + text * (c - b) for a, b, c in zip(p00, p10, p11, strict=True)], p11
 
 
 @pytest.mark.parametrize(
@@ -487,13 +502,89 @@ class TrainableModel:
     ],
 )
 def test_guidance_is_its_formula_with_no_wasted_evaluation(text, image, evaluations, clip):
-    z = clip[0]
-    guidance = CFG(text, image)
-    denoiser = TrainableModel(guidance)
-    p00, p10, p11 = TrainableModel.at(z, 0, 0), TrainableModel.at(z, 1, 0), TrainableModel.at(z, 1, 1)
-    ours = guidance(denoiser, z, torch.tensor(5))
-    assert torch.allclose(ours, p00 + image * (p10 - p00) + text * (p11 - p10), atol=1e-6)
-    assert (denoiser.calls, denoiser.evaluations) == (1, evaluations)
+    ours, counts = guided_steps(Guidance(text, image), clip[0])
+    assert torch.allclose(ours[0], plain_steps((text, image), clip[0], 1)[0][0], atol=1e-6)
+    assert counts == [evaluations]
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.0), (7.5, 2.0), (3.0, 3.0), (0.0, 1.0)])
+def test_guidance_acts_in_its_interval_and_elsewhere_costs_one_evaluation(scales, clip):
+    z, steps = clip[0], 5
+    plain, _ = guided_steps(Guidance(*scales), z, steps)
+    whole, _ = guided_steps(Guidance(*scales, interval=(0.0, 1.0)), z, steps)
+    assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
+    some, counts = guided_steps(Guidance(*scales, interval=(0.2, 0.6)), z, steps)
+    guided, unguided = plain_steps(scales, z, steps)
+    for i, prediction in enumerate(some):
+        assert torch.allclose(prediction, guided[i] if i in (1, 2) else unguided[i], atol=1e-5), i
+        assert i in (1, 2) or torch.equal(prediction, unguided[i])
+    # Where the text's scale is 0, p(img,txt) is an evaluation that plain guidance does not need.
+    evaluations = len(Guidance(*scales, interval=(0.2, 0.6)).terms)
+    assert counts == [1, evaluations, evaluations, 1, 1]
+    assert guided_steps(Guidance(1.0, 1.0, interval=(0.2, 0.6)), z, steps)[1] == [1] * steps
+
+
+def test_a_reused_update_is_that_of_the_last_whole_step(clip):
+    z, scales = clip[0], (4.0, 2.0)
+    guided, unguided = plain_steps(scales, z, 6)
+    reused, counts = guided_steps(Guidance(*scales, reuse=3, interval=(1 / 6, 1.0)), z, 6)
+    assert counts == [1, 3, 1, 1, 3, 1]  # the first guided step is whole
+    for i, source in enumerate((None, 1, 1, 1, 4, 4)):
+        expected = unguided[i] + (0 if source is None else guided[source] - unguided[source])
+        assert torch.allclose(reused[i], expected, atol=1e-5), i
+    assert not torch.allclose(reused[2], guided[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("phi", [0.4, 1.0])
+def test_a_rescaled_prediction_has_the_deviation_of_the_unguided_one(phi, clip):
+    z, scales = clip[0].double(), (7.5, 1.0)
+    (rescaled,), _ = guided_steps(Guidance(*scales, rescale=phi), z)
+    (guided,), (unguided,) = plain_steps(scales, z, 1)
+    deviation = [x.flatten(1).std(1) for x in (rescaled, guided, unguided)]
+    torch.testing.assert_close(deviation[0], phi * deviation[2] + (1 - phi) * deviation[1])
+    assert (deviation[1] > 2 * deviation[2]).all()
+
+
+def test_projected_guidance_is_its_algorithm_and_without_settings_plain_guidance(clip):
+    """arXiv 2410.02416, algorithm 1, written out for guidance by the text alone, of a prediction of v."""
+    z, scales, (signal, sigma) = clip[0].double(), (7.5, 1.0), (0.8, 0.6)
+    gains = signal, -sigma
+    plain, _ = plain_steps(scales, z, 3)
+    settings = {"apg_eta": 1.0, "apg_norm_threshold": None, "apg_momentum": 0.0}
+    pairs = zip(
+        guided_steps(Guidance(*scales), z, 3)[0],
+        guided_steps(Guidance(*scales, **settings), z, 3, gains)[0],
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    loose, _ = guided_steps(Guidance(*scales, apg_norm_threshold=1e9), z, 3, gains)
+    for a, b in zip(loose, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    eta, threshold, momentum = 0.25, 3.0, -0.5
+    ours, counts = guided_steps(
+        Guidance(*scales, apg_eta=eta, apg_norm_threshold=threshold, apg_momentum=momentum), z, 3, gains
+    )
+    average = 0.0
+    for i in range(3):
+        cond, uncond = (signal * z - sigma * ClosedForm.at(z, 1, text, float(i)) for text in (1, 0))
+        average = (cond - uncond) + momentum * average
+        for k in range(len(z)):
+            delta = average[k] * min(1.0, threshold / average[k].norm())
+            unit = cond[k] / cond[k].norm()
+            parallel = (delta * unit).sum() * unit
+            expected = cond[k] + (scales[0] - 1) * (delta - parallel + eta * parallel)
+            torch.testing.assert_close(signal * z[k] - sigma * ours[i][k], expected)
+    assert counts == [2, 2, 2]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_clip_that_a_prediction_stands_for_is_the_clip(prediction_type, clip):
+    scheduler = make_scheduler({"beta_schedule": "scaled_linear"}, {"prediction_type": prediction_type})
+    z0, t = clip[0].double(), torch.tensor(400)
+    noise = torch.randn(z0.shape, dtype=torch.float64, generator=generator(3))
+    a, b = predicted_z0_gains(scheduler, t, z0)
+    prediction = losses.target(scheduler, z0, noise, t)
+    torch.testing.assert_close(a * losses.add_noise(scheduler, z0, noise, t) + b * prediction, z0)
 
 
 # ---------------------------------------------------------------- randomness

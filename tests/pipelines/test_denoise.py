@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
 from microcinema.diffusion.schedule import PREDICTION_TYPES, make_sampler, make_scheduler, set_timesteps
@@ -15,7 +15,7 @@ from scripts.recipes import sampler_table
 from scripts.recipes.sampler_table import STABLE_DIFFUSION, ZERO_SNR, measure
 
 SHAPE, STEPS = (2, 5, 4, 3, 3), 10  # steps of 100: DDIM rounds other numbers to whole steps of training
-PLAIN = CFG(1.0, 1.0)
+PLAIN = Guidance(1.0, 1.0)
 PRIORS = [NoisePrior("appearance", 0.3, 0.1), NoisePrior("mixed", 2.0, 0.1), NoisePrior("progressive", 0.7, 0.0)]
 
 
@@ -81,7 +81,7 @@ def test_under_autocast_the_network_alone_is_in_low_precision(prior):
         training = make_scheduler({**STABLE_DIFFUSION, "set_alpha_to_one": True}, {"prediction_type": "v_prediction"})
         scheduler = make_sampler(training, "UniPCMultistepScheduler")
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            return sample(scheduler, prior, network=network, guidance=CFG(7.5, 2.0), dtype=torch.float32)[0]
+            return sample(scheduler, prior, network=network, guidance=Guidance(7.5, 2.0), dtype=torch.float32)[0]
 
     plain, cast = latents(False), latents(True)
     assert seen == [False] * STEPS + [True] * STEPS

@@ -6,16 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny
 from fixtures.tiny_sampling import PROMPTS, sample
-from microcinema.diffusion.guidance import CFG
+from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
-from microcinema.diffusion.schedule import make_sampler, make_scheduler, set_timesteps
+from microcinema.diffusion.schedule import make_sampler, make_scheduler, schedule_summary, set_timesteps
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.denoise import prepare_conditions
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -163,6 +162,14 @@ def test_every_condition_matters(pipeline, image):
         {"guidance_scale": 2.0},
         {"image_guidance_scale": 2.0},
         {"gamma": 0.5},
+        {"guidance_scale": 7.5, "guidance_interval": (0.0, 0.5)},
+        {"guidance_scale": 7.5, "guidance_reuse": 2},
+        {"guidance_scale": 7.5, "guidance_rescale": 0.7},
+        {"guidance_scale": 7.5, "apg_eta": 0.0},
+        {"guidance_scale": 7.5, "apg_norm_threshold": 0.1},
+        {"guidance_scale": 7.5, "apg_momentum": -0.5},
+        {"scheduler": "UniPCMultistepScheduler"},
+        {"cache_interval": 3},
         {"seeds": (1,)},
     ):
         given = {"prompt": PROMPTS[0], "image": image, **change}
@@ -193,9 +200,88 @@ def test_appear_net_runs_at_every_step_reference_net_once_per_clip_and_guidance_
         assert batches == [evaluations] * steps
 
 
+@pytest.mark.parametrize("model", ["microcinema", "microcinema_once", "factorized_dreamer"])
+def test_a_step_without_guidance_is_one_evaluation_of_the_whole_caption(base, image, model):
+    """Also in a batch, in windows, and where the text's scale is 0 and plain guidance would not evaluate the caption."""
+    pipeline = tiny.video_pipeline(base, model=model)
+    batches = []
+    pipeline.unet.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
+    for settings in ({}, {"num_frames": 6}):
+        call = {**settings, "seeds": (0, 1), "num_inference_steps": 5, "output_type": "latent"}
+        batches.clear()
+        some = sample(
+            pipeline, PROMPTS, image, guidance_scale=7.5, guidance_interval=(0.2, 0.8), guidance_reuse=2, **call
+        )
+        windows = 2 if settings else 1
+        assert batches == [b for b in (2, 4, 2, 4, 2) for _ in range(windows)]
+        none = sample(pipeline, PROMPTS, image, guidance_scale=7.5, guidance_interval=(0.5, 0.5), **call)
+        zero = sample(pipeline, PROMPTS, image, guidance_scale=0.0, guidance_interval=(0.0, 0.0), **call)
+        unguided = sample(pipeline, PROMPTS, image, guidance_scale=1.0, **call)
+        for latents in (none, zero):  # whose key frame and text were encoded in another batch
+            torch.testing.assert_close(latents, unguided, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(some, unguided, atol=1e-3)
+
+
+@pytest.mark.parametrize("frames", [4, 6])
+def test_deep_features_are_computed_at_multiples_of_the_interval(base, image, frames):
+    """For each window of a longer video, and anew where guidance adds terms that have none."""
+    pipeline, whole = tiny.video_pipeline(base, model="microcinema"), []
+    pipeline.unet.mid_block.resnets[0].register_forward_pre_hook(lambda _, inputs: whole.append(len(inputs[0]) // 4))
+    call = {"num_inference_steps": 7, "output_type": "latent", "num_frames": frames, "guidance_scale": 7.5}
+    windows = 1 if frames == 4 else 2
+    plain = sample(pipeline, PROMPTS[0], image, **call)
+    assert whole == [2] * 7 * windows
+    for settings, batches in (
+        ({"cache_interval": 1}, [2] * 7),
+        ({"cache_interval": 3}, [2, 2, 2]),
+        ({"cache_interval": 3, "guidance_interval": (0.2, 1.0)}, [1, 2, 2, 2]),  # steps 0, 2, 3 and 6
+    ):
+        whole.clear()
+        latents = sample(pipeline, PROMPTS[0], image, **settings, **call)
+        assert whole == [batch for batch in batches for _ in range(windows)]
+        assert torch.equal(latents, plain) == (settings == {"cache_interval": 1})
+
+
+def remapped_pipeline(base):
+    """With steps that the network knows as times between whole ones, as Factorized-Dreamer's."""
+    pipeline, own = tiny.video_pipeline(base), load_base(base).scheduler
+    shifted = make_scheduler(own.config, {"snr_shift": 2.0})
+    summaries = (schedule_summary(schedule) for schedule in (shifted, own))
+    pipeline.register_to_config(**dict(zip(("training_schedule", "network_schedule"), summaries, strict=True)))
+    pipeline.register_modules(scheduler=make_sampler(shifted))
+    return pipeline
+
+
+def test_remapped_times_are_tensors_which_compilation_does_not_take_for_constants(base, image):
+    pipeline, times = remapped_pipeline(base), []
+    pipeline.unet.register_forward_pre_hook(lambda _, arguments: times.append(arguments[1]))
+    sample(pipeline, PROMPTS[0], image, output_type="latent", num_inference_steps=10)
+    expected = np.interp(pipeline.scheduler.timesteps, np.arange(1000), pipeline.remapped_timesteps)
+    assert torch.equal(torch.stack(times), torch.tensor(expected, dtype=torch.float32))
+    assert (torch.stack(times) % 1 > 0).any()
+
+
+@pytest.mark.slow  # tracing takes half a minute
+def test_a_compiled_denoiser_is_not_compiled_anew_at_each_step(base, image):
+    pipeline, graphs = remapped_pipeline(base), []
+    torch.compiler.reset()
+    pipeline.unet.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    sample(pipeline, PROMPTS[0], image, num_inference_steps=5, output_type="latent")
+    assert len(graphs) == 1
+
+
+def test_a_call_with_another_scheduler_leaves_the_pipeline_s_own(pipeline, image):
+    before = sample(pipeline, PROMPTS[0], image, output_type="latent")
+    own = type(pipeline.scheduler)
+    other = sample(pipeline, PROMPTS[0], image, output_type="latent", scheduler="HeunDiscreteScheduler")
+    assert pipeline.num_timesteps == 5  # of three steps, of which two have two evaluations
+    assert type(pipeline.scheduler) is own and not torch.equal(other, before)
+    assert torch.equal(sample(pipeline, PROMPTS[0], image, output_type="latent"), before)
+
+
 def test_conditions_are_those_that_guidance_names(base, image):
     pipeline = tiny.video_pipeline(base, model="microcinema_once")
-    guidance = CFG(text=7.5, image=1.5)
+    guidance = Guidance(text=7.5, image=1.5)
     z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
     text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
     with torch.no_grad():
@@ -357,6 +443,13 @@ def test_one_generator_for_all_videos_is_drawn_from_in_their_order(pipeline, ima
         ({"generator": 7}, "generator is 7; give a torch.Generator"),
         ({"generator": [None]}, "generator is None"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"scheduler": "NoScheduler"}, "no scheduler 'NoScheduler'"),
+        ({"preset": "best"}, "preset is 'best'"),
+        ({"guidance_interval": (0.6, 0.2)}, r"guidance_interval is \[0.6, 0.2\]; begin with the lower"),
+        ({"guidance_interval": (0.2, 1.2)}, "guidance_interval is"),
+        ({"apg_momentum": -1}, "apg_momentum is -1"),
+        ({"cache_interval": 0}, "cache_interval is 0"),
+        ({"steps": 3}, "argument 'steps' is unknown"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
         ({"output_type": "gif"}, "gif"),
     ],
@@ -417,13 +510,6 @@ def test_a_variant_opens_by_name_and_alone_without_one(base, image, tmp_path):
     pipeline.save_pretrained(folder)  # beside the other
     assert not any(weights.any() for weights in load_pipeline(folder).unet.parameters())
     assert any(weights.any() for weights in load_pipeline(folder, variant="fp16").unet.parameters())
-
-
-def test_a_pipeline_opens_with_another_scheduler(base, tmp_path):
-    save_pipeline(tiny.video_pipeline(base), tmp_path / "saved")
-    assert type(load_pipeline(tmp_path / "saved", "EulerDiscreteScheduler").scheduler) is EulerDiscreteScheduler
-    with pytest.raises(UserError, match="NoScheduler"):
-        load_pipeline(tmp_path / "saved", "NoScheduler")
 
 
 @pytest.mark.parametrize(

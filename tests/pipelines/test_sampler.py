@@ -15,7 +15,7 @@ from microcinema.config.sampling import KeyframeSettings, MemorySettings, Sampli
 from microcinema.data.video_writer import _MARK
 from microcinema.diffusion.rng import sample_generator
 from microcinema.evaluation.generate import generate, protocol_sampler
-from microcinema.pipelines import sample_folder
+from microcinema.pipelines import sample_folder, sampler
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.sampler import Sampler
@@ -177,7 +177,19 @@ def test_from_an_image_the_second_stage_alone_makes_the_video_of_the_command(mod
 
 def test_none_means_the_model_s_own_defaults_everywhere(plain_model):
     """Those that the model was saved with; a key frame's steps are the video's, since the model has none for them."""
-    expected = SamplingSettings(tiny.SIZE, tiny.SIZE, FRAMES, 8.0, 2, 1.5, 1.0, gamma=0.02)
+    expected = SamplingSettings(
+        tiny.SIZE,
+        tiny.SIZE,
+        FRAMES,
+        8.0,
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        image_guidance_scale=1.0,
+        gamma=0.02,
+        guidance_interval=(0.0, 1.0),
+        guidance_reuse=1,
+        cache_interval=1,
+    )
     video = load_pipeline(plain_model)
     assert video.resolve(SamplingSettings()) == expected
     sample, evaluate = compose("sample"), compose("evaluate", [f"pipeline={plain_model}"])
@@ -217,6 +229,17 @@ def test_clips_are_made_again_if_and_only_if_they_would_differ(plain_model, tmp_
     assert run(guidance_scale=3.0) == ["0", "1", "2"]
     assert run(guidance_scale=3.0) == []
     assert run(PromptItem("d", "2", sample_index=2), guidance_scale=3.0) == ["2"]
+
+
+def test_with_key_frames_given_the_video_model_is_opened_once(plain_model, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(sampler, "load_pipeline", lambda *a, **k: opened.append(a) or load_pipeline(*a, **k))
+    settings = SamplingSettings(num_inference_steps=1)
+    maker = Sampler(str(plain_model), settings, KeyframeSettings(), MemorySettings(), "cpu", progress=False)
+    image = np.full((tiny.SIZE, tiny.SIZE, 3), 99, np.uint8)
+    for name, count in (("a", 1), ("b", 2)):  # moved to a device and compiled, it is not used again
+        maker.run([PromptItem("a star", name, image=image)], SampleFolder(tmp_path, ("frames",)))
+        assert len(opened) == count and (tmp_path / f"{name}.npz").is_file()
 
 
 def test_pixels_that_are_not_finite_are_refused():

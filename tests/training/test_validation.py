@@ -10,6 +10,7 @@ from fixtures import tiny, tiny_training
 from microcinema.config.sampling import SamplingSettings
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.data.video_writer import _MARK
+from microcinema.diffusion.guidance import Guidance
 from microcinema.pipelines import image_to_video
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
@@ -98,13 +99,13 @@ def test_both_stages_use_the_model_s_own_defaults(tmp_path, monkeypatch):
     model = tiny_training.pipeline(
         tmp_path, num_inference_steps=3, guidance_scale=2.5, image_guidance_scale=1.5, keyframe_guidance_scale=4.5
     )
-    calls, guidances, draw, make = [], [], KeyframePipeline.__call__, image_to_video.CFG
+    calls, guidances, draw, make = [], [], KeyframePipeline.__call__, image_to_video.make_guidance
     monkeypatch.setattr(KeyframePipeline, "__call__", lambda *a, **k: calls.append(k) or draw(*a, **k))
-    monkeypatch.setattr(image_to_video, "CFG", lambda *scales: guidances.append(scales) or make(*scales))
+    monkeypatch.setattr(image_to_video, "make_guidance", lambda own: guidances.append(make(own)) or make(own))
     validation = Validation(accelerator, model, build_keyframes(base), PROMPTS[:1], tmp_path)
     validation(accelerator, model, 1)
     accelerator.trackers[0].finish()
     drawn = {key: value for key, value in calls[0].items() if value is not None}
     assert drawn == {"num_inference_steps": 3, "guidance_scale": 4.5}
-    assert guidances == [(2.5, 1.5)]
-    assert len(model.scheduler.timesteps) == 3
+    assert guidances == [Guidance(2.5, 1.5)]
+    assert model.num_timesteps == 3

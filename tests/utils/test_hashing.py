@@ -1,14 +1,17 @@
 """Hashes of files, values, arrays and weights; checksums of folders."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
+from microcinema.utils import hashing
 from microcinema.utils.hashing import (
     SUMS,
     canonical,
@@ -21,6 +24,13 @@ from microcinema.utils.hashing import (
     hash_weights,
     write_checksums,
 )
+
+TINY = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
 
 
 @pytest.fixture
@@ -83,3 +93,44 @@ def test_weights_hash_depends_on_values_and_dtype():
     network.half()
     assert hash_weights(network) not in (before, after)
     assert hash_weights(network, torch.float32) == hash_weights(network.float())
+
+
+def test_hashes_of_large_networks_are_kept_until_file_or_weights_change(tmp_path, monkeypatch):
+    """A folder, in place of a cache that can be written, is no fault."""
+    hashed, cache = [], tmp_path / "cache"
+    original = hashing.hash_weights
+    monkeypatch.setattr(hashing, "hash_weights", lambda network: hashed.append(network) or original(network))
+    monkeypatch.setattr(hashing, "_KEPT_FROM", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    AutoencoderTiny(**TINY).save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+
+    def opened(dtype=torch.float32):
+        return AutoencoderTiny.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
+
+    def look_up(network, is_hashed):
+        hashed.clear()
+        assert hash_networks({"vae": network, "other": None}) == {"vae": original(network)}
+        assert len(hashed) == is_hashed
+
+    look_up(opened(), True)
+    look_up(opened(), False)
+    look_up(opened(torch.float16), True)  # other weights in memory
+    with torch.no_grad():
+        changed = opened()
+        changed.decoder.layers[0].weight[0] += 1
+    look_up(changed, True)
+    os.utime(file, ns=(1, 1))
+    look_up(opened(), True)
+    look_up(opened(), False)
+    times = os.stat(file)
+    changed.save_pretrained(tmp_path / "vae")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    look_up(opened(), True)
+    look_up(AutoencoderTiny(**TINY), True)  # of no file
+    look_up(AutoencoderTiny(**TINY), True)
+    for kept in (cache / "microcinema/weights_sha256").iterdir():
+        kept.write_text("damaged")
+    look_up(opened(), True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    look_up(opened(), True)
