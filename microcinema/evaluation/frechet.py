@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+from scipy.linalg.lapack import dpstrf
 
 from microcinema.utils.errors import UserError
 
@@ -22,14 +23,17 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Moments":
-        """Of features (n, d), n >= 1."""
-        features = np.asarray(features, np.float64)
+    def of(cls, features: np.ndarray, counts: np.ndarray | None = None) -> "Moments":
+        """Of features (n, d), n >= 1, each taken so many times, (n,); by default once."""
         if features.ndim != 2 or len(features) < 1:
             raise UserError(f"features have shape {features.shape}; give at least one row of (n, d)")
-        mean = features.mean(axis=0)
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        counts = np.ones(len(features), int) if counts is None else counts
+        taken = np.flatnonzero(counts)
+        deviations, weights, total = features[taken].astype(np.float64), counts[taken].astype(np.float64), counts.sum()
+        mean = weights @ deviations / total
+        deviations -= mean
+        deviations *= np.sqrt(weights)[:, None]
+        return cls(int(total), mean, deviations.T @ deviations)
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both sets together (Chan, Golub, LeVeque 1979, equation 2.1)."""
@@ -72,7 +76,8 @@ def frechet_distance(a: Moments, b: Moments, ddof: int = 1) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """R with R R^T = covariance, by a symmetric eigendecomposition; eigenvalues that are only rounding are zero."""
-    values, vectors = np.linalg.eigh(covariance)
-    noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
-    return vectors * np.sqrt(np.where(values > noise, values, 0))
+    """R (d, rank) with R R^T = covariance, by Cholesky's decomposition with pivots, which ends where only rounding is left."""
+    factor, pivots, rank, _ = dpstrf(covariance, lower=True)
+    root = np.zeros((len(factor), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return root

@@ -44,8 +44,9 @@ def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed:
         if not np.isfinite(features).all():
             raise UserError(f"features of {name} clips are no numbers; see that the detector's weights are whole")
 
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return frechet_distance(Moments.of(a), Moments.of(b), ddof)
+    def distance(a: np.ndarray, b: np.ndarray, *counts: np.ndarray | None) -> float:
+        one, two = map(Moments.of, (a, b), counts or (None, None))
+        return frechet_distance(one, two, ddof)
 
     value = distance(generated, real)
     curve = _curve(generated, real, distance, np.random.default_rng([seed, 0]))
@@ -74,8 +75,8 @@ def _curve(generated, real, distance, rng) -> list[tuple[int, float]]:
 def _spread(generated, real, distance, rng) -> tuple[float, float]:
     """Quantiles of the bootstrapped distance, from its median."""
     values = []
-    for _ in range(RESAMPLES):
-        one, two = (rng.integers(len(features), size=len(features)) for features in (generated, real))
-        values.append(distance(generated[one], real[two]))
+    for _ in range(RESAMPLES):  # counts of the clips in place of copies
+        sizes = len(generated), len(real)
+        values.append(distance(generated, real, *(np.bincount(rng.integers(n, size=n), minlength=n) for n in sizes)))
     low, middle, high = np.quantile(values, [(1 - CONFIDENCE) / 2, 0.5, (1 + CONFIDENCE) / 2])
     return float(low - middle), float(high - middle)

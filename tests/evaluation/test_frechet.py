@@ -84,6 +84,21 @@ def test_right_with_fewer_clips_than_features_where_the_matrix_square_root_is_no
     assert not abs(naive - expected) < 1e-8 * expected
 
 
+def test_counts_stand_for_copies():
+    features, taken = np.random.default_rng(7).normal(loc=10, size=(30, 5)), np.array([0, 0, 0, 2, 7, 7, 29])
+    found, expected = Moments.of(features, np.bincount(taken, minlength=30)), Moments.of(features[taken])
+    assert found.count == expected.count == 7
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-14)
+    np.testing.assert_allclose(found.scatter, expected.scatter, rtol=1e-11, atol=1e-12)
+
+
+def test_sets_without_any_spread():
+    still, moving = np.ones((4, 3)), np.random.default_rng(8).normal(size=(9, 3))
+    assert frechet_distance(Moments.of(still), Moments.of(still + 2)) == pytest.approx(12)
+    mean, spread = moving.mean(axis=0) - 1, np.cov(moving, rowvar=False).trace()
+    assert frechet_distance(Moments.of(still), Moments.of(moving)) == pytest.approx(mean @ mean + spread)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_parts_of_several_processes_merge_to_the_same_bits(processes):
     """Batches dealt out, made in whatever order, sorted by their number, and merged one by one."""

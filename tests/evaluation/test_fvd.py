@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from microcinema.evaluation.fvd import SUBSETS, extrapolate, video_distance
+from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.fvd import RESAMPLES, SUBSETS, extrapolate, video_distance
 from microcinema.utils.errors import UserError
 
 WIDTH = 24
@@ -44,9 +45,22 @@ def test_the_interval_is_as_wide_as_repeated_measurements_scatter(found):
     assert found.high - found.low == pytest.approx(np.ptp(np.quantile(again, [0.025, 0.975])), rel=0.5)
 
 
-def video_distance_value(generated, real):
-    from microcinema.evaluation.frechet import Moments, frechet_distance
+@pytest.mark.parametrize("width", [6, 60])  # fewer and more features than clips
+def test_the_interval_is_that_of_resampled_clips(width):
+    """By the definition: the same draws, as copies of the features."""
+    rng = np.random.default_rng(3)
+    generated, real = rng.normal(size=(40, width)) + SHIFT, rng.normal(size=(50, width))
+    rng, values = np.random.default_rng([0, 1]), []
+    for _ in range(RESAMPLES):
+        one, two = (rng.integers(n, size=n) for n in (40, 50))
+        values.append(video_distance_value(generated[one], real[two]))
+    low, middle, high = np.quantile(values, [0.025, 0.5, 0.975])
+    found = video_distance(generated, real)
+    assert found.low - found.value == pytest.approx(low - middle, rel=1e-7)
+    assert found.high - found.value == pytest.approx(high - middle, rel=1e-7)
 
+
+def video_distance_value(generated, real):
     return frechet_distance(Moments.of(generated), Moments.of(real))
 
 
