@@ -1,15 +1,18 @@
 """Both stages together, on tiny random models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from fixtures import tiny
-from microcinema.config.sampling import KeyframeSettings
+from microcinema.config.sampling import PRESETS, KeyframeSettings, SamplingSettings
 from microcinema.diffusion.rng import generator
 from microcinema.pipelines.keyframe import KeyframePipeline
+from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.saving import load_keyframe_pipeline
-from microcinema.pipelines.text_to_video import TextToVideoPipeline
+from microcinema.pipelines.text_to_video import TextToVideoPipeline, keyframe_arguments
 from microcinema.utils.errors import UserError
 
 PROMPTS = ["a red star moving to the left on sand", "a large blue moon"]
@@ -109,3 +112,23 @@ def test_bad_calls_are_found_before_anything_is_drawn(both, monkeypatch, bad, wo
     monkeypatch.setattr(KeyframePipeline, "__call__", lambda *_, **__: pytest.fail("it was drawn"))
     with pytest.raises(UserError, match=words):
         both(PROMPTS, **bad)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_explicit_settings_come_before_those_of_a_preset_and_the_model_s_own_last(preset):
+    own = dict.fromkeys(("height", "width", "num_frames", "fps", "guidance_scale", "image_guidance_scale"), 8)
+    own |= {"num_inference_steps": 40, "keyframe_num_inference_steps": 30, "keyframe_guidance_scale": 3.0}
+    own |= {"noise_prior_gamma": 0.02}
+    source = SimpleNamespace(takes=lambda name: name != "negative_prompt")
+
+    def steps(keyframe=None, **settings):
+        video, stage1 = (
+            SamplingSettings(preset=preset, **settings).resolve(own, 8),
+            KeyframeSettings(**(keyframe or {})),
+        )
+        arguments = keyframe_arguments(source, PromptItem("a star"), own, video, stage1)
+        assert arguments["guidance_scale"] == 3.0 and video.cache_interval == settings.get("cache_interval", 1)
+        return video.num_inference_steps, arguments["num_inference_steps"]
+
+    assert steps() == {"quality": (40, 30), "balanced": (15, 25), "fast": (10, 25)}[preset]
+    assert steps({"num_inference_steps": 7}, num_inference_steps=9, cache_interval=2) == (9, 7)
