@@ -81,37 +81,51 @@ def _to_array(frame: Any, index: VideoIndex, convert: Any, size: Size | None = N
     return (pixels.swapaxes(0, 1) if transposed else pixels)[::rows, ::columns]
 
 
-def _decode_from(origin: int | None, path: Source, index: VideoIndex, indices: np.ndarray, size: Size | None) -> Any:
-    """The frames with these indices, decoded from the key frame before a time stamp, or from the beginning of the file."""
+def _decode_from(
+    origin: int | None, path: Source, index: VideoIndex, indices: np.ndarray, size: Size | None, skips: bool = False
+) -> Any:
+    """The frames with these indices, decoded from the key frame before a time stamp, or from the beginning of the file.
+
+    `skips`: not the others of H.264 to which no frame refers. In HEVC, frames of higher temporal layers may refer to those marked so.
+    """
     from av.video.reformatter import VideoReformatter
 
     needed, first, last = set(indices.tolist()), int(indices.min()), int(indices.max())
-    number_of = None if index.stamps is None else {stamp: number for number, stamp in enumerate(index.stamps)}
+    number_of: dict[int | None, int] = {stamp: number for number, stamp in enumerate(index.stamps or [])}
     results: dict[int, np.ndarray] = {}
-    count, expected, convert = 0, first, VideoReformatter()
+    count, convert = 0, VideoReformatter()
     with video_index.open_video(path) as (container, stream):
         if origin is not None:
             container.seek(origin, stream=stream, backward=True)
+        skips = skips and stream.codec_context.name == "h264"
+        order = iter(sorted(needed) if skips else range(first, last + 1))
+        expected = next(order)
         for packet in container.demux(stream):
+            if skips:
+                is_needed = number_of.get(packet.pts, -1) in needed
+                stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             for frame in video_index.decode(packet, count > 0):
-                number = count if number_of is None else number_of.get(frame.pts, -1)  # type: ignore[arg-type]
+                if skips and frame.interlaced_frame:  # its fields may be packets of their own
+                    return _decode_from(origin, path, index, indices, size)
+                number = count if index.stamps is None else number_of.get(frame.pts, -1)
                 count += 1
+                if first <= number <= last:
+                    video_index.check_frame(path, frame, index.stored)
                 if number != expected:
                     continue
-                video_index.check_frame(path, frame, index.stored)
                 if number in needed:
                     results[number] = _to_array(frame, index, convert, size)
                 if number == last:
                     return np.stack([results[number] for number in indices.tolist()])
-                expected += 1
+                expected = next(order)
     raise video_index.damaged(path, f"frame {expected} of {len(index.times)} is missing")
 
 
 def _decode_pyav(path: Source, index: VideoIndex, indices: np.ndarray, size: Size | None = None) -> np.ndarray:
-    """The frames with these indices, scaled to a displayed size if given; frames between them have to be sound as well."""
-    if index.stamps is not None and indices.min() > 0:
+    """The frames with these indices, scaled to a displayed size if given; frames between them, to which others refer, have to be sound as well."""
+    if index.stamps is not None:
         with contextlib.suppress(UserError):  # key frames may need frames before them, or be marked wrongly
-            return _decode_from(index.stamps[int(indices.min())], path, index, indices, size)
+            return _decode_from(index.stamps[int(indices.min())], path, index, indices, size, skips=True)
     return _decode_from(None, path, index, indices, size)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fixtures.video_files import FPS, INTERLACED, REGULAR, SIZE, VARIABLE, copy, display, number_of, picture, write
-from microcinema.data import quality, video_reader
+from microcinema.data import quality, video_index, video_reader
 from microcinema.data.clip_reader import ClipReader, resize_and_crop
 from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.video_index import TarMember, read_index
@@ -328,6 +328,8 @@ def test_what_is_read_is_what_is_shown(tmp_path, name):
             nearest = [int(np.argmin(np.abs(times - moment).round(3))) for moment in moments]
             clip = video_reader.read_clip(file.path, count, fps, start, decoder=decoder)
             assert [number_of(frame) for frame in clip] == [numbers[k] for k in nearest]
+            if all(frame.shape[:2] == file.size for frame in whole):
+                np.testing.assert_array_equal(clip, [whole[k] for k in nearest])
 
     surveyed, examined, frames = video_reader.survey(file.path, (60, 120), 8.0, 100)
     moments = np.arange(0, times[-1] + 1e-6, 1 / 8)
@@ -335,6 +337,41 @@ def test_what_is_read_is_what_is_shown(tmp_path, name):
     assert surveyed == info
     assert [number_of(frame) for frame in frames] == [numbers[k] for k in nearest]
     np.testing.assert_allclose(examined, times[nearest], atol=2e-3)
+
+
+@pytest.mark.parametrize("pyramid", ["none", "strict", "normal"])
+def test_frames_to_which_none_refers_are_skipped(tmp_path, monkeypatch, pyramid):
+    """Wherever a clip begins and whatever its rhythm, what remains is decoded to the same bytes."""
+    parameters = f"keyint=24:bframes=5:b-adapt=0:b-pyramid={pyramid}:scenecut=0:open-gop=1"
+    path = write(tmp_path / "a.mp4", **{"x264-params": parameters})
+    whole, index, decoded = decode(File(path)), read_index(path), []
+    for first, stride in itertools.product((0, 7, 20, 23, 24, 26, 31), (1, 2, 3)):
+        wanted = np.arange(first, 40, stride)[:4]
+        np.testing.assert_array_equal(video_reader._decode_pyav(path, index, wanted), [whole[k] for k in wanted])
+    count_frames(monkeypatch, decoded)
+    video_reader._decode_pyav(path, index, np.array([13, 20]))
+    assert len(decoded) <= 16
+
+
+@pytest.mark.parametrize("name", ["interlaced libx264 .mp4", "B-frames libx265 .mp4"])
+def test_fields_and_temporal_layers_are_not_skipped(tmp_path, monkeypatch, name):
+    path, decoded = TABLE[name](tmp_path).path, []
+    index = read_index(path)
+    count_frames(monkeypatch, decoded)
+    video_reader._decode_pyav(path, index, np.array([0, 20]))
+    assert set(index.stamps[:21]) <= set(decoded)
+
+
+def count_frames(monkeypatch, decoded: list[int]) -> None:
+    """Notes the time stamps of the frames that are decoded."""
+
+    def note(packet, started):
+        frames = plain(packet, started)
+        decoded.extend(frame.pts for frame in frames)
+        return frames
+
+    plain = video_index.decode
+    monkeypatch.setattr(video_index, "decode", note)
 
 
 # ------------------------------------------------------------------------------------------------ one answer everywhere
