@@ -43,18 +43,21 @@ class Task:
         return scene.combined_caption(self.sprite)
 
     def item(self, uses_motion_caption: bool, image: np.ndarray | None = None) -> PromptItem:
-        """The sampler's item, with a key frame uint8 (h, w, 3), or None: stage 1 draws it from the whole caption."""
+        """The sampler's item, with a key frame uint8 (h, w, 3), or None: stage 1 draws it.
+
+        Models with a motion caption get the descriptive caption without it, for both stages (arXiv 2408.10119); others the whole.
+        """
         content, motion = self.prompt, None
         if uses_motion_caption:
             content, motion = scene.caption(self.sprite), scene.motion_caption(self.sprite)
         part, index = self.numbers
         # Independent of the number of clips of each part, and different for all clips.
-        return PromptItem(content, self.name, motion, self.prompt, sample_index=index * len(PARTS) + part, image=image)
+        return PromptItem(content, self.name, motion, sample_index=index * len(PARTS) + part, image=image)
 
 
 @dataclass(frozen=True)
 class SpritesProtocol:
-    """The Moving Sprites protocol, version 2: that of version 1, whose identifier depended on the processor.
+    """The Moving Sprites protocol, version 3: before, stage 1 of models with a motion caption read that as well.
 
     Prompt number i of a part is the same whatever the counts are, so a short run is the beginning of a long one.
 
@@ -68,7 +71,7 @@ class SpritesProtocol:
     num_frames: Size = 16
     size: Size = 64
     fps: Fps = 8.0
-    version: int = field(default=2, init=False)
+    version: int = field(default=3, init=False)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -74,7 +74,7 @@ def test_identifiers_frames_and_files_do_not_depend_on_the_instruction_set():
         )
         assert process.returncode == 0, process.stderr
         outputs.append(process.stdout)
-    assert outputs[0].startswith("sprites-2-") and outputs[0] == outputs[1]
+    assert outputs[0].startswith("sprites-3-") and outputs[0] == outputs[1]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_identifier_tells_measurements_apart():
     others = [SpritesProtocol(4, 2, 1), SpritesProtocol(3, 2, 1, num_frames=8), SpritesProtocol(3, 2, 1, fps=4)]
     assert len({protocol.identifier for protocol in [SpritesProtocol(3, 2, 1), *others]}) == 4
     # Whoever changes what is asked for has to raise the version: numbers of other prompts are not comparable.
-    assert SpritesProtocol().identifier == "sprites-2-dc9af8fdc3af"
+    assert SpritesProtocol().identifier == "sprites-3-c752a361ae00"
 
 
 def test_bad_counts_are_named():
