@@ -19,7 +19,7 @@ PROMPTS, TWO_PROMPTS = HERE / "prompts.csv", HERE / "two_prompts.csv"
 MICROCINEMA, FACTORIZED_DREAMER = "sprites-microcinema", "sprites-factorized-dreamer"
 BOTH = HERE / "both_papers"
 PAPERS = {
-    "microcinema": "MicroCinema, once per clip (ours)",
+    "microcinema": "MicroCinema",
     "factorized_dreamer": "Factorized-Dreamer, light (ours)",
 }  # folder and title, in the order of rows
 SCALE = 2  # of the GIF: a pixel of the small world is hardly seen on a screen
@@ -46,7 +46,7 @@ STEPS = [
         ["train", "experiment=sprites_demo", f"data.root={HERE}/data", f"output_dir={HERE}/train"],
     ),
     (
-        "Sample with the embedded MicroCinema model, whose appearance branch is ours and runs once per clip: text to key frame, key frame to video",
+        "Sample with the embedded MicroCinema model: text to key frame, which is the centre frame, key frame to video",
         ["sample", f"pipeline={MICROCINEMA}", f"prompts={PROMPTS}", f"output_dir={HERE}/microcinema"],
     ),
     (
@@ -115,7 +115,7 @@ def main() -> int:
     show_both()
     print(f"\n== Done in {time.monotonic() - start:.0f} s")
     for what, where in {
-        "the same key frames moved by our once-per-clip MicroCinema (above) and our light Factorized-Dreamer (below)": BOTH
+        "the same key frames, centre frames of MicroCinema (above), first frames of our light Factorized-Dreamer (below)": BOTH
         / "all.gif",
         "videos of the model trained just now": HERE / "train" / "validation",
         "page with everything measured": HERE / "report" / "report.html",

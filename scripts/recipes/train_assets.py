@@ -658,7 +658,7 @@ def train_video(recipe: Recipe, pool: Pool, folder: Path) -> None:
     if folder.name == VIDEO_MODELS[0]:
         overrides += [f"init_weights_from={Path(recipe.work) / START}"]
     if folder.name == VIDEO_MODELS[1]:
-        overrides += [f"init_weights_from={folder.parent / VIDEO_MODELS[0]}"]
+        overrides += [f"init_weights_from={Path(recipe.work) / ONCE}"]
         overrides += [f"model.motion_encoder={folder.parent / 'sprites-t5'}"]
     status = microcinema(["train", *overrides])
     if status:
