@@ -319,7 +319,7 @@ def test_what_to_set_where_memory_is_short():
     )
 
 
-def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments, monkeypatch):
+def test_sampling_that_does_not_fit_is_told_what_half_precision_and_eight_bits_take(arguments, monkeypatch):
     composed = compose("train", arguments[1:])
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     where = composed.base.pretrained_model_name_or_path
@@ -327,7 +327,8 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_takes(arguments,
         replace(composed, train_batch_size=1, mixed_precision="no"), where, doctor.CPU
     )
     assert (disk.status, training.status, sampling.status) == (OK, PROBLEM, WARNING)
-    half = re.search(r"memory.torch_dtype=float16 decode_chunk_size=1 \(([\d.]+) GiB\)", sampling.advice)[1]
+    least = r"memory.torch_dtype=float16 decode_chunk_size=1 memory.layerwise_casting=true \(([\d.]+) GiB\)"
+    half = re.search(least, sampling.advice)[1]
     assert 0 < float(half) < float(sampling.found.partition(" GiB")[0])
 
 
