@@ -123,7 +123,7 @@ def test_the_card_tells_what_was_measured_of_both_video_models():
         },
     )
     assert "| `sprites-base/unet` | 1,234,567 |" in card and "{" not in card
-    assert "rotations in 2 (`sprites-microcinema`) and 2 (`sprites-factorized-dreamer`) of the 3 clips\nbelow" in card
+    assert "followed in 2 (`sprites-microcinema`) and 2 (`sprites-factorized-dreamer`) of the 3 clips\nbelow" in card
     assert card.index("91.5%") < card.index("82.5%") < card.index("87.5% (80.0 to 90.0) of 99 videos of 9 key frames")
     assert "0.0100 of 0.0400 (0.25) at t=20, 0.0300 of 0.0400 (0.75) at t=300." in card
     assert "(`experiment=sprites_factorized_dreamer`) | 77 | 8 clips |" in card
