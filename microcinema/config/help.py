@@ -98,8 +98,11 @@ def describe_keys(
         if option not in (None, "null") and group != "experiment":
             yield ""
             yield f"keys of {group}={option}:"
+            # An option that sets keys of other groups, too, names its own in full; the others stand above.
+            prefix = "" if _text(f"{group}/{option}").startswith("# @package _global_") else f"{group}."
             for key, value, meaning in documented_keys(f"{group}/{option}"):
-                yield line(f"{group}.{key}", value, meaning)
+                if f"{prefix}{key}" not in {name for name, _, _ in rows}:
+                    yield line(f"{prefix}{key}", value, meaning)
 
 
 def _value(tree: Any, key: str) -> str:

@@ -78,6 +78,15 @@ class DataParallel:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class Consistency:
+    teacher: types.PathText
+    num_ode_steps: Annotated[types.Count, Field(ge=20, le=1000)]  # from 20 on its sampler can be tried
+    guidance_scale: types.NotNegative | None
+    image_guidance_scale: types.NotNegative | None
+    huber_c: types.Positive
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Train(Clips):
     base: Base
     cached_latents: types.PathText | None
@@ -85,6 +94,7 @@ class Train(Clips):
     model: Model
     output_dir: types.PathText
     init_weights_from: types.PathText | None
+    objective: Consistency | None
     trainable_parameters: Literal["temporal", "all"]
     trainable_unet_layers: list[Annotated[str, Field(strict=True, min_length=1)]]
     train_batch_size: types.Count
@@ -130,6 +140,10 @@ class Train(Clips):
         if self.trainable_parameters == "all" and self.trainable_unet_layers:
             layers = f"every layer trains, not {self.trainable_unet_layers} alone; set trainable_unet_layers=[]"
             raise ValueError(f"with trainable_parameters=all {layers}, or trainable_parameters=temporal")
+        if self.objective is not None and self.snr_gamma is not None:
+            raise ValueError(
+                f"snr_gamma={self.snr_gamma} weights the denoising loss, not the objective; set snr_gamma=null"
+            )
         if self.num_frames > self.model.max_frames:
             raise ValueError(
                 f"num_frames={self.num_frames} is more than model.max_frames={self.model.max_frames}; set it"

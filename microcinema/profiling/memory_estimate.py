@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from microcinema.config.schema import Train
+from microcinema.diffusion.guidance import Guidance
 from microcinema.models.predict_net import PredictNet
+from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline, check_schedule
+from microcinema.training.consistency import Consistency, few_step_sampler
 from microcinema.training.ema import Averages, ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.trainer import make_optimizer
@@ -109,8 +114,16 @@ def training_memory(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in parameters)
     loss_config, encode = make_loss_config(pipeline, config), BatchEncoder(pipeline, torch.device("cpu"))
+    teacher = nn.Module()
+    if config.objective is not None:
+        teacher = _teacher(config.objective.teacher)
+        sampler = few_step_sampler(pipeline.training_scheduler, config.objective.num_ode_steps)
+        objective = Consistency(
+            partial(_predict, teacher, config.mixed_precision), Guidance(1.0, 1.0), sampler, huber_c=1.0
+        )
+        loss_config = replace(loss_config, objective=objective)
     with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
-        live.watch(tensors(pipeline))
+        live.watch([*tensors(pipeline), *teacher.parameters()])
         weights = live.now
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -146,6 +159,12 @@ def training_memory(
                 _sample_one_step(pipeline)
             phases["validating"] = live.reset_peak()
     return Estimate(weights, phases, gradients, optimizer, average, activations)
+
+
+def _teacher(name: str) -> TrainableModel:
+    """The network of a saved pipeline, with weights without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return TrainableModel(load_component(Path(resolve_snapshot(name, ["unet"]), "unet"), VideoUNet, weights=False))
 
 
 def _predict(

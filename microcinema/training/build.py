@@ -27,6 +27,7 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.training import cached_latents_check
 from microcinema.training.batch_encoder import Region
+from microcinema.training.consistency import few_step_sampler
 from microcinema.training.distributed import make_accelerator
 from microcinema.training.heldout_loss import SEED, HeldOutLoss
 from microcinema.training.launch_settings import launch_settings
@@ -172,13 +173,14 @@ def build_pipeline(
     """
     prior = config.diffusion.noise_prior.build()
     schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
+    few_steps = config.objective and few_step_sampler(schedule, config.objective.num_ode_steps)
     ignored = {"prediction_type": None}  # it does not change the noise levels
     levels = dict(levels or schedule_summary(base_scheduler))
     same_levels = levels | ignored == schedule_summary(schedule) | ignored
     height, width = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
     return ImageToVideoPipeline(
         **components,
-        scheduler=make_sampler(schedule),
+        scheduler=few_steps or make_sampler(schedule),
         network_schedule=None if same_levels else levels,
         noise_prior=prior.kind,
         noise_prior_strength=prior.strength,

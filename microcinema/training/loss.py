@@ -26,6 +26,8 @@ from microcinema.utils.device import to_device
 LOSS_KEYS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
+Objective = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""Losses of every clip, (b,), and PredictNet's flow, called with the arguments of `training_loss` and the weights of `motion_weights`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class LossConfig:
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` (arXiv 2403.03206, section 3.1); None: uniform.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
+        objective: in place of the denoising loss, such as `consistency.Consistency`.
     """
 
     scheduler: SchedulerMixin
@@ -95,6 +98,7 @@ class LossConfig:
     image_dropout: float
     seed: int
     remapped_timesteps: torch.Tensor | None = None
+    objective: Objective | None = None
 
     def sample_noise_and_timesteps(self, indices: Sequence[int], shape: torch.Size) -> TrainingNoise:
         """Noise, timesteps and condition dropout of the clips with these global indices, on the CPU.
@@ -110,6 +114,10 @@ class LossConfig:
             noise.append(torch.randn(shape, generator=rng))
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
         return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1])
+
+    def noise(self, batch: Batch, noise: TrainingNoise) -> torch.Tensor:
+        """`eps_hat` of the clips, (b, f, c, h, w)."""
+        return self.prior.noise(noise.noise, self.keyframes(batch.latents))
 
     def keyframes(self, latents: torch.Tensor) -> torch.Tensor:
         """Key frames of clips (b, f, c, h, w): (b, c, h, w)."""
@@ -181,10 +189,14 @@ class TrainableModel(nn.Module):
 def training_loss(
     denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> Losses:
-    """The weighted squared error of every clip, plus PredictNet's flow loss if enabled; `noise` is on the batch's device."""
-    prediction, expected, flow = predict(denoiser, batch, noise, null, config)
+    """The loss of every clip, as a rule the weighted squared error, plus PredictNet's flow loss; `noise` is on the batch's device."""
     weights = motion_weights(batch.latents, config.keyframes(batch.latents), config.motion_weight)
-    losses = squared_error(prediction, expected, weights) * loss_weights(config.scheduler, noise.t, config.snr_gamma)
+    if config.objective is None:
+        prediction, expected, flow = predict(denoiser, batch, noise, null, config)
+        losses = squared_error(prediction, expected, weights)
+        losses = losses * loss_weights(config.scheduler, noise.t, config.snr_gamma)
+    else:
+        losses, flow = config.objective(denoiser, batch, noise, null, config, weights)
     if flow is None or batch.flow is None:
         return Losses(losses)
     flow_losses = flow_loss(flow, batch.flow.vectors, batch.flow.valid)
@@ -195,13 +207,25 @@ def predict(
     denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The prediction for noisy clips, its target, both (b, f, c, h, w), and PredictNet's flow, or None."""
-    z_ref = config.keyframes(batch.latents)
-    eps = config.prior.noise(noise.noise, z_ref)
+    eps = config.noise(batch, noise)
     z_t = add_noise(config.scheduler, batch.latents, eps, noise.t)
+    prediction, flow = evaluate(denoiser, z_t, noise.t, batch, noise, null, config)
+    return prediction, target(config.scheduler, batch.latents, eps, noise.t), flow
+
+
+def evaluate(
+    denoiser: Denoiser,
+    z_t: torch.Tensor,
+    t: torch.Tensor,
+    batch: Batch,
+    noise: TrainingNoise,
+    null: NullConditioning,
+    config: LossConfig,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The prediction at `z_t` (b, f, c, h, w) and `t` (b,) under the conditions that the masks of `noise` keep, and the flow, or None."""
     text_mask, inputs = noise.text_mask[:, None, None], dict(batch.image)
     text = torch.where(text_mask, batch.text, null.text)
     if batch.motion_tokens is not None and null.motion_tokens is not None:
         inputs["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, null.motion_tokens)
-    t_model = noise.t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[noise.t]
-    prediction, flow = denoiser(z_t, t_model, text, z_ref, batch.fps, noise.image_mask, **inputs)
-    return prediction, target(config.scheduler, batch.latents, eps, noise.t), flow
+    t_model = t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[t]
+    return denoiser(z_t, t_model, text, config.keyframes(batch.latents), batch.fps, noise.image_mask, **inputs)

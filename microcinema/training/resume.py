@@ -12,10 +12,11 @@ from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.loading import resolve_snapshot
 from microcinema.training.loss import LOSS_KEYS
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.fingerprint import differences
-from microcinema.utils.hashing import SUMS, checksum_error
+from microcinema.utils.hashing import SUMS, checksum_error, hash_file, hash_json
 
 STATE = "training_state.json"
 
@@ -118,6 +119,12 @@ def run_identity(
     fixed |= {name: pipeline.config[name] for name in PIPELINE}
     fixed |= schedule_summary(pipeline.training_scheduler)
     fixed["clips"] = clips.fingerprint()
+    if config.objective is not None:
+        files = Path(resolve_snapshot(config.objective.teacher, ["unet"]), "unet").glob("*.safetensors")
+        fixed["objective"] = {
+            **vars(config.objective),
+            "teacher": hash_json({file.name: hash_file(file) for file in files}),
+        }
     free = {name: getattr(config, name) for name in FREE}
     free |= {"ddp.comm_hook": config.ddp.comm_hook}
     free |= {"mixed_precision": mixed_precision, "num_processes": num_processes}

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
 from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
+from microcinema.training.consistency import load_objective
 from microcinema.training.distributed import broadcast_from_main, has_zero3, unshard
 from microcinema.training.ema import Averages, ema_pipeline
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
@@ -86,8 +87,11 @@ class Trainer:
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, self.model, self.trained, self.ema, config.checkpoints_total_limit, identity
         )
-        self.progress = self.checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
         self.loss_config = make_loss_config(pipeline, config, accelerator.device)
+        if config.objective is not None:  # before the checkpoint, since opening the teacher draws random numbers
+            objective = load_objective(config.objective, pipeline, accelerator)
+            self.loss_config = replace(self.loss_config, objective=objective)
+        self.progress = self.checkpoints.load(checkpoint) if checkpoint else Progress(0, 0)
         self.encode = BatchEncoder(pipeline, accelerator.device, dataset.empty_tokens, region)
         self.metrics = StepMetrics(accelerator, self.loss_config.scheduler.config["num_train_timesteps"])
         self.nan_guard = NanGuard(accelerator, self.output_dir, config.seed)
