@@ -65,6 +65,7 @@ TEXTS = [
     "ray_address",
     "real_features_dir",
     "resume_from_checkpoint",
+    "preview_vae",
     "revision",
     "root",
     "scheduler",
