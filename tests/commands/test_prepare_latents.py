@@ -96,7 +96,14 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, processes,
 
 def test_two_processes_train_from_latents_as_one_does_from_clips(tmp_path, processes, keys, whole):
     """Same loss at every step, broken clips and what stands in for them included; captions are dropped half of the time."""
-    run = ["max_train_steps=3", "logging_steps=1", "text_dropout=0.5", "learning_rate=1e-3", "lr_warmup_steps=0", "checkpointing_steps=3"]
+    run = [
+        "max_train_steps=3",
+        "logging_steps=1",
+        "text_dropout=0.5",
+        "learning_rate=1e-3",
+        "lr_warmup_steps=0",
+        "checkpointing_steps=3",
+    ]
     for name, count, changes in (
         ("clips", 1, ["train_batch_size=4"]),
         ("latents", 2, ["train_batch_size=2", f"cached_latents={whole}"]),
