@@ -28,6 +28,7 @@ def test_half_of_stable_diffusions_width_can_be_measured(monkeypatch):
     assert sizes == [denoiser.FULL]
 
 
+@pytest.mark.slow
 def test_settings_are_measured_on_the_same_clips_of_the_protocol(tmp_path, capsys):
     path = tmp_path / "figures.json"
     options = ["--prompts", "1", "--batch-size", "2", "--figure", str(tmp_path / "x.png"), "--json", str(path)]
