@@ -62,6 +62,8 @@ def test_communication_is_timed_and_changes_no_gradient(tmp_path):
         spread = DistributedDataParallel(layer)
         spread.register_comm_hook(None, timer.communication)
         spread(x).sum().backward()
+        # Before the group: its last owner would wait for the group's threads with the interpreter's lock, which they may need.
+        del spread
     finally:
         distributed.destroy_process_group()
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(layer.parameters(), wanted, strict=True))
