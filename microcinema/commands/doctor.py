@@ -44,11 +44,8 @@ GIB = 2**30
 CPU = torch.device("cpu")
 # What is measured may be this much more than the estimate (docs/memory.md).
 MARGIN = 1.15
-CHECKPOINTING: tuple[Any, ...] = (
-    False,
-    "first_level",
-    True,
-)  # the values of gradient_checkpointing, from the fastest on
+# The values of gradient_checkpointing, from the fastest on.
+CHECKPOINTING: tuple[Any, ...] = (False, "first_level", True)
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 DECODERS = {"pyav": "av", "decord": "decord"}
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,38 @@ def prepare_conditions(
     return unet.encode(**tokens, **images, fps=rates, image_mask=image_mask)
 
 
+def _network_times(timesteps: torch.Tensor, remapped: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """What the network gets for each step: a tensor, since a number is a constant to torch.compile, which would make a graph of each."""
+    if remapped is None:
+        return timesteps
+    interpolated = np.interp(timesteps.cpu(), range(len(remapped)), remapped)
+    return torch.from_numpy(interpolated).to(device, torch.float32)
+
+
+def _make_denoiser(
+    unet: VideoUNet, conditions: Conditions, clips: int, device: str, windows: Windows, cache_interval: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The network by windows, once a step: of the latents of as many clips as the conditions are of, or of the last ones alone."""
+    steps, caches = count(), [StepCache() for _ in windows.slices] if cache_interval > 1 else []
+    # Under autocast, as in validation, only the network runs in low precision.
+    autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device))
+
+    def denoiser(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if next(steps) % cache_interval == 0:
+            for cache in caches:
+                cache.features = None
+        known = conditions if len(z_t) == clips else conditions.last(len(z_t))
+        of_windows = iter(caches)
+
+        def predict(window: torch.Tensor) -> torch.Tensor:
+            return unet(window.to(unet.dtype), t, known, *islice(of_windows, 1)).float()
+
+        with autocast:
+            return windows.average(predict, z_t)
+
+    return denoiser
+
+
 def denoise(
     unet: VideoUNet,
     scheduler: SchedulerMixin,
@@ -113,30 +145,10 @@ def denoise(
     scale = scheduler.scale_model_input(torch.ones_like(mean), first)  # not 1 for schedulers in terms of sigma
     z = z_T * scheduler.init_noise_sigma - signal_and_noise(scheduler, first, z_T)[1] * mean / scale
     arguments, device = step_arguments(scheduler, generator), z_T.device.type
-    # Under autocast, as in validation, only the network runs in low precision.
-    autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device))
-    times, branches = scheduler.timesteps, len(guidance.terms) * len(z)
-    if remapped_timesteps is not None:
-        # As tensors: a number is a constant to torch.compile, which would make a new graph at each step.
-        interpolated = np.interp(times.cpu(), range(len(remapped_timesteps)), remapped_timesteps)
-        times = torch.from_numpy(interpolated).to(z.device, torch.float32)
-
-    def denoiser(z_t: torch.Tensor, t_model: torch.Tensor) -> torch.Tensor:
-        known = conditions if len(z_t) == branches else conditions.last(len(z_t))
-        cache = iter(caches)
-
-        def predict(window: torch.Tensor) -> torch.Tensor:
-            return unet(window.to(unet.dtype), t_model, known, *islice(cache, 1)).float()
-
-        with autocast:
-            return windows.average(predict, z_t)
-
-    caches = [StepCache() for _ in windows.slices] if cache_interval > 1 else []
+    times = _network_times(scheduler.timesteps, remapped_timesteps, z.device)
+    denoiser = _make_denoiser(unet, conditions, len(guidance.terms) * len(z), device, windows, cache_interval)
     guided = GuidedDenoiser(guidance, denoiser, len(times))
     for step, (t, t_model) in enumerate(zip(scheduler.timesteps, times, strict=True)):
-        if step % cache_interval == 0:
-            for cache in caches:
-                cache.features = None
         with torch.autocast(device, enabled=False):
             # Here z is L u, the latents without their share of the prior's mean.
             signal, sigma = signal_and_noise(scheduler, t, z)

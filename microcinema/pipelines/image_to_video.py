@@ -365,9 +365,16 @@ class ImageToVideoPipeline(DiffusionPipeline):
 
 def make_guidance(settings: Any) -> Guidance:
     """The guidance of resolved `SamplingSettings`."""
-    scales = settings.guidance_scale, settings.image_guidance_scale
-    update = settings.guidance_interval, settings.guidance_reuse, settings.guidance_rescale
-    return Guidance(*scales, *update, settings.apg_eta, settings.apg_norm_threshold, settings.apg_momentum)
+    return Guidance(
+        text=settings.guidance_scale,
+        image=settings.image_guidance_scale,
+        interval=settings.guidance_interval,
+        reuse=settings.guidance_reuse,
+        rescale=settings.guidance_rescale,
+        apg_eta=settings.apg_eta,
+        apg_norm_threshold=settings.apg_norm_threshold,
+        apg_momentum=settings.apg_momentum,
+    )
 
 
 def _repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:

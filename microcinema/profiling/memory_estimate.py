@@ -114,16 +114,10 @@ def training_memory(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in parameters)
     loss_config, encode = make_loss_config(pipeline, config), BatchEncoder(pipeline, torch.device("cpu"))
-    teacher = nn.Module()
-    if config.objective is not None:
-        teacher = _teacher(config.objective.teacher)
-        sampler = few_step_sampler(pipeline.training_scheduler, config.objective.num_ode_steps)
-        objective = Consistency(
-            partial(_predict, teacher, config.mixed_precision), Guidance(1.0, 1.0), sampler, huber_c=1.0
-        )
-        loss_config = replace(loss_config, objective=objective)
+    objective, teacher = _objective(pipeline, config)
+    loss_config = replace(loss_config, objective=objective)
     with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
-        live.watch([*tensors(pipeline), *teacher.parameters()])
+        live.watch([*tensors(pipeline), *teacher])
         weights = live.now
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -161,10 +155,17 @@ def training_memory(
     return Estimate(weights, phases, gradients, optimizer, average, activations)
 
 
-def _teacher(name: str) -> TrainableModel:
-    """The network of a saved pipeline, with weights without data."""
+def _objective(pipeline: ImageToVideoPipeline, config: Train) -> tuple[Consistency | None, list[torch.Tensor]]:
+    """The objective of a run, if it has one, and the weights of its teacher, without data."""
+    if config.objective is None:
+        return None, []
+    folder = Path(resolve_snapshot(config.objective.teacher, ["unet"]), "unet")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return TrainableModel(load_component(Path(resolve_snapshot(name, ["unet"]), "unet"), VideoUNet, weights=False))
+        teacher = TrainableModel(load_component(folder, VideoUNet, weights=False))
+    # One evaluation of the teacher holds as much as several, which follow one another.
+    denoiser, guidance = partial(_predict, teacher, config.mixed_precision), Guidance(1.0, 1.0)
+    sampler = few_step_sampler(pipeline.training_scheduler, config.objective.num_ode_steps)
+    return Consistency(denoiser, guidance, sampler, huber_c=1.0), list(teacher.parameters())
 
 
 def _predict(

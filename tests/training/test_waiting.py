@@ -78,7 +78,7 @@ def test_a_step_reads_nothing_of_the_device_and_waits_for_no_copy(
     with BlockingCopies() as copies:
         trainer.step(batches)
     assert not +copies.found
-    with pytest.raises((RuntimeError, NotImplementedError)):  # what reads is found here
+    with pytest.raises((RuntimeError, NotImplementedError)):  # a meta tensor has no numbers: every reading fails
         trainer.finish_interval()
     with BlockingCopies() as copies:
         torch.zeros(3).to(META)
