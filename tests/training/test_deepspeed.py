@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_exports_whole_weights(stage, data
     def distance(state):
         return sum((saved[name] - state[name]).abs().sum() for name in saved)
 
-    # Not the same bits: gradients are rounded to bfloat16.
+    # ZeRO-3 did not resume in the same bits, for a reason that was not found: 1.2% of what two steps had changed when it was measured.
     assert distance(again) < 0.05 * distance(start)
     assert tiny_training.logged(resumed)[3] == pytest.approx(tiny_training.logged(whole)[3], rel=1e-2)
     unet = load_pipeline(whole).unet.state_dict()  # refuses a key or a shape that is not the network's
