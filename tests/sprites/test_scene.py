@@ -142,5 +142,7 @@ def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
 
 
 def test_bad_input(tmp_path):
+    with pytest.raises(UserError, match="num_frames=0"):
+        scene.render(example(), num_frames=0)
     with pytest.raises(UserError, match=r"truth\.jsonl"):
         next(dataset.read_truth(tmp_path))
