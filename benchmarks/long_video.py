@@ -51,7 +51,10 @@ def makers(
 
     def made(**length: Any) -> Maker:
         def make(sprite: scene.Sprite, keyframe: np.ndarray) -> np.ndarray:
-            output = sample(scene.combined_caption(sprite), keyframe, generator=[generator(seed)], **length)
+            texts: dict[str, Any] = {"prompt": scene.combined_caption(sprite)}
+            if pipeline.uses_motion_caption:
+                texts = {"prompt": scene.caption(sprite), "motion_prompt": scene.motion_caption(sprite)}
+            output = sample(image=keyframe, generator=[generator(seed)], **texts, **length)
             return to_uint8(output.frames[0])
 
         return make

@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("long_video", parents=[sampling], help=long_video.__doc__)
     command.set_defaults(measure=long_video)
-    command.add_argument("--pipeline", default="sprites-microcinema", help="an embedded or saved pipeline")
+    # Its key frame is the first frame, from which a clip can be continued.
+    command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved pipeline")
     command.add_argument("--classifier", default="sprites-classifier", help="an embedded classifier, or its folder")
     command.add_argument("--prompts", type=int, default=20, help="videos of each kind")
     command.add_argument("--num-segments", type=int, default=4, help="clips in a row")

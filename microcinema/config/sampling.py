@@ -54,7 +54,7 @@ class DenoisingSettings:
     guidance_interval: tuple[types.Fraction, types.Fraction] | None = None
     guidance_reuse: types.Count | None = None
     guidance_rescale: types.Fraction = 0.0
-    apg_eta: types.Number = 1.0
+    apg_eta: types.NotNegative = 1.0
     apg_norm_threshold: types.Positive | None = None
     apg_momentum: types.Momentum = 0.0
     cache_interval: types.Count | None = None
