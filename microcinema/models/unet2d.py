@@ -49,7 +49,6 @@ BLOCK_TYPES = {
 ENCODER_MODULES = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 MODULES = (*ENCODER_MODULES, "up_blocks", "conv_norm_out", "conv_act", "conv_out")
 LayerFunction = Callable[[int, "HalvedResnetBlock2D", Transformer2DModel | None, Tensor], tuple[Tensor, Any]]
-HalfFunction = Callable[[Tensor], Tensor]
 
 
 def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -165,20 +164,31 @@ def share_tokens(module: nn.Module) -> None:
 
 
 class HalvedResnetBlock2D(ResnetBlock2D):
-    """A ResNet block of diffusers whose forward runs a function of the features after each of its two convolutions.
+    """A ResNet block of diffusers whose forward runs a temporal convolution after each of its two convolutions.
 
-    diffusers builds the blocks, and this class, which has no parameters, replaces theirs. Without functions it is its own forward, but
-    that all layers share the SiLU of the time embedding, and that it does not divide by the `output_scale_factor`, which is 1.
+    diffusers builds the blocks, and this class, which has no parameters, replaces theirs. Without temporal convolutions it is its own
+    forward, but that all layers share the SiLU of the time embedding, and that it does not divide by the `output_scale_factor`, which is 1.
     """
 
     def forward(  # type: ignore[override]
-        self, h: Tensor, emb: Tensor, first: HalfFunction | None = None, second: HalfFunction | None = None
+        self,
+        h: Tensor,
+        emb: Tensor,
+        frames: int = 1,
+        first: nn.Module | None = None,
+        second: nn.Module | None = None,
+        scale_shift: Tensor | None = None,
     ) -> Tensor:
-        """Maps `n c h w` to `n c' h w`, with the SiLU of time embeddings, `n d`."""
+        """Maps `n c h w` to `n c' h w`, with the SiLU of time embeddings, `n d`.
+
+        Args:
+            frames, first, second, scale_shift: the temporal convolutions and their arguments; modules, since functions of a layer's number
+                would be compiled for each layer.
+        """
         x = self.conv1(self.nonlinearity(self.norm1(h)))
-        x = (first(x) if first else x) + self.time_emb_proj(emb)[:, :, None, None]
+        x = (first(x, frames) if first else x) + self.time_emb_proj(emb)[:, :, None, None]
         x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
-        x = second(x) if second else x
+        x = second(x, frames, scale_shift) if second else x
         return x + (h if self.conv_shortcut is None else self.conv_shortcut(h))
 
 

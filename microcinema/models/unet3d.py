@@ -81,14 +81,8 @@ class UNet3D(UNet2DBackbone):
         """A ResNet block with its temporal convolutions; `scale_shift` is injected into the last of them."""
         if self.temporal.convolutions == "after":
             return self.temporal_convs[number](resnet(h, emb), frames, scale_shift)
-
-        def first(x: Tensor) -> Tensor:
-            return self.temporal_first_convs[number](x, frames)
-
-        def second(x: Tensor) -> Tensor:
-            return self.temporal_second_convs[number](x, frames, scale_shift)
-
-        return resnet(h, emb, first, second)
+        first, second = self.temporal_first_convs[number], self.temporal_second_convs[number]
+        return resnet(h, emb, frames, first, second, scale_shift)
 
     def temporal_attention(self, number: int, h: Tensor, frames: int, conditions: Conditions) -> Tensor:
         """The temporal transformer of a layer, which reads the motion caption's tokens if there are any, else the text."""
