@@ -47,6 +47,7 @@ def loss_config(pipeline: ImageToVideoPipeline) -> LossConfig:
         text_dropout=0.0,
         image_dropout=0.0,
         seed=0,
+        keyframe_places=float(pipeline.unet.options.keyframe_places),
     )
 
 

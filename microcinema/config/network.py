@@ -50,6 +50,7 @@ class Pixels:
 class NetworkOptions:
     max_frames: Size
     keyframe_concat: bool
+    keyframe_places: bool
     fps_conditioning: bool
     temporal: Temporal
     appearance: Appearance | None

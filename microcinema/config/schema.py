@@ -115,6 +115,7 @@ class Train(Clips):
     flow_weight: types.NotNegative
     text_dropout: types.Fraction
     image_dropout: types.Fraction
+    keyframe_places: types.Fraction
     use_ema: bool
     ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None
@@ -144,6 +145,9 @@ class Train(Clips):
             raise ValueError(
                 f"snr_gamma={self.snr_gamma} weights the denoising loss, not the objective; set snr_gamma=null"
             )
+        if (self.keyframe_places > 0) != self.model.keyframe_places:
+            fault = f"keyframe_places={self.keyframe_places} and model.keyframe_places={self.model.keyframe_places}"
+            raise ValueError(f"{fault}; use true with a share of clips such as 0.5, or false with 0")
         if self.num_frames > self.model.max_frames:
             raise ValueError(
                 f"num_frames={self.num_frames} is more than model.max_frames={self.model.max_frames}; set it"

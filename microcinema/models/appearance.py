@@ -149,7 +149,7 @@ class AppearNet(UNet3D):
 
         if conditions.keyframe is not None:
             z_t = z_t + self.keyframe_conv(conditions.keyframe)[:, None]
-        h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
+        h = self.embed_latents(z_t, conditions)
         return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames), cache)[1]
 
 

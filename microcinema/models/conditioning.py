@@ -1,6 +1,6 @@
 """Conditions: the inputs of the denoiser apart from noisy latents and time, computed once per clip by `VideoUNet.encode`.
 
-Shapes: b clips, n text tokens, d text width, k motion tokens, e their width, c h w latents of a key frame or a feature.
+Shapes: b clips, f frames, n text tokens, d text width, k motion tokens, e their width, c h w latents of a key frame or a feature.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ class Conditions:
 
     text: Tensor  # text tokens, b n d
     keyframe: Tensor | None = None  # latents of the key frame, b c h w
+    placed: Tensor | None = None  # key frames at their places, b f c+1 h w (data/keyframe_places.py)
     reference: tuple[Tensor, ...] | None = None  # ReferenceNet's feature b c h w for every injected layer
     fps: Tensor | None = None  # frames per second, (b,)
     image: tuple[KeyValue, ...] | None = None  # of the adapter's image tokens, for every spatial cross-attention

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,7 +27,7 @@ from microcinema.models.unet2d import UNet2DBackbone, all_blocks, layer_specs, r
 class UNet3D(UNet2DBackbone):
     """Base class of the networks that see all frames of a clip."""
 
-    new_prefixes: tuple[str, ...] = ("temporal_", "fps_embedding.", "frame_embedding.")
+    new_prefixes: tuple[str, ...] = ("temporal_", "fps_embedding.", "frame_embedding.", "placed_conv_in.")
 
     def _build_temporal_layers(self, options: VideoUNetConfig) -> None:
         """The temporal layers, numbered as the layers that they belong to, and the embeddings of frame rate and frame index."""
@@ -60,7 +60,18 @@ class UNet3D(UNet2DBackbone):
                 width = self.time_embedding.linear_1.out_features
                 setattr(self, name, TimestepEmbedding(self.time_embedding.linear_1.in_features, width))
                 zero_init(getattr(self, name).linear_2)
+        if options.keyframe_places:
+            # A separate convolution, since that of a concatenation is a sum. No bias: a dropped key frame must add nothing.
+            channels = self.conv_in.in_channels + 1
+            self.placed_conv_in = zero_init(nn.Conv2d(channels, self.conv_in.out_channels, 3, padding=1, bias=False))
         self.temporal = temporal
+
+    def embed_latents(self, z_t: Tensor, conditions: Conditions) -> Tensor:
+        """Features `(b f) c h w` of noisy latents `b f c h w`, and of the key frames at their places for a network that has these."""
+        h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
+        if hasattr(self, "placed_conv_in") and conditions.placed is not None:
+            h = h + self.placed_conv_in(rearrange(conditions.placed, "b f c h w -> (b f) c h w"))
+        return h
 
     def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
         """SiLU `(b f) d` of the embeddings of diffusion time, frame rate and frame index, for latents `b f c h w`."""

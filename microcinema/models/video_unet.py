@@ -82,6 +82,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         temporal: dict[str, Any],
         max_frames: int = 32,
         keyframe_concat: bool = False,
+        keyframe_places: bool = False,
         fps_conditioning: bool = True,
         appearance: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
@@ -199,6 +200,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         image_tokens: Tensor | None = None,
         pixels: Tensor | None = None,
         motion_tokens: Tensor | None = None,
+        placed: Tensor | None = None,
     ) -> Conditions:
         """The conditions of b clips. Inputs of parts that the network does not have are ignored.
 
@@ -210,6 +212,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             image_tokens: the image encoder's tokens of the key frames, `b p e`.
             pixels: the key frames, `b 3 H W` in [-1, 1].
             motion_tokens: the motion encoder's tokens, `b k e`, zero where they are padding.
+            placed: key frames at their places, `b f c+1 h w`, see `place_keyframes`.
 
         Raises:
             UserError: shapes that do not match, or an input that a part needs is missing.
@@ -220,6 +223,10 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         parts: dict[str, Any] = {}
         if self.options.keyframe_concat or self.sources:
             parts["keyframe"] = z_ref
+        if self.options.keyframe_places:
+            parts["placed"] = _required(
+                placed, "the network sees key frames at their places; give place_keyframes(...)"
+            )
         if hasattr(self, "reference_net"):
             parts["reference"] = self.reference_net(z_ref, text)
         image: Any = None
@@ -293,7 +300,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
                 h = injection.add(h, appearance[number].attention)
             return h, None
 
-        h = self.conv_in(rearrange(z_t, "b f c h w -> (b f) c h w"))
+        h = self.embed_latents(z_t, conditions)
         if self.options.keyframe_concat and conditions.keyframe is not None:
             h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", groups)
         return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames), cache)[0]
@@ -313,6 +320,9 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             raise UserError(f"latents are {height}x{width}; height and width must be multiples of {self.stride}")
         if len(conditions.text) != b:
             raise UserError(f"there are {len(conditions.text)} texts for {b} clips; give one text per clip")
+        if conditions.placed is not None and conditions.placed.shape[1] != frames:
+            placed = f"key frames are placed in {conditions.placed.shape[1]} frames"
+            raise UserError(f"{placed}, and the clip has {frames}; place them in as many")
         layers = len(self.reference_net.injected) if hasattr(self, "reference_net") else 0
         for name, part, count in (
             ("appearance features", conditions.reference, layers),

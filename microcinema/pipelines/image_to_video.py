@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from microcinema.config.sampling import OWN, KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
+from microcinema.data.keyframe_places import place_keyframes
 from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
@@ -332,6 +333,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         for clip in range(settings.num_segments):
             pixels = as_tensor(current)
             context = {"z_ref": self.encode_image(pixels), **self.encode_pixels(pixels)}
+            if self.unet.options.keyframe_places:
+                frames = windows.slices[0].stop
+                places = torch.arange(frames, device=device) == keyframe_index(self.keyframe_position, frames)
+                latents = repeat(context["z_ref"], "b c h w -> b f c h w", f=frames)
+                context["placed"] = place_keyframes(latents, places.expand(len(latents), -1))
             context = {name: _repeat_to(x, videos) for name, x in context.items()}
             # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
             self.maybe_free_model_hooks()

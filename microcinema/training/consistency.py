@@ -131,5 +131,6 @@ def load_objective(
 def in_common(pipeline: ImageToVideoPipeline) -> dict[str, Any]:
     """What teacher and student must agree on: clips, noise, and every encoder."""
     values = {name: pipeline.config[name] for name in PIPELINE if name != "fps"}
-    values |= {"pixels": pipeline.uses_keyframe_pixels, **schedule_summary(pipeline.training_scheduler)}
+    values |= {"pixels": pipeline.uses_keyframe_pixels, "keyframe_places": pipeline.unet.options.keyframe_places}
+    values |= schedule_summary(pipeline.training_scheduler)
     return values | hash_networks({name: part for name, part in pipeline.components.items() if name != "unet"})

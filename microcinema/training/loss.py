@@ -4,7 +4,7 @@ Shapes: latents `b f c h w`, one key frame `b c h w`, tokens `b n d`, time `b`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import SchedulerMixin
@@ -13,6 +13,7 @@ from torch import nn
 
 from microcinema.config.schema import Train
 from microcinema.data.keyframe_index import keyframe_index
+from microcinema.data.keyframe_places import draw_places, main_keyframe, place_keyframes
 from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -23,7 +24,10 @@ from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.utils.device import to_device
 
-LOSS_KEYS = ("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout")
+LOSS_KEYS = (
+    *("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout"),
+    "keyframe_places",
+)
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -59,10 +63,12 @@ class TrainingNoise:
     t: torch.Tensor  # timesteps, (b,), integers
     text_mask: torch.Tensor  # False where the text is dropped, (b,)
     image_mask: torch.Tensor
+    places: torch.Tensor | None = None  # True where a key frame is, (b, f); None: at the model's own place alone
 
     def to(self, device: torch.device) -> "TrainingNoise":
         """The same noise on another device."""
-        return TrainingNoise(*(to_device(getattr(self, field.name), device) for field in fields(self)))
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        return TrainingNoise(**{name: to_device(value, device) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class LossConfig:
         motion_weight: extra weight where a clip departs from its key frame (`motion_weights`).
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` (arXiv 2403.03206, section 3.1); None: uniform.
         text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
+        keyframe_places: probability of other places than the model's own (`draw_places`); 0: the network does not see places.
+        keeps_own_place: whether a key frame is at the model's own place in any case, since the network has its pixels from there.
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
         objective: in place of the denoising loss, such as `consistency.Consistency`.
     """
@@ -97,6 +105,8 @@ class LossConfig:
     text_dropout: float
     image_dropout: float
     seed: int
+    keyframe_places: float = 0.0
+    keeps_own_place: bool = False
     remapped_timesteps: torch.Tensor | None = None
     objective: Objective | None = None
 
@@ -104,24 +114,39 @@ class LossConfig:
         """Noise, timesteps and condition dropout of the clips with these global indices, on the CPU.
 
         Each clip has its own generator, so its noise depends on neither batch size nor number of processes. Timestep and
-        dropout are drawn before the noise, so they do not depend on `shape`, (f, c, h, w).
+        dropout are drawn before the noise, so they do not depend on `shape`, (f, c, h, w); places after it, which they do not change.
         """
-        uniform, t, noise = [], [], []
+        uniform, t, noise, places = [], [], [], []
+        own = keyframe_index(self.keyframe_position, shape[0])
         for index in indices:
             rng = generator(self.seed, index)
             uniform.append(torch.rand(2, generator=rng))
             t.append(self._sample_timestep(rng))
             noise.append(torch.randn(shape, generator=rng))
+            if self.keyframe_places:
+                places.append(draw_places(shape[0], own, self.keyframe_places, rng))
+                places[-1][own] |= self.keeps_own_place
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
-        return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1])
+        drawn = torch.stack(places) if places else None
+        return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1], drawn)
 
     def noise(self, batch: Batch, noise: TrainingNoise) -> torch.Tensor:
         """`eps_hat` of the clips, (b, f, c, h, w)."""
-        return self.prior.noise(noise.noise, self.keyframes(batch.latents))
+        return self.prior.noise(noise.noise, self.keyframes(batch.latents, noise.places))
 
-    def keyframes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Key frames of clips (b, f, c, h, w): (b, c, h, w)."""
-        return latents[:, keyframe_index(self.keyframe_position, latents.shape[1])]
+    def keyframes(self, latents: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Key frames of clips (b, f, c, h, w), the main ones of `TrainingNoise.places`: (b, c, h, w)."""
+        own = keyframe_index(self.keyframe_position, latents.shape[1])
+        if places is None:
+            return latents[:, own]
+        return latents[torch.arange(len(latents), device=latents.device), main_keyframe(places, own)]
+
+    def placed_keyframes(self, latents: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+        """Key frames of clips (b, f, c, h, w) at their places: (b, f, c+1, h, w)."""
+        if places is None:
+            places = torch.zeros(latents.shape[:2], dtype=torch.bool, device=latents.device)
+            places[:, keyframe_index(self.keyframe_position, latents.shape[1])] = True
+        return place_keyframes(latents, places)
 
     def _sample_timestep(self, rng: torch.Generator) -> torch.Tensor:
         steps = self.scheduler.config["num_train_timesteps"]
@@ -141,6 +166,7 @@ def make_loss_config(pipeline: ImageToVideoPipeline, config: Train, device: torc
         prior=pipeline.noise_prior,
         remapped_timesteps=None if remapped is None else remapped.to(device),
         keyframe_position=pipeline.keyframe_position,
+        keeps_own_place=pipeline.uses_image_conditioning,
         **{name: getattr(config, name) for name in ("seed", *LOSS_KEYS)},
     )
 
@@ -190,7 +216,7 @@ def training_loss(
     denoiser: Denoiser, batch: Batch, noise: TrainingNoise, null: NullConditioning, config: LossConfig
 ) -> Losses:
     """The loss of every clip, as a rule the weighted squared error, plus PredictNet's flow loss; `noise` is on the batch's device."""
-    weights = motion_weights(batch.latents, config.keyframes(batch.latents), config.motion_weight)
+    weights = motion_weights(batch.latents, config.keyframes(batch.latents, noise.places), config.motion_weight)
     if config.objective is None:
         prediction, expected, flow = predict(denoiser, batch, noise, null, config)
         losses = squared_error(prediction, expected, weights)
@@ -228,4 +254,7 @@ def evaluate(
     if batch.motion_tokens is not None and null.motion_tokens is not None:
         inputs["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, null.motion_tokens)
     t_model = t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[t]
-    return denoiser(z_t, t_model, text, config.keyframes(batch.latents), batch.fps, noise.image_mask, **inputs)
+    if config.keyframe_places:
+        inputs["placed"] = config.placed_keyframes(batch.latents, noise.places)
+    z_ref = config.keyframes(batch.latents, noise.places)
+    return denoiser(z_t, t_model, text, z_ref, batch.fps, noise.image_mask, **inputs)

@@ -1,0 +1,38 @@
+"""Key frames at chosen places of a clip, for models with `model.keyframe_places`. Ours.
+
+The network sees every placed key frame where it stands. All else that needs one key frame for the whole clip (AppearNet, image adapter,
+noise prior, ...) gets the *main* one: of the placed ones the nearest to the model's own place, `keyframe_position`.
+
+Shapes: b clips, f frames, c h w latents.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def main_keyframe(places: Tensor, own: int) -> Tensor:
+    """Index of the main key frame among places, bool `(..., f)`: the one nearest to frame `own`, the earlier of two; `(...)`."""
+    distance = (torch.arange(places.shape[-1], device=places.device) - own).abs()
+    return torch.where(places, distance, places.shape[-1]).argmin(-1)
+
+
+def place_keyframes(latents: Tensor, places: Tensor) -> Tensor:
+    """What the network sees: the latents `b f c h w` where `places`, bool `(b, f)`, is True, else zero, and a channel that is 1 or 0
+    alike, `b f c+1 h w`."""
+    mask = rearrange(places, "b f -> b f 1 1 1")
+    ones = torch.ones_like(latents[:, :, :1])
+    return torch.where(mask, torch.cat([latents, ones], dim=2), 0.0)
+
+
+def draw_places(frames: int, own: int, probability: float, rng: torch.Generator) -> Tensor:
+    """The places of a training clip, bool `(f,)`: frame `own` alone, or with this probability one of seven sets that all are as frequent.
+
+    These are the first frame; the last; both; the center; every second; every fourth, from the first on; and one to four random frames.
+    """
+    random = torch.randperm(frames, generator=rng)[: 1 + int(torch.randint(4, (), generator=rng))].tolist()
+    sets = ([0], [frames - 1], [0, frames - 1], [frames // 2], [*range(0, frames, 2)], [*range(0, frames, 4)], random)
+    drawn = sets[int(torch.randint(len(sets), (), generator=rng))]
+    places = torch.zeros(frames, dtype=torch.bool)
+    places[drawn if torch.rand((), generator=rng) < probability else own] = True
+    return places

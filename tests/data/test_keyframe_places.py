@@ -1,0 +1,38 @@
+"""Places of key frames: the draws of training, the main one, and what the network sees."""
+
+import pytest
+import torch
+
+from microcinema.data.keyframe_places import draw_places, main_keyframe, place_keyframes
+from microcinema.diffusion.rng import generator
+
+
+def test_places_are_the_models_own_or_one_of_seven_sets():
+    def drawn(probability: float, frames: int = 8) -> list[tuple[int, ...]]:
+        rows = (draw_places(frames, 5, probability, generator(0, i)) for i in range(700))
+        return [tuple(row.nonzero()[:, 0].tolist()) for row in rows]
+
+    assert set(drawn(0.0)) == {(5,)}
+    sets = drawn(1.0)
+    for expected in ((0, 7), (0, 2, 4, 6), (0, 4)):
+        assert sets.count(expected) == pytest.approx(100, abs=35)
+    assert all(1 <= len(places) <= 4 for places in sets)
+    assert len(set(sets)) > 40  # the random ones
+    assert drawn(0.4).count((5,)) == pytest.approx(420, abs=45)
+    assert set(drawn(1.0, frames=1)) == {(0,)}  # of a picture
+
+
+def test_the_main_key_frame_is_the_nearest_to_the_models_own_place():
+    def main(*places: int, own: int = 4) -> int:
+        return int(main_keyframe(torch.isin(torch.arange(9), torch.tensor(places)), own))
+
+    assert (main(4), main(0, 8), main(0, 3, 5), main(1, 8), main(8), main(0, 8, own=8)) == (4, 0, 3, 1, 8, 8)
+
+
+def test_placed_key_frames_are_zero_elsewhere():
+    latents, places = torch.full((2, 3, 4, 2, 2), torch.nan), torch.tensor([[True, False, True], [False, True, False]])
+    latents[places] = torch.randn(3, 4, 2, 2)
+    placed = place_keyframes(latents, places)  # not even a NaN of the other frames is in it
+    assert placed.shape == (2, 3, 5, 2, 2)
+    assert torch.equal(placed[places][:, :4], latents[places]) and (placed[places][:, 4] == 1).all()
+    assert not placed[~places].any()
