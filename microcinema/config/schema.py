@@ -199,6 +199,7 @@ class Weights:
 class ZeroShotEvaluation(Generation):
     root: types.PathText
     allow_fewer: bool
+    skip_real: types.PathText | None
     real_features_dir: types.PathText | None
     video: Open
     c3d: Weights

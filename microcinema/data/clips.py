@@ -15,11 +15,12 @@ from microcinema.data.manifest import Manifest
 from microcinema.data.metadata import read_rows
 from microcinema.data.ordering import Ordering
 from microcinema.data.source import ClipSource, spread
+from microcinema.data.video_reader import VIDEOS
 from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import MachineError, UserError
 from microcinema.utils.hashing import hash_array, hash_json
 
-LAYOUTS = ("videos/{page_dir}/{id}.mp4", "{page_dir}/{id}.mp4", "{id}.mp4", "videos/{id}.mp4")
+LAYOUTS = ("videos/{page_dir}/{id}", "{page_dir}/{id}", "{id}", "videos/{id}")
 _MAX_ROOT_TESTS = 10_000  # rows, spread over the list, of which at least one must have a file
 _MAX_FILE_SIZES = 1000  # in the fingerprint of a list: ten million sizes take a file server an hour
 _TEXTS = ("caption", "description", "motion")
@@ -29,7 +30,8 @@ class ClipDataset(ClipSource):
     """Clips of `num_frames` frames, resized and center-cropped, with captions; `dataset[i]` depends on (seed, epoch, i) alone.
 
     A row of the list names its file, relative to `root`, or a WebVid id, whose file is searched in the usual layouts: `videos/{page_dir}/{id}.mp4`,
-    `{page_dir}/{id}.mp4`, `{id}.mp4`, `videos/{id}.mp4`. Captions of the key frame (`description`) and of the motion default to the caption.
+    `{page_dir}/{id}.mp4`, `{id}.mp4`, `videos/{id}.mp4`, and then with other suffixes of videos. Captions of the key frame (`description`) and of
+    the motion default to the caption.
 
     Args:
         metadata: path of the list: .csv, .tsv, .jsonl or .parquet (data/text_table.py).
@@ -178,7 +180,7 @@ class ClipDataset(ClipSource):
                 empty = True
             if empty:
                 raise MachineError(f"root '{self.root}' is gone or empty; mount its disk, and run the command again")
-            paths = ", ".join(str(path) for path in self._candidates(row))
+            paths = ", ".join(str(path) for path in self._candidates(row)[: len(LAYOUTS)])
             raise UserError(f"video '{row['id']}' is missing; tried {paths}; fetch it or take it off the list")
         return path
 
@@ -191,4 +193,4 @@ class ClipDataset(ClipSource):
         if row["file"]:
             return [self.root / row["file"]]
         layouts = LAYOUTS if row["page_dir"] else [layout for layout in LAYOUTS if "page_dir" not in layout]
-        return [self.root / layout.format(**row) for layout in layouts]
+        return [self.root / f"{layout.format(**row)}{suffix}" for suffix in VIDEOS for layout in layouts]

@@ -28,13 +28,12 @@ from microcinema.data.manifest import Manifest
 from microcinema.data.ordering import Ordering, ShardOrder
 from microcinema.data.source import ClipSource
 from microcinema.data.text_table import parse_object, text_of
-from microcinema.data.video_reader import IMAGES, TarMember
+from microcinema.data.video_reader import IMAGES, VIDEOS, TarMember
 from microcinema.data.watermark import Watermark
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import natural_key, write_json
 from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _MAX_LISTINGS = 32  # shards whose list of samples a worker keeps
 
 Sample = dict[str, TarMember]

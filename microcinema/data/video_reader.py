@@ -14,6 +14,7 @@ from microcinema.data.video_index import Size, Source, TarMember, VideoIndex, Vi
 from microcinema.utils.errors import UserError, check_choice
 
 DECODERS = ("pyav", "decord")
+VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _TICK = 1e-6  # seconds; times closer than this are equal, so that float rounding never decides which frame is nearest
 

@@ -39,6 +39,7 @@ Measure = Callable[[Batch], dict[str, np.ndarray]]
 """Maps a batch to named arrays with one entry per clip."""
 
 DETECTORS = ("i3d", "i3d_torchscript")
+UCF101_CLASSES = 101
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,9 @@ class ClassProbabilities:
         output = self.network(video).reshape(len(batch), -1).double()
         if (output < 0).any() or not torch.allclose(output.sum(dim=1), torch.ones(1).to(output), atol=1e-3):
             raise UserError("evaluation.c3d.weights gives no probabilities; give the classifier with its softmax")
+        if output.shape[1] != UCF101_CLASSES:
+            fault = f"evaluation.c3d.weights knows {output.shape[1]} classes, and UCF-101 has {UCF101_CLASSES}"
+            raise UserError(f"{fault}; give the classifier of UCF-101")
         return {"probabilities": output.float().cpu().numpy()}
 
 

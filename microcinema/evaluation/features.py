@@ -15,19 +15,55 @@ from microcinema.evaluation.detectors import Batch, Measure
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path
 from microcinema.utils.fingerprint import write_or_verify
+from microcinema.utils.hashing import hash_json
 
+Loaded = tuple[np.ndarray, np.ndarray | None]
+_SHOWN = 5  # faults that a message names
 _READERS = 8  # threads that decode clips while the detectors run; decoding releases Python's lock
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """A clip that cannot be read: its number among the clips, and why."""
+
+    clip: int
+    reason: str
+
+
+class UnreadableClips(UserError):
+    """Names the first clips that cannot be read; `faults` are all of them, in their order."""
+
+    def __init__(self, faults: Sequence[Fault], count: int):
+        self.faults = sorted(faults)
+        shown = "; ".join(fault.reason for fault in self.faults[:_SHOWN])
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        super().__init__(f"{len(faults)} of {count} clips cannot be read: {shown}{more}")
 
 
 @dataclass(frozen=True)
 class Clips:
     """A set of clips to measure. `load` returns the frames of one, uint8 (f, h, w, 3), all of one shape, and its key frame uint8
-    (h, w, 3), with which the frame `keyframe_index` is compared, or None."""
+    (h, w, 3), with which the frame `keyframe_index` is compared, or None.
 
-    count: int
+    Attributes:
+        names: what tells each clip from any other, so that the features of a clip that was replaced are measured anew.
+        numbers: of each clip in the whole set, increasing; None: 0, 1, ... A clip that is left out changes no batch but its own.
+    """
+
+    names: Sequence[str]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
     prompts: Sequence[str] | None = None
     keyframe_index: int = 0
+    numbers: Sequence[int] | None = None
+
+    def batches(self, size: int) -> dict[str, list[int]]:
+        """Clips whose numbers lie between two multiples of `size`, by the name of the file of their features."""
+        numbers = range(len(self.names)) if self.numbers is None else self.numbers
+        batches: dict[int, list[int]] = {}
+        for index, number in enumerate(numbers):
+            batches.setdefault(number - number % size, []).append(index)
+        content = {start: [(numbers[i], self.names[i]) for i in batch] for start, batch in batches.items()}
+        return {f"{start:06d}-{hash_json(content[start])[:8]}.npz": batch for start, batch in batches.items()}
 
 
 def extract_features(
@@ -40,39 +76,69 @@ def extract_features(
     rank: int = 0,
     num_processes: int = 1,
     progress: bool = True,
+    gather: Callable[[list[Fault]], list[Fault]] = lambda faults: faults,
 ) -> "Features":
     """Runs every measure on the batches of this process, every `num_processes`-th from `rank`, and stores the features in one file per
-    batch. The folder keeps the fingerprint: everything that they depend on. Returns the features of all clips, for when all processes are done.
+    batch. The folder keeps the fingerprint: everything that they depend on, beside the clips' names.
+
+    Args:
+        gather: the faults of all processes from those of each one.
+
+    Returns:
+        the features of all clips, for when all processes are done.
 
     Raises:
-        UserError: the folder holds features with another fingerprint, a clip cannot be read, or a detector refuses it.
+        UnreadableClips: of all processes, when everything else is measured.
+        UserError: the folder holds features with another fingerprint, or a detector refuses a clip.
     """
     write_or_verify(folder, fingerprint, "choose another output_dir or evaluation.real_features_dir")
-    mine = _batches(clips.count, batch_size)[rank::num_processes]  # so that batches do not depend on the processes
-    missing = [batch for batch in mine if not _path(folder, batch).exists()]
-    total, silent = sum(map(len, missing)), not progress or not missing
+    batches = clips.batches(batch_size)  # which do not depend on the number of processes
+    paths = [Path(folder) / name for name in batches]
+    share = list(zip(paths, batches.values(), strict=True))[rank::num_processes]
+    missing = [(path, batch) for path, batch in share if not path.exists()]
+    total, silent = sum(len(batch) for _, batch in missing), not progress or not missing
+    faults: list[Fault] = []
     with ThreadPoolExecutor(_READERS) as pool, tqdm(total=total, desc=label, unit="clip", disable=silent) as bar:
         # One batch is read ahead and no more, so that memory does not grow with the number of clips.
-        def submit(batches: Sequence[range]) -> list[Future[tuple[np.ndarray, np.ndarray | None]]]:
-            return [pool.submit(clips.load, index) for batch in batches[:1] for index in batch]
+        def submit(number: int) -> list[Future[Loaded | Fault]]:
+            return [pool.submit(_load, clips, index) for _, batch in missing[number : number + 1] for index in batch]
 
-        pending = submit(missing)
-        for number, batch in enumerate(missing):
-            reading, pending = pending, submit(missing[number + 1 :])
+        pending = submit(0)
+        for number, (path, batch) in enumerate(missing):
+            reading, pending = pending, submit(number + 1)
             try:
-                features = _measure(clips, batch, [future.result() for future in reading], measures)
+                features = _measure(clips, batch, [future.result() for future in reading], measures, faults)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            with atomic_path(_path(folder, batch)) as path:
-                np.savez(path, **features)  # type: ignore[arg-type]
+            if features is not None:
+                with atomic_path(path) as temporary:
+                    np.savez(temporary, **features)  # type: ignore[arg-type]
             bar.update(len(batch))
-    return Features(Path(folder), clips.count, batch_size)
+    if faults := gather(faults):
+        raise UnreadableClips(faults, len(clips.names))
+    return Features(paths)
+
+
+def _load(clips: Clips, index: int) -> Loaded | Fault:
+    try:
+        return clips.load(index)
+    except UserError as error:
+        return Fault(index, str(error))
 
 
 def _measure(
-    clips: Clips, indices: range, loaded: Sequence[tuple[np.ndarray, np.ndarray | None]], measures: Sequence[Measure]
-) -> dict[str, np.ndarray]:
+    clips: Clips,
+    indices: Sequence[int],
+    results: Sequence[Loaded | Fault],
+    measures: Sequence[Measure],
+    faults: list[Fault],
+) -> dict[str, np.ndarray] | None:
+    """The features of a batch; None if it has faults, which are added to the others."""
+    loaded = [result for result in results if not isinstance(result, Fault)]
+    faults += [result for result in results if isinstance(result, Fault)]
+    if len(loaded) < len(results):
+        return None
     keyframes = [keyframe for _, keyframe in loaded if keyframe is not None]
     batch = Batch(
         np.stack([frames for frames, _ in loaded]),
@@ -85,16 +151,13 @@ def _measure(
 
 @dataclass(frozen=True)
 class Features:
-    """The stored features of a set of clips, in the order of the clips."""
+    """The stored features of a set of clips, in the order of the clips: one file per batch."""
 
-    folder: Path
-    count: int
-    batch_size: int
+    paths: Sequence[Path]
 
     def batches(self, name: str) -> Iterator[np.ndarray]:
         """Yields an array (b, ...) for each batch; a UserError if its file is missing or damaged."""
-        for batch in _batches(self.count, self.batch_size):
-            path = _path(self.folder, batch)
+        for path in self.paths:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     yield arrays[name]
@@ -107,13 +170,5 @@ class Features:
 
     @property
     def names(self) -> list[str]:
-        with np.load(_path(self.folder, range(min(self.count, self.batch_size)))) as arrays:
+        with np.load(self.paths[0]) as arrays:
             return list(arrays.files)
-
-
-def _batches(count: int, batch_size: int) -> list[range]:
-    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-
-
-def _path(folder: str | os.PathLike[str], batch: range) -> Path:
-    return Path(folder) / f"{batch.start:06d}.npz"

@@ -1,4 +1,4 @@
-"""The generated clips of a protocol: from the sampler that the command `sample` uses, or from a folder of videos."""
+"""The generated clips of a protocol, from the sampler that the command `sample` uses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,14 +9,10 @@ import numpy as np
 from accelerate import PartialState
 
 from microcinema.config.sampling import DenoisingSettings, KeyframeSettings, MemorySettings, SamplingSettings
-from microcinema.config.schema import Evaluate, ZeroShotEvaluation
-from microcinema.data.video_reader import probe, read_clip
-from microcinema.evaluation.protocol import ZeroShotProtocol
-from microcinema.evaluation.videos import folder_videos, hash_list
+from microcinema.config.schema import Evaluate
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
-from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json
 
@@ -24,10 +20,11 @@ from microcinema.utils.hashing import hash_json
 @dataclass(frozen=True)
 class Generated:
     """Generated clips of a protocol's samples. `load` returns the frames of one, uint8 (f, h, w, 3), and its key frame uint8 (h, w, 3),
-    with which the frame `keyframe_index` is compared, or None. The fingerprint is everything that the clips depend on; counts are those of
-    `generate`."""
+    with which the frame `keyframe_index` is compared, or None. Names are those of `Clips`. The fingerprint is everything that the clips depend
+    on beside them; counts are those of `generate`."""
 
     samples: list[PromptItem]
+    names: Sequence[str]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
     fps: float
     fingerprint: dict[str, Any]
@@ -83,12 +80,9 @@ def generate(
 
 
 def generate_clips(
-    config: Evaluate, protocol: ZeroShotProtocol, samples: list[PromptItem], folder: Path, state: PartialState
+    config: Evaluate, sampler: Sampler, samples: list[PromptItem], folder: Path, state: PartialState
 ) -> Generated:
     """Clips of the pipeline of the config, made as by `generate` if needed."""
-    assert isinstance(config.evaluation, ZeroShotEvaluation)
-    size = config.evaluation.height, config.evaluation.width
-    sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
     prompts_sha256 = hash_json([sample.prompt for sample in samples])
     clips, fingerprint, counts = generate(sampler, samples, config.seed, folder, state, prompts_sha256=prompts_sha256)
 
@@ -96,43 +90,5 @@ def generate_clips(
         clip = clips.load(samples[number].id)
         return clip.frames, clip.keyframe
 
-    index = sampler.keyframe_index
-    return Generated(samples, load, fingerprint["fps"], fingerprint, index, counts=counts)
-
-
-def folder_clips(name: str, protocol: ZeroShotProtocol, samples: list[PromptItem]) -> Generated:
-    """Clips from a folder of videos. Numbers as file names are numbers of samples; other files are taken in natural order.
-
-    Raises:
-        UserError: no videos, more than samples, numbers of no sample, or (from `load`) videos of several sizes.
-    """
-    videos = folder_videos(name)
-    numbers = [int(video.path.stem) if video.path.stem.isdigit() else -1 for video in videos]
-    has_prompts = bool(samples)
-    if not samples:
-        measured = [PromptItem("", f"{i:05d}", sample_index=i, source=video.name) for i, video in enumerate(videos)]
-    elif min(numbers) >= 0:
-        if len(set(numbers)) < len(numbers) or max(numbers) >= len(samples):
-            valid = f"samples 0 to {len(samples) - 1}; number them by the manifest's samples"
-            raise UserError(f"generated_dir='{name}' has numbered files that are not the {len(samples)} {valid}")
-        measured = [samples[number] for number in numbers]
-    else:
-        if len(videos) > len(samples):
-            raise UserError(f"generated_dir='{name}' holds {len(videos)} videos; the protocol asks for {len(samples)}")
-        measured, has_prompts = samples[: len(videos)], len(videos) == len(samples)
-    first = probe(videos[0].path)
-
-    def load(index: int) -> tuple[np.ndarray, None]:
-        path = videos[index].path
-        frames = read_clip(path, protocol.num_frames)
-        if frames.shape[1:3] != (first.height, first.width):
-            sizes = f"'{path}' is {frames.shape[2]}x{frames.shape[1]}, '{videos[0].path}' {first.width}x{first.height}"
-            raise UserError(f"{sizes}; generated videos must all have one size")
-        return frames, None
-
-    warnings = ["Generated clips were read from compressed videos; compression changes the results."]
-    if not has_prompts and samples:
-        warnings.append("There are fewer videos than samples, and their names are not numbers: prompts are unknown.")
-    size = {"height": first.height, "width": first.width, "fps": first.fps}
-    fingerprint = {"folder": str(name), "files_sha256": hash_list(videos), **size}
-    return Generated(measured, load, first.fps, fingerprint, has_prompts=has_prompts, warnings=tuple(warnings))
+    names, index = [sample.id for sample in samples], sampler.keyframe_index
+    return Generated(samples, names, load, fingerprint["fps"], fingerprint, index, counts=counts)

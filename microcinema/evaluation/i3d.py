@@ -79,17 +79,17 @@ class I3D(nn.Module):
     """Logits of Kinetics-400, averaged over time, before the softmax. `eps` of the batch norms is 1e-3 in pytorch-i3d and TF-hub, 1e-5 in
     VideoGPT's file."""
 
-    def __init__(self, num_classes: int = 400, eps: float = 1e-3):
+    def __init__(self, eps: float = 1e-3):
         super().__init__()
         self.Conv3d_1a_7x7 = Unit3d(3, 64, 7, 2, eps)
         self.Conv3d_2b_1x1 = Unit3d(64, 64, 1, 1, eps)
         self.Conv3d_2c_3x3 = Unit3d(64, 192, 3, 1, eps)
         for name, (in_channels, widths) in MIXED.items():
             self.add_module(name, Mixed(in_channels, widths, eps))
-        self.logits = Unit3d(1024, num_classes, 1, 1, eps, bare=True)
+        self.logits = Unit3d(1024, 400, 1, 1, eps, bare=True)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(b, 3, f, 224, 224) in [-1, 1] -> (b, num_classes); a UserError for another size, or f below `MIN_FRAMES`."""
+        """(b, 3, f, 224, 224) in [-1, 1] -> (b, 400); a UserError for another size, or f below `MIN_FRAMES`."""
         frames, height, width = video.shape[2:]
         if (height, width) != (SIZE, SIZE) or frames < MIN_FRAMES:
             clips = f"{frames} frames of {height}x{width}"
@@ -108,8 +108,7 @@ class I3D(nn.Module):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], eps: float = 1e-3) -> "I3D":
         """Of a published file's content, in evaluation mode; a UserError if names or shapes are not I3D's."""
-        weight = state.get("logits.conv3d.weight")
-        network = cls(400 if weight is None else len(weight), eps)
+        network = cls(eps)
         try:  # files from before PyTorch 0.4 lack num_batches_tracked, which is then not counted as missing
             names = network.load_state_dict(dict(state), strict=False)
         except RuntimeError as error:  # its last line names a weight and both shapes

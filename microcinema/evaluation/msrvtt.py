@@ -1,4 +1,5 @@
-"""MSR-VTT (Xu et al., CVPR 2016) as it is distributed: `test_videodatainfo.json`, `train_val_videodatainfo.json` or `MSRVTT_data.json`, and videos."""
+"""MSR-VTT (Xu et al., CVPR 2016) as it is distributed, with the lists `test_videodatainfo.json` and `train_val_videodatainfo.json`, or merged
+into `MSRVTT_data.json`; and as the project frozen-in-time distributes it, with `annotation/MSR_VTT.json` and `videos/all`."""
 
 import csv
 import json
@@ -6,18 +7,19 @@ import os
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from microcinema.evaluation.videos import Caption, Video, first_of
+from microcinema.evaluation.videos import Caption, Video, first_of, videos_by_stem
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import natural_key
 
 CHOICE_FILE = Path(__file__).parent / "msrvtt_captions.csv"
 
 _LISTS = {"test": "test_videodatainfo.json", "train": "train_val_videodatainfo.json"}
-_MERGED = "MSRVTT_data.json"
+_MERGED, _FROZEN_IN_TIME = "MSRVTT_data.json", "MSR_VTT.json"
 _FOLDERS = ("", "TestVideo", "TrainValVideo", "videos", "videos/all", "videos/test", "videos/train")
-_SUFFIXES = (".mp4", ".webm")
 _SPLITS = {"train": ("train",), "validate": ("validate", "val"), "test": ("test",)}
+_FIRST = {"train": 0, "validate": 6513, "test": 7010}  # number of the first video of each split
 
 
 def msrvtt_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
@@ -37,6 +39,8 @@ def msrvtt_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
     for path in dict.fromkeys(_list(Path(root), name) for name in names):
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
+            if path.name == _FROZEN_IN_TIME:
+                content = _as_distributed(content)
             identifiers |= {video["video_id"] for video in content["videos"] if video["split"] in words}
             for sentence in content["sentences"]:
                 captions[sentence["video_id"]][int(sentence["sen_id"])] = sentence["caption"].strip()
@@ -46,17 +50,27 @@ def msrvtt_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
         raise UserError(f"'{path}' names no video of the split '{split}'; check evaluation.root")
     texts = {name: tuple(Caption(str(i), text) for i, text in sorted(captions[name].items())) for name in identifiers}
     # video2 before video10
-    return [Video(name, _path(Path(root), name), captions=texts[name]) for name in sorted(texts, key=natural_key)]
+    files: dict[str, Path] = {}
+    for folder in _FOLDERS:
+        files = videos_by_stem(Path(root, folder)) | files
+    paths = {name: files.get(name, Path(root, f"{name}.mp4")) for name in texts}
+    return [Video(name, paths[name], captions=texts[name]) for name in sorted(texts, key=natural_key)]
+
+
+def _as_distributed(content: Any) -> dict[str, Any]:
+    """The list of frozen-in-time in the form of the others. It has no splits, which follow from the videos' numbers."""
+    sentences = [{**row, "video_id": row["image_id"], "sen_id": row["id"]} for row in content["annotations"]]
+    numbers = {row["video_id"]: int(row["video_id"].removeprefix("video")) for row in sentences}
+    splits = {
+        name: max(_FIRST, key=lambda s: (_FIRST[s] <= number) * (1 + _FIRST[s])) for name, number in numbers.items()
+    }
+    videos = [{"video_id": name, "split": split} for name, split in splits.items()]
+    return {"videos": videos, "sentences": sentences}
 
 
 def _list(root: Path, name: str) -> Path:
-    places = [root / folder / file for file in (name, _MERGED) for folder in ("", "annotation")]
+    places = [root / folder / file for file in (name, _MERGED, _FROZEN_IN_TIME) for folder in ("", "annotation")]
     return first_of(places, "the list of MSR-VTT's videos and captions")
-
-
-def _path(root: Path, name: str) -> Path:
-    places = [root / folder / f"{name}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES]
-    return next((path for path in places if path.is_file()), places[0])
 
 
 def chosen_caption(video: Video) -> Caption:

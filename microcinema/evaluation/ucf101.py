@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from microcinema.evaluation.videos import Video, first_of
+from microcinema.evaluation.videos import Video, first_of, videos_by_stem
 from microcinema.utils.errors import UserError
 
 PROMPTS_FILE = Path(__file__).parent / "ucf101_prompts.csv"
@@ -17,7 +17,7 @@ PromptSet = Literal["raw", "split", "descriptive"]
 
 def ucf101_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
     """The videos of `train`, `test` or `all` that the lists of the first official division name, whether they are there or not, sorted by
-    name, with their classes.
+    name, with their classes. A file may have another suffix than the lists give it.
 
     Raises:
         UserError: another layout (what was looked for is named), an empty list, or one with a class that `classInd.txt` does not name.
@@ -29,7 +29,10 @@ def ucf101_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
     # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1": a class number follows in the training lists.
     names = sorted({line.split()[0] for part in parts for line in _lines(lists / f"{part}list01.txt")})
     # By the folder: that of handstand push-ups is HandstandPushups, its files are called v_HandStandPushups_*.
-    videos = [Video(name, folder / name, label=name.partition("/")[0]) for name in names]
+    labels = {name: name.partition("/")[0] for name in names}
+    files = {label: videos_by_stem(folder / label) for label in set(labels.values())}
+    paths = {name: files[label].get(Path(name).stem, folder / name) for name, label in labels.items()}
+    videos = [Video(name, paths[name], label) for name, label in labels.items()]
     if unknown := sorted({video.label for video in videos} - classes):
         raise UserError(f"'{lists}' names the class '{unknown[0]}', which is not in classInd.txt")
     return videos

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from microcinema.data.video_reader import VIDEOS
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_chunks
-
-SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,28 @@ def folder_videos(folder: str | os.PathLike[str]) -> list[Video]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"'{root}' is no folder; give a folder of videos ({', '.join(SUFFIXES)})")
-    files = list_files(root, SUFFIXES, "**/*")
+        raise UserError(f"'{root}' is no folder; give a folder of videos ({', '.join(VIDEOS)})")
+    files = list_files(root, VIDEOS, "**/*")
     if not files:
-        raise UserError(f"folder '{root}' holds no videos ({', '.join(SUFFIXES)}); check the path")
+        raise UserError(f"folder '{root}' holds no videos ({', '.join(VIDEOS)}); check the path")
     return [Video(file.relative_to(root).as_posix(), file) for file in files]
 
 
-def hash_list(videos: Sequence[Video]) -> str:
-    """sha256 over name and size in bytes of every file, in their order: a set that was cut or compressed anew has another.
+def videos_by_stem(folder: Path) -> dict[str, Path]:
+    """The videos right in a folder by their names without suffix, which re-encoded copies of a data set change; none if there is no folder."""
+    files = list_files(folder, VIDEOS) if folder.is_dir() else []
+    return {file.stem: file for file in reversed(files)}
 
-    Raises:
-        UserError: a file is missing.
-    """
+
+def hash_list(videos: Sequence[Video]) -> str:
+    """sha256 over the states of all files, in their order: a set that was cut or compressed anew has another; a UserError as by `file_state`."""
+    return hash_chunks(f"{file_state(video)}\n" for video in videos)
+
+
+def file_state(video: Video) -> str:
+    """Name and size in bytes of a video's file; a UserError if it is missing."""
     try:
-        return hash_chunks(f"{video.name} {video.path.stat().st_size}\n" for video in videos)
+        return f"{video.name} {video.path.stat().st_size}"
     except OSError as error:
         raise UserError(f"video '{error.filename}' cannot be read ({error.strerror}); check the data set") from None
 

@@ -9,31 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from einops import rearrange
 
 from microcinema.config.schema import Evaluate, ZeroShotEvaluation
 from microcinema.data.clip_reader import resize_and_crop
-from microcinema.data.video_reader import read_clip
 from microcinema.evaluation import detectors, statistics
 from microcinema.evaluation.detectors import Measure, VideoDetectorLoader
-from microcinema.evaluation.features import Clips, Features, extract_features
+from microcinema.evaluation.features import Clips, Features, UnreadableClips, extract_features
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.fvd import video_distance
-from microcinema.evaluation.generate import Generated, folder_clips, generate_clips
+from microcinema.evaluation.generate import Generated, generate_clips, protocol_sampler
+from microcinema.evaluation.generated_folder import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol, check_count, manifest_entry
+from microcinema.evaluation.real_clips import RealKeyframes, select_clips
 from microcinema.evaluation.report import Picture, text_table, write_report
 from microcinema.evaluation.scores import inception_score, kernel_distance
-from microcinema.evaluation.videos import Video, hash_list
-from microcinema.pipelines.prompts import PromptItem
+from microcinema.evaluation.videos import Video, file_state, hash_list
 from microcinema.utils.errors import UserError
-from microcinema.utils.files import make_folder, write_json
+from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.fingerprint import FINGERPRINT
 from microcinema.utils.hashing import hash_json
 from microcinema.utils.provenance import describe_code
 
 RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manifest.json"
-SAMPLES_FOLDER, FEATURES_FOLDER, REFERENCE_FOLDER = "samples", "features", "reference"
+SAMPLES_FOLDER, KEYFRAMES_FOLDER = "samples", "keyframes"
+FEATURES_FOLDER, REFERENCE_FOLDER = "features", "reference"
+BROKEN_FILE = "unreadable_real_videos.txt"
 NUM_PICTURES = 24  # clips that the report shows
+ENOUGH_FOR_IS = 1000  # clips: a hundred in each of the ten parts
+_FEW_CLIPS = f"The Inception score of fewer than {ENOUGH_FOR_IS} clips depends more on their number than on the model."
 
 
 def run_zero_shot(
@@ -52,17 +57,19 @@ def run_zero_shot(
     samples, real, shortfalls = select_clips(protocol, settings)
     if protocol.dataset == "folder" and config.generated_dir is None:
         raise UserError("the protocol has no prompts; set generated_dir=folder, the videos to measure")
-    compares = bool(real) or protocol.dataset == "folder"
-    classes = protocol.dataset == "ucf101"
-    options = state.device, config.batch_size, compares, classes, video_detectors
+    options = state.device, config.batch_size, bool(real), protocol.dataset == "ucf101", video_detectors
     measures, not_measured = load_measures(settings, *options)
-    make_folder(folder)
+    sampler = None
     if config.generated_dir is None:
-        generated = generate_clips(config, protocol, samples, folder / SAMPLES_FOLDER, state)
-    else:
-        generated = folder_clips(config.generated_dir, protocol, samples)
+        size = settings.height, settings.width
+        sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
+    keyframes = RealKeyframes.of(protocol, real, None if sampler is None else sampler.keyframe_index)
+    if sampler is None:
+        names = [video.name for video in protocol.videos(settings.root, protocol.sample_split)]
+        generated = folder_clips(str(config.generated_dir), protocol, samples, names, keyframes)
         what = f"videos in generated_dir='{config.generated_dir}'"
         shortfalls += check_count(len(generated.samples), len(samples) or None, what, settings.allow_fewer)
+    make_folder(folder)
     detectors_used = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
     extract = partial(
         extract_features,
@@ -71,107 +78,118 @@ def run_zero_shot(
         rank=state.process_index,
         num_processes=state.num_processes,
         progress=state.is_main_process,
+        gather=gather_object,
     )
-    features = _features(config, protocol, generated, real, detectors_used, extract)
+    # Real clips first: a broken file is told before hours of generation.
+    real_features = _real_features(config, protocol, real, detectors_used, extract)
+    if sampler is not None:
+        samples = keyframes.add(samples, folder / KEYFRAMES_FOLDER, state) if keyframes else samples
+        generated = generate_clips(config, sampler, samples, folder / SAMPLES_FOLDER, state)
+    features = _generated_features(config, protocol, generated, detectors_used, extract)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    identifier = protocol.identifier(samples or generated.samples, real, detectors_used)
+    videos = [video for _, video in real]
     results = {
-        "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
-        "prompts_sha256": hash_json([sample.prompt for sample in samples]),
-        "real_files_sha256": hash_list(real) if real else None,
+        "protocol": {
+            "identifier": protocol.identifier(generated.samples, videos, detectors_used),
+            **dataclasses.asdict(protocol),
+        },
+        "prompts_sha256": hash_json([sample.prompt for sample in generated.samples]),
+        "real_files_sha256": hash_list(videos) if real else None,
         "generated": generated.fingerprint,
         "detectors": detectors_used,
         "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
-        "values": compute(*features, protocol),
+        "values": compute(features, real_features, protocol),
         "not_measured": not_measured,
         "shortfalls": shortfalls,
-        "warnings": [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)],
+        "warnings": [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)]
+        + ([_FEW_CLIPS] if "probabilities" in features.names and len(generated.samples) < ENOUGH_FOR_IS else []),
         "versions": describe_code(),
     }
-    _write(folder, results, samples, real, generated)
+    _write(folder, results, videos, generated)
 
 
-def _write(
-    folder: Path, results: dict[str, Any], samples: list[PromptItem], real: list[Video], generated: Generated
-) -> None:
+def _write(folder: Path, results: dict[str, Any], real: list[Video], generated: Generated) -> None:
     """Writes manifest, results and report, and prints the numbers."""
-    clips = {"samples": [manifest_entry(sample) for sample in samples], "real": [video.name for video in real]}
-    facts = {"detectors": results["detectors"], "keyframe_index": results["generated"].get("keyframe_index")}
+    clips = {
+        "samples": [manifest_entry(sample) for sample in generated.samples],
+        "real": [video.name for video in real],
+    }
+    facts = {"detectors": results["detectors"], "keyframe_index": generated.keyframe_index}
     write_json(folder / MANIFEST_FILE, {**results["protocol"], **facts, **clips})
     write_json(folder / RESULTS_FILE, results)
     indices = np.unique(np.linspace(0, len(generated.samples) - 1, NUM_PICTURES).round().astype(int)).tolist()
-    captions = [sample.prompt or sample.source for sample in generated.samples]
+    captions = [sample.prompt or name for sample, name in zip(generated.samples, generated.names, strict=True)]
     pictures = [Picture(captions[i], *generated.load(i), generated.fps) for i in indices]
     write_report(folder / REPORT_FILE, results, pictures)
     print(text_table(results))
     print(folder / REPORT_FILE)
 
 
-def select_clips(
-    protocol: ZeroShotProtocol, settings: ZeroShotEvaluation
-) -> tuple[list[PromptItem], list[Video], list[str]]:
-    """Samples to generate, real videos that exist, and a line for each number that is smaller than the protocol's.
+def _real_features(
+    config: Evaluate,
+    protocol: ZeroShotProtocol,
+    real: list[tuple[int, Video]],
+    detectors_used: dict[str, Any],
+    extract: Callable[..., Features],
+) -> Features | None:
+    """Features of the real clips, if there are any; in `real_features_dir` or the output folder, in a folder named by the hash of their
+    fingerprint; or in `real_features_dir` itself, if it is such a folder.
 
     Raises:
-        UserError: no such data set, or fewer videos than the protocol asks for and `allow_fewer` is false.
+        UserError: videos that cannot be read, which are listed in the output folder.
     """
-    samples: list[PromptItem] = []
-    allow_fewer, shortfalls = settings.allow_fewer, []
-    if protocol.dataset != "folder":
-        samples = protocol.samples(settings.root)
-        expected = protocol.num_samples if protocol.selection in ("all", "every_caption") else None
-        shortfalls += check_count(len(samples), expected, "prompts", allow_fewer)
-    videos = protocol.real(settings.root)
-    real = [video for video in videos if video.path.is_file()]
-    missing = next((f"; first missing: '{video.path}'" for video in videos if not video.path.is_file()), "")
-    shortfalls += check_count(len(real), max(protocol.num_real or 0, len(videos)), "real videos", allow_fewer, missing)
-    return samples, real, shortfalls
+    settings, folder = config.evaluation, Path(config.output_dir)
+    assert isinstance(settings, ZeroShotEvaluation)
+    if not real:
+        return None
+
+    def clip(index: int) -> tuple[np.ndarray, None]:
+        number, video = real[index]
+        return _resized(protocol.read(video, number), (protocol.height, protocol.width)), None
+
+    seed = protocol.seed if protocol.clip_position == "random" else None
+    selection = {"fps": protocol.fps, "stride": protocol.stride, "clip_position": protocol.clip_position, "seed": seed}
+    fingerprint = {**_common(config, protocol, detectors_used), **selection}
+    root = Path(settings.real_features_dir or folder / REFERENCE_FOLDER)
+    place = root if (root / FINGERPRINT).is_file() else root / hash_json(fingerprint)[:16]
+    clips = Clips([file_state(video) for _, video in real], clip, numbers=[number for number, _ in real])
+    try:
+        return extract(clips, folder=place, fingerprint=fingerprint, label="measure real")
+    except UnreadableClips as error:
+        lines = [f"{real[fault.clip][1].name}\t{fault.reason}\n" for fault in error.faults]
+        with atomic_path(folder / BROKEN_FILE) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        advice = f"replace them, or leave them out by evaluation.skip_real={folder / BROKEN_FILE}, which names all"
+        raise UserError(f"{error}; {advice}") from None
 
 
-def _features(
+def _generated_features(
     config: Evaluate,
     protocol: ZeroShotProtocol,
     generated: Generated,
-    real: list[Video],
     detectors_used: dict[str, Any],
     extract: Callable[..., Features],
-) -> tuple[Features, Features | None]:
-    """Features of the generated clips and, if there are any, of the real ones.
+) -> Features:
+    size = protocol.height, protocol.width
 
-    Features of real clips are in `real_features_dir` or the output folder, in a folder named by the hash of their fingerprint; or in
-    `real_features_dir` itself, if it is such a folder.
-    """
-    assert isinstance(config.evaluation, ZeroShotEvaluation)
-    size, folder = (protocol.height, protocol.width), Path(config.output_dir)
-    preparation = {key: getattr(protocol, key) for key in ("num_frames", "height", "width", "resize")}
-    common = {"preparation": preparation, "detectors": detectors_used, "batch_size": config.batch_size}
-
-    def generated_clip(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def clip(index: int) -> tuple[np.ndarray, np.ndarray | None]:
         frames, keyframe = generated.load(index)
         return _resized(frames, size), None if keyframe is None else _resized(keyframe[None], size)[0]
 
-    def real_clip(index: int) -> tuple[np.ndarray, None]:
-        position = protocol.position(index)
-        return _resized(read_clip(real[index].path, protocol.num_frames, protocol.fps, position=position), size), None
-
-    real_features = None
-    if real:
-        seed = protocol.seed if protocol.clip_position == "random" else None
-        selection = {"fps": protocol.fps, "clip_position": protocol.clip_position, "seed": seed}
-        fingerprint = {**common, **selection, "files_sha256": hash_list(real), "count": len(real)}
-        root = Path(config.evaluation.real_features_dir or folder / REFERENCE_FOLDER)
-        place = root if (root / FINGERPRINT).is_file() else root / hash_json(fingerprint)[:16]
-        real_features = extract(
-            Clips(len(real), real_clip), folder=place, fingerprint=fingerprint, label="measure real"
-        )
     prompts = [sample.prompt for sample in generated.samples]
-    known_prompts = prompts if generated.has_prompts else None
-    clips = Clips(len(prompts), generated_clip, known_prompts, generated.keyframe_index)
+    clips = Clips(generated.names, clip, prompts if any(prompts) else None, generated.keyframe_index)
+    common = _common(config, protocol, detectors_used)
     fingerprint = {**common, "generated": generated.fingerprint, "prompts": hash_json(prompts)}
-    place = folder / FEATURES_FOLDER / hash_json(fingerprint)[:16]
-    return extract(clips, folder=place, fingerprint=fingerprint, label="measure generated"), real_features
+    place = Path(config.output_dir, FEATURES_FOLDER, hash_json(fingerprint)[:16])
+    return extract(clips, folder=place, fingerprint=fingerprint, label="measure generated")
+
+
+def _common(config: Evaluate, protocol: ZeroShotProtocol, detectors_used: dict[str, Any]) -> dict[str, Any]:
+    """What features depend on, of real and generated clips."""
+    preparation = {key: getattr(protocol, key) for key in ("num_frames", "height", "width", "resize")}
+    return {"preparation": preparation, "detectors": detectors_used, "batch_size": config.batch_size}
 
 
 def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -29,7 +29,7 @@ class PromptItem:
         negative_prompt: replaces the text where guidance drops it, in both stages.
         seed, sample_index, video_index: of its random generators, see `sample_generator`.
         image: the key frame, as a file or uint8 array (h, w, 3); None: stage 1 draws it.
-        source: id of the class, caption or video in a protocol's data set.
+        source: the video, caption or class of a protocol's data set.
         rng: draws key frame and video, one after the other, in the place of new generators; None: new ones.
     """
 

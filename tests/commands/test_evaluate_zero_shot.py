@@ -12,17 +12,24 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from fixtures import tiny, tiny_detectors, zero_shot_data
 from microcinema.commands import cli
+from microcinema.data.video_reader import read_clip
 from microcinema.data.video_writer import write_video
 from microcinema.evaluation.video_metrics import psnr
 from microcinema.evaluation.zero_shot import (
+    _FEW_CLIPS,
+    BROKEN_FILE,
     FEATURES_FOLDER,
+    KEYFRAMES_FOLDER,
     MANIFEST_FILE,
+    REFERENCE_FOLDER,
     REPORT_FILE,
     RESULTS_FILE,
     SAMPLES_FOLDER,
+    _resized,
 )
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.saving import save_pipeline
@@ -108,7 +115,8 @@ def test_everything_is_measured(whole):
     }
     fvd = results["values"]["fvd"]
     assert (fvd["num_generated"], fvd["num_real"], fvd["floor_count"]) == (SAMPLES, REAL, REAL // 2)
-    assert results["not_measured"] == {} and results["shortfalls"] == [] and results["warnings"] == []
+    assert results["not_measured"] == {} and results["shortfalls"] == []
+    assert results["warnings"] == [_FEW_CLIPS]
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     assert manifest["identifier"] == results["protocol"]["identifier"]
     assert len(manifest["samples"]) == SAMPLES and len(manifest["real"]) == REAL
@@ -125,7 +133,7 @@ def test_features_are_those_of_the_clips(whole, files):
 
     folder, _ = whole["ucf101"]
     (place,) = (folder / FEATURES_FOLDER).iterdir()
-    found = Features(place, SAMPLES, 2).all("frame_features")
+    found = Features(sorted(place.glob("*.npz"))).all("frame_features")
     for index in range(SAMPLES):
         with np.load(folder / SAMPLES_FOLDER / f"{index:05d}.npz") as arrays:
             colours = arrays["frames"].astype(float).mean(axis=(1, 2)) / 255  # already of the protocol's size
@@ -238,7 +246,7 @@ def test_two_folders_are_compared(run, files, weights, tmp_path):
     for name in ("b", "c"):
         code, said, told = run({**overrides, "evaluation.root": tmp_path / name, "output_dir": tmp_path / name / "out"})
         assert code == 0, told
-        assert "IS not measured" in said and "[folders-1-" in said
+        assert "IS not measured" in said and "[folders-2-" in said
         results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8"))
         values[name] = results["values"]["fvd"]["value"]
         assert "clipsim" not in results["values"]
@@ -301,13 +309,71 @@ def test_fewer_generated_videos_are_counted_refused_or_marked(run, chosen, whole
     assert_refused(run, chosen["msrvtt"], "3 of 4 videos in generated_dir=", generated_dir=numbered)
     code, said, _ = run(chosen["msrvtt"], generated_dir=numbered, evaluation__allow_fewer="true")
     assert code == 0 and "INCOMPLETE: 3 of 4" in said and "CLIPSIM" in said
+    results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8"))
+    assert results["protocol"]["identifier"] != json.loads(whole["msrvtt"][1])["protocol"]["identifier"]
     # Without numbers nobody knows which prompt a video was made from.
-    code, said, _ = run(
-        chosen["msrvtt"], generated_dir=named, evaluation__allow_fewer="true", output_dir=tmp_path / "b"
-    )
-    assert code == 0 and "prompts are unknown" in said and "CLIPSIM " not in said.replace("CLIPSIM,", "")
+    assert_refused(run, chosen["msrvtt"], "names do not say which", generated_dir=named)
     write_folder(tmp_path / "numbered", clips[:1], ["9.mp4"])
-    assert_refused(run, chosen["msrvtt"], "samples 0 to 3", generated_dir=numbered)
+    assert_refused(run, chosen["msrvtt"], "'9.mp4' (9) belongs to no sample", generated_dir=numbered)
+
+
+def test_broken_real_videos_are_told_at_once_before_anything_is_made_and_can_be_left_out(
+    run, chosen, files, tmp_path, monkeypatch
+):
+    root, out = shutil.copytree(files / "msrvtt", tmp_path / "msrvtt"), tmp_path / "out"
+    broken = ["video7010.mp4", "video9999.mp4"]
+    for name in broken:
+        (root / "TestVideo" / name).write_bytes(b"no video")
+    overrides = {**chosen["msrvtt"], "evaluation.root": root}
+    code, _, told = run(overrides)
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "2 of 4 clips cannot be read" in error and all(name in error for name in broken)
+    assert not (out / SAMPLES_FOLDER).exists()
+    listed = out / BROKEN_FILE
+    assert [line.split("\t")[0] for line in listed.read_text().splitlines()] == ["video7010", "video9999"]
+    code, said, _ = run(overrides, evaluation__skip_real=listed)
+    assert code == 0 and "2 of 4 real videos are left out" in said
+    times = {path: path.stat().st_mtime_ns for path in (out / REFERENCE_FOLDER).rglob("*.npz")}
+    skipped = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
+    for name in broken:
+        shutil.copy(files / "msrvtt" / "TestVideo" / name, root / "TestVideo" / name)
+    assert run(overrides)[0] == 0  # batches of two: each lacked one
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    mended = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
+    assert mended["protocol"]["identifier"] != skipped["protocol"]["identifier"]
+    listed.write_text("video1\n")
+    assert_refused(run, overrides, "'video1', which is no real video", evaluation__skip_real=listed)
+    assert_refused(run, overrides, "skip_real='gone' cannot be read", evaluation__skip_real="gone")
+
+
+def test_key_frames_of_real_clips(run, chosen, files, tmp_path):
+    """The model gets the frame of the real clip at its own place, and so does a folder of another model's videos."""
+    out, frames = tmp_path / "out", zero_shot_data.FRAMES
+    i2v = {**chosen["msrvtt"], "evaluation": "msrvtt_i2v", "evaluation.protocol.num_samples": 4, **protocol(stride=1)}
+    i2v.pop("evaluation.protocol.num_real")
+    code, _, told = run(i2v)
+    assert code == 0, told
+    results = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
+    assert results["protocol"]["identifier"].startswith("msrvtt_i2v-2-") and results["values"]["psnr"]["n"] == 4
+    manifest = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert [sample["source"] for sample in manifest["samples"]] == manifest["real"] and manifest["keyframe_index"] == 1
+    for sample in manifest["samples"]:
+        path = next((files / "msrvtt" / "TestVideo").glob(f"{sample['source']}.*"))
+        expected = read_clip(path, frames)[1]
+        found = np.asarray(Image.open(out / KEYFRAMES_FOLDER / f"{sample['index']:05d}.png"))
+        np.testing.assert_array_equal(found, expected)
+    assert_refused(run, i2v, "is frame 0, and the model's is frame 1", evaluation__protocol__keyframe="first")
+    # Real clips as generated ones: their key frames are kept exactly.
+    videos = tmp_path / "videos"
+    for sample in manifest["samples"]:
+        path = next((files / "msrvtt" / "TestVideo").glob(f"{sample['source']}.*"))
+        clip = _resized(read_clip(path, FRAMES), (SIZE, SIZE))
+        write_video(videos / f"{sample['source']}.mp4", clip, 25, lossless=True)
+    code, _, told = run(i2v, generated_dir=videos, output_dir=tmp_path / "rival")
+    assert code == 0, told
+    rival = json.loads((tmp_path / "rival" / RESULTS_FILE).read_text(encoding="utf-8"))
+    assert rival["values"]["psnr"]["value"] == 60 and rival["values"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
+    assert results["values"]["psnr"]["value"] < 60
 
 
 def test_a_list_that_asks_for_less_than_the_protocol_is_refused(run, chosen):

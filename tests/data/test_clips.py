@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -64,6 +65,15 @@ def world(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
         folder.mkdir(parents=True, exist_ok=True)
         video_writer.write_video(folder / f"{row['videoid']}.mp4", video(seed=k), fps=8, lossless=True)
     return root, rows
+
+
+def test_files_with_other_suffixes_are_found(world, tmp_path):
+    root, rows = world
+    copy = shutil.copytree(root, tmp_path / "copy")
+    path = copy / "000001_000050" / "0002.mp4"
+    path.rename(path.with_suffix(".mkv"))
+    files = [dataset((copy, rows), tmp_path).file(index).relative_to(copy) for index in range(4)]
+    assert str(files[1]) == "000001_000050/0002.mkv" and {file.suffix for file in files} == {".mp4", ".mkv"}
 
 
 def dataset(world, tmp_path, header=(*HEADERS[0], "description", "motion"), **arguments) -> ClipDataset:

@@ -87,6 +87,9 @@ def test_c3d_gives_probabilities_or_is_refused(tmp_path):
     logits = write_script(tiny_detectors.PublicC3D(softmax=False), tmp_path / "logits.pt")
     with pytest.raises(UserError, match="no probabilities"):
         ClassProbabilities(*logits)(clips)
+    sports = write_script(tiny_detectors.PublicC3D(classes=487), tmp_path / "sports.pt")
+    with pytest.raises(UserError, match="knows 487 classes, and UCF-101 has 101"):
+        ClassProbabilities(*sports)(clips)
 
 
 def test_frames_keep_their_clip(tmp_path):

@@ -50,6 +50,9 @@ def test_a_file_without_counts_of_batches_is_read_and_anything_else_missing_is_n
         )
     with pytest.raises(UserError, match=r"logits.conv3d.bias: .*\[3\]"):
         I3D.from_state_dict({**old, "logits.conv3d.bias": torch.zeros(3)})
+    charades = {"logits.conv3d.weight": torch.zeros(157, 1024, 1, 1, 1), "logits.conv3d.bias": torch.zeros(157)}
+    with pytest.raises(UserError, match=r"logits.conv3d.bias: .*\[157\]"):
+        I3D.from_state_dict(old | charades)
 
 
 @pytest.mark.parametrize("size, kernel, stride, front, back", [(224, 7, 2, 2, 3), (7, 3, 2, 1, 1), (8, 3, 2, 0, 1)])

@@ -10,9 +10,9 @@ from microcinema.evaluation.msrvtt import CHOICE_FILE, chosen_caption, msrvtt_vi
 from microcinema.utils.errors import UserError
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["two lists", "one list"])
+@pytest.fixture(scope="module", params=["two lists", "one list", "frozen-in-time"])
 def data(request, tmp_path_factory):
-    return partial(msrvtt_videos, zero_shot_data.msrvtt(tmp_path_factory.mktemp("msrvtt"), merged=request.param))
+    return partial(msrvtt_videos, zero_shot_data.msrvtt(tmp_path_factory.mktemp("msrvtt"), request.param))
 
 
 def test_videos_come_by_number_and_captions_by_theirs(data):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import pytest
 from fixtures import zero_shot_data
 from microcinema.config.compose import compose
 from microcinema.data.video_writer import write_video
-from microcinema.evaluation.generate import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol
 from microcinema.evaluation.ucf101 import LISTS, VIDEOS, descriptive_prompts
-from microcinema.pipelines.prompts import PromptItem
+from microcinema.evaluation.videos import Video
 from microcinema.utils.errors import UserError
 
 
@@ -46,10 +44,10 @@ def ucf101(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "option, samples, real, identifier",
     [
-        ("ucf101", 13320, 13320, "svd-1-"),
-        ("ucf101_videopoet", 10000, 9537, "videopoet-1-"),
-        ("ucf101_lavie", 10100, 13320, "lavie-1-"),
-        ("ucf101_styleganv2048", 2048, 2048, "styleganv2048-1-"),
+        ("ucf101", 13320, 13320, "svd-2-"),
+        ("ucf101_videopoet", 10000, 9537, "videopoet-2-"),
+        ("ucf101_lavie", 10100, 13320, "lavie-2-"),
+        ("ucf101_styleganv2048", 2048, 2048, "styleganv2048-2-"),
     ],
 )
 def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, real, identifier):
@@ -60,7 +58,7 @@ def test_presets_of_ucf101_ask_for_what_the_papers_say(ucf101, option, samples, 
     assert [sample.sample_index for sample in asked] == list(range(samples))
     assert protocol.num_frames == 16
     assert protocol.identifier(asked, videos, {}).startswith(identifier)
-    counts = Counter(sample.source for sample in asked)
+    counts = Counter(sample.source.partition("/")[0] for sample in asked)
     if option == "ucf101":  # the data's own histogram
         assert counts == Counter(video.label for video in videos)
         assert (protocol.fps, protocol.height, protocol.width) == (25, 240, 320)
@@ -75,11 +73,9 @@ def test_msrvtt_asks_for_one_caption_or_all(tmp_path):
     root = zero_shot_data.msrvtt(tmp_path)
     one, every = preset("msrvtt"), preset("msrvtt_all")
     assert (one.num_samples, one.num_real, every.num_samples) == (2990, 2990, 59800)
-    assert [sample.source for sample in one.samples(root)] == [
-        caption.id
-        for video in one.videos(root, "test")
-        for caption in video.captions
-        if caption.text in {sample.prompt for sample in one.samples(root)}
+    assert [sample.source for sample in one.samples(root)] == list(zero_shot_data.CAPTIONS)
+    assert [sample.source for sample in every.samples(root)][:3] == [
+        f"video7010/{text.id}" for text in every.videos(root, "test")[0].captions
     ]
     assert len(one.samples(root)) == 4 and len(one.real(root)) == 4
     assert [sample.prompt for sample in every.samples(root)] == [
@@ -127,6 +123,8 @@ def test_the_identifier_changes_with_everything_that_changes_the_number(ucf101):
         ("msrvtt", {"selection": "per_class"}, "classes"),
         ("ucf101", {"selection": "every_caption"}, "captions"),
         ("ucf101", {"selection": "draw", "num_samples": None}, "num_samples"),
+        ("ucf101", {"stride": 3}, "stride=3"),
+        ("ucf101_lavie", {"keyframe": "own"}, "keyframe=own"),
     ],
 )
 def test_choices_that_exclude_each_other(option, changes, words):
@@ -134,13 +132,18 @@ def test_choices_that_exclude_each_other(option, changes, words):
         preset(option, **changes)
 
 
-def test_generated_videos_meet_their_prompts_however_they_are_numbered(tmp_path):
-    """`sample_10` is the eleventh, not the third."""
-    samples = [PromptItem(f"prompt {k}", str(k), sample_index=k) for k in range(12)]
-    for k in range(12):
-        write_video(tmp_path / f"sample_{k}.mp4", np.full((2, 16, 16, 3), 20 * k, np.uint8), 8)
-    generated = folder_clips(str(tmp_path), SimpleNamespace(num_frames=2), samples)
-    assert generated.has_prompts and [sample.prompt for sample in generated.samples] == [
-        f"prompt {k}" for k in range(12)
-    ]
-    assert [round(generated.load(k)[0].mean() / 20) for k in range(12)] == list(range(12))
+@pytest.mark.parametrize("option, real", [("ucf101_i2v", 2048), ("msrvtt_i2v", 4)])
+def test_key_frames_of_real_clips_are_of_the_videos_that_are_asked_for(ucf101, tmp_path, option, real):
+    root = ucf101 if option == "ucf101_i2v" else zero_shot_data.msrvtt(tmp_path)
+    protocol = preset(option) if option == "ucf101_i2v" else preset(option, num_samples=4)
+    asked, videos = protocol.samples(root), protocol.real(root)
+    assert [sample.source for sample in asked] == [video.name for video in videos] and len(videos) == real
+    assert (protocol.num_frames, protocol.fps, protocol.stride, protocol.keyframe) == (16, None, 3, "own")
+
+
+def test_a_stride_takes_every_third_frame(tmp_path):
+    frames = np.stack([np.full((16, 16, 3), 10 * k, np.uint8) for k in range(20)])
+    write_video(tmp_path / "a.mp4", frames, 25, lossless=True)
+    protocol = preset("msrvtt_i2v", num_frames=5)
+    found = protocol.read(Video("a", tmp_path / "a.mp4"), 0)
+    assert [round(frame.mean() / 10) for frame in found] == [0, 3, 6, 9, 12]

@@ -30,6 +30,16 @@ def test_handstand_pushups_have_two_spellings(root):
     assert read_clip(video.path, 10).shape == (10, 30, 40, 3)
 
 
+def test_files_that_were_encoded_anew_are_found(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    path = copy / "UCF-101" / "YoYo" / "v_YoYo_g01_c01.avi"
+    zero_shot_data.write(path.with_suffix(".mp4"), zero_shot_data.clip(0), "libx264")
+    path.unlink()
+    found = {video.name: video.path for video in ucf101_videos(copy, "test")}
+    assert found["YoYo/v_YoYo_g01_c01.avi"] == path.with_suffix(".mp4")
+    assert found["YoYo/v_YoYo_g01_c01.avi"].is_file() and found.keys() == {v.name for v in ucf101_videos(root, "test")}
+
+
 def test_the_avis_keep_their_rate(root):
     found = probe(ucf101_videos(root, "all")[0].path)
     assert (found.num_frames, found.fps, found.width, found.height) == (zero_shot_data.FRAMES, 25, 40, 30)
