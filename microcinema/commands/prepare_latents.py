@@ -85,17 +85,18 @@ def encode_clips(
         with accelerator.autocast():
             empty_tokens = {name: tokens for name, tokens in vars(encoder.null_conditioning()).items() if name in parts}
         contents = {name: contents[name] for name in ("vae", "clips", *parts)}
-        latent_writer.create_folder(folder, layout, contents, empty_tokens)
+        latent_writer.create_folder(folder, layout, contents, empty_tokens, pipeline.unet.options.motion_score)
     accelerator.wait_for_everyone()
 
     def encode(items: dict[str, Any]) -> dict[str, torch.Tensor]:
         with accelerator.autocast():
             return _encode(encoder, items, parts)
 
-    if "flow" in parts:
-        dataset = FlowClips(dataset, str(flow_model), pipeline.vae_scale_factor)
+    clips = FlowClips(dataset, str(flow_model), pipeline.vae_scale_factor) if "flow" in parts else dataset
     ranks = accelerator.process_index, accelerator.num_processes
-    latent_writer.write_shards(folder, layout, dataset, encode, *ranks, **settings)
+    latent_writer.write_shards(folder, layout, clips, encode, *ranks, **settings)
+    if pipeline.unet.options.motion_score:
+        latent_writer.write_scores(folder, layout, dataset, *ranks, settings.get("num_workers", 0))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         count = latent_writer.write_index(folder, layout)

@@ -52,6 +52,7 @@ class NetworkOptions:
     keyframe_concat: bool
     keyframe_places: bool
     fps_conditioning: bool
+    motion_score: bool
     temporal: Temporal
     appearance: Appearance | None
     adapter: Adapter | None

@@ -69,6 +69,7 @@ class SamplingSettings(DenoisingSettings):
         height, width: pixels; multiples of the model's stride.
         num_frames: of a clip; more than the model was trained with are made in windows, see `Windows`.
         fps: frames per second.
+        motion: how much moves, as the percentile of the training clips' motion scores, from 0 to 1; None: that is left to the model.
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
@@ -82,6 +83,7 @@ class SamplingSettings(DenoisingSettings):
     width: types.Size | None = None
     num_frames: types.Size | None = None
     fps: types.Fps | None = None
+    motion: types.Fraction | None = None
     num_segments: types.Count = 1
     window_overlap: types.CountOrZero | None = None
     decode_chunk_size: types.Count | None = None

@@ -116,6 +116,7 @@ class Train(Clips):
     text_dropout: types.Fraction
     image_dropout: types.Fraction
     keyframe_places: types.Fraction
+    motion_dropout: types.Fraction
     use_ema: bool
     ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from webdataset import TarWriter
 
-from microcinema.data.latents import EMPTY, INDEX, LOCATION, QUARANTINE, Layout, read_fingerprint, shard_path
+from microcinema.data.latents import EMPTY, INDEX, LOCATION, QUARANTINE, SCORES, Layout, read_fingerprint, shard_path
 from microcinema.data.quarantine import ErrorRate, Quarantine, forget_records, read_quarantine
 from microcinema.data.shards import read_members
 from microcinema.data.source import ClipSource
@@ -27,13 +27,18 @@ Encode = Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
 
 
 def create_folder(
-    folder: Path, layout: Layout, contents: Mapping[str, Any], empty_tokens: Mapping[str, torch.Tensor]
+    folder: Path,
+    layout: Layout,
+    contents: Mapping[str, Any],
+    empty_tokens: Mapping[str, torch.Tensor],
+    with_scores: bool = False,
 ) -> None:
     """Writes the fingerprint and the empty caption, or verifies those of an earlier start. By one process, before all others write.
 
     Args:
         contents: what each cached tensor depends on.
         empty_tokens: encoder outputs of the empty caption, each (1, ...).
+        with_scores: motion scores are written too; latents that lack only those get them, whatever else is cached with them.
 
     Raises:
         UserError: the folder holds something else or other latents, or cannot be written.
@@ -41,7 +46,8 @@ def create_folder(
     if (folder / FINGERPRINT).is_file():
         old_layout, old = read_fingerprint(folder)
         changes = differences({**asdict(layout), **contents}, {**asdict(old_layout), **old}, common_only=True)
-        changes += [f"{name} was{' not' * (name in contents)} cached" for name in sorted(set(old) ^ set(contents))]
+        if not (with_scores and (folder / INDEX).is_file()):
+            changes += [f"{name} was{' not' * (name in contents)} cached" for name in sorted(set(old) ^ set(contents))]
         if changes:
             fault = f"'{folder}' holds other latents ({', '.join(changes)})"
             raise UserError(f"{fault}; delete it, or choose another folder")
@@ -102,6 +108,26 @@ def write_shards(
             bar.update(count)
 
 
+def write_scores(
+    folder: Path, layout: Layout, dataset: ClipSource, rank: int = 0, num_processes: int = 1, num_workers: int = 0
+) -> None:
+    """Writes the motion scores of this process's shards that were made without; a UserError if a clip can no longer be read.
+
+    Args:
+        dataset: the same clips, as `MotionClips`.
+    """
+    shards = [shard for shard in range(rank, layout.num_shards, num_processes) if not _scores(folder, shard).is_file()]
+    for shard in tqdm(shards, desc="motion scores", unit="shard", disable=None if shards and rank == 0 else True):
+        sound = np.load(shard_path(folder, shard).with_suffix(".npy"))["tensors_size"] > 0
+        rows = [row for row, is_sound in zip(layout.rows(shard), sound, strict=True) if is_sound]
+        loader = DataLoader(
+            _RowDataset(dataset, layout.num_clips), batch_size=None, sampler=rows, num_workers=num_workers
+        )
+        scores = np.full(len(sound), np.nan, np.float32)
+        scores[sound] = [item["motion_score"] for item in loader]
+        _save(_scores(folder, shard), scores)
+
+
 def write_index(folder: Path, layout: Layout) -> int:
     """Writes the index, which completes the folder, and returns the number of sound rows. By one process, after all others have written.
 
@@ -121,20 +147,33 @@ def write_index(folder: Path, layout: Layout) -> int:
     count = int(np.count_nonzero(locations["tensors_size"]))
     if count == 0:
         raise UserError(f"none of the {len(locations)} clips could be read; see '{folder / QUARANTINE}'")
-    with atomic_path(folder / INDEX) as temporary:
-        np.save(temporary, locations)
+    scores = [_scores(folder, shard) for shard in range(layout.num_shards)]
+    if all(file.is_file() for file in scores):
+        _save(folder / SCORES, np.concatenate([np.load(file) for file in scores]))
+    _save(folder / INDEX, locations)
     return count
 
 
-class _RowDataset(Dataset[dict[str, Any]]):
-    """The clips of a data set by row; `broken` is 1 for those that cannot be read."""
+def _scores(folder: Path, shard: int) -> Path:
+    return shard_path(folder, shard).with_suffix(f".{SCORES}")
 
-    def __init__(self, dataset: ClipSource, num_clips: int, quarantine: Quarantine) -> None:
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary:
+        np.save(temporary, array)
+
+
+class _RowDataset(Dataset[dict[str, Any]]):
+    """The clips of a data set by row; `broken` is 1 for those that cannot be read, if there is a quarantine for them."""
+
+    def __init__(self, dataset: ClipSource, num_clips: int, quarantine: Quarantine | None = None) -> None:
         self.dataset, self.num_clips, self.quarantine = dataset, num_clips, quarantine
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         epoch, index = divmod(row, self.num_clips)
         self.dataset.set_epoch(epoch)
+        if self.quarantine is None:
+            return self.dataset[index]
         item = self.quarantine.try_read(self.dataset, row, index)
         return {**(item or {}), "broken": int(item is None)}
 
@@ -147,6 +186,7 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
     """Encodes the next batches into a shard, which gets its name when it is complete; returns the number of broken clips."""
     rows, path = layout.rows(shard), shard_path(folder, shard)
     positions: list[int] = []
+    scores: list[float] = []
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
             # `zip` asks for positions first, and so leaves the next shard's first batch.
@@ -154,12 +194,16 @@ def _write_shard(folder: Path, shard: int, layout: Layout, batches: Iterator[dic
                 if not batch["broken"].item():
                     tar.write({"__key__": f"{rows[position]:09d}", **_members(batch, encode(batch))})
                     positions.append(position)
+                    scores += batch.get("motion_score", torch.zeros(0)).tolist()
         locations = np.zeros(len(rows), LOCATION)
         for position, sample in zip(positions, read_members(str(temporary)), strict=True):
             record, tensors = sample["json"], sample["safetensors"]
             locations[position] = (record.offset, record.size, tensors.offset, tensors.size)
-        with atomic_path(path.with_suffix(".npy")) as index:
-            np.save(index, locations)
+        _save(path.with_suffix(".npy"), locations)
+        if scores:
+            of_rows = np.full(len(rows), np.nan, np.float32)
+            of_rows[positions] = scores
+            _save(_scores(folder, shard), of_rows)
     return len(rows) - len(positions)
 
 

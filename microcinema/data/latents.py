@@ -6,6 +6,7 @@ A folder of latents holds
   (captions, id, fps) and a `.safetensors` (`latents` and the other cached tensors, float16).
 - `000000.npy`, ...: the location of each row in the shard (`LOCATION`); written before the shard gets its name, so a shard with its name is complete.
 - `index.npy`: all locations in one file, which readers map into memory. It is written last.
+- `000000.motion.npy`, ..., `motion.npy`: the motion score of each row (data/motion_score.py), where a model asked for them.
 - `fingerprint.json`: the layout of the rows, and what their contents depend on.
 - `empty.safetensors`: encoder outputs of the empty caption, which replace those of dropped captions.
 - `quarantine/`: clips that could not be read; the shards have no sample of these.
@@ -27,7 +28,7 @@ from microcinema.data.source import ClipSource, ClipWrapper
 from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import FINGERPRINT
 
-INDEX, EMPTY, QUARANTINE = "index.npy", "empty.safetensors", "quarantine"
+INDEX, EMPTY, QUARANTINE, SCORES = "index.npy", "empty.safetensors", "quarantine", "motion.npy"
 LOCATION = np.dtype([("json", "<u8"), ("json_size", "<u4"), ("tensors", "<u8"), ("tensors_size", "<u4")])
 """Byte offsets in a shard and sizes of the two files of a row; all zero: the clip is broken."""
 _MAX_OPEN_SHARDS = 64  # by one process
@@ -74,7 +75,8 @@ class EncodedClips(ClipWrapper):
     """The clips of a data set with cached `latents` (f, c, h, w) in place of `video`, in the same order.
 
     Items also have those of `text` (n, d), `motion_tokens` (k, e), `image_tokens` (p, e), `keyframe` uint8 (3, H, W), `flow` (f-1, 2, h, w) and
-    `flow_valid` bool (f-1, h, w) that were cached; all others are float16. Reading an item costs its own bytes alone.
+    `flow_valid` bool (f-1, h, w) that were cached; all others are float16. Where scores were, they have `motion_score`. Reading an item costs
+    its own bytes alone.
 
     Args:
         path: a folder that `microcinema prepare latents` wrote.
@@ -93,7 +95,7 @@ class EncodedClips(ClipWrapper):
         self.folder = Path(path)
         self.layout, self.contents = read_fingerprint(self.folder)
         self._files: OrderedDict[int, int] = OrderedDict()  # file descriptors of open shards
-        self._locations = self._map_index()
+        self._locations, self.motion_scores = self._map_index()
         self._check_shards()
         records = read_quarantine(self.folder / QUARANTINE)
         self._broken = {record["sample_index"]: record["reason"] for record in records}
@@ -122,7 +124,8 @@ class EncodedClips(ClipWrapper):
         try:
             data = os.pread(self._open(shard), tensors_start + int(location["tensors_size"]), start)
             record = json.loads(data[: int(location["json_size"])])
-            return {**load(data[tensors_start:]), **record, "index": index}
+            score = {} if self.motion_scores is None else {"motion_score": float(self.motion_scores[row])}
+            return {**load(data[tensors_start:]), **record, **score, "index": index}
         except (ValueError, SafetensorError) as error:
             path = shard_path(self.folder, shard)
             raise UserError(f"clip {row} of '{path}' is damaged ({error}); make the shard again") from None
@@ -135,19 +138,24 @@ class EncodedClips(ClipWrapper):
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _map_index(self) -> np.ndarray:
+    def _map_index(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The locations, and the motion scores, if there are any."""
+        scores = None
         try:
             locations = np.load(self.folder / INDEX, mmap_mode="r")
+            if (self.folder / SCORES).is_file():
+                scores = np.load(self.folder / SCORES, mmap_mode="r")
         except FileNotFoundError:
             finished = sum(shard_path(self.folder, shard).is_file() for shard in range(self.layout.num_shards))
             state = f"incomplete: {finished} of {self.layout.num_shards} shards are finished"
             raise UserError(f"latents '{self.folder}' are {state}; continue `microcinema prepare latents`") from None
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
-        if locations.dtype != LOCATION or len(locations) != self.layout.num_rows:
-            names = f"{len(locations)} clips of {self.layout.num_rows}"
+        rows = self.layout.num_rows
+        if locations.dtype != LOCATION or len(locations) != rows or (scores is not None and scores.shape != (rows,)):
+            names = f"{len(locations)} clips of {rows}, or other scores"
             raise UserError(f"'{self.folder / INDEX}' names {names}; make the latents again")
-        return locations
+        return locations, scores
 
     def _check_shards(self) -> None:
         for shard in range(self.layout.num_shards):
@@ -162,8 +170,8 @@ class EncodedClips(ClipWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # Open and mapped files do not travel to another process; they are opened there.
-        return {**self.__dict__, "_files": OrderedDict(), "_locations": None}
+        return {**self.__dict__, "_files": OrderedDict(), "_locations": None, "motion_scores": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._locations = self._map_index()
+        self._locations, self.motion_scores = self._map_index()

@@ -53,8 +53,13 @@ class FlowClips(ClipWrapper):
 
 
 def _estimate_item(flow_model: str, item: dict[str, Any]) -> Flow:
+    return estimate(flow_model, pixels_of(item))
+
+
+def pixels_of(item: dict[str, Any]) -> np.ndarray:
+    """The frames of an item with `video`, uint8 (f, h, w, 3)."""
     pixels = ((item["video"] + 1) * 127.5).round().to(torch.uint8)
-    return estimate(flow_model, pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def estimate(flow_model: str, frames: np.ndarray) -> Flow:
@@ -63,11 +68,15 @@ def estimate(flow_model: str, frames: np.ndarray) -> Flow:
     Raises:
         UserError: an unknown model, or its library is missing.
     """
-    method = _method(flow_model)
-    pairs = list(pairwise(frames))
-    forward = np.stack([method(a, b) for a, b in pairs]) if pairs else np.zeros((0, *frames.shape[1:3], 2), np.float32)
-    backward = np.stack([method(b, a) for a, b in pairs]) if pairs else forward
+    forward, backward = forward_flow(flow_model, frames), forward_flow(flow_model, frames[::-1])[::-1]
     return Flow(_channels_first(forward), torch.from_numpy(consistent(forward, backward)))
+
+
+def forward_flow(flow_model: str, frames: np.ndarray) -> np.ndarray:
+    """Flow (f-1, h, w, 2) from each frame, uint8 (f, h, w, 3), to the next, in pixels; errors are those of `estimate`."""
+    method = _method(flow_model)
+    steps = [method(a, b) for a, b in pairwise(frames)]
+    return np.stack(steps) if steps else np.zeros((0, *frames.shape[1:3], 2), np.float32)
 
 
 def exact(flow: np.ndarray) -> Flow:

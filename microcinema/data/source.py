@@ -29,12 +29,14 @@ class ClipSource(Dataset[dict[str, Any]]):
         same_shape_run: consecutive samples of the global order whose items have one shape, where `orderings` gives several orders.
         skipped: clips that the data set leaves out, by reason.
         empty_tokens: encoder outputs of the empty caption that came with the items, by the name of the encoder's output.
+        motion_scores: of all items in all epochs, NaN where broken, (n,), if they are known without decoding (data/motion_score.py).
     """
 
     epoch: int = 0
     same_shape_run: int = 1
     skipped: Mapping[str, int] = {}
     empty_tokens: Mapping[str, torch.Tensor] = {}
+    motion_scores: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -138,7 +138,7 @@ class AppearNet(UNet3D):
         self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None
     ) -> list[AppearanceEmbedding]:
         """The embeddings of every layer, for latents `b f c h w`; those of the first resolution if the cache holds the deep features."""
-        frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions.fps)
+        frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions)
 
         def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, AppearanceEmbedding]:
             h = resnet_output = self.res_block(number, resnet, h, emb, frames)

@@ -22,6 +22,7 @@ class Conditions:
     placed: Tensor | None = None  # key frames at their places, b f c+1 h w (data/keyframe_places.py)
     reference: tuple[Tensor, ...] | None = None  # ReferenceNet's feature b c h w for every injected layer
     fps: Tensor | None = None  # frames per second, (b,)
+    motion_score: Tensor | None = None  # see data/motion_score.py, (b,), negative where it is dropped
     image: tuple[KeyValue, ...] | None = None  # of the adapter's image tokens, for every spatial cross-attention
     pixels: tuple[Tensor, ...] | None = None  # features b (h w) c of the key frame's pixels, for every scale
     motion: Tensor | None = None  # tokens of the motion caption, b k e, zero where they are padding

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from microcinema.config.network import VideoUNetConfig
 from microcinema.models.attention import zero_init
-from microcinema.models.conditioning import Conditions
+from microcinema.models.conditioning import Conditions, drop
 from microcinema.models.temporal import FrameConv, TemporalConv, TemporalTransformer
 from microcinema.models.unet2d import UNet2DBackbone, all_blocks, layer_specs, resamplers_of
 
@@ -27,10 +27,13 @@ from microcinema.models.unet2d import UNet2DBackbone, all_blocks, layer_specs, r
 class UNet3D(UNet2DBackbone):
     """Base class of the networks that see all frames of a clip."""
 
-    new_prefixes: tuple[str, ...] = ("temporal_", "fps_embedding.", "frame_embedding.", "placed_conv_in.")
+    new_prefixes: tuple[str, ...] = (
+        *("temporal_", "fps_embedding.", "motion_score_embedding.", "frame_embedding."),
+        "placed_conv_in.",
+    )
 
     def _build_temporal_layers(self, options: VideoUNetConfig) -> None:
-        """The temporal layers, numbered as the layers that they belong to, and the embeddings of frame rate and frame index."""
+        """The temporal layers, numbered as the layers that they belong to, and the embeddings that are added to that of time."""
         temporal, groups = options.temporal, options.unet2d.get("norm_num_groups", 32)
         specs = layer_specs(self)
         if temporal.convolutions == "after":
@@ -54,6 +57,7 @@ class UNet3D(UNet2DBackbone):
                 )
         for name, enabled in (
             ("fps_embedding", options.fps_conditioning),
+            ("motion_score_embedding", options.motion_score),
             ("frame_embedding", temporal.frame_embedding),
         ):
             if enabled:
@@ -73,12 +77,15 @@ class UNet3D(UNet2DBackbone):
             h = h + self.placed_conv_in(rearrange(conditions.placed, "b f c h w -> (b f) c h w"))
         return h
 
-    def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, fps: Tensor | None) -> Tensor:
-        """SiLU `(b f) d` of the embeddings of diffusion time, frame rate and frame index, for latents `b f c h w`."""
+    def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """SiLU `(b f) d` of the embeddings of diffusion time, frame rate, motion score and frame index, for latents `b f c h w`."""
         b, frames = z_t.shape[:2]
         emb = self.embed_time(t, z_t)
-        if hasattr(self, "fps_embedding") and fps is not None:
-            emb = emb + self.fps_embedding(self.time_proj(fps.expand(b)).to(emb.dtype))
+        if hasattr(self, "fps_embedding") and conditions.fps is not None:
+            emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
+        if hasattr(self, "motion_score_embedding") and (score := conditions.motion_score) is not None:
+            embedded = self.motion_score_embedding(self.time_proj(score.expand(b)).to(emb.dtype))
+            emb = emb + drop(embedded, score.expand(b) >= 0)
         emb = repeat(emb, "b d -> (b f) d", f=frames)
         if self.temporal.frame_embedding:
             # The temporal transformers have positions, but only they; this is for the ResNet blocks.

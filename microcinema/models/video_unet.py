@@ -84,6 +84,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         keyframe_concat: bool = False,
         keyframe_places: bool = False,
         fps_conditioning: bool = True,
+        motion_score: bool = False,
         appearance: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
         pixels: dict[str, Any] | None = None,
@@ -201,6 +202,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         pixels: Tensor | None = None,
         motion_tokens: Tensor | None = None,
         placed: Tensor | None = None,
+        motion_score: Tensor | None = None,
     ) -> Conditions:
         """The conditions of b clips. Inputs of parts that the network does not have are ignored.
 
@@ -213,6 +215,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             pixels: the key frames, `b 3 H W` in [-1, 1].
             motion_tokens: the motion encoder's tokens, `b k e`, zero where they are padding.
             placed: key frames at their places, `b f c+1 h w`, see `place_keyframes`.
+            motion_score: how much moves (data/motion_score.py), `(b,)`, negative where that is dropped; None: everywhere.
 
         Raises:
             UserError: shapes that do not match, or an input that a part needs is missing.
@@ -246,7 +249,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             parts["motion"] = _required(
                 motion_tokens, "the network reads motion tokens; give those of the motion caption"
             )
-        return Conditions(text=text, fps=fps, **parts)
+        return Conditions(text=text, fps=fps, motion_score=motion_score, **parts)
 
     def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None) -> Tensor:
         """The prediction `b f c h w`, of the target that the model was trained for.
@@ -267,7 +270,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """The decoder's last features, `(b f) c h w`, for the arguments of `forward`."""
         self._check_inputs(z_t, conditions)
-        frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions.fps)
+        frames, emb = z_t.shape[1], self.embed_time_and_frames(z_t, t, conditions)
         groups, reference = self.conv_norm_out.num_groups, {}
         if conditions.reference is not None:
             reference = dict(zip(self.reference_net.injected, conditions.reference, strict=True))

@@ -56,6 +56,7 @@ def prepare_conditions(
     captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     image: Mapping[str, torch.Tensor],
     fps: float,
+    motion_score: float | None = None,
 ) -> Conditions:
     """Conditions of `(k b)` clips, for the k terms of the guidance in their order, by one call of `unet.encode`.
 
@@ -71,8 +72,23 @@ def prepare_conditions(
     }
     images = {name: repeat(x, "b ... -> (k b) ...", k=len(terms)).to(unet.dtype) for name, x in image.items()}
     image_mask = torch.tensor([term.image for term in terms], device=z_ref.device).repeat_interleave(len(z_ref))
-    rates = torch.full((len(terms) * len(z_ref),), fps, device=z_ref.device)
-    return unet.encode(**tokens, **images, fps=rates, image_mask=image_mask)
+    numbers = {"fps": fps, "motion_score": motion_score}
+    each = {name: torch.full_like(image_mask, x, dtype=torch.float) for name, x in numbers.items() if x is not None}
+    return unet.encode(**tokens, **images, **each, image_mask=image_mask)
+
+
+def make_guidance(settings: Any) -> Guidance:
+    """The guidance of resolved `SamplingSettings`."""
+    return Guidance(
+        text=settings.guidance_scale,
+        image=settings.image_guidance_scale,
+        interval=settings.guidance_interval,
+        reuse=settings.guidance_reuse,
+        rescale=settings.guidance_rescale,
+        apg_eta=settings.apg_eta,
+        apg_norm_threshold=settings.apg_norm_threshold,
+        apg_momentum=settings.apg_momentum,
+    )
 
 
 def _network_times(timesteps: torch.Tensor, remapped: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -16,7 +17,6 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 from microcinema.config.sampling import OWN, KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.keyframe_places import place_keyframes
-from microcinema.diffusion.guidance import Guidance
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
     alphas_cumprod,
@@ -30,7 +30,7 @@ from microcinema.diffusion.schedule import (
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
-from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, denoise, prepare_conditions
+from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, denoise, make_guidance, prepare_conditions
 from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text, unread_texts
 from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
 from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
@@ -75,6 +75,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         network_schedule: settings of the base's schedule, by whose timesteps the network knows noise levels; None: the same schedule.
         image_mean, image_std: of the colors (from 0 to 1) that the image encoder was trained with.
         num_motion_tokens: length to which motion captions are padded or cut.
+        motion_quantiles: motion scores of the training clips at evenly spaced percentiles from 0 to 100; None: `motion` cannot be asked for.
 
     Raises:
         UserError: unknown settings, or components or schedules that do not fit together.
@@ -120,6 +121,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         image_std: Sequence[float] | None = None,
         motion_encoder_source: str | None = None,
         num_motion_tokens: int = 32,
+        motion_quantiles: Sequence[float] | None = None,
     ):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         components = {name: config.pop(name) for name in COMPONENTS}
@@ -228,7 +230,17 @@ class ImageToVideoPipeline(DiffusionPipeline):
         assert settings.num_frames is not None
         self.windows(settings).keyframe_index(self.keyframe_position)
         check_continuation(settings.num_segments, settings.num_frames, self.keyframe_position)
+        self.motion_score(settings.motion)
         return settings
+
+    def motion_score(self, motion: float | None) -> float | None:
+        """The motion score at a percentile of the training clips, from 0 to 1; a UserError if the model was not trained with scores."""
+        if motion is None:
+            return None
+        if (scores := self.config["motion_quantiles"]) is None or not self.unet.options.motion_score:
+            fault = f"motion={motion:g}, but the model was not trained with motion scores"
+            raise UserError(f"{fault}; use motion=null, or a model trained with model.motion_score=true")
+        return float(np.interp(motion, np.linspace(0, 1, len(scores)), scores))
 
     def windows(self, settings: SamplingSettings) -> Windows:
         """The windows over the frames of a clip, of which the settings name the number."""
@@ -342,7 +354,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
             # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
             self.maybe_free_model_hooks()
             z_ref = context["z_ref"]
-            conditions = prepare_conditions(self.unet, guidance, captions, context, settings.fps)
+            conditions = prepare_conditions(
+                self.unet, guidance, captions, context, settings.fps, self.motion_score(settings.motion)
+            )
             shape = (videos, settings.num_frames, *z_ref.shape[1:])
             eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             scheduler = self.sampler(settings, device)
@@ -367,20 +381,6 @@ class ImageToVideoPipeline(DiffusionPipeline):
             messages.append(continuation_notice(settings.num_segments, windows.frames))
         for message in messages:
             warn_once(message)
-
-
-def make_guidance(settings: Any) -> Guidance:
-    """The guidance of resolved `SamplingSettings`."""
-    return Guidance(
-        text=settings.guidance_scale,
-        image=settings.image_guidance_scale,
-        interval=settings.guidance_interval,
-        reuse=settings.guidance_reuse,
-        rescale=settings.guidance_rescale,
-        apg_eta=settings.apg_eta,
-        apg_norm_threshold=settings.apg_norm_threshold,
-        apg_momentum=settings.apg_momentum,
-    )
 
 
 def _repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:

@@ -206,6 +206,7 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
     zeros = pipeline.unet.conv_in.weight.detach().new_zeros  # without data if the weights have none
     items: dict[str, Any] = dict.fromkeys(("caption", "description", "motion"), [PROMPT] * count)
     items |= {"fps": torch.full((count,), pipeline.config["fps"]), "sample_index": torch.arange(count)}
+    items["motion_score"] = torch.zeros(count)
     if latents:
         items["latents"] = zeros(count, num_frames, pipeline.vae.config["latent_channels"], *grid)
         if pipeline.uses_image_conditioning:

@@ -26,7 +26,7 @@ class BatchEncoder:
 
     Items have `sample_index`, `fps`, `caption` (for a model with a motion encoder: `description` and `motion`), `video` (f, 3, H, W) or
     scaled `latents` with, if the model uses pixels, `keyframe` uint8 (3, H, W); and for PredictNet `flow` and `flow_valid` on the
-    latent grid. If they have `text`, `motion_tokens` or `image_tokens`, these are used and the encoders do not run.
+    latent grid; and for a model that is told it, `motion_score`. If they have `text`, `motion_tokens` or `image_tokens`, these are used and the encoders do not run.
 
     Args:
         pipeline: with its frozen encoders.
@@ -53,6 +53,7 @@ class BatchEncoder:
             flow=Flow(self._to_device(items["flow"]), to_device(items["flow_valid"], self.device))
             if has_flow
             else None,
+            motion_score=self.motion_score(items),
         )
 
     def latents(self, items: Mapping[str, Any]) -> torch.Tensor:
@@ -78,6 +79,14 @@ class BatchEncoder:
         if "motion_tokens" in items:
             return self._to_device(items["motion_tokens"])
         return self._embed(self.pipeline.encode_motion, items["motion"])
+
+    def motion_score(self, items: Mapping[str, Any]) -> torch.Tensor | None:
+        """Motion scores, (b,), float32; None for a model without them, a UserError if the items have none."""
+        if not self.pipeline.unet.options.motion_score:
+            return None
+        if "motion_score" not in items:
+            raise UserError("the model needs motion scores, which these clips do not have; wrap them in MotionClips")
+        return self._to_device(items["motion_score"])
 
     def pixels(self, items: Mapping[str, Any]) -> torch.Tensor:
         """Pixels of key frames, (b, 3, H, W) in [-1, 1]; a UserError if the items have none."""

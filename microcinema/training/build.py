@@ -15,6 +15,7 @@ from microcinema.config.instantiate import Component
 from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
+from microcinema.data.motion_score import MotionClips, motion_quantiles
 from microcinema.data.optical_flow import FlowClips
 from microcinema.data.quarantine import MAX_REPLACEMENTS, Quarantine
 from microcinema.data.source import ClipSource, spread
@@ -65,7 +66,8 @@ def build_trainer(
         new_weights = warm_start(networks["unet"], config.init_weights_from)
         accelerator.print(warm_start_summary(new_weights, config.init_weights_from))
     components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
-    pipeline = build_pipeline(config, base.scheduler, levels, **components, **networks)
+    scores = {"motion_quantiles": motion_quantiles(dataset)} if config.model.motion_score else {}
+    pipeline = build_pipeline(config, base.scheduler, levels, **components, **networks, **scores)
     if isinstance(dataset, EncodedClips):
         cached_latents_check.check(dataset, pipeline, config.model.flow_model)
     predict_net = None if config.model.flow_model is None else PredictNet.for_unet(pipeline.unet)
@@ -95,12 +97,12 @@ def first_fps(dataset: ClipSource) -> float:
 
 
 def build_clips(config: Train, accelerator: Accelerator) -> ClipSource:
-    """The data set of a config; the main process prints how many of its clips are skipped, and why."""
+    """The data set of a config, with motion scores if its model uses them; the main process prints how many clips are skipped, and why."""
     dataset = config.data.build()
     if accelerator.is_main_process:
         for reason, count in dataset.skipped.items():
             print(f"{count} clips skipped: {reason}")
-    return dataset
+    return MotionClips(dataset) if config.model.motion_score else dataset
 
 
 def build_dataset(config: Train, accelerator: Accelerator, vae_scale_factor: int) -> ClipSource:
@@ -118,7 +120,8 @@ def build_held_out(config: Train) -> ClipSource | None:
     if config.validation_data is None:
         return None
     seed = {"seed": SEED} if "seed" in config.data.arguments else {}  # of random clip positions
-    return Component(config.data.target, {**config.data.arguments, **seed, **config.validation_data}).build()
+    dataset = Component(config.data.target, {**config.data.arguments, **seed, **config.validation_data}).build()
+    return MotionClips(dataset) if config.model.motion_score else dataset
 
 
 def build_networks(config: Train, base: Base, weights: bool = True) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def build_pipeline(
     Args:
         base_scheduler: the training schedule of the base.
         levels: of `check_schedule`; None: the base's.
-        components: of the pipeline, except the scheduler; None for the base's own.
+        components: of the pipeline, except the scheduler, None for the base's own; and `motion_quantiles` of its training set.
 
     Raises:
         UserError: settings that cannot work, or components that do not fit together.

@@ -52,6 +52,9 @@ def check(clips: EncodedClips, pipeline: ImageToVideoPipeline, flow_model: str |
     if changes := differences(expected, cached, common_only=True):
         advice = "make others with `microcinema prepare latents` and the keys of this run, or set cached_latents=null"
         raise UserError(f"latents '{clips.folder}' do not match this run: {', '.join(changes)}; {advice}")
+    if pipeline.unet.options.motion_score and clips.motion_scores is None:
+        fault = f"latents '{clips.folder}' come without motion scores, which this model needs"
+        raise UserError(f"{fault}; run `microcinema prepare latents` again with the keys of this run, which adds them")
     missing = {"flow", "keyframe"} & (expected.keys() - cached.keys())
     if "image_tokens" in cached and not pipeline.uses_keyframe_pixels:
         missing.discard("keyframe")

@@ -14,6 +14,7 @@ from torch import nn
 from microcinema.config.schema import Train
 from microcinema.data.keyframe_index import keyframe_index
 from microcinema.data.keyframe_places import draw_places, main_keyframe, place_keyframes
+from microcinema.data.motion_score import UNKNOWN
 from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.noise_prior import NoisePrior
@@ -26,8 +27,9 @@ from microcinema.utils.device import to_device
 
 LOSS_KEYS = (
     *("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout"),
-    "keyframe_places",
+    *("motion_dropout", "keyframe_places"),
 )
+_MOTION_STREAM = 2  # of a clip's generators; the first has what is drawn for every model
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -45,6 +47,7 @@ class Batch:
     image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # `image_tokens` and `pixels` of the key frames
     motion_tokens: torch.Tensor | None = None  # (b, k, e)
     flow: Flow | None = None  # on the latent grid
+    motion_score: torch.Tensor | None = None  # (b,), negative where unknown
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class TrainingNoise:
     text_mask: torch.Tensor  # False where the text is dropped, (b,)
     image_mask: torch.Tensor
     places: torch.Tensor | None = None  # True where a key frame is, (b, f); None: at the model's own place alone
+    motion_mask: torch.Tensor | None = None  # False where the motion score is dropped, (b,); None: nowhere
 
     def to(self, device: torch.device) -> "TrainingNoise":
         """The same noise on another device."""
@@ -88,7 +92,7 @@ class LossConfig:
         snr_gamma: min-SNR weighting (arXiv 2303.09556); None weights all timesteps alike.
         motion_weight: extra weight where a clip departs from its key frame (`motion_weights`).
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` (arXiv 2403.03206, section 3.1); None: uniform.
-        text_dropout, image_dropout: probability of training without that condition, independently (arXiv 2207.12598).
+        text_dropout, image_dropout, motion_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         keyframe_places: probability of other places than the model's own (`draw_places`); 0: the network does not see places.
         keeps_own_place: whether a key frame is at the model's own place in any case, since the network has its pixels from there.
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
@@ -107,6 +111,7 @@ class LossConfig:
     seed: int
     keyframe_places: float = 0.0
     keeps_own_place: bool = False
+    motion_dropout: float = 0.0
     remapped_timesteps: torch.Tensor | None = None
     objective: Objective | None = None
 
@@ -128,7 +133,14 @@ class LossConfig:
                 places[-1][own] |= self.keeps_own_place
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
         drawn = torch.stack(places) if places else None
-        return TrainingNoise(torch.stack(noise), torch.stack(t), mask[:, 0], mask[:, 1], drawn)
+        kept = mask[:, 0], mask[:, 1]
+        return TrainingNoise(torch.stack(noise), torch.stack(t), *kept, drawn, self._motion_mask(indices))
+
+    def _motion_mask(self, indices: Sequence[int]) -> torch.Tensor | None:
+        if not self.motion_dropout:
+            return None
+        rngs = (generator(self.seed, index, _MOTION_STREAM) for index in indices)
+        return torch.stack([torch.rand((), generator=rng) for rng in rngs]) >= self.motion_dropout
 
     def noise(self, batch: Batch, noise: TrainingNoise) -> torch.Tensor:
         """`eps_hat` of the clips, (b, f, c, h, w)."""
@@ -167,7 +179,8 @@ def make_loss_config(pipeline: ImageToVideoPipeline, config: Train, device: torc
         remapped_timesteps=None if remapped is None else remapped.to(device),
         keyframe_position=pipeline.keyframe_position,
         keeps_own_place=pipeline.uses_image_conditioning,
-        **{name: getattr(config, name) for name in ("seed", *LOSS_KEYS)},
+        **{name: getattr(config, name) for name in ("seed", *LOSS_KEYS)}
+        | {"motion_dropout": config.motion_dropout * pipeline.unet.options.motion_score},
     )
 
 
@@ -253,6 +266,9 @@ def evaluate(
     text = torch.where(text_mask, batch.text, null.text)
     if batch.motion_tokens is not None and null.motion_tokens is not None:
         inputs["motion_tokens"] = torch.where(text_mask, batch.motion_tokens, null.motion_tokens)
+    if (score := batch.motion_score) is not None:
+        dropped = torch.full_like(score, UNKNOWN)
+        inputs["motion_score"] = score if noise.motion_mask is None else torch.where(noise.motion_mask, score, dropped)
     t_model = t if config.remapped_timesteps is None else config.remapped_timesteps.to(z_t.device)[t]
     if config.keyframe_places:
         inputs["placed"] = config.placed_keyframes(batch.latents, noise.places)
