@@ -87,6 +87,14 @@ class Consistency:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class Tracker:
+    project: types.Name
+    name: types.Name | None
+    group: types.Name | None
+    tags: list[types.Name]
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Train(Clips):
     base: Base
     cached_latents: types.PathText | None
@@ -133,6 +141,7 @@ class Train(Clips):
     validation_steps: types.Count
     logging_steps: types.Count
     report_to: Literal["tensorboard", "wandb"] | None
+    tracker: Tracker
     checkpointing_steps: types.Count
     checkpoints_total_limit: types.Count | None
     resume_from_checkpoint: types.PathText | None

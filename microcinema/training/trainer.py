@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ from microcinema.training.metrics import StepMetrics
 from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
+from microcinema.training.trackers import start_trackers
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_folder, make_folder, partial, sweep
 
 Items = dict[str, Any]
 """A collated micro-batch; keys as in data/clips.py."""
-LOGGABLE = (int, float, str, bool)
 Validate = Callable[[Accelerator, ImageToVideoPipeline, int], None]
 
 
@@ -108,10 +108,7 @@ class Trainer:
         config, preempted = self.config, False
         if self.accelerator.is_main_process:
             sweep(self.output_dir)  # only now: a run that is refused removes nothing
-        if config.report_to:
-            values = asdict(config).items()
-            settings = {key: value if isinstance(value, LOGGABLE) else str(value) for key, value in values}
-            self.accelerator.init_trackers("microcinema", settings)
+        start_trackers(self.accelerator, config, resumed=self.progress.step > 0)
         with Preemption() as preemption, closing(self._micro_batches()) as micro_batches, self._progress_bar() as bar:
             if self.progress.step > 0:
                 self.validate()  # in case the run was killed between the checkpoint and this

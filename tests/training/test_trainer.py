@@ -185,7 +185,6 @@ def test_what_is_logged(tmp_path):
 def test_wandb_works_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     sent, log = [], Run.log
     monkeypatch.setattr(Run, "log", lambda run, data, *rest, **more: sent.append(data) or log(run, data, *rest, **more))
     Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "keyframe.png")
