@@ -42,6 +42,7 @@ TESTED_IN = {
     "models/unet2d": "models/test_video_unet.py",
     "models/unet3d": "models/test_appearance.py",
     "models/weights": "models/test_video_unet.py",
+    "pipelines/clip_sampler": "pipelines/test_keyframe_places.py",
     "pipelines/components": "pipelines/test_base_model.py",
     "pipelines/encoders": "pipelines/test_factorized_pipeline.py",
     "pipelines/loading": "pipelines/test_base_model.py",

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from microcinema.config.compose import plain
 from microcinema.config.sampling import SamplingSettings
 from microcinema.config.schema import Sample
+from microcinema.pipelines.keyframe_places import read_keyframes
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.pipelines.sampler import Sampler
@@ -27,7 +28,8 @@ def run(config: Sample) -> None:
         record = {"config": plain(config)}
         quieten_libraries()
         models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
-        sampler = Sampler(*models, state.device, progress=progress)
+        keyframes = read_keyframes(config.keyframes)
+        sampler = Sampler(*models, state.device, progress=progress, keyframes=keyframes)
         folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
 
         def announce(item: PromptItem, is_new: bool) -> None:

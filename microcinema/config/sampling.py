@@ -73,6 +73,8 @@ class SamplingSettings(DenoisingSettings):
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
+        interpolate: makes a video of so many times the frame rate of it, `interpolate * (f - 1) + 1` of f frames: neighboring frames are key
+            frames of denser clips.
         decode_chunk_size: frames that the VAE decodes at once; None: as many as free GPU memory holds, on a CPU all of a clip.
 
     Raises:
@@ -86,6 +88,7 @@ class SamplingSettings(DenoisingSettings):
     motion: types.Fraction | None = None
     num_segments: types.Count = 1
     window_overlap: types.CountOrZero | None = None
+    interpolate: Literal[1, 2, 4] = 1
     decode_chunk_size: types.Count | None = None
 
     def __post_init__(self) -> None:

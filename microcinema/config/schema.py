@@ -173,6 +173,7 @@ class Sample(SamplingSettings):
     prompt: str | None
     motion_prompt: str | None
     image: types.PathText | None
+    keyframes: list[int | str] | None
     prompts: types.PathText | None
     seed: types.Seed
     output_dir: types.PathText

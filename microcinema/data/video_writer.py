@@ -89,14 +89,14 @@ def write_contact_sheet(
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     below: bool = False,
-    keyframes: Sequence[int | None] | None = None,
+    keyframes: Sequence[int | Sequence[int] | None] | None = None,
 ) -> None:
     """Writes a PNG with the frames of one or several clips, one clip below the other.
 
     Args:
         captions: a text above each clip, or below it, broken into lines.
         columns: frames in a row; None: all frames of a clip.
-        keyframes: index of each clip's key frame, which gets a border; None: there is none, or it is not known.
+        keyframes: index of each clip's key frame, or of several, which get a border; None: there is none, or it is not known.
     """
     clips = [_check(clip) for clip in ([clips] if isinstance(clips, np.ndarray) else clips)]
     captions = [""] * len(clips) if captions is None else captions
@@ -116,7 +116,9 @@ def write_contact_sheet(
         page.save(temporary, format="PNG")
 
 
-def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool, keyframe: int | None) -> Image.Image:
+def _strip(
+    clip: np.ndarray, caption: str, columns: int | None, below: bool, keyframe: int | Sequence[int] | None
+) -> Image.Image:
     """The frames of a clip with its caption and a margin of `_GAP`, as an image."""
     font = ImageFont.load_default(size=14)
     count, height, width = clip.shape[:3]
@@ -136,7 +138,9 @@ def _strip(clip: np.ndarray, caption: str, columns: int | None, below: bool, key
         draw.text((_GAP, text_top + _LINE * k), line, fill="black", font=font)
     for k, frame in enumerate(clip):
         left, top = _GAP + k % columns * (width + _GAP), frames_top + k // columns * (height + _GAP)
-        if k == keyframe:  # on the white between the frames, so that it shows beside any picture and covers none
+        if k == keyframe or (
+            isinstance(keyframe, Sequence) and k in keyframe
+        ):  # on the white between the frames, so that it shows beside any picture and covers none
             draw.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), outline=_MARK, width=2)
         sheet.paste(Image.fromarray(frame), (left, top))
     return sheet

@@ -1,22 +1,20 @@
 """Stage 2: a key frame and a text become a video. Shapes: latents `b f c h w`, frames `b f 3 H W`, key frame `b 3 H W`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.config.sampling import OWN, KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
-from microcinema.data.keyframe_places import place_keyframes
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.schedule import (
     alphas_cumprod,
@@ -29,11 +27,13 @@ from microcinema.diffusion.schedule import (
 )
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
+from microcinema.pipelines.clip_sampler import ClipSampler, repeat_to
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
-from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, denoise, make_guidance, prepare_conditions
+from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, make_guidance
 from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text, unread_texts
-from microcinema.pipelines.keyframe import PixelImage, as_pil, as_tensor, make_keyframe
-from microcinema.pipelines.long_video import Windows, check_continuation, continuation_notice, join_segments
+from microcinema.pipelines.keyframe import PixelImage, as_tensor, make_keyframe
+from microcinema.pipelines.keyframe_places import TrainedPlaces, check_interpolation, keyframe_images
+from microcinema.pipelines.long_video import Windows, check_continuation, join_segments, notices
 from microcinema.pipelines.prompts import broadcast_to_prompts, check_generators, check_motion_prompt, check_prompts
 from microcinema.utils.errors import UserError, check_choice
 from microcinema.utils.logging import warn_once
@@ -229,7 +229,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
         settings = settings.resolve(self.config, stride)
         assert settings.num_frames is not None
         self.windows(settings).keyframe_index(self.keyframe_position)
-        check_continuation(settings.num_segments, settings.num_frames, self.keyframe_position)
+        places, frames = self.trained_places, settings.num_segments * (settings.num_frames - 1) + 1
+        continued = "first" if places.fault([0], settings.num_frames) is None else self.keyframe_position
+        check_continuation(settings.num_segments, settings.num_frames, continued)
+        check_interpolation(settings.interpolate, frames, self.config["num_frames"], places)
         self.motion_score(settings.motion)
         return settings
 
@@ -241,6 +244,21 @@ class ImageToVideoPipeline(DiffusionPipeline):
             fault = f"motion={motion:g}, but the model was not trained with motion scores"
             raise UserError(f"{fault}; use motion=null, or a model trained with model.motion_score=true")
         return float(np.interp(motion, np.linspace(0, 1, len(scores)), scores))
+
+    @property
+    def trained_places(self) -> TrainedPlaces:
+        """The places of key frames that the model was trained for."""
+        return TrainedPlaces(
+            self.keyframe_position, self.unet.options.keyframe_places, needs_own=self.uses_image_conditioning
+        )
+
+    def main_keyframe(self, keyframes: Collection[int], settings: SamplingSettings) -> int:
+        """The place of the main one of key frames at chosen places, of a clip of resolved settings; a UserError if it cannot have them."""
+        assert settings.num_frames is not None
+        if settings.num_frames > (trained := self.config["num_frames"]):
+            fault = f"keyframes are of a clip, and num_frames={settings.num_frames} is more than the {trained} of one"
+            raise UserError(f"{fault}; use num_segments or interpolate for a longer video")
+        return self.trained_places.main(keyframes, settings.num_frames)
 
     def windows(self, settings: SamplingSettings) -> Windows:
         """The windows over the frames of a clip, of which the settings name the number."""
@@ -256,7 +274,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image: PixelImage | Sequence[PixelImage],
+        image: PixelImage | Sequence[PixelImage] | None = None,
         motion_prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_videos_per_prompt: int = 1,
@@ -265,6 +283,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        keyframes: Mapping[int, PixelImage | Sequence[PixelImage] | None] | None = None,
         **settings: Any,
     ) -> ImageToVideoOutput:
         """Animates key frames.
@@ -279,6 +298,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt` or `latent`.
             callback_on_step_end, callback_on_step_end_tensor_inputs: see `StepCallback`. Steps of each clip are counted from 0.
             return_dict: False: a tuple, of frames and key frames.
+            keyframes: images by their places in a clip, as `image`, or None for `image` itself; None: `image` is at the model's own place.
             settings: those of `SamplingSettings`.
 
         Raises:
@@ -292,8 +312,10 @@ class ImageToVideoPipeline(DiffusionPipeline):
         if generator is not None:
             generators = check_generators(generator, videos)
             generator = generators if isinstance(generator, Sequence) else generator
-        batch: Any = list(image) if getattr(image, "ndim", 3) == 4 else image  # type: ignore[arg-type]
-        images = [as_pil(img) for img in broadcast_to_prompts("images", batch, len(prompts))]
+        own = keyframe_index(self.keyframe_position, self.windows(resolved).slices[0].stop)
+        images = keyframe_images(image, keyframes, own, len(prompts))
+        if keyframes is not None:
+            self.main_keyframe(keyframes, resolved)
         step_end = StepCallback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         captions = self._encode_captions(prompts, motion_prompt, negative_prompt, videos)
         output = self._animate(images, captions, resolved, videos, generator, step_end, output_type)
@@ -321,11 +343,11 @@ class ImageToVideoPipeline(DiffusionPipeline):
         captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
         if self.uses_motion_caption:
             captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
-        return {name: (_repeat_to(c, videos), _repeat_to(null, videos)) for name, (c, null) in captions.items()}
+        return {name: (repeat_to(c, videos), repeat_to(null, videos)) for name, (c, null) in captions.items()}
 
     def _animate(
         self,
-        images: list[Image.Image],
+        images: Mapping[int, list[Image.Image]],
         captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         settings: SamplingSettings,
         videos: int,
@@ -333,55 +355,29 @@ class ImageToVideoPipeline(DiffusionPipeline):
         step_end: StepCallback,
         output_type: str,
     ) -> ImageToVideoOutput:
-        height, width, steps = settings.height, settings.width, settings.num_inference_steps
-        assert height and width and steps and settings.num_frames and settings.fps is not None
+        height, width = settings.height, settings.width
+        assert height and width and settings.num_inference_steps and settings.num_frames and settings.fps is not None
         check_sampler(self.training_scheduler, self.scheduler)
-        prior, guidance = replace(self.noise_prior, gamma=settings.gamma), make_guidance(settings)
-        windows, device = self.windows(settings), self._execution_device
-        self._log_long_video(windows, settings)
-        current = [make_keyframe(image, height, width, {}).image for image in images]
-        keyframes = [image for image in current for _ in range(videos // len(images))]
-        clips = []
+        windows = self.windows(settings)
+        for notice in notices(windows, settings.num_segments):
+            warn_once(notice)
+        sampler = ClipSampler(self, settings, make_guidance(settings), captions, generator, step_end)
+        frames = {place: [make_keyframe(i, height, width, {}).image for i in batch] for place, batch in images.items()}
+        main = frames[self.trained_places.main(frames, windows.slices[0].stop)]
+        pixels = {place: as_tensor(batch) for place, batch in frames.items()}
+        clips, in_latents = [], output_type == "latent" or settings.interpolate > 1
         for clip in range(settings.num_segments):
-            pixels = as_tensor(current)
-            context = {"z_ref": self.encode_image(pixels), **self.encode_pixels(pixels)}
-            if self.unet.options.keyframe_places:
-                frames = windows.slices[0].stop
-                places = torch.arange(frames, device=device) == keyframe_index(self.keyframe_position, frames)
-                latents = repeat(context["z_ref"], "b c h w -> b f c h w", f=frames)
-                context["placed"] = place_keyframes(latents, places.expand(len(latents), -1))
-            context = {name: _repeat_to(x, videos) for name, x in context.items()}
-            # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
-            self.maybe_free_model_hooks()
-            z_ref = context["z_ref"]
-            conditions = prepare_conditions(
-                self.unet, guidance, captions, context, settings.fps, self.motion_score(settings.motion)
-            )
-            shape = (videos, settings.num_frames, *z_ref.shape[1:])
-            eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            scheduler = self.sampler(settings, device)
-            self._num_timesteps = len(scheduler.timesteps)
-            with self.progress_bar(total=steps) as bar:
-                z_T, timesteps = prior.initial_noise(eps, z_ref), self.remapped_timesteps
-                inputs = (prior, z_ref, conditions, guidance, windows, timesteps, generator, step_end, bar)
-                z = denoise(self.unet, scheduler, z_T, *inputs, settings.cache_interval or 1)
-            clips.append(z if output_type == "latent" else self.decode_latents(z, settings.decode_chunk_size).float())
+            keyframes = {place: self.encode_image(image) for place, image in pixels.items()}
+            z = sampler(windows, settings.fps, keyframes, pixels.__getitem__)
+            clips.append(z if in_latents else self.decode_latents(z, settings.decode_chunk_size).float())
             if clip < settings.num_segments - 1:
-                last = self.decode_latents(z[:, -1:]) if output_type == "latent" else clips[-1][:, -1:]
-                current = self.video_processor.postprocess(last[:, 0].float(), "pil")
-        frames = join_segments(clips)
+                last = self.decode_latents(z[:, -1:]) if in_latents else clips[-1][:, -1:]
+                pixels = {0: as_tensor(self.video_processor.postprocess(last[:, 0].float(), "pil"))}
+        video = join_segments(clips)
+        if settings.interpolate > 1:
+            video = sampler.interpolate(video)
+            video = video if output_type == "latent" else self.decode_latents(video, settings.decode_chunk_size).float()
         if output_type != "latent":
-            frames = self.video_processor.postprocess_video(rearrange(frames, "b f c h w -> b c f h w"), output_type)
+            video = self.video_processor.postprocess_video(rearrange(video, "b f c h w -> b c f h w"), output_type)
         self.maybe_free_model_hooks()
-        return ImageToVideoOutput(frames, keyframes)
-
-    def _log_long_video(self, windows: Windows, settings: SamplingSettings) -> None:
-        messages = [str(windows)] if len(windows.slices) > 1 else []
-        if settings.num_segments > 1:
-            messages.append(continuation_notice(settings.num_segments, windows.frames))
-        for message in messages:
-            warn_once(message)
-
-
-def _repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:
-    return repeat(x, "b ... -> (b n) ...", n=videos // len(x))
+        return ImageToVideoOutput(video, [image for image in main for _ in range(videos // len(main))])

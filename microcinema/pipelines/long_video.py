@@ -85,10 +85,13 @@ def join_segments(segments: Sequence[Tensor]) -> Tensor:
     return torch.cat([segments[0], *(segment[:, 1:] for segment in segments[1:])], dim=1)
 
 
-def continuation_notice(num_segments: int, num_frames: int) -> str:
-    """What the user of several segments should know."""
-    return (
-        f"{num_segments} segments of {num_frames} frames are sampled one after another, each from the last frame of the one before "
-        f"({num_segments * (num_frames - 1) + 1} frames in all); a segment sees nothing of the earlier ones but that frame, so "
-        "errors accumulate"
-    )
+def notices(windows: Windows, num_segments: int) -> list[str]:
+    """What the user of several windows or segments should know."""
+    told = [str(windows)] if len(windows.slices) > 1 else []
+    if num_segments > 1:
+        told.append(
+            f"{num_segments} segments of {windows.frames} frames are sampled one after another, each from the last frame of the one before "
+            f"({num_segments * (windows.frames - 1) + 1} frames in all); a segment sees nothing of the earlier ones but that frame, so "
+            "errors accumulate"
+        )
+    return told

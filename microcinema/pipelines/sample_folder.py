@@ -100,7 +100,7 @@ class SampleFolder:
         write_json(self._path(item, _KEYFRAME_RECORD), {**record, **self.versions, "files": {"keyframe": path.name}})
 
     def write_video(self, item: PromptItem, frames: np.ndarray, fps: float, record: Mapping[str, Any]) -> None:
-        """Writes uint8 frames (f, h, w, 3) in all formats, and their record, whose `keyframe_index` a contact sheet marks."""
+        """Writes uint8 frames (f, h, w, 3) in all formats, and their record, whose `keyframe_index` and `keyframes` a contact sheet marks."""
         self._path(item, _RECORD).unlink(missing_ok=True)
         paths = {name: self._path(item, _SUFFIXES[name]) for name in self.formats}
         for name, path in paths.items():
@@ -109,7 +109,8 @@ class SampleFolder:
             elif name == "gif":
                 write_gif(path, frames, fps)
             elif name == "contact_sheet":
-                write_contact_sheet(path, frames, [item.prompt], keyframes=[record.get("keyframe_index")])
+                places = [*record.get("keyframes", {}), record.get("keyframe_index", -1)]
+                write_contact_sheet(path, frames, [item.prompt], keyframes=[[int(place) for place in places]])
             else:
                 with atomic_path(path) as temporary:
                     np.savez_compressed(temporary, frames=frames)

@@ -1,6 +1,6 @@
 """The two-stage sampler of the command `sample` and of all protocols: first all key frames, then all videos, resumably."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from microcinema.config.sampling import KeyframeSettings, MemorySettings, Sampli
 from microcinema.data.images import open_image
 from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.keyframe import KeyframePipeline, check_flagged
+from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, check_flagged
+from microcinema.pipelines.keyframe_places import split_keyframes
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
+from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_networks
 
 _MODEL = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "keyframe_position", "training_schedule")
@@ -34,12 +36,13 @@ class Sampler:
         memory: of both stages.
         batch_size: videos made at once; key frames are drawn one at a time.
         progress: show bars.
+        keyframes: images of all videos by their places in a clip, None for the key frame of each; None: that alone, at the model's own place.
 
     Attributes:
         keyframe_index: frame of the videos that the key frame is.
 
     Raises:
-        UserError: a video model that cannot be loaded, or settings that do not work with it.
+        UserError: a video model that cannot be loaded, or settings or key frames that do not work with it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Sampler:
         device: torch.device | str,
         batch_size: int = 1,
         progress: bool = True,
+        keyframes: Mapping[int, Path | None] | None = None,
     ):
         self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
         self.batch_size, self.progress = batch_size, progress
@@ -63,14 +67,24 @@ class Sampler:
         self.uses_motion_caption, self._text_lengths = video.uses_motion_caption, video.text_lengths
         windows = video.windows(self.settings)
         self.keyframe_index = windows.keyframe_index(video.keyframe_position)
+        self.image: Path | None = None  # of the key frame of all videos
+        self.placed: dict[int, Keyframe | None] = {}
+        if keyframes is not None:
+            self.image, others = split_keyframes(keyframes, video.main_keyframe(keyframes, self.settings))
+            self.placed = {place: file and self._open_placed(file) for place, file in others.items()}
+            self.keyframe_index = next(place for place, frame in self.placed.items() if frame is None)
+        self.keyframe_index *= self.settings.interpolate
         self.video_record = {
             **asdict(self.settings),
             "windows": [[window.start, window.stop] for window in windows.slices],
             "keyframe_index": self.keyframe_index,
-            "frames_of_all_clips": self.settings.num_segments * (windows.frames - 1) + 1,
+            "frames_of_all_clips": self.settings.interpolate * self.settings.num_segments * (windows.frames - 1) + 1,
             "memory": asdict(memory),
             **_model_record(video, self.settings),
         }
+        if keyframes is not None:
+            places = {str(place * self.settings.interpolate): image for place, image in self.placed.items()}
+            self.video_record["keyframes"] = {place: image and image.provenance for place, image in places.items()}
         self._stage1: KeyframePipeline | None = None
         self._stage1_hashes: dict[str, str] = {}
 
@@ -94,6 +108,11 @@ class Sampler:
         """
         for item in items:
             check_motion_prompt(item.motion_prompt, self.uses_motion_caption)
+            if self.image is not None and item.image is not None:
+                raise UserError(
+                    "image is of no key frame, since all of keyframes have others; name a place without a file"
+                )
+        items = items if self.image is None else [replace(item, image=self.image) for item in items]
         for path in {item.image for item in items if isinstance(item.image, Path)}:
             open_image(path)
         size = self.batch_size
@@ -115,6 +134,11 @@ class Sampler:
             "keyframe_model": self.keyframe.pretrained_model_name_or_path,
             "weights_sha256": self.video_record["weights_sha256"] | hashes,
         }
+
+    def _open_placed(self, file: Path) -> Keyframe:
+        height, width = self.settings.height, self.settings.width
+        assert height is not None and width is not None
+        return KeyframePipeline(file, self.keyframe.resize_mode)([""], height, width)[0]
 
     def _load_video(self) -> ImageToVideoPipeline:
         return self._video or load_pipeline(self.pipeline, torch_dtype=getattr(torch, self.memory.torch_dtype))
@@ -188,11 +212,13 @@ class Sampler:
                     video, self._video = self._load_video(), None  # which a second run opens anew
                     apply(video, self.memory, self.device)
                     video.set_progress_bar_config(desc="video", unit="step", leave=False, disable=not self.progress)
-                keyframes = [folder.open_keyframe(item) for item in batch]
-                frames = animate(video, batch, keyframes, self.settings, output_type="np").frames
+                images = [folder.open_keyframe(item) for item in batch]
+                places = {place: frame and frame.image for place, frame in self.placed.items()} or None
+                frames = animate(video, batch, images, self.settings, output_type="np", keyframes=places).frames
                 for item, record, clip, missing in zip(batch, records, frames, is_new, strict=True):
                     if missing:
-                        folder.write_video(item, to_uint8(clip, f"'{item.id}'"), self.settings.fps or 0, record)
+                        fps = self.settings.interpolate * (self.settings.fps or 0)
+                        folder.write_video(item, to_uint8(clip, f"'{item.id}'"), fps, record)
             for item, made in zip(batch, is_new, strict=True):
                 on_done(item, made)
 

@@ -1,7 +1,7 @@
 """Both stages: a prompt becomes a key frame, the key frame a video (arXiv 2311.18829)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from microcinema.config.sampling import PRESETS, KeyframeSettings, SamplingSettings
 from microcinema.pipelines.image_to_video import ImageToVideoOutput, ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, PixelImage, as_pil, check_flagged, make_keyframe
+from microcinema.pipelines.keyframe_places import split_keyframes
 from microcinema.pipelines.prompts import (
     PromptItem,
     broadcast_to_prompts,
@@ -139,6 +140,7 @@ class TextToVideoPipeline:
         keyframe: KeyframeSettings | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
+        keyframes: Mapping[int, PixelImage | None] | None = None,
         **settings: Any,
     ) -> TextToVideoOutput:
         """Makes videos, each from its own key frame: those that the command `sample` makes of the same prompts and seed.
@@ -152,6 +154,7 @@ class TextToVideoPipeline:
             generator: in the place of a seed: one per video (which makes a video independent of the others), or one for all. It draws
                 all key frames first.
             return_dict: False: a tuple, of frames and key frames.
+            keyframes: images by their places in a clip, None for the key frame that stage 1 draws; None: that one, at the model's own place.
             settings: those of `SamplingSettings`.
 
         Raises:
@@ -166,22 +169,25 @@ class TextToVideoPipeline:
         texts = check_prompts(prompt), motion_prompt, negative_prompt
         items = _prompt_items(*texts, seed, sample_index, num_videos_per_prompt, generator)
         resolved, stage1 = self.video.resolve(asked), keyframe or KeyframeSettings()
-        keyframes, animated = [], []
+        if keyframes is not None:
+            image, keyframes = split_keyframes(keyframes, self.video.main_keyframe(keyframes, resolved))
+            items = items if image is None else [replace(item, image=np.asarray(as_pil(image))) for item in items]
+        drawn, animated = [], []
         assert resolved.height is not None and resolved.width is not None
         for item in items:
             arguments = keyframe_arguments(self.keyframe, item, self.video.config, resolved, stage1)
             image = make_item_keyframe(item, self.keyframe, resolved.height, resolved.width, **arguments)
             if check_flagged(image.provenance, item.prompt, stage1.on_flagged):
-                keyframes.append(image)
+                drawn.append(image)
                 animated.append(item)
         batches = []
         for start in range(0, len(animated), batch_size):
             batch = slice(start, start + batch_size)
-            images = [entry.image for entry in keyframes[batch]]
-            batches.append(animate(self.video, animated[batch], images, resolved, output_type=output_type).frames)
+            images, more = [entry.image for entry in drawn[batch]], {"output_type": output_type, "keyframes": keyframes}
+            batches.append(animate(self.video, animated[batch], images, resolved, **more).frames)
         join: Any = torch.cat if batches and isinstance(batches[0], torch.Tensor) else np.concatenate
         frames = list(chain(*batches)) if not batches or isinstance(batches[0], list) else join(batches)
-        output = TextToVideoOutput(frames, keyframes)
+        output = TextToVideoOutput(frames, drawn)
         return output if return_dict else output.to_tuple()
 
 

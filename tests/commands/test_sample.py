@@ -554,3 +554,49 @@ def test_an_image_of_another_size_is_refused_if_only_the_exact_one_will_do(run, 
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     code, _, said = run(f"prompt={PROMPT}", f"image={tmp_path / 'small.png'}", "keyframe.resize_mode=exact")
     assert code == 2 and "8x8" in said and "32x32" in said
+
+
+def test_key_frames_at_chosen_places(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = ("model.keyframe_places=true", "keyframe_places=0.5")
+    save_pipeline(tiny.video_pipeline(tmp_path / "base", changes=places), tmp_path / "video", with_base=False)
+    for k in range(2):
+        pixels = np.random.default_rng(k).integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+
+    def run(*overrides):
+        settings = [f"prompt={PROMPT}", "pipeline=video", "output_dir=out", "num_inference_steps=1", *overrides]
+        return cli.main(["sample", *settings]), *capsys.readouterr()
+
+    assert run("keyframes=[0:0.png,3:1.png]", "interpolate=2")[0] == 0
+    (file,) = (tmp_path / "out").glob("*seed0.json")
+    record = json.loads(file.read_text())
+    assert (record["keyframe"]["source"], record["keyframe_index"]) == ("0.png", 0)
+    assert {place: frame and frame["source"] for place, frame in record["keyframes"].items()} == {
+        "0": None,
+        "6": "1.png",
+    }
+    video = probe(tmp_path / "out" / record["files"]["video"])
+    assert (video.num_frames, video.fps, record["frames_of_all_clips"]) == (7, 16, 7)
+    sheet = np.array(Image.open(tmp_path / "out" / record["files"]["contact_sheet"]))
+    columns = np.unique(np.nonzero((sheet == (225, 0, 110)).all(-1))[1])
+    assert (np.diff(columns) > 1).sum() == 1 and columns[-1] - columns[
+        0
+    ] > 6 * tiny.SIZE  # round the first and the last
+    before = (tmp_path / "out" / record["files"]["video"]).stat().st_mtime_ns
+    assert "up to date" in run("keyframes=[0:0.png,3:1.png]", "interpolate=2")[1]
+    Image.open(tmp_path / "0.png").save(tmp_path / "1.png")  # another picture of the same name
+    assert run("keyframes=[0:0.png,3:1.png]", "interpolate=2")[0] == 0
+    assert (tmp_path / "out" / record["files"]["video"]).stat().st_mtime_ns != before
+    assert run("keyframes=[1,3]")[0] == 0  # that of stage 1, twice
+    record = json.loads(file.read_text())
+    assert (record["keyframe_index"], record["keyframes"]) == (1, {"1": None, "3": None})
+    assert record["keyframe"]["class"] == "StableDiffusionPipeline"
+    for bad, words in (
+        (["keyframes=[0:0.png]", "image=1.png"], "image is of no key frame"),
+        (["keyframes=[0:gone.png]"], "image 'gone.png' cannot be read"),
+        (["keyframes=[4]"], "a key frame is at 4"),
+        (["keyframes=[a.png]"], "entry 'a.png'"),
+    ):
+        code, _, told = run(*bad)
+        assert code == 2 and words in told.splitlines()[-1]
