@@ -1,4 +1,4 @@
-"""Says what runs on Stable Diffusion 1.5 take of memory: a table of preflight estimates, for which its settings are enough.
+"""Says what runs on Stable Diffusion 1.5, or XL, take of memory: a table of preflight estimates, for which its settings are enough.
 
 With `--measure` the estimate stands beside what this process really takes, with random weights in float32 on the CPU: the
 growth of its resident memory (Linux with glibc). At full width that wants 12 GB.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from microcinema.config.compose import compose
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
-from microcinema.pipelines.loading import ASSETS
+from microcinema.pipelines.loading import ASSETS, INDEX
 from microcinema.profiling import memory_estimate
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training import build
@@ -59,6 +59,27 @@ SD15: dict[str, dict[str, Any]] = {
         "vocab_size": 49408,
     },
 }
+_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+SDXL: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
+    },
+    "vae": SD15["vae"] | {"scaling_factor": 0.13025, "force_upcast": True},
+    "text_encoder": SD15["text_encoder"],
+    "text_encoder_2": SD15["text_encoder"] | _BIG_G | {"projection_dim": 1280, "hidden_act": "gelu"},
+}
+BASES = {"sd15": SD15, "sdxl": SDXL}
 NARROW: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [32, 64, 128, 128]},
     "vae": {"block_out_channels": [32, 32, 64, 64]},
@@ -87,14 +108,23 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_of_sd15(folder: Path, narrow: bool = False) -> Path:
-    """Writes Stable Diffusion 1.5 as a diffusers folder without weights, with the words of Moving Sprites, and returns it."""
+def settings_of(base: str, folder: Path, narrow: bool = False) -> Path:
+    """Writes an entry of `BASES` as a diffusers folder without weights, with the words of Moving Sprites, and returns it."""
     without = shutil.ignore_patterns("*.safetensors", "image_encoder", "feature_extractor")
     shutil.copytree(ASSETS / "sprites-base", folder, ignore=without, dirs_exist_ok=True)
-    for part, settings in SD15.items():
+    if "text_encoder_2" in BASES[base]:
+        for name in ("tokenizer", "text_encoder"):
+            shutil.copytree(folder / name, folder / f"{name}_2", dirs_exist_ok=True)
+        index = json.loads((folder / INDEX).read_text())
+        second = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": index["tokenizer"]}
+        (folder / INDEX).write_text(json.dumps(index | second))
+    for part, settings in BASES[base].items():
         (folder / part / "config.json").write_text(json.dumps(settings | (NARROW[part] if narrow else {})))
     for file, change in (
-        ("tokenizer/tokenizer_config.json", {"model_max_length": TOKENS}),
+        *(
+            (f"{name.parent.name}/{name.name}", {"model_max_length": TOKENS})
+            for name in folder.glob("tokenizer*/*_config.json")
+        ),
         ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
     ):
         (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
@@ -131,8 +161,7 @@ def real_pipeline(composed: Any) -> ImageToVideoPipeline:
     """The pipeline that `memory_estimate.empty_pipeline` stands for, with random weights."""
     base = load_base(**vars(composed.base), weights=False)
     networks = build.build_networks(composed, base, weights=False)
-    parts = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
-    pipeline = build.build_pipeline(composed, base.scheduler, **parts, **networks)
+    pipeline = build.build_pipeline(composed, base.scheduler, **base.shared, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -185,13 +214,16 @@ def compare(composed: Any, parts: Sequence[str]) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=BASES, default="sd15")
     parser.add_argument("--sizes", type=int, nargs="+", default=(256, 512), help="height and width in pixels")
     parser.add_argument("--measure", nargs="+", choices=PARTS, help="measure these too, at the first size, one clip")
     parser.add_argument("--quick", action="store_true", help="narrow networks: shows that it runs")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     arguments = parser.parse_args(argv)
+    if arguments.quick and arguments.base != "sd15":
+        parser.error("--quick has widths for sd15 alone")
     with tempfile.TemporaryDirectory() as folder:
-        base = settings_of_sd15(Path(folder), arguments.quick)
+        base = settings_of(arguments.base, Path(folder), arguments.quick)
         configs = {
             size: compose(
                 "train",

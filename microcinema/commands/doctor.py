@@ -23,6 +23,7 @@ from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.source import ClipSource
+from microcinema.pipelines.base_model import base_components
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
 from microcinema.profiling.memory_estimate import (
@@ -215,7 +216,8 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
     where += " (offline)" if of_hub and constants.HF_HUB_OFFLINE else ""
     download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     try:
-        for network in ("vae", "text_encoder", "unet"):
+        networks = [name for name in base_components(folder)[0] if not name.startswith("tokenizer")]
+        for network in (*networks, "unet"):
             check_weight_files(Path(folder, network), variant)
     except UserError as error:
         if not of_hub:

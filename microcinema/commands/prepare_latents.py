@@ -15,6 +15,7 @@ from microcinema.data.latents import Layout
 from microcinema.data.optical_flow import FlowClips
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import load_base
+from microcinema.pipelines.components import freeze_encoders
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_clips, build_networks, build_pipeline
@@ -34,10 +35,9 @@ def run(config: PrepareLatents) -> None:
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
     accelerator = make_accelerator(config, timeout)
     dataset, base = build_clips(config, accelerator), load_base(**vars(config.base))
-    networks = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     encode_clips(
         accelerator,
-        build_pipeline(config, base.scheduler, **networks, **build_networks(config, base)),
+        build_pipeline(config, base.scheduler, **base.shared, **build_networks(config, base)),
         dataset,
         Path(config.cached_latents),
         config.model.flow_model,
@@ -75,9 +75,7 @@ def encode_clips(
     if accelerator.num_processes > layout.num_shards:
         excess = f"{accelerator.num_processes} processes and {layout.num_shards} shards"
         raise UserError(f"{excess}; use at most as many processes, or a smaller clips_per_shard")
-    for network in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
-        if network is not None:
-            network.requires_grad_(False).eval().to(accelerator.device)
+    freeze_encoders(pipeline, accelerator.device)
     contents = fingerprint(pipeline, dataset, flow_model)
     parts = _select_parts(cached_parts, contents, pipeline.uses_keyframe_pixels)
     encoder = BatchEncoder(pipeline, accelerator.device)

@@ -190,9 +190,12 @@ class ReferenceNet(UNet2DBackbone):
         widths = [spec.width for spec in layer_specs(self)]
         self.projections = nn.ModuleList(zero_init(nn.Conv2d(widths[i], factor * widths[i], 1)) for i in self.injected)
 
-    def forward(self, z_ref: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Features `b c h w` (add) or `b 2c h w` (scale_shift) for every injected layer, of latents `b c h w` and text `b n d`."""
-        emb = functional.silu(self.embed_time(0, z_ref))
+    def forward(self, z_ref: Tensor, text: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Features `b c h w` (add) or `b 2c h w` (scale_shift) for every injected layer, of latents `b c h w` and text `b n d`.
+
+        `added`, `b e`, is of `split_text`.
+        """
+        emb = functional.silu(self.embed_time(0, z_ref, added))
 
         def layer(number: int, resnet: nn.Module, transformer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
             h = resnet(h, emb)

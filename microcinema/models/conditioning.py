@@ -26,6 +26,7 @@ class Conditions:
     image: tuple[KeyValue, ...] | None = None  # of the adapter's image tokens, for every spatial cross-attention
     pixels: tuple[Tensor, ...] | None = None  # features b (h w) c of the key frame's pixels, for every scale
     motion: Tensor | None = None  # tokens of the motion caption, b k e, zero where they are padding
+    added: Tensor | None = None  # SDXL: pooled text and sizes, which are added to the time embedding, b e
 
     def last(self, clips: int) -> "Conditions":
         """Those of the last clips."""

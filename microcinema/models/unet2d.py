@@ -1,6 +1,7 @@
 """The 2D UNet of Stable Diffusion as blocks to build on: all networks here are made of it.
 
-Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, m image tokens, d text width.
+Shapes: b clips, f frames, c channels of a layer, h w its spatial size, n text tokens, m image tokens, d text width,
+e width of what is added to the time embedding.
 """
 
 import inspect
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from microcinema.models.attention import KeyValue, attention
 from microcinema.models.weights import check_keys
+from microcinema.utils.device import to_device
 from microcinema.utils.errors import UserError
 
-# The config keys of a UNet2DConditionModel that differ among Stable Diffusion 1.x and 2.x; all others must have their defaults.
+# The config keys of a UNet2DConditionModel that differ among Stable Diffusion 1.x, 2.x and XL; all others must have their defaults.
 UNET2D_ARGUMENTS = [
     "sample_size",
     "in_channels",
@@ -40,13 +42,21 @@ UNET2D_ARGUMENTS = [
     "attention_head_dim",
     "use_linear_projection",
     "upcast_attention",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 ]
+SUPPORTED = {"addition_embed_type": ("text_time",)}
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-# Modules of a UNet2DConditionModel; each keeps its name.
-ENCODER_MODULES = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
+# Modules of a UNet2DConditionModel; each keeps its name. Those that begin with add_ are SDXL's.
+ENCODER_MODULES = (
+    *("conv_in", "time_proj", "time_embedding", "add_time_proj", "add_embedding"),
+    *("down_blocks", "mid_block"),
+)
 MODULES = (*ENCODER_MODULES, "up_blocks", "conv_norm_out", "conv_act", "conv_out")
 LayerFunction = Callable[[int, "HalvedResnetBlock2D", Transformer2DModel | None, Tensor], tuple[Tensor, Any]]
 
@@ -55,10 +65,12 @@ def unet2d_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of the networks built here, from a UNet2DConditionModel's config; refuses unsupported features."""
     defaults = {k: p.default for k, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items()}
     for key, value in config.items():
-        if key.startswith("_") or key in UNET2D_ARGUMENTS:
+        if key.startswith("_") or (key in UNET2D_ARGUMENTS and key != "addition_embed_type"):
             continue
-        if key not in defaults or value != defaults[key]:
-            raise UserError(f"base UNet has {key}={value!r}, which is not supported; use a Stable Diffusion 1.x or 2.x")
+        if key not in defaults or value not in (defaults[key], *SUPPORTED.get(key, ())):
+            raise UserError(
+                f"base UNet has {key}={value!r}, which is not supported; use a Stable Diffusion 1.x, 2.x or XL"
+            )
     return {key: config[key] for key in UNET2D_ARGUMENTS if key in config}
 
 
@@ -243,21 +255,38 @@ class UNet2DBackbone(nn.Module):
                     raise UserError(f"base UNet has '{block_type}' in {key}; supported are {', '.join(supported)}")
         base = UNet2DConditionModel(**{key: config[key] for key in UNET2D_ARGUMENTS if key in config})
         for name in modules:
-            setattr(self, name, getattr(base, name))
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
         for module in self.modules():
             if isinstance(module, ResnetBlock2D):
                 module.__class__ = HalvedResnetBlock2D
         share_tokens(self)
         self.gradient_checkpointing, self.checkpoints_first_level_alone = False, False
 
-    def embed_time(self, t: Tensor | float, z: Tensor) -> Tensor:
+    def split_text(self, text: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """Text tokens `b n d`, and what is added to the time embedding, `b e`, of text for frames of a height and width in pixels.
+
+        Without `add_embedding` the second is None. SDXL's text, `b n+1 d`, has the pooled text as its last row, padded with zeros; sinusoids
+        of the original size, the crop's top left and the target size follow it in e (arXiv 2307.01952, section 2.2). A clip stands for one
+        that was made at its size.
+        """
+        if not hasattr(self, "add_embedding"):
+            return text, None
+        sizes = to_device(torch.tensor([height, width, 0, 0, height, width]), text.device)
+        embedded = self.add_time_proj(sizes).to(text.dtype).flatten().expand(len(text), -1)
+        pooled = text[:, -1, : self.add_embedding.linear_1.in_features - embedded.shape[1]]
+        return text[:, :-1], torch.cat([pooled, embedded], dim=1)
+
+    def embed_time(self, t: Tensor | float, z: Tensor, added: Tensor | None = None) -> Tensor:
         """Time embedding, one row per clip, of a diffusion time, a number or `(b,)`, for latents `b ...` and in their dtype.
 
         Not in that of the weights: with diffusers' layerwise casting they are stored in eight bits until they are used.
+        `added`, `b e`, is of `split_text`.
         """
         # A number is filled in on the device: a copy from the host would wait for the device.
         t = (t if isinstance(t, Tensor) else torch.full((), t, device=z.device)).to(z.device).expand(len(z))
-        return self.time_embedding(self.time_proj(t).to(z.dtype))
+        emb = self.time_embedding(self.time_proj(t).to(z.dtype))
+        return emb if added is None else emb + self.add_embedding(added.to(z.dtype))
 
     def run_blocks(
         self,

@@ -80,7 +80,7 @@ class UNet3D(UNet2DBackbone):
     def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """SiLU `(b f) d` of the embeddings of diffusion time, frame rate, motion score and frame index, for latents `b f c h w`."""
         b, frames = z_t.shape[:2]
-        emb = self.embed_time(t, z_t)
+        emb = self.embed_time(t, z_t, conditions.added)
         if hasattr(self, "fps_embedding") and conditions.fps is not None:
             emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
         if hasattr(self, "motion_score_embedding") and (score := conditions.motion_score) is not None:

@@ -5,7 +5,7 @@ Shapes: b clips, f frames, c latent channels, H W pixels, h w latent grid (`H = 
     z = (mean of the posterior - shift_factor) * scaling_factor          pixels in [-1, 1]
     pixels = decoder(z / scaling_factor + shift_factor)
 
-The VAEs of Stable Diffusion 1 and 2 have no shift.
+The VAEs of Stable Diffusion have no shift.
 """
 
 from typing import TypeAlias
@@ -35,6 +35,17 @@ def unscale_latents(vae: VAE, z: Tensor) -> Tensor:
     return z / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
 
 
+def overflows(vae: VAE, dtype: torch.dtype) -> bool:
+    """Whether a VAE, as SDXL's, has activations too large for this type, by its config."""
+    return dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+
+
+def _precision(vae: VAE, device: torch.device) -> torch.autocast:
+    """Autocast as it is, but none where the VAE would overflow."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype, enabled=enabled and not overflows(vae, dtype))
+
+
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
     """Scaled latents `b f c h w` or `b c h w`, float32, of clips or images: the posterior's mean.
@@ -51,7 +62,9 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | Non
     if height % factor or width % factor:
         raise UserError(f"frames are {height}x{width}, but VAE factor {factor} needs multiples of {factor}")
     images, leading = pack([pixels], "* c h w")
-    mean = vae.encode(images.to(device or vae.device, vae.dtype)).latent_dist.mean
+    images = images.to(device or vae.device, vae.dtype)
+    with _precision(vae, images.device):
+        mean = vae.encode(images).latent_dist.mean
     return unpack(scale_latents(vae, mean.float()), leading, "* c h w")[0]
 
 
@@ -68,7 +81,8 @@ def decode_latents(vae: VAE, z: Tensor, chunk_size: int | None = None) -> Tensor
     chunk_size = min(chunk_size or images_at_once(vae, images), len(images))
     while True:
         try:
-            pixels = [vae.decode(chunk).sample for chunk in images.split(chunk_size)]
+            with _precision(vae, images.device):
+                pixels = [vae.decode(chunk).sample for chunk in images.split(chunk_size)]
             return unpack(torch.cat(pixels), leading, "* c h w")[0]
         except torch.OutOfMemoryError:
             if chunk_size == 1:

@@ -207,7 +207,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         """The conditions of b clips. Inputs of parts that the network does not have are ignored.
 
         Args:
-            text: text tokens, `b n d`.
+            text: text tokens, `b n d`; for SDXL `b n+1 d`, see `split_text`.
             z_ref: clean latents of the key frames, `b c h w`.
             fps: frames per second, `(b,)`.
             image_mask: bool `(b,)`, False where the key frame is dropped (zero features, zero latents); None: all are kept.
@@ -223,6 +223,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         if z_ref.ndim != 4 or text.ndim != 3 or len(z_ref) != len(text):
             shapes = f"text {tuple(text.shape)} and key frame {tuple(z_ref.shape)}"
             raise UserError(f"{shapes} must be b n d and b c h w with the same b")
+        text, added = self.split_text(text, *(side * self.options.vae_scale_factor for side in z_ref.shape[-2:]))
         parts: dict[str, Any] = {}
         if self.options.keyframe_concat or self.sources:
             parts["keyframe"] = z_ref
@@ -231,7 +232,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
                 placed, "the network sees key frames at their places; give place_keyframes(...)"
             )
         if hasattr(self, "reference_net"):
-            parts["reference"] = self.reference_net(z_ref, text)
+            parts["reference"] = self.reference_net(z_ref, text, added)
         image: Any = None
         if hasattr(self, "image_adapter"):
             tokens = _required(image_tokens, "the adapter reads image tokens; give those of the key frame")
@@ -249,7 +250,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             parts["motion"] = _required(
                 motion_tokens, "the network reads motion tokens; give those of the motion caption"
             )
-        return Conditions(text=text, fps=fps, motion_score=motion_score, **parts)
+        return Conditions(text=text, fps=fps, motion_score=motion_score, added=added, **parts)
 
     def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None) -> Tensor:
         """The prediction `b f c h w`, of the target that the model was trained for.

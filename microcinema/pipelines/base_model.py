@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.unet2d import unet2d_arguments
@@ -24,6 +24,8 @@ from microcinema.utils.errors import UserError, first_line
 
 # What a video model takes from its base unchanged.
 BASE_COMPONENTS: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+SECOND_ENCODER: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}  # SDXL's
+_ZEROS = "force_zeros_for_empty_prompt"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Base:
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    force_zeros_for_empty_prompt: bool = False
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments of `ImageToVideoPipeline` that are the base's own."""
+        return {name: getattr(self, name) for name in (*BASE_COMPONENTS, *SECOND_ENCODER, _ZEROS)}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -72,20 +82,37 @@ def load_base(
     if prediction_type not in (None, actual):
         fault = f"base.prediction_type is {prediction_type}, but '{name}' says {actual}"
         raise UserError(f"{fault}; set it to null, or name another base")
-    classes = {**BASE_COMPONENTS, "unet": UNet2DConditionModel}
+    classes, own = base_components(folder)
+    classes["unet"] = UNet2DConditionModel
     if weights:
         folder = resolve_snapshot(name, classes, revision, variant)
-    base = Base(scheduler=scheduler, **load_components(folder, classes, variant, torch_dtype, weights))
-    check_compatible(name, base.vae, base.text_encoder, base.unet.config)
+    base = Base(scheduler=scheduler, **own, **load_components(folder, classes, variant, torch_dtype, weights))
+    check_compatible(name, base.shared, base.unet.config)
     return base
 
 
-def check_compatible(source: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet2d: Mapping[str, Any]) -> None:
+def base_components(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The classes of what a video model takes from a base in a folder, by name, and its setting for empty texts."""
+    index = load_index(folder)
+    second = {name: cls for name, cls in SECOND_ENCODER.items() if component_class(index, name) is not None}
+    return {**BASE_COMPONENTS, **second}, {_ZEROS: bool(second) and bool(index.get(_ZEROS, True))}
+
+
+def check_compatible(source: str, components: Mapping[str, Any], unet2d: Mapping[str, Any]) -> None:
     """Refuses a 2D UNet, by its config, that expects text embeddings of another width, or latents with another number of channels."""
-    for component, width, argument in (
-        ("text encoder's width", text_encoder.config.hidden_size, "cross_attention_dim"),
-        ("VAE's number of latent channels", vae.config["latent_channels"], "in_channels"),
-    ):
+    encoders = [components[name] for name in ("text_encoder", "text_encoder_2") if components[name] is not None]
+    widths = [
+        ("text encoder's width", sum(encoder.config.hidden_size for encoder in encoders), "cross_attention_dim"),
+        ("VAE's number of latent channels", components["vae"].config["latent_channels"], "in_channels"),
+    ]
+    if unet2d.get("addition_embed_type"):
+        if len(encoders) < 2:
+            raise UserError(f"'{source}': its UNet reads two text encoders, and there is no text_encoder_2; add it")
+        sizes = 6 * unet2d["addition_time_embed_dim"]  # of original, crop and target
+        widths.append(
+            ("pooled text", encoders[1].config.projection_dim + sizes, "projection_class_embeddings_input_dim")
+        )
+    for component, width, argument in widths:
         if width != (expected := unet2d[argument]):
             fault = f"the {component} is {width}, but its UNet has {argument}={expected}"
             raise UserError(f"'{source}': {fault}; use files of one model")
@@ -95,7 +122,7 @@ def _check_unet_config(name: str, folder: str) -> None:
     """Refuses, by its configs alone, a model that no video model can be built on."""
     index = load_index(folder)
     prefix = f"'{name}' is a {index.get('_class_name')} and cannot be the base of a video model"
-    advice = "use a Stable Diffusion 1.x or 2.x as base, and this one for key frames alone"
+    advice = "use a Stable Diffusion 1.x, 2.x or XL as base, and this one for key frames alone"
     if component_class(index, "unet") is None:
         denoiser = component_class(index, "transformer") or component_class(index, "prior")
         raise UserError(f"{prefix}: {f'its denoiser is a {denoiser}' if denoiser else 'it has no unet'}; {advice}")

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from microcinema.pipelines.base_model import BASE_COMPONENTS, check_compatible
+import torch
+
+from microcinema.models.vae import overflows
+from microcinema.pipelines.base_model import BASE_COMPONENTS, SECOND_ENCODER, base_components, check_compatible
 from microcinema.pipelines.encoders import (
     IMAGE_ENCODER,
     MOTION_ENCODER,
@@ -13,7 +16,7 @@ from microcinema.pipelines.encoders import (
 from microcinema.pipelines.loading import load_components, resolve_snapshot
 from microcinema.utils.errors import UserError
 
-OPTIONAL_COMPONENTS = (*BASE_COMPONENTS, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER)
+OPTIONAL_COMPONENTS = (*BASE_COMPONENTS, *SECOND_ENCODER, IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER)
 COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "scheduler")
 
 
@@ -28,9 +31,17 @@ def load_missing_components(components: dict[str, Any], config: dict[str, Any]) 
     if any(components[name] is None for name in BASE_COMPONENTS):
         if config["base"] is None:
             raise UserError("the video pipeline has no vae and text encoder, and no base to take them from; name one")
-        folder = resolve_snapshot(config["base"], BASE_COMPONENTS, *origin[1:])
-        components |= load_components(folder, BASE_COMPONENTS, config["base_variant"], dtype)
-    check_compatible("the video pipeline", components["vae"], components["text_encoder"], options.unet2d)
+        classes, own = base_components(resolve_snapshot(config["base"], (), *origin[1:-1]))
+        folder = resolve_snapshot(config["base"], classes, *origin[1:])
+        components |= load_components(folder, classes, config["base_variant"], dtype)
+        config |= own
+    check_compatible("the video pipeline", components, options.unet2d)
+    vae = components["vae"]
+    if components["text_encoder_2"] is None:  # only SDXL's VAE overflows, but true is diffusers' default for any
+        vae.register_to_config(force_upcast=False)
+    elif overflows(vae, vae.dtype):
+        for weight in vae.parameters():  # `float` would not change tensors without data
+            weight.data = weight.data.float()
     if options.adapter is None:
         components[IMAGE_ENCODER] = None
     elif components[IMAGE_ENCODER] is None:
@@ -46,3 +57,10 @@ def load_missing_components(components: dict[str, Any], config: dict[str, Any]) 
             raise UserError("the model uses motion captions, and has no motion encoder; give motion_encoder_source")
         loaded = load_motion_encoder(config["motion_encoder_source"], dtype)
         components |= {name: loaded[name] for name in (MOTION_ENCODER, MOTION_TOKENIZER)}
+
+
+def freeze_encoders(pipeline: Any, device: torch.device) -> None:
+    """Freezes all networks of a video pipeline but the UNet, and moves them to a device, for training."""
+    for name, network in pipeline.components.items():
+        if name != "unet" and isinstance(network, torch.nn.Module):
+            network.requires_grad_(False).eval().to(device)

@@ -1,4 +1,4 @@
-"""The frozen encoders of captions and key frames: CLIP text as in Stable Diffusion, and those that Factorized-Dreamer adds.
+"""The frozen encoders of captions and key frames: CLIP text as in Stable Diffusion and SDXL, and those that Factorized-Dreamer adds.
 
 Factorized-Dreamer (arXiv 2408.10119) adds CLIP's image encoder, whose tokens the adapter reads, and T5 for the motion caption.
 
@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from microcinema.pipelines.loading import component_class, load_component, load_index, resolve_snapshot
 from microcinema.utils.device import to_device
@@ -80,15 +86,46 @@ def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: 
 
 
 def encode_text(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, texts: list[str], device: torch.device | None = None
+    components: Mapping[str, Any], texts: list[str], zeros_for_empty: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion.
+    """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion; with two encoders see `encode_text_xl`.
 
     `device` is where to compute; None: where the encoder is. With offloading that is elsewhere until it is called.
     """
+    encoders = [components[name] for name in ("text_encoder", "text_encoder_2") if components[name] is not None]
+    tokenizers = [components[name] for name in ("tokenizer", "tokenizer_2")]
+    if len(encoders) > 1:
+        return encode_text_xl(tokenizers, encoders, texts, zeros_for_empty, device)
+    return encoders[0](_token_ids(tokenizers[0], texts, device or encoders[0].device))[0]
+
+
+def encode_text_xl(
+    tokenizers: Sequence[CLIPTokenizer],
+    encoders: Sequence[PreTrainedModel],
+    texts: list[str],
+    zeros_for_empty: bool,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Text `b n+1 d` of SDXL (arXiv 2307.01952, section 2.1): the last states but one of two encoders, side by side in d = d1 + d2.
+
+    The last row is the second's pooled text, padded with zeros. One tensor, so that captions are cached, dropped and guided as a whole.
+    With `zeros_for_empty` that of an empty text is zero throughout.
+    """
+    outputs = [
+        encoder(_token_ids(tokenizer, texts, device or encoder.device), output_hidden_states=True)
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+    ]
+    tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = functional.pad(outputs[1][0], (0, tokens.shape[-1] - outputs[1][0].shape[-1]))
+    embeddings = torch.cat([tokens, pooled[:, None]], dim=1)
+    kept = to_device(torch.tensor([bool(text) or not zeros_for_empty for text in texts]), embeddings.device)
+    return embeddings * kept[:, None, None]
+
+
+def _token_ids(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoder(to_device(tokens.input_ids, device or encoder.device))[0]
+    return to_device(tokens.input_ids, device)
 
 
 def unread_texts(lengths: Mapping[str, tuple[Any, int]], texts: Mapping[str, str]) -> dict[str, str]:

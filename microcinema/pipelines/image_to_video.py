@@ -11,7 +11,14 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from einops import rearrange
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from microcinema.config.sampling import OWN, KeyframeSettings, SamplingSettings
 from microcinema.data.keyframe_index import keyframe_index
@@ -60,6 +67,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         vae, text_encoder, tokenizer: of the base model; if one is None, all are loaded from `base`.
         unet: the denoiser, which encodes its conditions as well.
         scheduler: of sampling; it must agree with the training schedule.
+        text_encoder_2, tokenizer_2, force_zeros_for_empty_prompt: of a base with two text encoders, as diffusers' SDXL pipeline.
         image_encoder, motion_encoder, motion_tokenizer: of the adapter and of motion captions, if the model uses them; None: loaded
             from `image_encoder_source` (None: the base) and `motion_encoder_source`.
         noise_prior, noise_prior_strength, noise_prior_gamma: the settings of `NoisePrior`; gamma is the default of a call, None:
@@ -84,7 +92,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     # `DiffusionPipeline.from_pretrained` passes None for those that the folder does not have.
     _optional_components: ClassVar = [*OPTIONAL_COMPONENTS]
     _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS]
-    model_cpu_offload_seq = "text_encoder->motion_encoder->image_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->motion_encoder->image_encoder->unet->vae"
     preview_vae: AutoencoderTiny | None = None  # decodes in the place of the VAE; not a part of the saved pipeline
 
     def __init__(
@@ -94,6 +102,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer | None,
         unet: VideoUNet,
         scheduler: SchedulerMixin,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         motion_encoder: T5EncoderModel | None = None,
         motion_tokenizer: T5TokenizerFast | None = None,
@@ -122,6 +132,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
         motion_encoder_source: str | None = None,
         num_motion_tokens: int = 32,
         motion_quantiles: Sequence[float] | None = None,
+        force_zeros_for_empty_prompt: bool = False,
     ):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         components = {name: config.pop(name) for name in COMPONENTS}
@@ -169,8 +180,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         return schedule and match_snr_timesteps(self.training_scheduler, make_scheduler(schedule))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
-        """Embeddings (b, n, d) of texts."""
-        return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
+        """Embeddings (b, n, d) of texts; of SDXL with one row more, see `encode_text_xl`."""
+        zeros_for_empty = self.config["force_zeros_for_empty_prompt"]
+        return encode_text(self.components, texts, zeros_for_empty, self._execution_device)
 
     @property
     def text_lengths(self) -> dict[str, tuple[Any, int]]:

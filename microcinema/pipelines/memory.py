@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from microcinema.config.sampling import MemorySettings
-from microcinema.models.vae import vae_scale_factor
+from microcinema.models.vae import overflows, vae_scale_factor
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.utils.errors import UserError
@@ -44,9 +44,10 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
             except (AttributeError, NotImplementedError):
                 vae = type(networks["vae"]).__name__
                 raise UserError(f"vae_{option}=true, but {vae} does not support it; use vae_{option}=false") from None
-    for network in networks.values():
-        # Networks opened in another dtype may keep a few layers in float32; those stay.
-        if network.dtype != dtype:
+    for name, network in networks.items():
+        # Networks opened in another dtype may keep a few layers in float32; those stay. Other pipelines upcast their VAE themselves.
+        keeps = isinstance(pipeline, ImageToVideoPipeline) and name == "vae" and overflows(network, dtype)
+        if network.dtype != dtype and not keeps:
             torch.nn.Module.to(network, dtype)
     if settings.layerwise_casting and denoiser is not None:
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)

@@ -1,6 +1,6 @@
 """Writing and opening video pipelines, whole or *light*: without what they share with their base.
 
-A light folder has no VAE, text encoder, tokenizer, image or motion encoder, and if `unet_source` is an embedded model, only those
+A light folder has no VAE, text encoders, tokenizers, image or motion encoder, and if `unet_source` is an embedded model, only those
 weights of the UNet that differ from it.
 """
 
@@ -17,7 +17,7 @@ from transformers import CLIPVisionModelWithProjection, T5EncoderModel, T5Tokeni
 
 from microcinema.models.video_unet import VideoUNet
 from microcinema.models.weights import check_keys
-from microcinema.pipelines.base_model import BASE_COMPONENTS
+from microcinema.pipelines.base_model import BASE_COMPONENTS, SECOND_ENCODER
 from microcinema.pipelines.encoders import IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
@@ -39,6 +39,7 @@ from microcinema.utils.files import atomic_folder
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODERS: dict[str, Any] = {
+    **SECOND_ENCODER,
     IMAGE_ENCODER: CLIPVisionModelWithProjection,
     MOTION_ENCODER: T5EncoderModel,
     MOTION_TOKENIZER: T5TokenizerFast,

@@ -63,9 +63,8 @@ def empty_pipeline(config: Train, dtype: torch.dtype = torch.float32) -> ImageTo
     for network in networks.values():
         if isinstance(network, nn.Module):
             network.eval()
-    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     # Outside of the mode, since schedules need real values; they are small.
-    pipeline = build_pipeline(config, base.scheduler, check_schedule(config, base.scheduler), **components, **networks)
+    pipeline = build_pipeline(config, base.scheduler, check_schedule(config, base.scheduler), **base.shared, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

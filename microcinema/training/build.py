@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch.profiler import record_function
 
 from microcinema.config.compose import save
@@ -22,7 +22,7 @@ from microcinema.data.source import ClipSource, spread
 from microcinema.diffusion.schedule import check_keeps_prediction_type, make_sampler, make_scheduler, schedule_summary
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.base_model import Base, load_base
+from microcinema.pipelines.base_model import BASE_COMPONENTS, Base, load_base
 from microcinema.pipelines.encoders import load_image_encoder, load_motion_encoder
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import KeyframePipeline
@@ -65,9 +65,8 @@ def build_trainer(
     if config.init_weights_from is not None:
         new_weights = warm_start(networks["unet"], config.init_weights_from)
         accelerator.print(warm_start_summary(new_weights, config.init_weights_from))
-    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
     scores = {"motion_quantiles": motion_quantiles(dataset)} if config.model.motion_score else {}
-    pipeline = build_pipeline(config, base.scheduler, levels, **components, **networks, **scores)
+    pipeline = build_pipeline(config, base.scheduler, levels, **base.shared, **networks, **scores)
     if isinstance(dataset, EncodedClips):
         cached_latents_check.check(dataset, pipeline, config.model.flow_model)
     predict_net = None if config.model.flow_model is None else PredictNet.for_unet(pipeline.unet)
@@ -169,7 +168,8 @@ def build_pipeline(
     Args:
         base_scheduler: the training schedule of the base.
         levels: of `check_schedule`; None: the base's.
-        components: of the pipeline, except the scheduler, None for the base's own; and `motion_quantiles` of its training set.
+        components: of the pipeline, except the scheduler, None for the base's own, or its `shared` arguments; and `motion_quantiles` of its
+            training set.
 
     Raises:
         UserError: settings that cannot work, or components that do not fit together.
@@ -208,8 +208,12 @@ def build_pipeline(
 
 def build_keyframes(base: Base) -> KeyframePipeline:
     """The base's own text-to-image pipeline, for the key frames of validation."""
-    components = {"vae": base.vae, "text_encoder": base.text_encoder, "tokenizer": base.tokenizer, "unet": base.unet}
-    components |= {"scheduler": make_sampler(base.scheduler), "safety_checker": None, "feature_extractor": None}
-    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    own: dict[str, Any] = {"unet": base.unet, "scheduler": make_sampler(base.scheduler)}
+    if base.text_encoder_2 is not None:
+        pipeline = StableDiffusionXLPipeline(**base.shared, **own, add_watermarker=False)
+    else:
+        own |= {name: base.shared[name] for name in BASE_COMPONENTS}
+        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**own, **checker)
     pipeline.set_progress_bar_config(disable=True)
     return KeyframePipeline(pipeline)

@@ -28,6 +28,10 @@ def fingerprint(pipeline: ImageToVideoPipeline, dataset: ClipSource, flow_model:
             "of": "description" if pipeline.uses_motion_caption else "caption",
         },
     }
+    if pipeline.text_encoder_2 is not None:
+        zeros = pipeline.config["force_zeros_for_empty_prompt"]
+        second = _sha256(pipeline.text_encoder_2, *_tokenizer_settings(pipeline.tokenizer_2), zeros)
+        parts["text"]["second_sha256"] = second
     if pipeline.uses_motion_caption:
         parts["motion_tokens"] = {
             "sha256": _sha256(pipeline.motion_encoder, *_tokenizer_settings(pipeline.motion_tokenizer)),

@@ -22,6 +22,7 @@ from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.quarantine import ErrorRate, Quarantine
 from microcinema.data.source import ClipSource
 from microcinema.models.predict_net import PredictNet
+from microcinema.pipelines.components import freeze_encoders
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
@@ -211,9 +212,7 @@ class Trainer:
     def _set_up_model(self, predict_net: PredictNet | None) -> None:
         """Freezes the encoders, selects what trains, and prepares model, optimizer and schedule for the run's processes."""
         pipeline, config = self.pipeline, self.config
-        for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.motion_encoder):
-            if encoder is not None:
-                encoder.requires_grad_(False).eval().to(self.accelerator.device)
+        freeze_encoders(pipeline, self.accelerator.device)
         if config.ddp.comm_hook == "bf16" and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             raise UserError("ddp.comm_hook=bf16 needs GPUs; set ddp.comm_hook=null")
         model = TrainableModel.for_training(pipeline, config, predict_net)

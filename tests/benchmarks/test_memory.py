@@ -54,13 +54,21 @@ def test_the_table(monkeypatch, tmp_path, capsys):
     assert lines[2].startswith("| `sample` | 0.")
 
 
-def test_the_settings_are_those_of_stable_diffusion(tmp_path):
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("sd15", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
+        (
+            "sdxl",
+            {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+        ),
+    ],
+)
+def test_the_settings_are_those_of_stable_diffusion(tmp_path, name, counts):
     """Parameters of its published networks."""
-    folder = memory.settings_of_sd15(tmp_path / "sd15")
     with FakeTensorMode():
-        base = load_base(folder, weights=False)
-    count = {name: sum(p.numel() for p in getattr(base, name).parameters()) for name in ("unet", "vae", "text_encoder")}
-    assert count == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+        base = load_base(memory.settings_of(name, tmp_path / name), weights=False)
+    assert {part: sum(p.numel() for p in getattr(base, part).parameters()) for part in counts} == counts
     assert base.tokenizer.model_max_length == 77
 
 
@@ -73,7 +81,7 @@ def test_the_guide_shows_what_is_estimated_today(tmp_path, name):
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(.*)` \| ([\d.]+) \| [\d.]+ \|$", page, re.MULTILINE))
     assert set(rows) == set(memory.RUNS)
-    base = memory.settings_of_sd15(tmp_path / "sd15")
+    base = memory.settings_of("sd15", tmp_path / "sd15")
     composed = compose("train", [f"base.pretrained_model_name_or_path={base}", "resolution=256", "num_frames=16"])
     found = memory.estimate(composed, memory.RUNS[name])
     assert found.peak / memory.GIB == pytest.approx(float(rows[name]), rel=0.03)

@@ -353,7 +353,7 @@ def test_the_least_checkpointing_that_fits_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_stable_diffusion_is_answered_in_seconds_from_its_settings_alone(arguments, tmp_path, capfd):
-    base = memory.settings_of_sd15(tmp_path / "sd15")
+    base = memory.settings_of("sd15", tmp_path / "sd15")
     sizes = ["resolution=512", "num_frames=16", "model=microcinema", "train_batch_size=1"]
     start = time.process_time()
     assert cli.main([*arguments, f"base.pretrained_model_name_or_path={base}", *sizes]) == 1  # it has no weights

@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -45,8 +46,11 @@ def float64(tensors):
     return [x.double() if x.is_floating_point() else x for x in tensors]
 
 
-@pytest.mark.parametrize("shape", ["sd1", "sd2"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize(
+    "shape, variant",
+    [*product(("sd1", "sd2"), VARIANTS), *(("sdxl", variant) for variant in VARIANTS[: len(PRESETS) + 1])],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
 @torch.no_grad()
 def test_equals_the_2d_unet_at_initialization(shape, variant):
     torch.set_default_dtype(torch.float64)

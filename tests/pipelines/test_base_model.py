@@ -207,9 +207,22 @@ def unet_config(**changes):
     return lambda folder: edit_json(folder / "unet/config.json", **changes)
 
 
-def as_sdxl(folder):
+def as_refiner(folder):
     shutil.rmtree(folder)
     tiny.sdxl_folder(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    names = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None], "tokenizer": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index | names))
+
+
+def without_second_encoder(folder):
+    shutil.rmtree(folder)
+    tiny.sdxl_folder(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"text_encoder_2": [None, None], "tokenizer_2": [None, None]})
+    )
+    edit_json(folder / "unet/config.json", cross_attention_dim=tiny.WIDTH)
 
 
 def as_inpainting(folder):
@@ -237,8 +250,10 @@ def as_flow_matching(folder):
             "PixArtAlphaPipeline.*PixArtTransformer2DModel",
         ),
         (transformer("StableDiffusion3Pipeline", "SD3Transformer2DModel"), "SD3Transformer2DModel.*key frames alone"),
-        (transformer("FluxPipeline", "FluxTransformer2DModel"), "FluxPipeline.*use a Stable Diffusion 1.x or 2.x"),
-        (as_sdxl, "StableDiffusionXLPipeline.*addition_embed_type='text_time'.*Stable Diffusion 1.x or 2.x"),
+        (transformer("FluxPipeline", "FluxTransformer2DModel"), "FluxPipeline.*use a Stable Diffusion 1.x, 2.x or XL"),
+        (as_refiner, "has no text_encoder"),
+        (without_second_encoder, "unet of .*mismatch|reads two text encoders"),
+        (unet_config(addition_embed_type="image"), "addition_embed_type='image'.*1.x, 2.x or XL"),
         (as_inpainting, "StableDiffusionInpaintPipeline.*9 input and 4 output channels"),
         (unet_config(time_cond_proj_dim=256), "time_cond_proj_dim=256"),
         (unet_config(class_embed_type="projection"), "class_embed_type='projection'"),
