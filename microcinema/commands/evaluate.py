@@ -1,4 +1,4 @@
-"""The command `evaluate`: runs the protocol of the config and writes its numbers and a report."""
+"""The command `evaluate`: runs the protocol of the config and writes its numbers and a report, or compares several of them."""
 
 from datetime import timedelta
 
@@ -7,6 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from microcinema.config.schema import Evaluate
+from microcinema.evaluation.comparison import compare
 from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
@@ -19,11 +20,14 @@ _TIMEOUT = timedelta(days=7)  # a process waits for as long as the clips of anot
 
 
 def run(config: Evaluate) -> None:
-    """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path.
+    """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path. A comparison prints its own.
 
     Raises:
         UserError: bad input; finished clips are kept, and the next run continues from them.
     """
+    if config.compare is not None:
+        print(compare(config.compare, config.output_dir))
+        return
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT)
     # Figures are compared from one machine to another; torch_dtype is what makes generation fast.

@@ -236,6 +236,7 @@ class Evaluate:
     evaluation: Evaluation
     pipeline: types.PathText
     generated_dir: types.PathText | None
+    compare: list[types.PathText] | None
     output_dir: types.PathText
     seed: types.Seed
     batch_size: types.Count

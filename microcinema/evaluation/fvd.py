@@ -20,7 +20,8 @@ class VideoDistance:
     `curve`: (n, distance of n generated to n real clips), n ascending. `extrapolated`: where a line in 1/n through the curve meets an
     infinite number of clips (Chong and Forsyth, arXiv 1911.07023); None with too few clips for a line. `low`, `high`: 95 % bootstrap
     interval, laid round the value: resampling repeats clips, which shifts the distance itself upward. `floor`: distance of two halves of
-    the real clips, of `floor_count` each; None with fewer than two in one.
+    the real clips, of `floor_count` each; None with fewer than two in one. `resamples`: the bootstrapped distances; two models with as many clips
+    have the same clips in each, so that their difference has an interval.
     """
 
     value: float
@@ -32,6 +33,7 @@ class VideoDistance:
     curve: list[tuple[int, float]]
     floor: float | None
     floor_count: int
+    resamples: list[float]
 
 
 def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed: int = 0) -> VideoDistance:
@@ -50,11 +52,13 @@ def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed:
 
     value = distance(generated, real)
     curve = _curve(generated, real, distance, np.random.default_rng([seed, 0]))
-    spread = _spread(generated, real, distance, np.random.default_rng([seed, 1]))
+    resamples = _resamples(generated, real, distance, np.random.default_rng([seed, 1]))
     order, half = np.random.default_rng([seed, 2]).permutation(len(real)), len(real) // 2
     floor = distance(real[order[:half]], real[order[half : 2 * half]]) if half > 1 else None
     counts = len(generated), len(real)
-    return VideoDistance(value, *counts, value + spread[0], value + spread[1], extrapolate(curve), curve, floor, half)
+    low, middle, high = np.quantile(resamples, [(1 - CONFIDENCE) / 2, 0.5, (1 + CONFIDENCE) / 2]).tolist()
+    spread = value + low - middle, value + high - middle
+    return VideoDistance(value, *counts, *spread, extrapolate(curve), curve, floor, half, resamples)
 
 
 def extrapolate(curve: list[tuple[int, float]]) -> float | None:
@@ -72,11 +76,9 @@ def _curve(generated, real, distance, rng) -> list[tuple[int, float]]:
     return [(int(n), distance(generated[one], real[two])) for n, (one, two) in zip(sizes, picks, strict=True)]
 
 
-def _spread(generated, real, distance, rng) -> tuple[float, float]:
-    """Quantiles of the bootstrapped distance, from its median."""
+def _resamples(generated, real, distance, rng) -> list[float]:
     values = []
     for _ in range(RESAMPLES):  # counts of the clips in place of copies
         sizes = len(generated), len(real)
         values.append(distance(generated, real, *(np.bincount(rng.integers(n, size=n), minlength=n) for n in sizes)))
-    low, middle, high = np.quantile(values, [(1 - CONFIDENCE) / 2, 0.5, (1 + CONFIDENCE) / 2])
-    return float(low - middle), float(high - middle)
+    return values

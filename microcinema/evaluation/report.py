@@ -13,52 +13,74 @@ import cv2
 import numpy as np
 
 from microcinema.data.video_writer import write_video
+from microcinema.evaluation.measures import Measure, tables
 from microcinema.utils.templates import write_page
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 PUBLISHED_FILE = Path(__file__).parent / "published.csv"
 WARNING = "Protocols differ from paper to paper and are seldom written down whole: an order among these numbers is weak evidence."
 
-_ROWS = (
-    ("fvd", "FVD", "Fréchet distance of the video detector's features", 2, "lower"),
-    ("kvd", "KVD", "kernel distance of the same features", 4, "lower"),
-    ("is", "IS", "Inception score of C3D's classes", 2, "higher"),
-    ("clipsim", "CLIPSIM", "CLIP cosine of text and frame", 4, "higher"),
-    ("frame_fid", "Frame FID", "Fréchet distance of single frames", 2, "lower"),
-    ("clip_consistency", "CLIP consistency", "CLIP cosine of neighbouring frames; a still video scores 1", 4, ""),
-    ("motion_magnitude", "Motion magnitude", "mean optical flow, pixels a frame; near 0: still videos", 3, ""),
-    ("psnr", "Key frame, PSNR", "the key frame in the clip against the given one, dB", 1, "higher"),
-    ("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", 3, "higher"),
+MEASURES = (
+    Measure("fvd", "FVD", "Fréchet distance of the video detector's features", "", "lower", 2),
+    Measure("kvd", "KVD", "kernel distance of the same features", "", "lower", 4),
+    Measure("is", "IS", "Inception score of C3D's classes", "", "higher", 2),
+    Measure("clipsim", "CLIPSIM", "CLIP cosine of text and frame", "", "higher", 4),
+    Measure("frame_fid", "Frame FID", "Fréchet distance of single frames", "", "lower", 2),
+    Measure(
+        "clip_consistency", "CLIP consistency", "CLIP cosine of neighbouring frames; a still video scores 1", "", "", 4
+    ),
+    Measure("motion_magnitude", "Motion magnitude", "mean optical flow, pixels a frame; near 0: still videos", "px"),
+    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher", 1),
+    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher"),
 )
+PER_CLIP = ("clipsim", "clip_consistency", "motion_magnitude", "psnr", "ssim")
 _WIDTH, _HEIGHT, _MARGIN = 640, 300, 56  # of the figure, pixels
 _VIDEO_CRF = 20
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A clip to show: its caption, `frames` uint8 (f, h, w, 3) and key frame, if there is one."""
+    """A clip to show: its caption, `frames` uint8 (f, h, w, 3) and key frame, if there is one, and why it is shown."""
 
     caption: str
     frames: np.ndarray
     keyframe: np.ndarray | None
     fps: float
+    note: str = ""
+
+
+def choose(clips: Sequence[Mapping[str, Any]], count: int, extremes: int) -> dict[int, str]:
+    """Numbers of clips to show, `count` evenly spaced, and by each measure of single clips that has a better way the best and the worst
+    `extremes`, with notes that say so."""
+    chosen: dict[int, str] = {}
+    for measure in MEASURES:
+        values = [clip["measures"].get(measure.key, np.nan) for clip in clips]
+        if measure.better and measure.key in PER_CLIP and np.isfinite(values).any() and len(clips) > 2 * extremes:
+            order = np.argsort(values)[: np.isfinite(values).sum()].tolist()
+            best = order[::-1] if measure.better == "higher" else order
+            for which, picks in (("worst", best[::-1]), ("best", best)):
+                for pick in picks[:extremes]:
+                    note = f"{which} by {measure.label}: {measure.format(values[pick])}"
+                    chosen[pick] = f"{chosen[pick]}; {note}" if pick in chosen else note
+    even = np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int)).tolist()
+    return chosen | {index: "" for index in even if index not in chosen}
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Label, meaning, value, details and the value of real clips, for every measure in the results."""
     table = []
-    for key, label, meaning, digits, better in _ROWS:
-        if key not in results["values"]:
-            continue
-        entry = results["values"][key]
-        row = {"label": label, "meaning": f"{meaning}; {better} is better" if better else meaning}
-        row |= {"value": f"{entry['value']:.{digits}f}", "detail": _detail(key, entry, digits)}
-        table.append(row | {"real": f"{entry['real']:.{digits}f}" if "real" in entry else ""})
+    for measure in MEASURES:
+        if measure.key in results["values"]:
+            entry = results["values"][measure.key]
+            better = f"; {measure.better} is better" if measure.better else ""
+            row = {"label": measure.label, "title": measure.title, "meaning": f"{measure.meaning}{better}"}
+            row |= {"value": measure.number(entry["value"]), "detail": _detail(measure, entry)}
+            table.append(row | {"real": measure.number(entry["real"]) if "real" in entry else ""})
     return table
 
 
-def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
-    if key == "fvd":
+def _detail(measure: Measure, entry: Mapping[str, Any]) -> str:
+    if measure.key == "fvd":
         parts = [f"N = {entry['num_generated']} against {entry['num_real']}"]
         parts.append(f"95 % interval {entry['low']:.2f} to {entry['high']:.2f}")
         if entry["extrapolated"] is not None:
@@ -66,9 +88,15 @@ def _detail(key: str, entry: Mapping[str, Any], digits: int) -> str:
         if entry["floor"] is not None:
             parts.append(f"real against real {entry['floor']:.2f} at N = {entry['floor_count']}")
         return ", ".join(parts)
-    if key == "is":
+    if measure.key == "is":
         return f"± {entry['std']:.2f} over {entry['splits']} splits"
-    return f"{entry['low']:.{digits}f} to {entry['high']:.{digits}f}" if "low" in entry else ""
+    return f"{measure.number(entry['low'])} to {measure.number(entry['high'])}" if "low" in entry else ""
+
+
+def model_name(results: Mapping[str, Any]) -> str:
+    """Of the pipeline or the folder of videos that was measured."""
+    made = results.get("model") or results["generated"]
+    return Path(made.get("pipeline") or made["folder"]).stem
 
 
 def text_table(results: Mapping[str, Any]) -> str:
@@ -94,14 +122,23 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     videos = [
         {
             "caption": picture.caption,
+            "note": picture.note,
             "video": embedded_video(picture.frames, picture.fps),
             "keyframe": None if picture.keyframe is None else embedded_picture(picture.keyframe),
         }
         for picture in pictures
     ]
-    chart = _chart(results["values"].get("fvd"))
-    tables = {"rows": rows(results), "published": published()}
-    write_page(path, TEMPLATE, results=results, chart=chart, warning=WARNING, pictures=videos, **tables)
+    table, chart = rows(results), _chart(results["values"].get("fvd"))
+    copies = tables(["", *(row["title"] for row in table)], [[model_name(results), *(row["value"] for row in table)]])
+    index = results["generated"].get("keyframe_index")
+    values = {
+        "model": model_name(results),
+        "keyframe_index": index,
+        "rows": table,
+        "tables": copies,
+        "published": published(),
+    }
+    write_page(path, TEMPLATE, results=results, chart=chart, warning=WARNING, pictures=videos, **values)
 
 
 def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:

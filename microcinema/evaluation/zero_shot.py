@@ -23,7 +23,7 @@ from microcinema.evaluation.generate import Generated, generate_clips, protocol_
 from microcinema.evaluation.generated_folder import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol, check_count, manifest_entry
 from microcinema.evaluation.real_clips import RealKeyframes, select_clips
-from microcinema.evaluation.report import Picture, text_table, write_report
+from microcinema.evaluation.report import MEASURES, PER_CLIP, Picture, choose, text_table, write_report
 from microcinema.evaluation.scores import inception_score, kernel_distance
 from microcinema.evaluation.videos import Video, file_state, hash_list
 from microcinema.utils.errors import UserError
@@ -36,7 +36,7 @@ RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manif
 SAMPLES_FOLDER, KEYFRAMES_FOLDER = "samples", "keyframes"
 FEATURES_FOLDER, REFERENCE_FOLDER = "features", "reference"
 BROKEN_FILE = "unreadable_real_videos.txt"
-NUM_PICTURES = 24  # clips that the report shows
+NUM_PICTURES, NUM_EXTREMES = 12, 3  # clips that the report shows: evenly spaced, and at each end of each measure
 ENOUGH_FOR_IS = 1000  # clips: a hundred in each of the ten parts
 _FEW_CLIPS = f"The Inception score of fewer than {ENOUGH_FOR_IS} clips depends more on their number than on the model."
 
@@ -64,21 +64,20 @@ def run_zero_shot(
         size = settings.height, settings.width
         sampler = protocol_sampler(config, *size, protocol.num_frames, protocol.fps, state)
     keyframes = RealKeyframes.of(protocol, real, None if sampler is None else sampler.keyframe_index)
-    if sampler is None:
+    if config.generated_dir is not None:
         names = [video.name for video in protocol.videos(settings.root, protocol.sample_split)]
-        generated = folder_clips(str(config.generated_dir), protocol, samples, names, keyframes)
-        what = f"videos in generated_dir='{config.generated_dir}'"
-        shortfalls += check_count(len(generated.samples), len(samples) or None, what, settings.allow_fewer)
+        generated = folder_clips(config.generated_dir, protocol, samples, names, keyframes)
+        what, expected = f"videos in generated_dir='{config.generated_dir}'", len(samples) or None
+        shortfalls += check_count(len(generated.samples), expected, what, settings.allow_fewer)
     make_folder(folder)
     detectors_used = {type(measure).__name__: measure.record for measure in measures if hasattr(measure, "record")}
+    processes = {"rank": state.process_index, "num_processes": state.num_processes, "gather": gather_object}
     extract = partial(
         extract_features,
         measures=measures,
         batch_size=config.batch_size,
-        rank=state.process_index,
-        num_processes=state.num_processes,
         progress=state.is_main_process,
-        gather=gather_object,
+        **processes,
     )
     # Real clips first: a broken file is told before hours of generation.
     real_features = _real_features(config, protocol, real, detectors_used, extract)
@@ -90,24 +89,40 @@ def run_zero_shot(
     if not state.is_main_process:
         return
     videos = [video for _, video in real]
+    identifier = protocol.identifier(generated.samples, videos, detectors_used)
     results = {
-        "protocol": {
-            "identifier": protocol.identifier(generated.samples, videos, detectors_used),
-            **dataclasses.asdict(protocol),
-        },
-        "prompts_sha256": hash_json([sample.prompt for sample in generated.samples]),
+        "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
+        **_measured(generated, features, real_features, protocol),
         "real_files_sha256": hash_list(videos) if real else None,
-        "generated": generated.fingerprint,
         "detectors": detectors_used,
         "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
-        "values": compute(features, real_features, protocol),
         "not_measured": not_measured,
         "shortfalls": shortfalls,
-        "warnings": [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)]
-        + ([_FEW_CLIPS] if "probabilities" in features.names and len(generated.samples) < ENOUGH_FOR_IS else []),
         "versions": describe_code(),
     }
     _write(folder, results, videos, generated)
+
+
+def _measured(
+    generated: Generated, features: Features, real_features: Features | None, protocol: ZeroShotProtocol
+) -> dict[str, Any]:
+    """The part of the results that is of the generated clips: numbers of all and of each, and what is doubtful."""
+    values = compute(features, real_features, protocol)
+    each = {name: features.all(name).tolist() for name in PER_CLIP if name in features.names}
+    clips = [
+        {"part": "all", "name": sample.id, "prompt": sample.prompt, "measures": {key: each[key][i] for key in each}}
+        for i, sample in enumerate(generated.samples)
+    ]
+    few = "is" in values and len(clips) < ENOUGH_FOR_IS
+    warnings = [*generated.warnings, *(f"{key}: {n}" for key, n in generated.counts.items() if n)]
+    return {
+        "generated": generated.fingerprint,
+        "prompts_sha256": hash_json([clip["prompt"] for clip in clips]),
+        "values": values,
+        "measures": [dataclasses.asdict(measure) for measure in MEASURES if measure.key in values],
+        "clips": clips,
+        "warnings": [*warnings, *([_FEW_CLIPS] if few else [])],
+    }
 
 
 def _write(folder: Path, results: dict[str, Any], real: list[Video], generated: Generated) -> None:
@@ -119,9 +134,9 @@ def _write(folder: Path, results: dict[str, Any], real: list[Video], generated: 
     facts = {"detectors": results["detectors"], "keyframe_index": generated.keyframe_index}
     write_json(folder / MANIFEST_FILE, {**results["protocol"], **facts, **clips})
     write_json(folder / RESULTS_FILE, results)
-    indices = np.unique(np.linspace(0, len(generated.samples) - 1, NUM_PICTURES).round().astype(int)).tolist()
-    captions = [sample.prompt or name for sample, name in zip(generated.samples, generated.names, strict=True)]
-    pictures = [Picture(captions[i], *generated.load(i), generated.fps) for i in indices]
+    chosen = choose(results["clips"], NUM_PICTURES, NUM_EXTREMES)
+    captions = [clip["prompt"] or clip["name"] for clip in results["clips"]]
+    pictures = [Picture(captions[i], *generated.load(i), generated.fps, note) for i, note in chosen.items()]
     write_report(folder / REPORT_FILE, results, pictures)
     print(text_table(results))
     print(folder / REPORT_FILE)
@@ -257,7 +272,7 @@ def compute(generated: Features, real: Features | None, protocol: ZeroShotProtoc
     if real is not None and "frame_features" in names:
         one, two = (Moments.stream(map(np.concatenate, side.batches("frame_features"))) for side in (generated, real))
         values["frame_fid"] = {"value": frechet_distance(one, two, protocol.ddof)}
-    for name in ("clipsim", "clip_consistency", "motion_magnitude", "psnr", "ssim"):
+    for name in PER_CLIP:
         if name in names:
             values[name] = statistics.mean(generated.all(name).tolist())
             if real is not None and name in real.names:

@@ -79,16 +79,21 @@ def evaluate(
     other = other_real_features(tasks, protocol, judge)
     model = judged(load, label="judge model")
     sides = model, real, other
+    parts: dict[str, Any] = {
+        part: summarize(*([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in sides))
+        for part in PARTS
+        if protocol.count(part)
+    }
     results = {
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
         "model": {**fingerprint, "keyframe_index": keyframe_index},
         "versions": describe_code(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,
-        "parts": {
-            part: summarize(*([v for t, v in zip(tasks, side, strict=True) if t.part == part] for side in sides))
-            for part in PARTS
-            if protocol.count(part)
+        "measures": [dataclasses.asdict(measure) for measure in (*metrics.MEASURES, metrics.FRECHET)],
+        "parts": parts,
+        "sets": {
+            part: {"frechet": {"value": d}} for part in parts if (d := parts[part]["frechet"]["model"]) is not None
         },
         "clips": [verdict.as_json() for verdict in model],
         "real_clips": [verdict.as_json() for verdict in real],

@@ -2,55 +2,46 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.measures import Measure
 from microcinema.evaluation.statistics import mean, proportion
 from microcinema.sprites import scene
 from microcinema.sprites.judge import Verdict
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A row of the report. `unit` %: a proportion of clips, otherwise a mean; `better`: `higher`, `lower` or empty where neither is."""
-
-    key: str
-    label: str
-    meaning: str
-    unit: str
-    better: str = ""
-
-    def of(self, verdict: Verdict) -> float | None:
-        """Its value for a clip, or None where it has none."""
-        value = verdict.measures.get(self.key, verdict.right.get(self.key))
-        return None if value is None or np.isnan(value) else float(value)
-
-    def format(self, value: float) -> str:
-        """With unit and the digits that mean something."""
-        if self.unit == "%":
-            return f"{100 * value:.1f} %"
-        return f"{value:.{1 if self.unit == 'dB' else 3}f} {self.unit}".rstrip()
-
-
 MEASURES = (
-    Measure("object", "Object", "shape, colour and background all as asked (classifier)", "%", "higher"),
-    Measure("motion", "Motion", "kind and direction as asked (tracking)", "%", "higher"),
-    Measure("speed", "Speed", "as asked, among clips whose motion is right (tracking)", "%", "higher"),
-    Measure("shape", "Shape", "as asked (classifier)", "%", "higher"),
-    Measure("colour", "Colour", "as asked (classifier)", "%", "higher"),
-    Measure("background", "Background", "as asked (classifier)", "%", "higher"),
-    Measure("size", "Size", "as asked (classifier)", "%", "higher"),
-    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher"),
+    Measure("object", "Object", "shape, colour and background all as asked (classifier)", "%", "higher", 1),
+    Measure("motion", "Motion", "kind and direction as asked (tracking)", "%", "higher", 1),
+    Measure("speed", "Speed", "as asked, among clips whose motion is right (tracking)", "%", "higher", 1),
+    Measure("shape", "Shape", "as asked (classifier)", "%", "higher", 1),
+    Measure("colour", "Colour", "as asked (classifier)", "%", "higher", 1),
+    Measure("background", "Background", "as asked (classifier)", "%", "higher", 1),
+    Measure("size", "Size", "as asked (classifier)", "%", "higher", 1),
+    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher", 1),
     Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher"),
     Measure("epe", "Flow error", "end-point error on the object, against the true flow", "px", "lower"),
     Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "px"),
-    Measure("consistency", "Consistency", "PSNR of each frame against the next one carried back", "dB", "higher"),
+    Measure("consistency", "Consistency", "PSNR of each frame against the next one carried back", "dB", "higher", 1),
     Measure("motion_magnitude", "Motion magnitude", "mean optical flow of all pixels, per frame", "px"),
-    Measure("static", "Static clips", "clips in which nothing leaves its place", "%"),
+    Measure("static", "Static clips", "clips in which nothing leaves its place", "%", digits=1),
 )
+FRECHET = Measure(
+    "frechet",
+    "Fréchet distance",
+    "features of the classifier, against real clips of the same attributes",
+    "",
+    "lower",
+    2,
+)
+
+
+def of(key: str, verdict: Verdict) -> float | None:
+    """The value of a measure for a clip, or None where it has none."""
+    value = verdict.measures.get(key, verdict.right.get(key))
+    return None if value is None or np.isnan(value) else float(value)
 
 
 _VALUES: dict[str, Iterable[str]] = {
@@ -67,7 +58,7 @@ def measure_all(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int]
     """Every measure that at least one of the clips has."""
     result = {}
     for measure in MEASURES:
-        if values := [value for value in map(measure.of, verdicts) if value is not None]:
+        if values := [value for v in verdicts if (value := of(measure.key, v)) is not None]:
             result[measure.key] = proportion(values) if measure.unit == "%" else mean(values)
     return result
 

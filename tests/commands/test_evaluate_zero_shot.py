@@ -127,6 +127,26 @@ def test_everything_is_measured(whole):
     assert {"unet", "keyframe.unet"} <= set(results["generated"]["weights_sha256"])
 
 
+def test_the_report_shows_the_best_and_the_worst_clips(whole):
+    folder, text = whole["ucf101"]
+    clips = json.loads(text)["clips"]
+    best = max(clips, key=lambda clip: clip["measures"]["psnr"])
+    page = (folder / REPORT_FILE).read_text(encoding="utf-8")
+    assert [clip["name"] for clip in clips] == [f"{index:05d}" for index in range(SAMPLES)]
+    assert f"best by Key frame, PSNR: {best['measures']['psnr']:.1f} dB" in page and "worst by CLIPSIM" in page
+
+
+def test_two_runs_are_compared(whole, chosen, tmp_path, capsys):
+    other = {**chosen["msrvtt"], "evaluation.num_inference_steps": 1, "output_dir": tmp_path / "one_step"}
+    assert cli.main(arguments(other)) == 0
+    compared = {"compare": f"[{whole['msrvtt'][0]},{tmp_path / 'one_step'}]", "output_dir": tmp_path / "out"}
+    assert cli.main(arguments(compared)) == 0
+    said = capsys.readouterr().out
+    assert "one_step" in said and "FVD ↓" in said and said.strip().endswith("comparison.html")
+    cells = {row["key"]: row["cells"][1] for row in json.loads((tmp_path / "out/comparison.json").read_text())["rows"]}
+    assert cells["psnr"]["difference"]["n"] == 4 and {"low", "high"} <= cells["fvd"]["difference"].keys()
+
+
 def test_features_are_those_of_the_clips(whole, files):
     """Frame FID's mean colours, against the sample files themselves."""
     from microcinema.evaluation.features import Features
@@ -148,6 +168,8 @@ def test_captions_are_asked_for_as_they_stand(whole):
     assert manifest["real"] == list(zero_shot_data.CAPTIONS)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert manifest["identifier"] in page and "342.86" in page and "weak evidence" in page
+    assert "<h1>model on msrvtt2990</h1>" in page and "4 generated clips, 4 real ones" in page
+    assert "key frame, 1</figcaption>" in page and r"FVD $\downarrow$" in page and "| FVD ↓ |" in page
 
 
 def environment():
