@@ -26,6 +26,7 @@ from microcinema.data.source import ClipSource
 from microcinema.pipelines.base_model import base_components
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
+from microcinema.pipelines.single_file import is_single_file
 from microcinema.profiling.memory_estimate import (
     Estimate,
     empty_pipeline,
@@ -214,6 +215,8 @@ def base(pretrained_model_name_or_path: str, revision: str | None, variant: str 
         return Finding("base", str(error), PROBLEM), None
     where = "of the hub" if of_hub else "embedded" if is_embedded(name) else "a folder"
     where += " (offline)" if of_hub and constants.HF_HUB_OFFLINE else ""
+    if is_single_file(name):
+        return Finding("base", f"{name}, a single file with the configs of '{source}'"), folder
     download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     try:
         networks = [name for name in base_components(folder)[0] if not name.startswith("tokenizer")]

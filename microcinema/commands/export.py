@@ -107,7 +107,7 @@ def write_card(
         TEMPLATE,
         name=folder.name,
         base=settings["base"]["pretrained_model_name_or_path"],
-        base_of_hub=not Path(base).is_dir() and not is_embedded(base),
+        base_of_hub=not Path(base).exists() and not is_embedded(base),
         embedded=is_embedded(base),
         pipeline=pipeline.config,
         parameters={name: sum(weight.numel() for weight in part.parameters()) for name, part in networks.items()},

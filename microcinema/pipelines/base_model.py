@@ -64,7 +64,7 @@ def load_base(
     """Opens a Stable Diffusion in the diffusers layout. Its own files decide prediction type and noise schedule.
 
     Args:
-        pretrained_model_name_or_path: an embedded model, a folder, or a hub repository (`owner/name`).
+        pretrained_model_name_or_path: an embedded model, a folder, a hub repository (`owner/name`) or a single file.
         revision: of a hub repository: a branch, tag or commit.
         variant: of the weight files, such as `fp16`.
         prediction_type: that its files are expected to state; None: any.
@@ -86,7 +86,7 @@ def load_base(
     classes["unet"] = UNet2DConditionModel
     if weights:
         folder = resolve_snapshot(name, classes, revision, variant)
-    base = Base(scheduler=scheduler, **own, **load_components(folder, classes, variant, torch_dtype, weights))
+    base = Base(scheduler=scheduler, **own, **load_components(folder, classes, variant, torch_dtype, weights, name))
     check_compatible(name, base.shared, base.unet.config)
     return base
 

@@ -33,7 +33,7 @@ def load_missing_components(components: dict[str, Any], config: dict[str, Any]) 
             raise UserError("the video pipeline has no vae and text encoder, and no base to take them from; name one")
         classes, own = base_components(resolve_snapshot(config["base"], (), *origin[1:-1]))
         folder = resolve_snapshot(config["base"], classes, *origin[1:])
-        components |= load_components(folder, classes, config["base_variant"], dtype)
+        components |= load_components(folder, classes, config["base_variant"], dtype, source=config["base"])
         config |= own
     check_compatible("the video pipeline", components, options.unet2d)
     vae = components["vae"]

@@ -22,7 +22,8 @@ from microcinema.config.sampling import OnFlagged, ResizeMode
 from microcinema.data.clip_reader import cover, resize
 from microcinema.data.images import SUFFIXES, open_image, to_rgb
 from microcinema.pipelines.encoders import unread_texts
-from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path
+from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path, resolve_snapshot
+from microcinema.pipelines.single_file import is_single_file, open_single_file
 from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
@@ -89,6 +90,9 @@ class KeyframePipeline:
         Raises:
             UserError: it cannot be opened, or is not a text-to-image pipeline.
         """
+        origin = {"source": os.fspath(name), "revision": revision, "variant": variant}
+        if is_single_file(name):
+            return cls(open_single_file(name, resolve_snapshot(name, (), revision), torch_dtype), resize_mode, origin)
         path = resolve_model_path(name)
         index = load_index(path, revision)
         for part, kind in index.items():
@@ -113,7 +117,7 @@ class KeyframePipeline:
         except Exception as error:  # each library has its own for files that are missing or damaged
             fault = f"cannot open the text-to-image pipeline '{path}' ({first_line(error)})"
             raise UserError(f"{fault}; give a complete diffusers pipeline of safetensors") from error
-        return cls(pipeline, resize_mode, {"source": os.fspath(name), "revision": revision, "variant": variant})
+        return cls(pipeline, resize_mode, origin)
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:

@@ -1,6 +1,6 @@
 """Opening saved models: names become folders, hub repositories are downloaded, and components are checked as they are read.
 
-A name is an embedded model, a folder in the diffusers layout, or a hub repository (`owner/name`).
+A name is an embedded model, a folder in the diffusers layout, a hub repository (`owner/name`) or a single file (single_file.py).
 """
 
 import os
@@ -17,6 +17,7 @@ from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microcinema.models.weights import check_keys
+from microcinema.pipelines.single_file import config_source, is_single_file, open_single_file
 from microcinema.utils.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -42,15 +43,21 @@ def user_error_if_damaged(open_model: F) -> F:
 
 
 def resolve_model_path(name: str | os.PathLike[str]) -> str:
-    """The folder of a local or embedded model; the name of a hub repository is returned unchanged, any other refused."""
+    """The folder of a local or embedded model; the name of a hub repository is returned unchanged, any other refused.
+
+    For a single file it is where its configs are, see `config_source`.
+    """
     text = os.fspath(name)
     if Path(text).is_dir():
         return text
     if is_embedded(text):
         return str(ASSETS / text)
-    if text.endswith((".safetensors", *_PICKLES)):
+    if is_single_file(text):
+        return config_source(text)
+    if text.endswith(_PICKLES):
         conversion = f"StableDiffusionPipeline.from_single_file('{text}').save_pretrained(folder)"
-        raise UserError(f"model '{text}' is a single file; convert it once with {conversion}, and give that folder")
+        fault = f"model '{text}' is a pickle, which can run code when it is loaded"
+        raise UserError(f"{fault}; if you trust it, convert it once with {conversion}, and give that folder")
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     names = ", ".join(sorted(index.parent.name for index in ASSETS.glob(f"*/{INDEX}")))
@@ -71,6 +78,7 @@ def resolve_snapshot(
     """The folder of a local or embedded model, or the cached folder of a hub repository, see `download_snapshot`."""
     source = resolve_model_path(name)
     if not Path(source).is_dir():
+        components = () if is_single_file(name) else components
         return download_snapshot(source, components, revision, variant)
     if revision is not None:
         raise UserError(f"'{name}' is a local folder and has no revision '{revision}'; set revision=null")
@@ -146,17 +154,22 @@ def load_components(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
+    source: str | os.PathLike[str] = "",
 ) -> dict[str, Any]:
-    """Components of a saved pipeline by name, each of the given class and loaded as by `load_component`."""
+    """Components of a saved pipeline by name, each of the given class and loaded as by `load_component`, or from a single file `source`."""
     index = load_index(folder)
-    components = {}
+    components, whole = {}, weights and is_single_file(source) and open_single_file(source, folder, dtype)
     for name, cls in classes.items():
         actual = component_class(index, name)
         if actual is None:
             raise UserError(f"'{folder}' has no {name}; a model of this kind needs {', '.join(classes)}")
         if actual.removesuffix("Fast") != cls.__name__.removesuffix("Fast"):
             raise UserError(f"'{folder}' has a {actual} as {name}, which is not supported; it must be a {cls.__name__}")
-        components[name] = load_component(Path(folder, name), cls, variant, dtype, weights)
+        if whole:
+            part = whole.components[name]
+            components[name] = freeze(part, dtype) if isinstance(part, torch.nn.Module) else part
+        else:
+            components[name] = load_component(Path(folder, name), cls, variant, dtype, weights)
     return components
 
 

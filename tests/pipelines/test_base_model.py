@@ -277,9 +277,14 @@ def assert_refused(tmp_path, capsys, said, *overrides):
     assert re.search(said, shown), shown
 
 
-@pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "models/sd-v1-4.ckpt"])
-def test_a_single_file_is_told_how_to_become_a_folder(tmp_path, capsys, name):
-    said = "is a single file.*from_single_file.*save_pretrained"
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("v1-5-pruned.safetensors", "cannot read the single file 'v1-5-pruned.safetensors'"),
+        ("models/sd-v1-4.ckpt", "is a pickle.*from_single_file.*save_pretrained"),
+    ],
+)
+def test_a_single_file_that_cannot_be_read_is_refused(tmp_path, capsys, name, said):
     assert_refused(tmp_path, capsys, said, f"base.pretrained_model_name_or_path={name}")
 
 

@@ -101,7 +101,7 @@ def test_texts_are_those_of_diffusers_and_an_empty_one_is_zero_if_the_base_says_
     tokens, negative, pooled, negative_pooled = theirs.encode_prompt(texts, device="cpu")
     mine, empty = pipeline.encode_text(texts), pipeline.encode_text(["", "a"])
     assert torch.equal(mine[:, :-1], tokens)
-    assert torch.equal(mine[:, -1, : tiny.WIDTH], pooled)
+    assert torch.equal(mine[:, -1, : tiny.POOLED_WIDTH], pooled)
     assert not (negative.any() or negative_pooled.any() or empty[0].any())
     assert empty[1].any()
     other = shutil.copytree(xl, tmp_path / "other")
@@ -118,7 +118,7 @@ def test_encoders_of_other_models_are_refused(xl, pipeline):
         ImageToVideoPipeline(**{**parts, "text_encoder_2": None})
     narrow = VideoUNet.from_config({**pipeline.unet.config, "unet2d": {**pipeline.unet.options.unet2d}})
     narrow.options.unet2d["projection_class_embeddings_input_dim"] += 8
-    with pytest.raises(UserError, match="pooled text.* is 80.*projection_class_embeddings_input_dim=88"):
+    with pytest.raises(UserError, match="pooled text.* is 88.*projection_class_embeddings_input_dim=96"):
         ImageToVideoPipeline(**{**parts, "unet": narrow})
 
 
@@ -178,7 +178,7 @@ def test_a_trained_model_is_sampled_saved_reloaded_and_exported(trained, tmp_pat
 def test_cached_text_has_the_pooled_text_and_is_of_both_encoders(trained):
     folder = trained.parent / "latents"
     empty = load_file(folder / "empty.safetensors")["text"]
-    assert tuple(empty.shape) == (1, tiny.MAX_TOKENS + 1, 2 * tiny.WIDTH) and not empty.any()
+    assert tuple(empty.shape) == (1, tiny.MAX_TOKENS + 1, tiny.WIDTH + tiny.SECOND_WIDTH) and not empty.any()
     contents = json.loads((folder / "fingerprint.json").read_text())["contents"]
     assert contents["text"]["second_sha256"] != contents["text"]["sha256"]
 
