@@ -59,6 +59,24 @@ def motion_following(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"pipeline": arguments.pipeline, "keyframes": arguments.keyframes, **settings, **figures}
 
 
+def interpolation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints how near frames between key frames are to the real ones of held-out clips, beside repeated and blended neighbors."""
+    from benchmarks import interpolation as measurement
+
+    pipeline = load_pipeline(arguments.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    size, fps = pipeline.config["height"], arguments.fps or pipeline.config["fps"]
+    settings = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    makers = measurement.makers(pipeline, arguments.told_fps or fps, **settings)
+    report: dict[str, Any] = {"pipeline": arguments.pipeline, "clips": arguments.clips, "fps": fps, **settings}
+    for task, places in measurement.places_of(pipeline.config["num_frames"], arguments.factor).items():
+        sprites = measurement.moving_sprites(arguments.clips)
+        figures = report[task] = measurement.measure(makers, sprites, places, size, fps)
+        for name, figure in figures.items():
+            print(f"{task}, {name:<8}{figure['psnr']:>8.2f} dB, moving {figure['moving_psnr']:.2f} dB")
+    return report
+
+
 def text_sensitivity(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints by how much the loss in moving places rises when the caption names the opposite motion, on held-out clips."""
     from benchmarks import text_sensitivity as measurement
@@ -127,6 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(measure=motion_following)
     command.add_argument("--pipeline", default="sprites-factorized-dreamer", help="an embedded or saved pipeline")
     command.add_argument("--keyframes", type=int, default=20)
+
+    command = commands.add_parser("interpolation", parents=[sampling], help=interpolation.__doc__)
+    command.set_defaults(measure=interpolation)
+    command.add_argument("--pipeline", required=True, help="a saved pipeline, trained with model.keyframe_places")
+    command.add_argument("--clips", type=int, default=20)
+    command.add_argument("--factor", type=int, default=2, help="every how many frames is a key frame")
+    command.add_argument("--fps", type=float, help="rate of the real clips; default: the model's own")
+    command.add_argument("--told-fps", type=float, help="rate that the model is told; default: that of the clips")
 
     command = commands.add_parser("text_sensitivity", help=text_sensitivity.__doc__)
     command.set_defaults(measure=text_sensitivity)
