@@ -129,6 +129,7 @@ class Train(Clips):
     ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None
     allow_tf32: bool
+    compile: bool
     ddp: DataParallel
     gradient_checkpointing: bool | Literal["first_level"]
     dataloader_num_workers: types.CountOrZero

@@ -4,8 +4,8 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ class StepMetrics:
         self._recent: deque[float] = deque(maxlen=50)
         self._data_wait = 0.0
         self._flops = 0
-        self._flops_by_shape: dict[tuple[int, ...], int] = {}
+        self._flops_by_shape: dict[torch.Size, int] = {}
         self._peak_flops = peak_flops(accelerator.device, _DTYPES.get(accelerator.mixed_precision, torch.float32))
         self._start = time.perf_counter()
 
@@ -56,13 +56,16 @@ class StepMetrics:
     @contextmanager
     def count_flops(self, items: Mapping[str, Any]) -> Iterator[None]:
         """Around forward and backward of a micro-batch: counts its operations, the first time that this shape occurs."""
-        shape = tuple(items["latents" if "latents" in items else "video"].shape)
-        if shape in self._flops_by_shape:
+        shape = items["latents" if "latents" in items else "video"].shape
+        flops = ModelFlops()
+        with nullcontext() if shape in self._flops_by_shape else flops:
             yield
-        else:
-            with ModelFlops() as flops:
-                yield
-            self._flops_by_shape[shape] = flops.total
+        self.add_flops(shape, lambda: flops.total)
+
+    def add_flops(self, shape: torch.Size, count: Callable[[], int]) -> None:
+        """Adds the operations of a micro-batch, which are counted the first time that this shape occurs."""
+        if shape not in self._flops_by_shape:
+            self._flops_by_shape[shape] = count()
         self._flops += self._flops_by_shape[shape]
 
     def add(self, loss: torch.Tensor, t: torch.Tensor, flow_loss: torch.Tensor | None = None) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from microcinema.pipelines.loading import INDEX, is_embedded
 from microcinema.pipelines.saving import save_pipeline
 from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
+from microcinema.training.compilation import compilation_errors, compile_blocks, count_flops, count_graphs
 from microcinema.training.consistency import load_objective
 from microcinema.training.distributed import broadcast_from_main, has_zero3, unshard
 from microcinema.training.ema import Averages, ema_pipeline
@@ -144,7 +145,8 @@ class Trainer:
         for _ in range(self.config.gradient_accumulation_steps):
             items = next(micro_batches)
             with accelerator.accumulate(self.model):
-                with self.metrics.count_flops(items):
+                counting = nullcontext() if self.config.compile else self.metrics.count_flops(items)
+                with compilation_errors(), counting:
                     loss = self.loss(items)
                     with self.region("backward"):
                         accelerator.backward(loss)
@@ -168,6 +170,8 @@ class Trainer:
             UserError: a loss or gradient was not finite.
         """
         metrics = {**self.metrics.finish_interval(), "lr": self.learning_rate, "broken_clips": self.errors.total}
+        if self.config.compile:
+            metrics["compiled_graphs"] = count_graphs()
         # Gradients that overflow are the loss scaler's business.
         norms = self.metrics.grad_norms[: 0 if self.accelerator.mixed_precision == "fp16" else None]
         self.nan_guard.assert_finite(self.metrics.losses, norms)
@@ -195,19 +199,23 @@ class Trainer:
         """Runs the validations, if they are due after this step, with the averaged weights. Collective."""
         if not self.validations or not self._is_due(self.config.validation_steps):
             return
-        with (
-            self.metrics.paused(),
-            ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline,
-        ):
+        with self.metrics.paused(), self._ema_pipeline() as pipeline:
             for validation in self.validations:
                 validation(self.accelerator, pipeline, self.progress.step)
         self._log({"validation_seconds": self.metrics.paused_seconds})
 
     def export(self) -> None:
         """Saves the pipeline with the averaged weights in the folder of the run. Collective."""
-        with ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline:
+        with self._ema_pipeline() as pipeline:
             if self.accelerator.is_main_process:
                 export_pipeline(pipeline, self.output_dir)
+
+    @contextmanager
+    def _ema_pipeline(self) -> Iterator[ImageToVideoPipeline]:
+        """The pipeline as it would be used, not compiled: samples have other shapes than clips. Collective."""
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager, ema_pipeline(self.accelerator, self.pipeline, self.model, self.ema, self.trained) as pipeline:
+            yield pipeline
 
     def _set_up_model(self, predict_net: PredictNet | None) -> None:
         """Freezes the encoders, selects what trains, and prepares model, optimizer and schedule for the run's processes."""
@@ -220,6 +228,8 @@ class Trainer:
         lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         lr_schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
         self.model, self.optimizer, self.lr_schedule = self.accelerator.prepare(model, optimizer, lr_schedule)
+        if config.compile:
+            compile_blocks(self.model, self.accelerator)
         # Only now: FSDP replaces parameters by shards.
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         self.trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
@@ -229,6 +239,9 @@ class Trainer:
         self.ema = Averages(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None
 
     def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.config.compile and torch.is_grad_enabled():
+            model = self.accelerator.unwrap_model(self.model)
+            self.metrics.add_flops(args[0].shape, lambda: count_flops(model, *args, **kwargs))
         with self.region("forward"):
             return self.model(*args, **kwargs)
 
