@@ -21,7 +21,7 @@ from microcinema.training.loss import TrainableModel
 def training_item(sprite: scene.Sprite, rendered: scene.Rendered, fps: float, number: int) -> dict[str, Any]:
     """What training reads of a clip, as an item of a data set."""
     return {
-        "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        "video": torch.from_numpy(rendered.frames).permute(0, 3, 1, 2),
         "caption": scene.combined_caption(sprite),
         "description": scene.caption(sprite),
         "motion": scene.motion_caption(sprite),

@@ -1,7 +1,5 @@
 """The command `prepare preview`: a picture of the first clips of a training run, as the model will see them."""
 
-import numpy as np
-
 from microcinema.config.schema import PreparePreview
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.video_writer import write_contact_sheet
@@ -17,7 +15,7 @@ def run(config: PreparePreview) -> None:
     videos, captions = [], []
     for sample_index in range(config.max_samples):
         item = clips[sample_index]
-        video = ((item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        video = item["video"].permute(0, 2, 3, 1).numpy()
         frames, height, width = video.shape[:3]
         texts = dict.fromkeys(item[name] for name in ("caption", "description", "motion"))  # each text once
         shape = f"{frames} x {height} x {width}, {item['fps']:g} fps" if frames > 1 else f"picture, {height} x {width}"

@@ -66,7 +66,7 @@ class ClipReader:
         shape: tuple[int, int, int] | None = None,
         has_watermark: bool = True,
     ) -> tuple[torch.Tensor, float]:
-        """The clip of a file: float32 (f, 3, h, w) in [-1, 1], and its frames per second.
+        """The clip of a file: uint8 (f, 3, h, w), and its frames per second.
 
         Args:
             epoch, index: on which a random position depends, beside the seed.
@@ -91,7 +91,7 @@ class ClipReader:
             fps = self.fps if self.fps is not None else self.decode("probe", source).fps
         if self.mark and has_watermark:
             frames = self.mark.pixels(frames, (height, width))
-        return resize_and_crop(frames, (height, width)).float() / 127.5 - 1, float(fps)
+        return resize_and_crop(frames, (height, width)), float(fps)
 
     def caption(self, text: str, has_watermark: bool = True) -> str:
         """The caption for the model, which may name the watermark."""

@@ -58,8 +58,7 @@ def _estimate_item(flow_model: str, item: dict[str, Any]) -> Flow:
 
 def pixels_of(item: dict[str, Any]) -> np.ndarray:
     """The frames of an item with `video`, uint8 (f, h, w, 3)."""
-    pixels = ((item["video"] + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return item["video"].permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def estimate(flow_model: str, frames: np.ndarray) -> Flow:

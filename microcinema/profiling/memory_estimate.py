@@ -209,9 +209,9 @@ def _items(pipeline: ImageToVideoPipeline, count: int, latents: bool, flow: bool
     if latents:
         items["latents"] = zeros(count, num_frames, pipeline.vae.config["latent_channels"], *grid)
         if pipeline.uses_image_conditioning:
-            items["keyframe"] = zeros(count, 3, height, width)
+            items["keyframe"] = zeros(count, 3, height, width, dtype=torch.uint8)
     else:
-        items["video"] = zeros(count, num_frames, 3, height, width)
+        items["video"] = zeros(count, num_frames, 3, height, width, dtype=torch.uint8)
     if flow:
         items["flow"] = zeros(count, num_frames - 1, 2, *grid)
         items["flow_valid"] = zeros(count, num_frames - 1, *grid, dtype=torch.bool)

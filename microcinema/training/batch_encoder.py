@@ -24,7 +24,7 @@ Region = Callable[[str], AbstractContextManager[Any]]
 class BatchEncoder:
     """Turns a collated batch of items into a `Batch` on the device.
 
-    Items have `sample_index`, `fps`, `caption` (for a model with a motion encoder: `description` and `motion`), `video` (f, 3, H, W) or
+    Items have `sample_index`, `fps`, `caption` (for a model with a motion encoder: `description` and `motion`), `video` uint8 (f, 3, H, W) or
     scaled `latents` with, if the model uses pixels, `keyframe` uint8 (3, H, W); and for PredictNet `flow` and `flow_valid` on the
     latent grid; and for a model that is told it, `motion_score`. If they have `text`, `motion_tokens` or `image_tokens`, these are used and the encoders do not run.
 
@@ -63,7 +63,7 @@ class BatchEncoder:
         # One clip at a time: bounded memory, and latents that do not depend on the batch.
         video = to_device(items["video"], self.device)
         with self.region("VAE"):
-            return torch.cat([encode_pixels(self.pipeline.vae, clip) for clip in video.split(1)])
+            return torch.cat([encode_pixels(self.pipeline.vae, self._to_pixels(clip)) for clip in video.split(1)])
 
     def text(self, items: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings of captions, (b, n, d), float32."""
@@ -92,10 +92,10 @@ class BatchEncoder:
         """Pixels of key frames, (b, 3, H, W) in [-1, 1]; a UserError if the items have none."""
         if "video" in items:
             frames = items["video"]
-            return to_device(frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])], self.device)
+            return self._to_pixels(frames[:, keyframe_index(self.pipeline.keyframe_position, frames.shape[1])])
         if "keyframe" not in items:
             raise UserError("the model needs pixels, which these cached latents do not include; encode them again")
-        return self._to_device(items["keyframe"]) / 127.5 - 1
+        return self._to_pixels(items["keyframe"])
 
     def null_conditioning(self) -> NullConditioning:
         """Replaces dropped captions; from the same source as the tokens of the others, encoded once."""
@@ -114,6 +114,12 @@ class BatchEncoder:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return to_device(tensor, self.device).float()
+
+    def _to_pixels(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames in [-1, 1], which only the device holds: they travel as uint8, in a quarter of the bytes."""
+        if frames.dtype != torch.uint8:
+            raise UserError(f"frames of the clips are {frames.dtype}; a data set gives them as uint8, from 0 to 255")
+        return self._to_device(frames) / 127.5 - 1
 
     @torch.no_grad()
     def _image_inputs(self, items: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -451,7 +451,7 @@ def encode_clips(data: Path, base: Path) -> torch.Tensor:
     """Latents of all clips by the base's VAE, (n, f, c, h, w), float16."""
     vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(DEVICE)
     clips = ClipDataset(str(data / CSV_FILE), str(data), NUM_FRAMES, 8, 64, clip_position="first")
-    return torch.cat([encode_pixels(vae, clips[k]["video"][None]).half().cpu() for k in range(len(clips))])
+    return torch.cat([encode_pixels(vae, clips[k]["video"][None] / 127.5 - 1).half().cpu() for k in range(len(clips))])
 
 
 def train_unet(recipe: Recipe, pool: Pool, base: Path) -> None:

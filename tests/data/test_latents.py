@@ -100,7 +100,9 @@ def test_the_items_are_those_of_the_data_set(folder, root, model):
         latents, text = item.pop("latents"), item.pop("text")
         assert item == expected
         assert latents.dtype == text.dtype == torch.float16
-        torch.testing.assert_close(latents.float(), encode_pixels(model.vae, video[None])[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            latents.float(), encode_pixels(model.vae, video[None] / 127.5 - 1)[0], rtol=1e-3, atol=1e-3
+        )
         torch.testing.assert_close(text.float(), model.encode_text([item["caption"]])[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(kept.empty_tokens["text"].float(), model.encode_text([""]), rtol=1e-3, atol=1e-3)
     with pytest.raises(IndexError):
@@ -147,7 +149,10 @@ def test_random_clips_have_a_position_for_each_cached_epoch(root, model, tmp_pat
         kept.set_epoch(epoch)
         source.set_epoch(epoch % 2)
         torch.testing.assert_close(
-            kept[1]["latents"].float(), encode_pixels(model.vae, source[1]["video"][None])[0], rtol=1e-3, atol=1e-3
+            kept[1]["latents"].float(),
+            encode_pixels(model.vae, source[1]["video"][None] / 127.5 - 1)[0],
+            rtol=1e-3,
+            atol=1e-3,
         )
     second = [kept[k]["latents"] for k in range(5)]
     kept.set_epoch(0)

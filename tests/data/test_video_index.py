@@ -567,7 +567,7 @@ def test_checks_and_training_read_the_same(tmp_path, name):
     assert {key: measures[key] for key in vars(survey.info)} == vars(video_reader.probe(file.path))
     reader = ClipReader(5, 8.0, (24, 24), "pyav", "center", 0, 8, timeout=60)
     clip, _ = reader.read(file.path, epoch=0, index=0)
-    expected = resize_and_crop(video_reader.read_clip(file.path, 5, 8.0, position=0.5), (24, 24)).float() / 127.5 - 1
+    expected = resize_and_crop(video_reader.read_clip(file.path, 5, 8.0, position=0.5), (24, 24))
     np.testing.assert_array_equal(clip, expected)
 
 

@@ -66,8 +66,9 @@ def test_the_pipeline_and_training_agree_for_a_vae_with_a_shift(tmp_path):
     pipeline = tiny.video_pipeline(tiny.base_folder(tmp_path))
     pipeline.vae.register_to_config(shift_factor=SHIFT)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    frames = pixels.permute(2, 0, 1).expand(1, 2, 3, 32, 32)
     video = (pixels.permute(2, 0, 1) / 127.5 - 1).expand(1, 2, 3, 32, 32)
-    items = {"video": video, "caption": PROMPTS[:1], "fps": torch.tensor([8.0]), "sample_index": torch.tensor([0])}
+    items = {"video": frames, "caption": PROMPTS[:1], "fps": torch.tensor([8.0]), "sample_index": torch.tensor([0])}
     trained = BatchEncoder(pipeline, torch.device("cpu"))(items).latents
     z_ref = pipeline.encode_image(video[:, 0])
     torch.testing.assert_close(z_ref, trained[:, 0], rtol=1e-4, atol=1e-5)

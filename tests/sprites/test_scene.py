@@ -137,7 +137,7 @@ def test_on_disk_it_is_a_data_set_like_any_other(tmp_path):
         assert item["description"] == scene.caption(sprite)
         assert item["motion"] == scene.motion_caption(sprite)
         truth = scene.render(sprite, num_frames, size, fps)
-        read = (item["video"].permute(0, 2, 3, 1).numpy() + 1) * 127.5
+        read = item["video"].permute(0, 2, 3, 1).double().numpy()
         assert 10 * np.log10(255**2 / np.square(read - truth.frames).mean()) > 33  # what H.264 loses
 
 

@@ -324,13 +324,16 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
 def test_raw_clips_train_on_the_latents_that_a_cache_would_hold(tmp_path):
     model = pipeline(tmp_path)
     vae = model.vae
-    video = torch.rand(3, 2, 3, tiny.SIZE, tiny.SIZE, generator=generator(1)) * 2 - 1
-    items = {"video": video, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "sample_index": torch.arange(3)}
+    frames = torch.randint(256, (3, 2, 3, tiny.SIZE, tiny.SIZE), generator=generator(1), dtype=torch.uint8)
+    video = frames / 127.5 - 1
+    items = {"video": frames, "caption": ["a", "b", "c"], "fps": torch.full((3,), 8.0), "sample_index": torch.arange(3)}
     batch = BatchEncoder(model, torch.device("cpu"))(items)
     for clip, latents in zip(video, batch.latents, strict=True):
         assert torch.equal(latents, encode_pixels(vae, clip[None])[0])  # whatever the batch
     mean = vae.encode(video[0]).latent_dist.mean * vae.config.scaling_factor
     torch.testing.assert_close(batch.latents[0], mean)
+    with pytest.raises(UserError, match=r"frames of the clips are torch.float32; a data set gives them as uint8"):
+        BatchEncoder(model, torch.device("cpu"))({**items, "video": video})
 
 
 def test_the_captions_of_a_batch_are_encoded_together_each_once():

@@ -46,7 +46,8 @@ class VideoClips(ClipSource):
         return 8
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        video = torch.rand(tiny_training.FRAMES, 3, tiny.SIZE, tiny.SIZE, generator=generator(index)) * 2 - 1
+        shape = tiny_training.FRAMES, 3, tiny.SIZE, tiny.SIZE
+        video = torch.randint(256, shape, generator=generator(index), dtype=torch.uint8)
         captions = {"caption": "a star moving left", "description": f"a star {index}", "motion": "moving left"}
         return {"video": video, "fps": 8.0, **captions}
 
