@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, errors in one line, exit codes, a real command."""
 
+import gc
 import os
 import re
 import resource
@@ -309,3 +310,19 @@ def test_help_may_be_cut_by_its_reader():
     command = f"'{sys.executable}' -m microcinema train --help | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: microcinema train")
+
+
+def test_a_command_is_imported_without_looking_for_garbage(tmp_path, monkeypatch):
+    frozen, name = [], "a_command_of_this_test"
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{name}.py").write_text("import gc\nenabled = gc.isenabled()\n")
+    (tmp_path / "broken_command.py").write_text("1 / 0")
+    module = cli._import_command(name)
+    assert (module.enabled, gc.isenabled(), frozen) == (False, True, [False])
+    assert (
+        cli._import_command(name) is sys.modules.pop(name) and len(frozen) == 1
+    )  # later calls leave no garbage behind
+    with pytest.raises(ZeroDivisionError):
+        cli._import_command("broken_command")
+    assert gc.isenabled()
