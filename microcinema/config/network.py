@@ -53,6 +53,7 @@ class NetworkOptions:
     keyframe_places: bool
     fps_conditioning: bool
     motion_score: bool
+    keyframe_noise: bool
     temporal: Temporal
     appearance: Appearance | None
     adapter: Adapter | None
@@ -79,6 +80,9 @@ class VideoUNetConfig(NetworkOptions):
             raise ValueError(
                 f"adapter={self.adapter.mode} needs an image encoder; name one, or set the adapter to null"
             )
+        if self.keyframe_noise and (self.pixels is not None or self.keyframe_places):
+            fault = "keyframe_noise=true, but pixels or keyframe_places let the network see the key frame without noise"
+            raise ValueError(f"{fault}; set pixels=null and keyframe_places=false")
         if self.temporal.attention_bottleneck > (narrowest := min(self.unet2d["block_out_channels"])):
             fault = f"temporal.attention_bottleneck={self.temporal.attention_bottleneck} leaves layers no channel"
             raise ValueError(f"{fault}; use at most {narrowest}, the channels of the narrowest")

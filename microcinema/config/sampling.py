@@ -18,6 +18,7 @@ ResizeMode = Literal["crop", "stretch", "exact"]
 """How an image is brought to the video's size: `crop` scales it to cover the video and crops the center, as for training clips;
 `stretch` scales each direction separately; `exact` refuses an image of another size."""
 
+InitialNoise = Literal["prior", "analytic", "frame_init"]
 Preset = Literal["quality", "balanced", "fast"]
 _PLAIN = {"guidance_interval": (0.0, 1.0), "guidance_reuse": 1, "cache_interval": 1}
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -70,6 +71,9 @@ class SamplingSettings(DenoisingSettings):
         num_frames: of a clip; more than the model was trained with are made in windows, see `Windows`.
         fps: frames per second.
         motion: how much moves, as the percentile of the training clips' motion scores, from 0 to 1; None: that is left to the model.
+        keyframe_noise: level of noise on the key frame, in deviations of its latents, for a model trained with such noise.
+        start_time: share of the training schedule at which sampling starts, as the sampler's first timestep that is not later.
+        initial_noise: from which it starts, see `initial_latents`.
         num_segments: clips made one after the other, each from the last frame of the one before, which is in the video once:
             `num_segments * (num_frames - 1) + 1` frames.
         window_overlap: frames that windows share; None: half a window.
@@ -86,6 +90,9 @@ class SamplingSettings(DenoisingSettings):
     num_frames: types.Size | None = None
     fps: types.Fps | None = None
     motion: types.Fraction | None = None
+    keyframe_noise: types.NotNegative = 0.0
+    start_time: types.Fraction = 1.0
+    initial_noise: InitialNoise = "prior"
     num_segments: types.Count = 1
     window_overlap: types.CountOrZero | None = None
     interpolate: Literal[1, 2, 4] = 1

@@ -125,6 +125,7 @@ class Train(Clips):
     image_dropout: types.Fraction
     keyframe_places: types.Fraction
     motion_dropout: types.Fraction
+    keyframe_noise: types.NotNegative
     use_ema: bool
     ema_decay: types.Decay
     mixed_precision: Literal["no", "fp16", "bf16"] | None
@@ -159,6 +160,9 @@ class Train(Clips):
         if (self.keyframe_places > 0) != self.model.keyframe_places:
             fault = f"keyframe_places={self.keyframe_places} and model.keyframe_places={self.model.keyframe_places}"
             raise ValueError(f"{fault}; use true with a share of clips such as 0.5, or false with 0")
+        if (self.keyframe_noise > 0) != self.model.keyframe_noise:
+            fault = f"keyframe_noise={self.keyframe_noise} and model.keyframe_noise={self.model.keyframe_noise}"
+            raise ValueError(f"{fault}; use true with a level such as 2, or false with 0")
         if self.num_frames > self.model.max_frames:
             raise ValueError(
                 f"num_frames={self.num_frames} is more than model.max_frames={self.model.max_frames}; set it"

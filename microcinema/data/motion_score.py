@@ -11,7 +11,6 @@ from microcinema.data.source import ClipSource, ClipWrapper, spread
 from microcinema.utils.errors import UserError
 
 UNKNOWN = -1.0  # score of a picture, and of a clip whose score is dropped
-NUM_QUANTILES = 101
 _SHORT_SIDE = 96  # pixels of larger frames at which they are measured
 _MAX_DECODED = 256  # clips whose scores stand for those of a data set, where none are cached
 
@@ -19,10 +18,7 @@ _MAX_DECODED = 256  # clips whose scores stand for those of a data set, where no
 def motion_score(frames: np.ndarray, fps: float) -> float:
     """Mean length of the optical flow over all places and frames of a clip, in thousandths of its height per second.
 
-    So it depends on neither resolution nor frame rate; what is measured is dense inverse search (`dis`).
-
-    Args:
-        frames: uint8 (f, h, w, 3); of a single one nothing is known, see `UNKNOWN`.
+    So it depends on neither resolution nor frame rate. Frames are uint8 (f, h, w, 3); of a single one nothing is known, see `UNKNOWN`.
     """
     if len(frames) < 2:
         return UNKNOWN
@@ -56,4 +52,4 @@ def motion_quantiles(dataset: ClipSource) -> list[float]:
     known = np.asarray(scores)[np.asarray(scores) >= 0]
     if not known.size:
         raise UserError("no clip has a motion score, which model.motion_score=true needs; use clips of several frames")
-    return np.quantile(known, np.linspace(0, 1, NUM_QUANTILES)).round(4).tolist()
+    return np.quantile(known, np.linspace(0, 1, 101)).round(4).tolist()

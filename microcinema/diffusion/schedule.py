@@ -136,8 +136,8 @@ def right_samplers(training: SchedulerMixin) -> list[str]:
     return sorted(name for name, (_, fault) in trials.items() if not fault)
 
 
-def trial_fault(sampling: SchedulerMixin, steps: int | None = None) -> str:
-    """Why a sampler's results are wrong; empty if they are right. Tried once for each class, config and number of steps (None: 20).
+def trial_fault(sampling: SchedulerMixin, steps: int | None = None, start_time: float = 1.0) -> str:
+    """Why a sampler's results are wrong; empty if they are right. Tried once for each class, config, number of steps (None: 20) and start.
 
     The trial samples 8192 independent numbers of mean 1 and deviation 0.5, whose denoiser has a closed form, from their noisy state
     at the first timestep. Their mean must be right, whatever the number of steps. With few steps every sampler loses deviation, so
@@ -149,11 +149,11 @@ def trial_fault(sampling: SchedulerMixin, steps: int | None = None) -> str:
     kind: Any = type(sampling)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the numbers are judged, whatever scipy says of them
-        return _trial_fault(kind, json.dumps(dict(sampling.config), default=str), steps)
+        return _trial_fault(kind, json.dumps(dict(sampling.config), default=str), steps, start_time)
 
 
 @cache
-def _trial_fault(kind: Any, config: str, steps: int) -> str:
+def _trial_fault(kind: Any, config: str, steps: int, start_time: float) -> str:
     sampler, generator = kind.from_config(json.loads(config)), torch.Generator().manual_seed(0)
     mean, deviation = 1.0, 0.5
     prediction_type, arguments = sampler.config["prediction_type"], step_arguments(sampler, generator)
@@ -162,9 +162,11 @@ def _trial_fault(kind: Any, config: str, steps: int) -> str:
         sampler.set_timesteps(steps)
         if not sampler.timesteps.isfinite().all():
             return "its timesteps are not finite"
-        signal = signal_and_noise(sampler, sampler.timesteps[0], eps)[0]
-        z = sampler.init_noise_sigma * (signal * mean + (1 - signal**2 * (1 - deviation**2)) ** 0.5 * eps)
-        for t in sampler.timesteps:
+        timesteps = timesteps_from(sampler, start_time)
+        signal = signal_and_noise(sampler, timesteps[0], eps)[0]
+        z = signal * mean + (1 - signal**2 * (1 - deviation**2)) ** 0.5 * eps
+        z = z * sampler.init_noise_sigma if start_time == 1 else z / sampler.scale_model_input(eps / eps, timesteps[0])
+        for t in timesteps:
             z_t, (signal, sigma) = sampler.scale_model_input(z, t), signal_and_noise(sampler, t, z)
             z0 = mean + signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * (z_t - signal * mean)
             eps = (z_t - signal * z0) / sigma
@@ -180,8 +182,10 @@ def _trial_fault(kind: Any, config: str, steps: int) -> str:
     return f"in a trial the mean became {z.mean():.2f} times and the deviation {ratio:.2f} times what it should be"
 
 
-def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> SchedulerMixin:
-    """The scheduler with its timesteps set; a number of steps with which it is not right (see `trial_fault`) is a UserError.
+def set_timesteps(
+    scheduler: SchedulerMixin, steps: int, device: torch.device | None = None, start_time: float = 1.0
+) -> SchedulerMixin:
+    """The scheduler with its timesteps set; a number of steps, or a start, with which it is not right (see `trial_fault`) is a UserError.
 
     Sampling starts from noise. If the first timestep is far from that, as with few steps of leading or linear spacing, it is a copy with
     trailing spacing (arXiv 2305.08891, section 3.3). Far is a signal `sqrt(abar_t)` more than 0.1 above that of the last training step,
@@ -197,10 +201,27 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | 
     ends = torch.stack([scheduler.timesteps[0].cpu().float(), torch.tensor(trained - 1.0)])
     first, last = signal_and_noise(scheduler, ends, torch.ones(2))[0].tolist()
     if first - last > 0.1 and scheduler.config.get("timestep_spacing", "trailing") != "trailing":
-        return set_timesteps(type(scheduler).from_config(scheduler.config, timestep_spacing="trailing"), steps, device)
-    if fault := trial_fault(scheduler, steps):
-        raise UserError(f"{name} does not work with {steps} steps ({fault}); ask for another number")
+        trailing = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+        return set_timesteps(trailing, steps, device, start_time)
+    if fault := trial_fault(scheduler, steps, start_time):
+        start = "" if start_time == 1 else f" from start_time={start_time:g}"
+        raise UserError(f"{name} does not work with {steps} steps{start} ({fault}); ask for another number")
     return scheduler
+
+
+def timesteps_from(scheduler: SchedulerMixin, start_time: float) -> torch.Tensor:
+    """The timesteps of a scheduler, which is told where they begin, that are not later than this share of the training schedule.
+
+    Raises:
+        UserError: none is left.
+    """
+    late = int((scheduler.timesteps > start_time * (scheduler.config["num_train_timesteps"] - 1)).sum())
+    late = -(-late // scheduler.order) * scheduler.order  # second-order solvers visit each timestep twice
+    if late >= len(scheduler.timesteps):
+        raise UserError(f"start_time={start_time:g} leaves no step of {len(scheduler.timesteps)}; use a later one")
+    if late and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(late)
+    return scheduler.timesteps[late:]
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:

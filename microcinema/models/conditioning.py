@@ -23,6 +23,7 @@ class Conditions:
     reference: tuple[Tensor, ...] | None = None  # ReferenceNet's feature b c h w for every injected layer
     fps: Tensor | None = None  # frames per second, (b,)
     motion_score: Tensor | None = None  # see data/motion_score.py, (b,), negative where it is dropped
+    keyframe_noise: Tensor | None = None  # level of the noise on the key frame, percent of a latent's deviation, (b,)
     image: tuple[KeyValue, ...] | None = None  # of the adapter's image tokens, for every spatial cross-attention
     pixels: tuple[Tensor, ...] | None = None  # features b (h w) c of the key frame's pixels, for every scale
     motion: Tensor | None = None  # tokens of the motion caption, b k e, zero where they are padding

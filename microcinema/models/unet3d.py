@@ -28,7 +28,7 @@ class UNet3D(UNet2DBackbone):
     """Base class of the networks that see all frames of a clip."""
 
     new_prefixes: tuple[str, ...] = (
-        *("temporal_", "fps_embedding.", "motion_score_embedding.", "frame_embedding."),
+        *("temporal_", "fps_embedding.", "motion_score_embedding.", "keyframe_noise_embedding.", "frame_embedding."),
         "placed_conv_in.",
     )
 
@@ -58,6 +58,7 @@ class UNet3D(UNet2DBackbone):
         for name, enabled in (
             ("fps_embedding", options.fps_conditioning),
             ("motion_score_embedding", options.motion_score),
+            ("keyframe_noise_embedding", options.keyframe_noise),
             ("frame_embedding", temporal.frame_embedding),
         ):
             if enabled:
@@ -78,14 +79,13 @@ class UNet3D(UNet2DBackbone):
         return h
 
     def embed_time_and_frames(self, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
-        """SiLU `(b f) d` of the embeddings of diffusion time, frame rate, motion score and frame index, for latents `b f c h w`."""
+        """SiLU `(b f) d` of the embeddings of diffusion time, the numbers that are told, and frame index, for latents `b f c h w`."""
         b, frames = z_t.shape[:2]
         emb = self.embed_time(t, z_t, conditions.added)
-        if hasattr(self, "fps_embedding") and conditions.fps is not None:
-            emb = emb + self.fps_embedding(self.time_proj(conditions.fps.expand(b)).to(emb.dtype))
-        if hasattr(self, "motion_score_embedding") and (score := conditions.motion_score) is not None:
-            embedded = self.motion_score_embedding(self.time_proj(score.expand(b)).to(emb.dtype))
-            emb = emb + drop(embedded, score.expand(b) >= 0)
+        for name in ("fps", "motion_score", "keyframe_noise"):
+            if hasattr(self, f"{name}_embedding") and (number := getattr(conditions, name)) is not None:
+                embedded = getattr(self, f"{name}_embedding")(self.time_proj(number.expand(b)).to(emb.dtype))
+                emb = emb + (embedded if name == "fps" else drop(embedded, number.expand(b) >= 0))
         emb = repeat(emb, "b d -> (b f) d", f=frames)
         if self.temporal.frame_embedding:
             # The temporal transformers have positions, but only they; this is for the ResNet blocks.

@@ -85,6 +85,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         keyframe_places: bool = False,
         fps_conditioning: bool = True,
         motion_score: bool = False,
+        keyframe_noise: bool = False,
         appearance: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
         pixels: dict[str, Any] | None = None,
@@ -203,6 +204,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         motion_tokens: Tensor | None = None,
         placed: Tensor | None = None,
         motion_score: Tensor | None = None,
+        keyframe_noise: Tensor | None = None,
     ) -> Conditions:
         """The conditions of b clips. Inputs of parts that the network does not have are ignored.
 
@@ -216,6 +218,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             motion_tokens: the motion encoder's tokens, `b k e`, zero where they are padding.
             placed: key frames at their places, `b f c+1 h w`, see `place_keyframes`.
             motion_score: how much moves (data/motion_score.py), `(b,)`, negative where that is dropped; None: everywhere.
+            keyframe_noise: level of the noise in `z_ref`, percent of a latent's deviation, `(b,)`.
 
         Raises:
             UserError: shapes that do not match, or an input that a part needs is missing.
@@ -250,7 +253,8 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
             parts["motion"] = _required(
                 motion_tokens, "the network reads motion tokens; give those of the motion caption"
             )
-        return Conditions(text=text, fps=fps, motion_score=motion_score, added=added, **parts)
+        numbers: dict[str, Any] = {"fps": fps, "motion_score": motion_score, "keyframe_noise": keyframe_noise}
+        return Conditions(text=text, added=added, **numbers, **parts)
 
     def forward(self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None) -> Tensor:
         """The prediction `b f c h w`, of the target that the model was trained for.

@@ -11,6 +11,8 @@ from einops import repeat
 from microcinema.config.sampling import SamplingSettings
 from microcinema.data.keyframe_places import place_keyframes
 from microcinema.diffusion.guidance import Guidance
+from microcinema.diffusion.initial_noise import initial_latents
+from microcinema.diffusion.schedule import timesteps_from
 from microcinema.pipelines.denoise import StepCallback, denoise, prepare_conditions
 from microcinema.pipelines.keyframe_places import interpolation_windows
 from microcinema.pipelines.long_video import Windows
@@ -52,16 +54,22 @@ class ClipSampler:
         # With offloading the VAE would otherwise occupy the memory that the denoiser needs.
         pipeline.maybe_free_model_hooks()
         z_ref = image["z_ref"]
-        score = pipeline.motion_score(settings.motion)
-        conditions = prepare_conditions(pipeline.unet, self.guidance, self.captions, image, fps, score)
         shape = (len(z_ref), windows.frames, *z_ref.shape[1:])
         eps = randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32)
+        numbers = {"fps": fps, "motion_score": pipeline.motion_score(settings.motion)}
+        if pipeline.unet.options.keyframe_noise:
+            numbers["keyframe_noise"] = 100 * settings.keyframe_noise
+        if level := settings.keyframe_noise:  # the noise prior does not see it
+            image["z_ref"] = z_ref + level * randn_tensor(z_ref.shape, self.generator, device, z_ref.dtype)
+        conditions = prepare_conditions(pipeline.unet, self.guidance, self.captions, image, **numbers)
         scheduler, prior = pipeline.sampler(settings, device), replace(pipeline.noise_prior, gamma=settings.gamma)
-        pipeline._num_timesteps = len(scheduler.timesteps)
-        with pipeline.progress_bar(total=settings.num_inference_steps) as bar:
-            z_T, timesteps = prior.initial_noise(eps, z_ref), pipeline.remapped_timesteps
+        start = settings.start_time
+        pipeline._num_timesteps = steps = len(timesteps_from(scheduler, start))
+        with pipeline.progress_bar(total=min(steps, settings.num_inference_steps or 0)) as bar:
+            z_T = initial_latents(settings.initial_noise, prior, eps, z_ref, scheduler, start)
+            timesteps = pipeline.remapped_timesteps
             inputs = (prior, z_ref, conditions, self.guidance, windows, timesteps, self.generator, self.step_end, bar)
-            return denoise(pipeline.unet, scheduler, z_T, *inputs, settings.cache_interval or 1)
+            return denoise(pipeline.unet, scheduler, z_T, *inputs, settings.cache_interval or 1, start)
 
     def interpolate(self, z: torch.Tensor) -> torch.Tensor:
         """A video of `settings.interpolate` times the frame rate: frames `b f c h w` unchanged, and others between neighbors, which are

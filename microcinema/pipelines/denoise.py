@@ -12,7 +12,7 @@ from einops import repeat
 
 from microcinema.diffusion.guidance import Guidance, GuidedDenoiser
 from microcinema.diffusion.noise_prior import NoisePrior
-from microcinema.diffusion.schedule import predicted_z0_gains, signal_and_noise, step_arguments
+from microcinema.diffusion.schedule import predicted_z0_gains, signal_and_noise, step_arguments, timesteps_from
 from microcinema.models.conditioning import Conditions
 from microcinema.models.unet2d import StepCache
 from microcinema.models.video_unet import VideoUNet
@@ -55,8 +55,7 @@ def prepare_conditions(
     guidance: Guidance,
     captions: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     image: Mapping[str, torch.Tensor],
-    fps: float,
-    motion_score: float | None = None,
+    **numbers: float | None,
 ) -> Conditions:
     """Conditions of `(k b)` clips, for the k terms of the guidance in their order, by one call of `unet.encode`.
 
@@ -64,6 +63,7 @@ def prepare_conditions(
         captions: `text`, and `motion_tokens` if the model uses them: embeddings (b, n, d) of the captions, and of what replaces
             them where guidance drops the text, (b, n, d) or (1, n, d).
         image: `z_ref` (b, c, h, w), and the output of `ImageToVideoPipeline.encode_pixels`.
+        numbers: `fps`, `motion_score` and `keyframe_noise`; None: not told.
     """
     terms, z_ref = guidance.terms, image["z_ref"]
     tokens = {
@@ -72,7 +72,6 @@ def prepare_conditions(
     }
     images = {name: repeat(x, "b ... -> (k b) ...", k=len(terms)).to(unet.dtype) for name, x in image.items()}
     image_mask = torch.tensor([term.image for term in terms], device=z_ref.device).repeat_interleave(len(z_ref))
-    numbers = {"fps": fps, "motion_score": motion_score}
     each = {name: torch.full_like(image_mask, x, dtype=torch.float) for name, x in numbers.items() if x is not None}
     return unet.encode(**tokens, **images, **each, image_mask=image_mask)
 
@@ -137,8 +136,9 @@ def denoise(
     step_end: StepCallback,
     bar: Any,
     cache_interval: int = 1,
+    start_time: float = 1.0,
 ) -> torch.Tensor:
-    """z0 (b, f, c, h, w) of initial noise z_T, along the timesteps that the scheduler has been set to.
+    """z0 (b, f, c, h, w) of initial noise z_T, along the timesteps that the scheduler has been set to, from `start_time` on.
 
     With a prior `eps_hat = L eps + mu` the network knows `z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps_hat`. The scheduler is shown
 
@@ -148,7 +148,7 @@ def denoise(
     noise of its own; for others, whose steps are linear, nothing changes.
 
     Args:
-        z_T: at unit variance (b, f, c, h, w), see `NoisePrior.initial_noise`.
+        z_T: at unit variance (b, f, c, h, w), see `initial_latents`.
         prior: of training.
         z_ref: latents of the key frame (b, c, h, w).
         conditions: of `(k b)` clips, for the k terms of the guidance.
@@ -157,14 +157,15 @@ def denoise(
         bar: progress bar over steps (tqdm).
         cache_interval: of so many steps the first computes the deep features of the network, and the others take them over.
     """
-    mean, first = prior.mean(z_ref, z_T.shape[1]), scheduler.timesteps[0]
+    timesteps = timesteps_from(scheduler, start_time)
+    mean, first = prior.mean(z_ref, z_T.shape[1]), timesteps[0]
     scale = scheduler.scale_model_input(torch.ones_like(mean), first)  # not 1 for schedulers in terms of sigma
     z = z_T * scheduler.init_noise_sigma - signal_and_noise(scheduler, first, z_T)[1] * mean / scale
     arguments, device = step_arguments(scheduler, generator), z_T.device.type
-    times = _network_times(scheduler.timesteps, remapped_timesteps, z.device)
+    times = _network_times(timesteps, remapped_timesteps, z.device)
     denoiser = _make_denoiser(unet, conditions, len(guidance.terms) * len(z), device, windows, cache_interval)
     guided = GuidedDenoiser(guidance, denoiser, len(times))
-    for step, (t, t_model) in enumerate(zip(scheduler.timesteps, times, strict=True)):
+    for step, (t, t_model) in enumerate(zip(timesteps, times, strict=True)):
         with torch.autocast(device, enabled=False):
             # Here z is L u, the latents without their share of the prior's mean.
             signal, sigma = signal_and_noise(scheduler, t, z)

@@ -246,6 +246,9 @@ class ImageToVideoPipeline(DiffusionPipeline):
         check_continuation(settings.num_segments, settings.num_frames, continued)
         check_interpolation(settings.interpolate, frames, self.config["num_frames"], places)
         self.motion_score(settings.motion)
+        if settings.keyframe_noise and not self.unet.options.keyframe_noise:
+            fault = f"keyframe_noise={settings.keyframe_noise:g}, but the model was trained without"
+            raise UserError(f"{fault}; use keyframe_noise=0, or a model trained with model.keyframe_noise=true")
         return settings
 
     def motion_score(self, motion: float | None) -> float | None:
@@ -280,7 +283,8 @@ class ImageToVideoPipeline(DiffusionPipeline):
     def sampler(self, settings: SamplingSettings, device: torch.device | None = None) -> SchedulerMixin:
         """The scheduler of resolved settings, or else the pipeline's own, with its timesteps; a UserError if it is not right."""
         name, steps = settings.scheduler, settings.num_inference_steps or 0
-        return set_timesteps(make_sampler(self.scheduler, name) if name else self.scheduler, steps, device)
+        sampler = make_sampler(self.scheduler, name) if name else self.scheduler
+        return set_timesteps(sampler, steps, device, settings.start_time)
 
     @torch.no_grad()
     def __call__(

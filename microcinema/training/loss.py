@@ -3,7 +3,7 @@
 Shapes: latents `b f c h w`, one key frame `b c h w`, tokens `b n d`, time `b`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,9 @@ from microcinema.utils.device import to_device
 
 LOSS_KEYS = (
     *("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout"),
-    *("motion_dropout", "keyframe_places"),
+    *("motion_dropout", "keyframe_noise", "keyframe_places"),
 )
-_MOTION_STREAM = 2  # of a clip's generators; the first has what is drawn for every model
+_MOTION_STREAM, _KEYFRAME_STREAM = 2, 3  # of a clip's generators; the first has what is drawn for every model
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """Called like `TrainableModel.forward`."""
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -68,6 +68,8 @@ class TrainingNoise:
     image_mask: torch.Tensor
     places: torch.Tensor | None = None  # True where a key frame is, (b, f); None: at the model's own place alone
     motion_mask: torch.Tensor | None = None  # False where the motion score is dropped, (b,); None: nowhere
+    keyframe: torch.Tensor | None = None  # noise of the key frame, (b, c, h, w), None: none; and its level, (b,)
+    keyframe_level: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "TrainingNoise":
         """The same noise on another device."""
@@ -93,6 +95,7 @@ class LossConfig:
         motion_weight: extra weight where a clip departs from its key frame (`motion_weights`).
         timestep_logit_normal: mean and standard deviation of `logit(t / T)` (arXiv 2403.03206, section 3.1); None: uniform.
         text_dropout, image_dropout, motion_dropout: probability of training without that condition, independently (arXiv 2207.12598).
+        keyframe_noise: largest level of noise on the key frame (`_keyframe_noise`); 0: the network is told none.
         keyframe_places: probability of other places than the model's own (`draw_places`); 0: the network does not see places.
         keeps_own_place: whether a key frame is at the model's own place in any case, since the network has its pixels from there.
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
@@ -112,6 +115,7 @@ class LossConfig:
     keyframe_places: float = 0.0
     keeps_own_place: bool = False
     motion_dropout: float = 0.0
+    keyframe_noise: float = 0.0
     remapped_timesteps: torch.Tensor | None = None
     objective: Objective | None = None
 
@@ -134,13 +138,27 @@ class LossConfig:
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
         drawn = torch.stack(places) if places else None
         kept = mask[:, 0], mask[:, 1]
-        return TrainingNoise(torch.stack(noise), torch.stack(t), *kept, drawn, self._motion_mask(indices))
+        times = torch.stack(t)
+        others = self._motion_mask(indices), *self._keyframe_noise(indices, times, shape[1:])
+        return TrainingNoise(torch.stack(noise), times, *kept, drawn, *others)
 
     def _motion_mask(self, indices: Sequence[int]) -> torch.Tensor | None:
         if not self.motion_dropout:
             return None
         rngs = (generator(self.seed, index, _MOTION_STREAM) for index in indices)
         return torch.stack([torch.rand((), generator=rng) for rng in rngs]) >= self.motion_dropout
+
+    def _keyframe_noise(self, indices: Sequence[int], t: torch.Tensor, shape: torch.Size) -> Iterator[torch.Tensor]:
+        """Noise and level of the key frames, `beta_m sigmoid(n + 2 (t / T)^5 - 1)`, n standard normal (TimeNoise, arXiv 2406.15735)."""
+        if self.keyframe_noise:
+            rngs = [generator(self.seed, index, _KEYFRAME_STREAM) for index in indices]
+            center = 2 * (t / self.scheduler.config["num_train_timesteps"]) ** 5 - 1
+            level = (
+                self.keyframe_noise
+                * torch.stack([torch.randn((), generator=rng) for rng in rngs]).add(center).sigmoid()
+            )
+            yield torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
+            yield level
 
     def noise(self, batch: Batch, noise: TrainingNoise) -> torch.Tensor:
         """`eps_hat` of the clips, (b, f, c, h, w)."""
@@ -273,4 +291,8 @@ def evaluate(
     if config.keyframe_places:
         inputs["placed"] = config.placed_keyframes(batch.latents, noise.places)
     z_ref = config.keyframes(batch.latents, noise.places)
+    if config.keyframe_noise:
+        level = torch.zeros_like(batch.fps) if noise.keyframe_level is None else noise.keyframe_level
+        z_ref = z_ref if noise.keyframe is None else z_ref + level[:, None, None, None] * noise.keyframe
+        inputs["keyframe_noise"] = 100 * level
     return denoiser(z_t, t_model, text, z_ref, batch.fps, noise.image_mask, **inputs)

@@ -143,5 +143,5 @@ def check_identity(folder: Path, saved: Identity, current: Identity) -> list[str
         more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
         hint = "resume with the same values, or start a new run from its weights with init_weights_from"
         raise UserError(f"checkpoint '{folder}' is of another run: {'; '.join(changed[:4])}{more}; {hint}")
-    added = {"keyframe_places": 0.0, "motion_dropout": current["free"]["motion_dropout"]}  # since older checkpoints
-    return differences(current["free"], {**added, **saved["free"]})
+    # Of a setting that an older checkpoint does not have, it is as a run of today without it.
+    return differences(current["free"], {**current["free"], **saved["free"]})

@@ -285,7 +285,7 @@ def test_conditions_are_those_that_guidance_names(base, image):
     z_ref = torch.randn(2, tiny.LATENT_CHANNELS, 8, 8, generator=generator(0))
     text, empty = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
     with torch.no_grad():
-        conditions = prepare_conditions(pipeline.unet, guidance, {"text": (text, empty)}, {"z_ref": z_ref}, 8.0)
+        conditions = prepare_conditions(pipeline.unet, guidance, {"text": (text, empty)}, {"z_ref": z_ref}, fps=8.0)
         alone = pipeline.unet.encode(text, z_ref, torch.full((2,), 8.0))
     assert torch.equal(conditions.text, torch.cat([empty, empty, empty, empty, text]))
     for feature, wanted in zip(conditions.reference, alone.reference, strict=True):
