@@ -1,8 +1,11 @@
 """The command `sample`: key frames and videos of a prompt, or of a file of prompts, shared among all processes."""
 
+from functools import partial
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, release_memory
 from tqdm.auto import tqdm
 
 from microcinema.config.compose import plain
@@ -10,8 +13,9 @@ from microcinema.config.sampling import SamplingSettings
 from microcinema.config.schema import Sample
 from microcinema.pipelines.keyframe_places import read_keyframes
 from microcinema.pipelines.prompts import PromptItem, read_prompt_items
-from microcinema.pipelines.sample_folder import SampleFolder
+from microcinema.pipelines.sample_folder import Format, SampleFolder
 from microcinema.pipelines.sampler import Sampler
+from microcinema.pipelines.upscale import VideoUpscaler, check_upscaler, upscale_videos
 from microcinema.utils.device import set_precision
 from microcinema.utils.logging import quieten_libraries
 
@@ -30,11 +34,23 @@ def run(config: Sample) -> None:
         models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
         keyframes = read_keyframes(config.keyframes)
         sampler = Sampler(*models, state.device, progress=progress, keyframes=keyframes)
-        folder = SampleFolder(config.output_dir, ("video", "gif", "contact_sheet"), config.video_crf, record)
+        formats: tuple[Format, ...] = ("video", "gif", "contact_sheet")
+        if has_upscaler := config.upscale.pretrained_model_name_or_path is not None:
+            check_upscaler(config.upscale)
+            formats += ("frames",)  # of which stage 3 is made
+        folder = SampleFolder(config.output_dir, formats, config.video_crf, record)
 
-        def announce(item: PromptItem, is_new: bool) -> None:
+        def announce(item: PromptItem, is_new: bool, folder: SampleFolder = folder) -> None:
             tqdm.write(f"{folder.path(item)}{'' if is_new else ' is up to date'}")
 
         sampler.run(items, folder, state.process_index, state.num_processes, announce)
+        if has_upscaler:
+            del sampler  # and with it the video model
+            release_memory()
+            upscaler = VideoUpscaler.from_pretrained(config.upscale, getattr(torch, config.memory.torch_dtype))
+            large = SampleFolder(Path(config.output_dir, "upscaled"), ("video",), config.video_crf, record)
+            share, own = items[state.process_index :: state.num_processes], (config.memory, state.device)
+            mode, report = config.keyframe.resize_mode, partial(announce, folder=large)
+            upscale_videos(share, folder, large, upscaler, *own, mode, state.is_main_process, report)
     finally:
         state.destroy_process_group()

@@ -198,3 +198,30 @@ class MemorySettings:
         if self.layerwise_casting and (self.compile or self.offload == "sequential"):
             others = f"compile={str(self.compile).lower()} and offload={self.offload}"
             raise UserError(f"layerwise_casting=true with {others}; use compile=false and offload=model, or none")
+
+
+@with_config(types.CONFIG)
+@dataclass(frozen=True)
+class UpscaleSettings:
+    """The image upscaler of stage 3 and its settings: the group `upscale` of `sample`.
+
+    Args:
+        pretrained_model_name_or_path: None: there is no stage 3.
+        revision, variant: of a hub repository; of the weight files, such as `fp16`.
+        num_inference_steps, guidance_scale, noise_level: of the pipeline's calls; None: its own defaults.
+        chunk_size: frames upscaled at once.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    pretrained_model_name_or_path: types.PathText | None = None
+    revision: types.Name | None = None
+    variant: types.Name | None = None
+    num_inference_steps: types.Count | None = None
+    guidance_scale: types.NotNegative | None = None
+    noise_level: types.CountOrZero | None = None
+    chunk_size: types.Count = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "upscale.")

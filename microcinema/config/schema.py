@@ -11,7 +11,13 @@ from pydantic.dataclasses import dataclass
 from microcinema.config import types
 from microcinema.config.instantiate import Component, components
 from microcinema.config.network import NetworkOptions
-from microcinema.config.sampling import DenoisingSettings, KeyframeSettings, MemorySettings, SamplingSettings
+from microcinema.config.sampling import (
+    DenoisingSettings,
+    KeyframeSettings,
+    MemorySettings,
+    SamplingSettings,
+    UpscaleSettings,
+)
 from microcinema.config.types import CONFIG
 
 LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -185,6 +191,7 @@ class Sample(SamplingSettings):
     pipeline: types.PathText
     keyframe: KeyframeSettings
     memory: MemorySettings
+    upscale: UpscaleSettings
     window_overlap: types.CountOrZero | None
     negative_prompt: str
     num_videos_per_prompt: types.Count

@@ -7,8 +7,8 @@ import torch
 
 from microcinema.utils.errors import UserError
 
-Purpose = Literal["keyframe", "video"]
-_SUFFIX: dict[Purpose, tuple[int, ...]] = {"video": (), "keyframe": (1,)}
+Purpose = Literal["keyframe", "video", "upscale"]
+_SUFFIX: dict[Purpose, tuple[int, ...]] = {"video": (), "keyframe": (1,), "upscale": (2,)}
 
 
 def generator(seed: int, *numbers: int) -> torch.Generator:
@@ -32,6 +32,6 @@ def sample_generator(seed: int, sample_index: int, video_index: int, purpose: Pu
     Args:
         sample_index: of the prompt among the prompts of this seed.
         video_index: of the video among those of the prompt.
-        purpose: `keyframe` for stage 1, `video` for stage 2.
+        purpose: `keyframe` for stage 1, `video` for stage 2, `upscale` for stage 3.
     """
     return generator(seed, sample_index, video_index, *_SUFFIX[purpose])

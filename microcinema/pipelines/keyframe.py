@@ -3,7 +3,7 @@
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from microcinema.data.clip_reader import cover, resize
 from microcinema.data.images import SUFFIXES, open_image, to_rgb
 from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path, resolve_snapshot
-from microcinema.pipelines.single_file import is_single_file, open_single_file
+from microcinema.pipelines.single_file import check_is_of_libraries, is_single_file, open_single_file
 from microcinema.utils.errors import UserError, check_choice, first_line
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
@@ -91,32 +91,7 @@ class KeyframePipeline:
             UserError: it cannot be opened, or is not a text-to-image pipeline.
         """
         origin = {"source": os.fspath(name), "revision": revision, "variant": variant}
-        if is_single_file(name):
-            return cls(open_single_file(name, resolve_snapshot(name, (), revision), torch_dtype), resize_mode, origin)
-        path = resolve_model_path(name)
-        index = load_index(path, revision)
-        for part, kind in index.items():
-            refuse_pickles(Path(path, part))  # from a hub repository only safetensors are downloaded
-            _check_is_of_libraries(path, part, kind)
-        settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
-        # diffusers needs an explicit None for a component that the pipeline was saved without, such as the T5 of Stable Diffusion 3.
-        settings |= {part: None for part, kind in index.items() if kind == [None, None]}
-        try:
-            with warnings.catch_warnings():
-                # All releases of diffusers before 1.0 accept `torch_dtype`, and later ones warn of it; the other is theirs to the hub.
-                warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
-                try:
-                    pipeline = AutoPipelineForText2Image.from_pretrained(path, **settings)
-                except ValueError as error:
-                    if "AutoPipeline can't find" not in str(error):
-                        raise
-                    _check_is_text_to_image(path, index.get("_class_name"))
-                    pipeline = DiffusionPipeline.from_pretrained(path, **settings)
-        except UserError:
-            raise
-        except Exception as error:  # each library has its own for files that are missing or damaged
-            fault = f"cannot open the text-to-image pipeline '{path}' ({first_line(error)})"
-            raise UserError(f"{fault}; give a complete diffusers pipeline of safetensors") from error
+        pipeline = open_pipeline(name, revision, variant, torch_dtype, "text-to-image", _load_text_to_image)
         return cls(pipeline, resize_mode, origin)
 
     @property
@@ -325,6 +300,50 @@ def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")
 
 
+def open_pipeline(
+    name: str | os.PathLike[str],
+    revision: str | None,
+    variant: str | None,
+    torch_dtype: torch.dtype,
+    kind: str,
+    load: Callable[[str, Mapping[str, Any], Mapping[str, Any]], DiffusionPipeline],
+) -> DiffusionPipeline:
+    """A pipeline of diffusers, by `load(path, index, settings)` with the settings of `from_pretrained`, or of a single file.
+
+    `kind` is what it is called in messages. A UserError if it cannot be opened.
+    """
+    path = resolve_model_path(name)
+    index = load_index(path, revision)
+    for part, cls in index.items():
+        refuse_pickles(Path(path, part))  # from a hub repository only safetensors are downloaded
+        check_is_of_libraries(path, part, cls)
+    if is_single_file(name):
+        return open_single_file(name, resolve_snapshot(name, (), revision), torch_dtype)
+    settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
+    # diffusers needs an explicit None for a component that the pipeline was saved without, such as the T5 of Stable Diffusion 3.
+    settings |= {part: None for part, cls in index.items() if cls == [None, None]}
+    try:
+        with warnings.catch_warnings():
+            # All releases of diffusers before 1.0 accept `torch_dtype`, and later ones warn of it; the other is theirs to the hub.
+            warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
+            return load(path, index, settings)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own for files that are missing or damaged
+        fault = f"cannot open the {kind} pipeline '{path}' ({first_line(error)})"
+        raise UserError(f"{fault}; give a complete diffusers pipeline of safetensors") from error
+
+
+def _load_text_to_image(path: str, index: Mapping[str, Any], settings: Mapping[str, Any]) -> DiffusionPipeline:
+    try:
+        return AutoPipelineForText2Image.from_pretrained(path, **settings)
+    except ValueError as error:
+        if "AutoPipeline can't find" not in str(error):
+            raise
+    _check_is_text_to_image(path, index.get("_class_name"))
+    return DiffusionPipeline.from_pretrained(path, **settings)
+
+
 def _check_is_text_to_image(path: str, name: str | None) -> None:
     """Refuses, by its class and before its weights are read, a pipeline that does not make images from text."""
     cls = getattr(diffusers, name or "", None)
@@ -334,16 +353,6 @@ def _check_is_text_to_image(path: str, name: str | None) -> None:
     arguments = set(inspect.signature(cls.__call__).parameters)
     if not {"prompt", "height"} <= arguments or {"image", "num_frames"} & arguments:
         raise UserError(f"'{path}' holds a {name}, which does not make images from text; give a text-to-image pipeline")
-
-
-def _check_is_of_libraries(path: str, part: str, kind: Any) -> None:
-    """Refuses a class, as `[module, name]` of `model_index.json`, from any module that diffusers would import or run for it."""
-    module, name = kind if isinstance(kind, list) and len(kind) == 2 else (None, None)
-    library = str(module).partition(".")[0]
-    is_known = library in ("diffusers", "transformers", "microcinema") or hasattr(diffusers.pipelines, library)
-    if isinstance(module, str) and (not is_known or (library == "transformers" and str(name).startswith("Auto"))):
-        fault = f"the {part} of '{path}' is a {name} of '{module}', which is code from elsewhere"
-        raise UserError(f"{fault}; give a pipeline whose parts are classes of diffusers and transformers")
 
 
 def _size(height: int, width: int) -> dict[str, int]:

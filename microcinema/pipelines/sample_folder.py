@@ -79,8 +79,9 @@ class SampleFolder:
             return False
 
     def video_is_up_to_date(self, item: PromptItem, record: Mapping[str, Any]) -> bool:
-        """Whether all files of the video with this record exist."""
-        return self._matching(item, _RECORD, record) is not None
+        """Whether all files of the video with this record exist, and it has all formats."""
+        actual = self._matching(item, _RECORD, record)
+        return actual is not None and actual["files"].keys() >= set(self.formats)
 
     def record(self, item: PromptItem, of_keyframe: bool = False) -> dict[str, Any] | None:
         """The record of a video, or of its key frame; None if there is none."""

@@ -6,6 +6,7 @@ layout of diffusers, with or without weights; where there is none, those of the 
 
 import os
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -59,8 +60,24 @@ def open_single_file(file: str | os.PathLike[str], folder: str, dtype: torch.dty
         UserError: the weights do not fit the configs, or some are missing.
     """
     try:
-        cls = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"])
-        return cls.from_single_file(os.fspath(file), config=folder, torch_dtype=dtype, local_files_only=True)
+        index = DiffusionPipeline.load_config(folder)
+        for part, kind in index.items():
+            check_is_of_libraries(folder, part, kind)
+        return getattr(diffusers, index["_class_name"]).from_single_file(
+            os.fspath(file), config=folder, torch_dtype=dtype, local_files_only=True
+        )
+    except UserError:
+        raise
     except Exception as error:  # several libraries have their own
         fault = f"the single file '{file}' cannot be opened with the configs of '{folder}' ({first_line(error)})"
         raise UserError(f"{fault}; is it complete, and are they its model's?") from error
+
+
+def check_is_of_libraries(path: str, part: str, kind: Any) -> None:
+    """Refuses a class, as `[module, name]` of `model_index.json`, from any module that diffusers would import or run for it."""
+    module, name = kind if isinstance(kind, list) and len(kind) == 2 else (None, None)
+    library = str(module).partition(".")[0]
+    is_known = library in ("diffusers", "transformers", "microcinema") or hasattr(diffusers.pipelines, library)
+    if isinstance(module, str) and (not is_known or (library == "transformers" and str(name).startswith("Auto"))):
+        fault = f"the {part} of '{path}' is a {name} of '{module}', which is code from elsewhere"
+        raise UserError(f"{fault}; give a pipeline whose parts are classes of diffusers and transformers")

@@ -148,3 +148,12 @@ def test_doctor_knows_single_files(files):
     finding, folder = doctor.base(str(files["sd15"][0]), None, None)
     assert finding.status == doctor.OK and "single file" in finding.found
     assert folder == str(files["sd15"][0].with_suffix(""))
+
+
+def test_configs_that_name_code_from_elsewhere_are_refused(files, tmp_path):
+    file = shutil.copy(files["sd15"][0], tmp_path / "model.safetensors")
+    index = shutil.copytree(files["sd15"][0].with_suffix(""), tmp_path / "model") / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"feature_extractor": ["os", "system"]}))
+    for open_it in (load_base, KeyframePipeline.from_pretrained):
+        with pytest.raises(UserError, match="code from elsewhere"):
+            open_it(file)
