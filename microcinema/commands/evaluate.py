@@ -8,6 +8,7 @@ from accelerate.utils import parse_flag_from_env
 
 from microcinema.config.schema import Evaluate
 from microcinema.evaluation.comparison import compare
+from microcinema.evaluation.vbench import VBenchSuite, run_vbench
 from microcinema.evaluation.zero_shot import run_zero_shot
 from microcinema.sprites.evaluate import run_sprites
 from microcinema.sprites.judge import load_video_features
@@ -37,6 +38,8 @@ def run(config: Evaluate) -> None:
         quieten_libraries()
         if isinstance(protocol, SpritesProtocol):
             run_sprites(config, protocol, state)
+        elif isinstance(protocol, VBenchSuite):
+            run_vbench(config, protocol, state)
         else:
             run_zero_shot(config, protocol, state, DETECTORS)
     finally:

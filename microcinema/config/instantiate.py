@@ -20,6 +20,7 @@ TARGETS = (
     "microcinema.diffusion.noise_prior.NoisePrior",
     "microcinema.evaluation.detectors.VideoDetectorSettings",
     "microcinema.evaluation.protocol.ZeroShotProtocol",
+    "microcinema.evaluation.vbench.VBenchSuite",
     "microcinema.sprites.flow.GroundTruthFlow",
     "microcinema.sprites.protocol.SpritesProtocol",
 )

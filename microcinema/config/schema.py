@@ -232,13 +232,24 @@ class ZeroShotEvaluation(Generation):
     width: types.Size | None
 
 
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class VBenchEvaluation(Generation):
+    results: types.PathText | None
+    height: types.Size | None
+    width: types.Size | None
+    num_frames: types.Size
+    fps: types.Fps | None
+
+
 def _evaluation_kind(node: Any) -> str:
-    sprites = isinstance(node, SpritesEvaluation) or (isinstance(node, dict) and "classifier" in node)
-    return "sprites" if sprites else "zero_shot"
+    keys = node if isinstance(node, dict) else getattr(node, "__dict__", ())
+    return "sprites" if "classifier" in keys else "vbench" if "results" in keys else "zero_shot"
 
 
 Evaluation = Annotated[
-    Annotated[SpritesEvaluation, Tag("sprites")] | Annotated[ZeroShotEvaluation, Tag("zero_shot")],
+    Annotated[SpritesEvaluation, Tag("sprites")]
+    | Annotated[ZeroShotEvaluation, Tag("zero_shot")]
+    | Annotated[VBenchEvaluation, Tag("vbench")],
     Discriminator(_evaluation_kind),
 ]
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from microcinema.evaluation import statistics
 from microcinema.evaluation.measures import Measure, tables
-from microcinema.evaluation.report import embedded_picture, embedded_video, model_name
+from microcinema.evaluation.report import RESULTS_FILE, embedded_picture, embedded_video, model_name
 from microcinema.pipelines.sample_folder import SampleFolder
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.templates import write_page
 
-RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
+SAMPLES_FOLDER = "samples"
 TEMPLATE = Path(__file__).with_name("templates") / "comparison.html.jinja"
 NUM_PICTURES = 12  # prompts whose clips are shown
 NUM_DIFFERENT = 2  # and by each measure, those in which the runs differ most
@@ -100,20 +100,25 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for part in dict.fromkeys(clip["part"] for clip in runs[0].results["clips"]):
         for measure in measures:
             values = [run.clips(part, measure.key) for run in runs]
-            average = statistics.proportion if measure.unit == "%" else statistics.mean
-            cells = [
-                dict(average(list(v.values()))) if v else run.of_set(part, measure.key) or {}
+            cells: list[dict[str, Any]] = [
+                _average(list(v.values())) if v else run.of_set(part, measure.key) or {}
                 for run, v in zip(runs, values, strict=True)
             ]
             if not all(cells):
                 continue
-            kept = [{key: cell[key] for key in ("value", "low", "high", "n") if key in cell} for cell in cells]
+            kept: list[dict[str, Any]] = [
+                {key: cell[key] for key in ("value", "low", "high", "n") if key in cell} for cell in cells
+            ]
             for k in range(1, len(runs)):
                 pair = (values[0], values[k]) if values[0] else (cells[0], cells[k])
                 kept[k] |= {"difference": _difference(bool(values[0]), *pair)}
             row = {"part": part, "key": measure.key, "title": measure.title, "meaning": measure.meaning}
             rows.append(row | {"cells": [_texts(measure, cell) for cell in kept]})
     return rows
+
+
+def _average(values: list[float]) -> dict[str, Any]:
+    return dict(statistics.proportion(values) if set(values) <= {0.0, 1.0} else statistics.mean(values))
 
 
 def _difference(paired: bool, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

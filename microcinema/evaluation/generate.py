@@ -11,7 +11,7 @@ from accelerate import PartialState
 from microcinema.config.sampling import DenoisingSettings, KeyframeSettings, MemorySettings, SamplingSettings
 from microcinema.config.schema import Evaluate
 from microcinema.pipelines.prompts import PromptItem
-from microcinema.pipelines.sample_folder import SampleFolder
+from microcinema.pipelines.sample_folder import Format, SampleFolder
 from microcinema.pipelines.sampler import Sampler
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json
@@ -56,7 +56,14 @@ def protocol_sampler(
 
 
 def generate(
-    sampler: Sampler, items: Sequence[PromptItem], seed: int, folder: Path, state: PartialState, **fingerprint: Any
+    sampler: Sampler,
+    items: Sequence[PromptItem],
+    seed: int,
+    folder: Path,
+    state: PartialState,
+    formats: Sequence[Format] = ("frames",),
+    crf: int = 18,
+    **fingerprint: Any,
 ) -> tuple[SampleFolder, dict[str, Any], dict[str, int]]:
     """Makes the clips that the folder does not hold yet, by all processes, and waits for them.
 
@@ -68,7 +75,7 @@ def generate(
     """
     fingerprint = {**sampler.fingerprint(), "seed": seed, **fingerprint}
     write_or_verify(folder, fingerprint)
-    samples = SampleFolder(folder, ("frames",))
+    samples = SampleFolder(folder, formats, crf)
     seeded = [replace(item, seed=seed) for item in items]
     sampler.run(seeded, samples, state.process_index, state.num_processes)
     state.wait_for_everyone()

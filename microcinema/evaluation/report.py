@@ -1,4 +1,4 @@
-"""The HTML report of a zero-shot protocol: numbers, the curve of FVD over N, published values, videos."""
+"""The HTML report of a measurement: numbers, the curve of FVD over N, published values, videos."""
 
 import base64
 import csv
@@ -17,6 +17,7 @@ from microcinema.evaluation.measures import Measure, tables
 from microcinema.utils.templates import write_page
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
+RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 PUBLISHED_FILE = Path(__file__).parent / "published.csv"
 WARNING = "Protocols differ from paper to paper and are seldom written down whole: an order among these numbers is weak evidence."
 
@@ -49,14 +50,16 @@ class Picture:
     note: str = ""
 
 
-def choose(clips: Sequence[Mapping[str, Any]], count: int, extremes: int) -> dict[int, str]:
+def choose(results: Mapping[str, Any], count: int, extremes: int) -> dict[int, str]:
     """Numbers of clips to show, `count` evenly spaced, and by each measure of single clips that has a better way the best and the worst
     `extremes`, with notes that say so."""
     chosen: dict[int, str] = {}
-    for measure in MEASURES:
+    clips = results["clips"]
+    for measure in (Measure(**entry) for entry in results["measures"]):
         values = [clip["measures"].get(measure.key, np.nan) for clip in clips]
-        if measure.better and measure.key in PER_CLIP and np.isfinite(values).any() and len(clips) > 2 * extremes:
-            order = np.argsort(values)[: np.isfinite(values).sum()].tolist()
+        found = int(np.isfinite(values).sum())
+        if measure.better and found > 2 * extremes:
+            order = np.argsort(values)[:found].tolist()
             best = order[::-1] if measure.better == "higher" else order
             for which, picks in (("worst", best[::-1]), ("best", best)):
                 for pick in picks[:extremes]:
@@ -69,7 +72,7 @@ def choose(clips: Sequence[Mapping[str, Any]], count: int, extremes: int) -> dic
 def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Label, meaning, value, details and the value of real clips, for every measure in the results."""
     table = []
-    for measure in MEASURES:
+    for measure in (Measure(**entry) for entry in results["measures"]):
         if measure.key in results["values"]:
             entry = results["values"][measure.key]
             better = f"; {measure.better} is better" if measure.better else ""
@@ -131,12 +134,13 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     table, chart = rows(results), _chart(results["values"].get("fvd"))
     copies = tables(["", *(row["title"] for row in table)], [[model_name(results), *(row["value"] for row in table)]])
     index = results["generated"].get("keyframe_index")
+    others = results["protocol"]["dataset"] in ("ucf101", "msrvtt", "folder")
     values = {
         "model": model_name(results),
         "keyframe_index": index,
         "rows": table,
         "tables": copies,
-        "published": published(),
+        "published": published() if others else [],
     }
     write_page(path, TEMPLATE, results=results, chart=chart, warning=WARNING, pictures=videos, **values)
 

@@ -23,7 +23,16 @@ from microcinema.evaluation.generate import Generated, generate_clips, protocol_
 from microcinema.evaluation.generated_folder import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol, check_count, manifest_entry
 from microcinema.evaluation.real_clips import RealKeyframes, select_clips
-from microcinema.evaluation.report import MEASURES, PER_CLIP, Picture, choose, text_table, write_report
+from microcinema.evaluation.report import (
+    MEASURES,
+    PER_CLIP,
+    REPORT_FILE,
+    RESULTS_FILE,
+    Picture,
+    choose,
+    text_table,
+    write_report,
+)
 from microcinema.evaluation.scores import inception_score, kernel_distance
 from microcinema.evaluation.videos import Video, file_state, hash_list
 from microcinema.utils.errors import UserError
@@ -32,7 +41,7 @@ from microcinema.utils.fingerprint import FINGERPRINT
 from microcinema.utils.hashing import hash_json
 from microcinema.utils.provenance import describe_code
 
-RESULTS_FILE, REPORT_FILE, MANIFEST_FILE = "results.json", "report.html", "manifest.json"
+MANIFEST_FILE = "manifest.json"
 SAMPLES_FOLDER, KEYFRAMES_FOLDER = "samples", "keyframes"
 FEATURES_FOLDER, REFERENCE_FOLDER = "features", "reference"
 BROKEN_FILE = "unreadable_real_videos.txt"
@@ -134,7 +143,7 @@ def _write(folder: Path, results: dict[str, Any], real: list[Video], generated: 
     facts = {"detectors": results["detectors"], "keyframe_index": generated.keyframe_index}
     write_json(folder / MANIFEST_FILE, {**results["protocol"], **facts, **clips})
     write_json(folder / RESULTS_FILE, results)
-    chosen = choose(results["clips"], NUM_PICTURES, NUM_EXTREMES)
+    chosen = choose(results, NUM_PICTURES, NUM_EXTREMES)
     captions = [clip["prompt"] or clip["name"] for clip in results["clips"]]
     pictures = [Picture(captions[i], *generated.load(i), generated.fps, note) for i, note in chosen.items()]
     write_report(folder / REPORT_FILE, results, pictures)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from microcinema.config.schema import Evaluate
 from microcinema.evaluation.generate import generate, protocol_sampler
-from microcinema.evaluation.report import embedded_picture, embedded_video
+from microcinema.evaluation.report import REPORT_FILE, RESULTS_FILE, embedded_picture, embedded_video
 from microcinema.evaluation.statistics import CONFIDENCE
 from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites import metrics, scene
@@ -26,8 +26,6 @@ from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import write_page
 
-RESULTS_FILE = "results.json"
-REPORT_FILE = "report.html"
 SAMPLES_FOLDER = "samples"
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 TITLES = {"seen": "Seen combinations", "heldout": "Held-out combinations", "image": "Real key frames"}

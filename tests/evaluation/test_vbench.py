@@ -1,0 +1,144 @@
+"""VBench's suites in miniature: what its code finds, and its results in the report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fixtures import tiny
+from microcinema.commands import cli
+from microcinema.config.compose import compose
+from microcinema.data.video_reader import probe
+from microcinema.evaluation.vbench import NUM_FLICKERING
+from microcinema.pipelines.saving import save_pipeline
+
+ROOT = Path(__file__).parents[2]
+FRAMES = 4
+I2V = [  # rows as in vbench2_i2v_full_info.json
+    {"prompt_en": "a cat, sitting", "dimension": ["i2v_subject", "subject_consistency"], "image_type": "animal"},
+    {"prompt_en": "a street, camera pans left", "dimension": ["camera_motion"], "image_type": "architecture"},
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and the suites' files in their own layouts."""
+    folder = tmp_path_factory.mktemp("vbench")
+    save_pipeline(tiny.video_pipeline(folder / "base", keyframe_position=1), folder / "model", with_base=False)
+    for number, row in enumerate(I2V):
+        row["image_name"] = f"{row['prompt_en'].split(',')[0]}.jpg"
+        (folder / "crop" / "1-1").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (90 * number, 0, 90)).save(folder / "crop" / "1-1" / row["image_name"])
+    (folder / "i2v.json").write_text(json.dumps(I2V))
+    t2v = [
+        {"prompt_en": "still life", "dimension": ["temporal_flickering"]},
+        {"prompt_en": "a dog", "dimension": ["color"]},
+    ]
+    (folder / "t2v.json").write_text(json.dumps(t2v))
+    return folder
+
+
+def arguments(files, output_dir, *more, kind="vbench_i2v"):
+    info = [f"evaluation.protocol.info={files / ('i2v.json' if kind == 'vbench_i2v' else 't2v.json')}"]
+    info += [f"evaluation.protocol.images={files / 'crop' / '1-1'}"] if kind == "vbench_i2v" else []
+    common = [f"pipeline={files / 'model'}", "evaluation.num_inference_steps=1", f"evaluation.num_frames={FRAMES}"]
+    return ["evaluate", f"evaluation={kind}", *info, *common, f"output_dir={output_dir}", "batch_size=2", *more]
+
+
+@pytest.fixture(scope="module")
+def made(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    assert cli.main(arguments(files, folder, "evaluation.protocol.num_videos=2")) == 0
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "videos").iterdir())
+
+
+def test_the_videos_are_what_the_suite_looks_for(made):
+    """It takes the suffix of the first file of its folder for that of all: there may be nothing but videos."""
+    assert names(made) == [f"{row['prompt_en']}-{index}.mp4" for row in I2V for index in range(2)]
+    assert all(probe(path).num_frames == FRAMES for path in (made / "videos").iterdir())
+    record = json.loads((made / "samples" / "00001.json").read_text())
+    assert record["generator"] == {"seed": 0, "sample_index": 0, "video_index": 1}
+    assert record["keyframe"]["source"].endswith("a cat.jpg")
+
+
+def test_prompts_of_flickering_have_more_videos_and_dimensions_are_chosen(files, tmp_path):
+    suite = compose("evaluate", arguments(files, tmp_path, kind="vbench")[1:]).evaluation.protocol.build()
+    assert [video.name for video in suite.videos()][::NUM_FLICKERING] == ["still life-0", "a dog-0"]
+    assert len(suite.videos()) == NUM_FLICKERING + 5
+    chosen = arguments(files, tmp_path, "evaluation.protocol.dimensions=[color]", kind="vbench")
+    videos = compose("evaluate", chosen[1:]).evaluation.protocol.build().videos()
+    assert [video.name for video in videos] == [f"a dog-{index}" for index in range(5)]
+
+
+def write_results(path, folder):
+    def rows(values):
+        return [
+            {"video_path": str(folder / "videos" / f"{name}.mp4"), "video_results": v} for name, v in values.items()
+        ]
+
+    subject = {"a cat, sitting-0": 0.9, "a cat, sitting-1": 0.7}
+    camera = {"a street, camera pans left-0": True, "a street, camera pans left-1": False}
+    path.mkdir()  # the suite writes a file for each dimension that it is asked for
+    for dimension, score, values in (("i2v_subject", 0.8, subject), ("camera_motion", 0.5, camera)):
+        content = {dimension: [score, rows(values)]}
+        (path / f"{dimension}_eval_results.json").write_text(json.dumps(content))
+    (path / f"{dimension}_full_info.json").write_text("[]")
+
+
+def test_results_of_the_suite_stand_in_the_report_and_can_be_compared(files, made, tmp_path, capsys):
+    write_results(tmp_path / "results", made)
+    more = "evaluation.protocol.num_videos=2", f"evaluation.results={tmp_path / 'results'}"
+    assert cli.main(arguments(files, made, *more)) == 0
+    said = capsys.readouterr().out
+    assert "i2v subject" in said and "80.00" in said and "subject_consistency not measured" in said
+    results = json.loads((made / "results.json").read_text())
+    assert results["clips"][1]["measures"] == {"i2v_subject": 0.7} and results["shortfalls"] == []
+    page = (made / "report.html").read_text()
+    assert "<h1>model on vbench_i2v</h1>" in page and "What others published" not in page
+    assert cli.main(["evaluate", f"compare=[{made},{made}/../{made.name}]", f"output_dir={tmp_path / 'out'}"]) == 0
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert {row["key"]: row["cells"][1]["text"] for row in rows} == {"i2v_subject": "80.00", "camera_motion": "50.00"}
+    assert all(row["cells"][1]["difference"]["value"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_videos(files, made, tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "microcinema"]
+    command = [*launch, *arguments(files, tmp_path / "out", "evaluation.protocol.num_videos=2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in names(made):
+        assert (tmp_path / "out" / "videos" / name).read_bytes() == (made / "videos" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("evaluation.protocol.info=gone.json", "'gone.json' is no list of VBench"),
+        ("evaluation.protocol.images=gone", "2 images of the suite are missing, first 'gone/a cat.jpg'"),
+        ("evaluation.protocol.dimensions=[beauty]", "no dimension 'beauty'; it has i2v_subject"),
+        ("evaluation.results=gone.json", "evaluation.results='gone.json' holds no results of VBench"),
+        ("evaluation.results=.", "'.' holds no *_eval_results.json"),
+        ("generated_dir=.", "generated_dir goes with the zero-shot protocols"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_anything_is_made(files, tmp_path, capsys, override, words):
+    assert cli.main(arguments(files, tmp_path / "out", override)) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("error:") == 1 and not (tmp_path / "out" / "samples").exists()
+
+
+def test_results_of_other_videos_are_refused(files, made, tmp_path, capsys):
+    path = tmp_path / "eval_results.json"
+    path.write_text(json.dumps({"color": [0.1, [{"video_path": "x/a dog-0.mp4", "video_results": 0.1}]]}))
+    assert cli.main(arguments(files, made, f"evaluation.results={path}", "evaluation.protocol.num_videos=2")) == 2
+    assert "'a dog-0' (color) is no video of this suite" in capsys.readouterr().err
