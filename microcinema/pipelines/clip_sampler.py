@@ -17,6 +17,11 @@ from microcinema.pipelines.denoise import StepCallback, denoise, prepare_conditi
 from microcinema.pipelines.keyframe_places import interpolation_windows
 from microcinema.pipelines.long_video import Windows
 
+Latents = Mapping[int, torch.Tensor]
+"""Scaled latents of key frames, `b c h w`, by their places in a clip."""
+Pixels = Callable[[int], torch.Tensor]
+"""Gives the pixels of the key frame at a place, `b 3 H W` in [-1, 1], for a model that uses them."""
+
 
 @dataclass(frozen=True)
 class ClipSampler:
@@ -35,19 +40,12 @@ class ClipSampler:
     generator: torch.Generator | list[torch.Generator] | None
     step_end: StepCallback
 
-    def __call__(
-        self,
-        windows: Windows,
-        fps: float,
-        keyframes: Mapping[int, torch.Tensor],
-        pixels: Callable[[int], torch.Tensor],
-    ) -> torch.Tensor:
+    def __call__(self, windows: Windows, fps: float, keyframes: Latents, pixels: Pixels) -> torch.Tensor:
         """z0 (b, f, c, h, w) of clips.
 
         Args:
             windows: over the frames of a clip.
-            keyframes: scaled latents (b, c, h, w) by their places in a window; of fewer videos, which are repeated.
-            pixels: of the key frame at a place, (b, 3, H, W) in [-1, 1]; only called for a model that uses them.
+            keyframes, pixels: of every window, for each video, or each of fewer that are repeated.
         """
         pipeline, settings, device = self.pipeline, self.settings, self.pipeline._execution_device
         image = self._image_inputs(keyframes, pixels, windows.slices[0].stop)
@@ -79,19 +77,16 @@ class ClipSampler:
         for window in interpolation_windows(frames, factor, self.pipeline.config["num_frames"]):
             keyframes = {factor * i: frame for i, frame in enumerate(z[:, window].unbind(1))}
 
-            def pixels(place: int, keyframes: Mapping[int, torch.Tensor] = keyframes) -> torch.Tensor:
+            def pixels(place: int, keyframes: Latents = keyframes) -> torch.Tensor:
                 return self.pipeline.decode_latents(keyframes[place][:, None])[:, 0].float()
 
-            clip = factor * (len(keyframes) - 1) + 1
+            start, clip = factor * window.start, factor * (len(keyframes) - 1) + 1
             fps = factor * (self.settings.fps or 0.0)
-            start = factor * window.start
             dense[:, start : start + clip] = self(Windows(clip, clip, 0), fps, keyframes, pixels)
         dense[:, ::factor] = z
         return dense
 
-    def _image_inputs(
-        self, keyframes: Mapping[int, torch.Tensor], pixels: Callable[[int], torch.Tensor], frames: int
-    ) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, keyframes: Latents, pixels: Pixels, frames: int) -> dict[str, torch.Tensor]:
         """What `VideoUNet.encode` gets of the key frames at places in clips of so many frames, for every video."""
         main = self.pipeline.trained_places.main(keyframes, frames)
         image = {"z_ref": keyframes[main]}
@@ -107,5 +102,5 @@ class ClipSampler:
 
 
 def repeat_to(x: torch.Tensor, videos: int) -> torch.Tensor:
-    """Each of a batch as often, one after the other, as gives so many."""
+    """Each of a batch repeated, its copies one after the other."""
     return repeat(x, "b ... -> (b n) ...", n=videos // len(x))

@@ -263,9 +263,7 @@ class ImageToVideoPipeline(DiffusionPipeline):
     @property
     def trained_places(self) -> TrainedPlaces:
         """The places of key frames that the model was trained for."""
-        return TrainedPlaces(
-            self.keyframe_position, self.unet.options.keyframe_places, needs_own=self.uses_image_conditioning
-        )
+        return TrainedPlaces(self.keyframe_position, self.unet.options.keyframe_places, self.uses_image_conditioning)
 
     def main_keyframe(self, keyframes: Collection[int], settings: SamplingSettings) -> int:
         """The place of the main one of key frames at chosen places, of a clip of resolved settings; a UserError if it cannot have them."""

@@ -40,7 +40,7 @@ class TrainedPlaces:
 
     def main(self, places: Collection[int], frames: int) -> int:
         """The place of the main key frame (data/keyframe_places.py); a UserError if there can be none at one of these."""
-        wrong = [place for place in places if isinstance(place, bool) or place not in range(frames)]
+        wrong = [place for place in places if type(place) is not int or not 0 <= place < frames]
         if wrong or not places:
             which = f"a key frame is at {wrong[0]!r}" if wrong else "there is no key frame"
             raise UserError(f"{which}, in a clip of {frames} frames; use 0 to {frames - 1}")

@@ -71,7 +71,8 @@ class Sampler:
         self.placed: dict[int, Keyframe | None] = {}
         if keyframes is not None:
             self.image, others = split_keyframes(keyframes, video.main_keyframe(keyframes, self.settings))
-            self.placed = {place: file and self._open_placed(file) for place, file in others.items()}
+            mode, size = keyframe.resize_mode, (self.settings.height or 0, self.settings.width or 0)
+            self.placed = {p: file and KeyframePipeline(file, mode)([""], *size)[0] for p, file in others.items()}
             self.keyframe_index = next(place for place, frame in self.placed.items() if frame is None)
         self.keyframe_index *= self.settings.interpolate
         self.video_record = {
@@ -83,8 +84,10 @@ class Sampler:
             **_model_record(video, self.settings),
         }
         if keyframes is not None:
-            places = {str(place * self.settings.interpolate): image for place, image in self.placed.items()}
-            self.video_record["keyframes"] = {place: image and image.provenance for place, image in places.items()}
+            factor, placed = self.settings.interpolate, self.placed.items()
+            self.video_record["keyframes"] = {
+                str(factor * place): frame and frame.provenance for place, frame in placed
+            }
         self._stage1: KeyframePipeline | None = None
         self._stage1_hashes: dict[str, str] = {}
 
@@ -134,11 +137,6 @@ class Sampler:
             "keyframe_model": self.keyframe.pretrained_model_name_or_path,
             "weights_sha256": self.video_record["weights_sha256"] | hashes,
         }
-
-    def _open_placed(self, file: Path) -> Keyframe:
-        height, width = self.settings.height, self.settings.width
-        assert height is not None and width is not None
-        return KeyframePipeline(file, self.keyframe.resize_mode)([""], height, width)[0]
 
     def _load_video(self) -> ImageToVideoPipeline:
         return self._video or load_pipeline(self.pipeline, torch_dtype=getattr(torch, self.memory.torch_dtype))

@@ -136,8 +136,7 @@ class LossConfig:
                 places.append(draw_places(shape[0], own, self.keyframe_places, rng))
                 places[-1][own] |= self.keeps_own_place
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
-        drawn = torch.stack(places) if places else None
-        kept = mask[:, 0], mask[:, 1]
+        kept, drawn = (mask[:, 0], mask[:, 1]), torch.stack(places) if places else None
         times = torch.stack(t)
         others = self._motion_mask(indices), *self._keyframe_noise(indices, times, shape[1:])
         return TrainingNoise(torch.stack(noise), times, *kept, drawn, *others)
