@@ -8,6 +8,7 @@ reads files (`cd_fvd`).
 """
 
 import argparse
+import functools
 import importlib
 import sys
 import time
@@ -21,6 +22,7 @@ import torch
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.i3d import I3D
 from microcinema.evaluation.preprocessing import PREPARATIONS
+from microcinema.evaluation.videomae import FRAMES, HEAD_WIDTH, PATCH, SIZE, TUBELET, VideoMAE
 from microcinema.sprites import scene
 
 EPS = 1e-5  # of the batch norms in cd-fvd
@@ -116,6 +118,24 @@ def compare(count: int, frames: int) -> dict[str, Any]:
     return found
 
 
+def compare_videomae() -> float:
+    """Largest difference of features by VideoMAE v2 of both, from the same random weights and clips, relative to their standard deviation."""
+    cd_fvd()
+    public = importlib.import_module("cdfvd.third_party.VideoMAEv2.videomaev2_finetune")
+    torch.manual_seed(0)
+    shape = {"embed_dim": 2 * HEAD_WIDTH, "depth": 3, "num_heads": 2, "mlp_ratio": 48 / 11, "num_classes": 9}
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    fixed = {"img_size": SIZE, "patch_size": PATCH, "all_frames": FRAMES, "tubelet_size": TUBELET, "qkv_bias": True}
+    theirs = public.VisionTransformer(**shape, **fixed, norm_layer=norm, use_mean_pooling=True, init_scale=1.0).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ours = VideoMAE.from_state_dict(theirs.state_dict())
+    clips = torch.rand(2, 3, FRAMES, SIZE, SIZE)
+    with torch.inference_mode():
+        same = ours(2 * clips - 1), theirs.forward_features(clips)
+    return ((same[0] - same[1]).abs().max() / same[1].std()).item()
+
+
 def _distance(features: Sequence[np.ndarray], statistics: Any) -> float:
     """cd-fvd's: its streaming mean and covariance (divisor n), and its formula, whose `sqrtm` scipy has changed since."""
     import scipy.linalg
@@ -167,6 +187,7 @@ def main() -> None:
         apart = f"  relative difference {found['end_to_end'][name]:.1e}" if name in found["end_to_end"] else ""
         print(f"FVD {name:16} {value:.6f}{beside}{apart}")
     print(f"features of the same pixels differ by {found['features']:.1e} standard deviations")
+    print(f"features of VideoMAE v2 from the same weights differ by {compare_videomae():.1e} standard deviations")
     for ddof, value in found["statistics"].items():
         print(f"distance of the same features, divisor n - {ddof}: relative difference {value:.1e}")
     for name, value in throughput(options.frames, 2, options.rounds).items():

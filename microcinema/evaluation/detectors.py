@@ -16,6 +16,7 @@ from microcinema.config.types import Name, PathText, Positive, Sha256
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
+from microcinema.evaluation.videomae import VideoMAE
 from microcinema.evaluation.weights import weight_file
 from microcinema.utils.errors import UserError, first_line
 from microcinema.utils.hashing import hash_weights
@@ -38,7 +39,7 @@ class Batch:
 Measure = Callable[[Batch], dict[str, np.ndarray]]
 """Maps a batch to named arrays with one entry per clip."""
 
-DETECTORS = ("i3d", "i3d_torchscript")
+DETECTORS = ("i3d", "i3d_torchscript", "videomae")
 UCF101_CLASSES = 101
 
 
@@ -47,7 +48,7 @@ class VideoDetectorSettings:
     """The network whose features the Fréchet video distance compares, and the preprocessing of its frames.
 
     Args:
-        detector: `i3d`, `i3d_torchscript`, or one that the command adds.
+        detector: `i3d`, `i3d_torchscript`, `videomae` (then the distance is the content-debiased FVD), or one that the command adds.
         weights: path or URL; a name or folder for some added detectors; None: not measured.
         sha256: required for a URL, and for TorchScript, which is code.
         preparation: one of `PREPARATIONS`; `own`: by the TorchScript itself. Added detectors ignore it.
@@ -64,8 +65,8 @@ class VideoDetectorSettings:
     batch_norm_eps: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if self.preparation == "own" and self.detector == "i3d":
-            raise UserError(f"preparation=own is unknown to i3d; use one of {', '.join(PREPARATIONS)}")
+        if self.preparation == "own" and self.detector in ("i3d", "videomae"):
+            raise UserError(f"preparation=own is unknown to {self.detector}; use one of {', '.join(PREPARATIONS)}")
 
     def load(
         self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader] | None" = None
@@ -90,7 +91,10 @@ class VideoDetectorSettings:
                 return network(x=video, rescale=own, resize=own, return_features=True)
         else:
             path, sha256 = weight_file(self.weights, self.sha256, "evaluation.video")
-            features = I3D.from_state_dict(_read_state(path), self.batch_norm_eps).to(device)
+            state = _read_state(path)
+            i3d = self.detector == "i3d"
+            network = I3D.from_state_dict(state, self.batch_norm_eps) if i3d else VideoMAE.from_state_dict(state)
+            features = network.to(device)
         record: dict[str, Any] = {"detector": self.detector, "sha256": sha256, "preparation": self.preparation}
         if self.detector == "i3d":
             record["batch_norm_eps"] = self.batch_norm_eps
@@ -257,8 +261,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of several kinds: a damaged archive, an object that is not allowed
         raise UserError(f"'{path}' holds no weights ({first_line(error)}); fetch it again") from None
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("model", "module") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"'{path}' is not a dictionary of weights; give rgb_imagenet.pt or i3d_pretrained_400.pt")
+        raise UserError(f"'{path}' is not a dictionary of weights; give a file that docs/evaluation.md names")
     return state
 
 

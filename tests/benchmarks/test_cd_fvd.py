@@ -21,6 +21,11 @@ def test_the_same_weights_and_videos_give_the_same_distance():
 
 
 @pytest.mark.slow
+def test_videomae_has_the_same_features():
+    assert cd_fvd.compare_videomae() < 1e-5
+
+
+@pytest.mark.slow
 def test_extraction_is_at_least_as_fast():
     found = cd_fvd.throughput(16, 1, 3)
     assert found["microcinema"] >= found["cd-fvd"]
