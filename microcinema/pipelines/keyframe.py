@@ -130,6 +130,7 @@ class KeyframePipeline:
         generator: Sequence[torch.Generator] | None = None,
         draw_height: int | None = None,
         draw_width: int | None = None,
+        batch_size: int = 1,
         **arguments: Any,
     ) -> list[Keyframe]:
         """One key frame for every prompt, at the video's size.
@@ -138,6 +139,7 @@ class KeyframePipeline:
             height, width: of the video, in pixels.
             generator: one for every prompt.
             draw_height, draw_width: size in pixels at which the pipeline draws; both None: its own.
+            batch_size: drawn at once: in a batch, rounding differs, and depends on the other prompts.
             arguments: of the pipeline, such as `num_inference_steps`; None: its own default.
 
         Raises:
@@ -153,11 +155,11 @@ class KeyframePipeline:
         else:
             source = self.provenance(draw_height, draw_width, **arguments)
             generators: Sequence[torch.Generator | None] = generator or [None] * len(prompt)
-            # One at a time: in a batch, rounding differs, and an image would depend on the other prompts.
             images = []
-            for text, rng in zip(prompt, generators, strict=True):
-                image, remarks = self._draw(text, rng, source["arguments"])
-                images.append((image, {**source, "prompt": text, **remarks}))
+            for start in range(0, len(prompt), batch_size):
+                batch = slice(start, start + batch_size)
+                drawn = self._draw(prompt[batch], generators[batch], source["arguments"])
+                images += [(image, {**source, **remarks}) for image, remarks in drawn]
         return [make_keyframe(image, height, width, entries, self.resize_mode) for image, entries in images]
 
     def provenance(
@@ -185,34 +187,41 @@ class KeyframePipeline:
         }
 
     def _draw(
-        self, prompt: str, generator: torch.Generator | None, arguments: Mapping[str, Any]
-    ) -> tuple[Image.Image, dict[str, str]]:
-        """An image, with what its provenance has to say: `flagged`, or the end of the prompt that is `truncated`."""
+        self, prompts: Sequence[str], generators: Sequence[torch.Generator | None], arguments: Mapping[str, Any]
+    ) -> list[tuple[Image.Image, dict[str, str]]]:
+        """Images, with what their provenance has to say: the prompt, its end if that is `truncated`, and `flagged`."""
         assert isinstance(self.source, DiffusionPipeline)
-        name = type(self.source).__name__
+        name, one = type(self.source).__name__, len(prompts) == 1
+        rng: Any = generators[0] if None in generators or one else list(generators)
+        if not one and "negative_prompt" in arguments:  # some pipelines want as many
+            arguments = {**arguments, "negative_prompt": [arguments["negative_prompt"]] * len(prompts)}
         try:
             with _check_decoders(self.networks.values()):
-                output = self.source(prompt=prompt, generator=generator, **arguments)
+                output = self.source(prompt=prompts[0] if one else list(prompts), generator=rng, **arguments)
         except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
             settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
-            fault = f"stage 1, {name}, cannot draw '{prompt}' with {settings} ({first_line(error)})"
+            fault = (
+                f"stage 1, {name}, cannot draw {', '.join(map(repr, prompts))} with {settings} ({first_line(error)})"
+            )
             raise UserError(f"{fault}; change these settings") from error
         images = getattr(output, "images", None)
         if images is None:
             raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")
         flags = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None)
-        remarks = {"flagged": "by the safety checker"} if flags and flags[0] else {}
         longest = inspect.signature(type(self.source).__call__).parameters.get("max_sequence_length")
         lengths = {
             key: (part, part.model_max_length if longest is None or "CLIP" in type(part).__name__ else longest.default)
             for key, part in self.source.components.items()
             if isinstance(part, PreTrainedTokenizerBase)
         }
-        ends = unread_texts(lengths, dict.fromkeys(lengths, prompt))
-        if lengths and ends.keys() == lengths.keys():  # otherwise one of several encoders reads all
-            remarks["truncated"] = min(ends.values(), key=len)
-            warn_once(f"stage 1 reads '{prompt}' without its end '{remarks['truncated']}'")
-        return images[0], remarks
+        remarks: list[dict[str, str]] = []
+        for prompt, flag in zip(prompts, flags or [False] * len(prompts), strict=True):
+            remarks.append({"prompt": prompt, **({"flagged": "by the safety checker"} if flag else {})})
+            ends = unread_texts(lengths, dict.fromkeys(lengths, prompt))
+            if lengths and ends.keys() == lengths.keys():  # otherwise one of several encoders reads all
+                remarks[-1]["truncated"] = min(ends.values(), key=len)
+                warn_once(f"stage 1 reads '{prompt}' without its end '{remarks[-1]['truncated']}'")
+        return list(zip(images, remarks, strict=True))
 
 
 def check_flagged(provenance: Mapping[str, Any], name: str, on_flagged: OnFlagged) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
-from microcinema.pipelines.text_to_video import animate, keyframe_arguments, make_item_keyframe
+from microcinema.pipelines.text_to_video import animate, draw_keyframes, keyframe_arguments, make_item_keyframe
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_networks
 
@@ -34,7 +35,7 @@ class Sampler:
         pipeline: the video model: an embedded model, a folder or a hub repository.
         settings, keyframe: of stage 2, and of stage 1.
         memory: of both stages.
-        batch_size: videos made at once; key frames are drawn one at a time.
+        batch_size: videos made at once, and key frames drawn at once but on a CPU, which gains nothing by it.
         progress: show bars.
         keyframes: images of all videos by their places in a clip, None for the key frame of each; None: that alone, at the model's own place.
 
@@ -58,6 +59,7 @@ class Sampler:
     ):
         self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
         self.batch_size, self.progress = batch_size, progress
+        self.draws_batches = torch.device(device).type != "cpu"
         self.keyframe_memory = replace(memory, torch_dtype=keyframe.torch_dtype or memory.torch_dtype)
         # Opened for its checks and hashes before anything long starts; it waits in host memory, see `_load_stage1`.
         self._video: ImageToVideoPipeline | None = None
@@ -120,7 +122,7 @@ class Sampler:
             open_image(path)
         size = self.batch_size
         batches = [items[start : start + size] for start in range(0, len(items), size)[rank::num_processes]]
-        self._make_keyframes([item for batch in batches for item in batch], folder)
+        self._make_keyframes(batches, folder)
         self._make_videos(batches, folder, on_done)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -154,10 +156,10 @@ class Sampler:
             self._stage1_hashes = hash_networks(self._stage1.networks)
         return self._stage1
 
-    def _make_keyframes(self, items: Sequence[PromptItem], folder: SampleFolder) -> None:
+    def _make_keyframes(self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder) -> None:
         height, width = self.settings.height, self.settings.width
         assert height is not None and width is not None
-        for item in items:
+        for item in chain(*batches):
             if item.image is not None:
                 mode = self.keyframe.resize_mode
                 source = KeyframePipeline(item.image, mode) if isinstance(item.image, Path) else None
@@ -165,37 +167,54 @@ class Sampler:
                 record = {"id": item.id, **keyframe.provenance}
                 if not folder.keyframe_is_up_to_date(item, record):
                     folder.write_keyframe(item, keyframe.image, record)
-        if drawn := [item for item in items if item.image is None]:
+        drawn = [[item for item in batch if item.image is None] for batch in batches]
+        if any(drawn):
             self._draw_keyframes(drawn, folder, height, width)
         if self._stage1 is not None:
             self._stage1.unload()
             self._stage1 = None
 
-    def _draw_keyframes(self, items: Sequence[PromptItem], folder: SampleFolder, height: int, width: int) -> None:
+    def _draw_keyframes(
+        self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder, height: int, width: int
+    ) -> None:
         source, on_device = self._load_stage1(), False
+
+        def arguments_of(item: PromptItem) -> dict[str, Any]:
+            return keyframe_arguments(source, item, self.defaults, self.settings, self.keyframe)
+
+        if not self.draws_batches:
+            batches = [[item] for item in chain(*batches)]
+        calls = [(arguments, [*items]) for batch in batches for arguments, items in groupby(batch, arguments_of)]
         source.set_progress_bar_config(desc="key frame", unit="step", leave=False, disable=not self.progress)
-        for item in self._bar(items, "key frames", "image"):
-            arguments = keyframe_arguments(source, item, self.defaults, self.settings, self.keyframe)
-            record = {
-                "id": item.id,
-                "prompt": item.keyframe_prompt or item.prompt,
-                "generator": _generator_record(item),
+        for arguments, items in self._bar(calls, "key frames", "batch" if self.draws_batches else "image"):
+            common = {
                 **source.provenance(**arguments),
                 "weights_sha256": self._stage1_hashes,
                 "memory": asdict(self.keyframe_memory),
                 "size": {"height": height, "width": width},
                 "resize_mode": self.keyframe.resize_mode,
             }
-            if folder.keyframe_is_up_to_date(item, record):
+            records = [
+                {
+                    "id": item.id,
+                    "prompt": item.keyframe_prompt or item.prompt,
+                    "generator": _generator_record(item),
+                    **common,
+                }
+                for item in items
+            ]
+            is_new = [not folder.keyframe_is_up_to_date(*entry) for entry in zip(items, records, strict=True)]
+            if not any(is_new):
                 continue
             if not on_device:
                 apply(source.source, self.keyframe_memory, self.device)
                 on_device = True
-            keyframe = make_item_keyframe(item, source, height, width, **arguments)
-            check_flagged(
-                keyframe.provenance, item.id, self.keyframe.on_flagged
-            )  # if not at all, then before it is written
-            folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
+            keyframes = draw_keyframes(items, source, height, width, **arguments)
+            for item, record, keyframe, missing in zip(items, records, keyframes, is_new, strict=True):
+                if missing:
+                    # If it is not allowed at all, then before it is written.
+                    check_flagged(keyframe.provenance, item.id, self.keyframe.on_flagged)
+                    folder.write_keyframe(item, keyframe.image, {**record, **keyframe.provenance})
 
     def _make_videos(
         self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder, on_done: Callable[[PromptItem, bool], None]

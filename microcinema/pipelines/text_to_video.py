@@ -67,9 +67,17 @@ def make_item_keyframe(
     if isinstance(item.image, np.ndarray):
         return make_keyframe(as_pil(item.image), height, width, {"source": "array"})
     assert source is not None
-    prompt, generator = item.keyframe_prompt or item.prompt, item.generator("keyframe")
+    return draw_keyframes([item], source, height, width, **arguments)[0]
+
+
+def draw_keyframes(
+    items: Sequence[PromptItem], source: KeyframePipeline, height: int, width: int, **arguments: Any
+) -> list[Keyframe]:
+    """Key frames of several videos in one call of the text-to-image pipeline, each from its own generator."""
+    prompts = [item.keyframe_prompt or item.prompt for item in items]
+    generators = [item.generator("keyframe") for item in items]
     with torch.no_grad():
-        return source([prompt], height, width, [generator], **arguments)[0]
+        return source(prompts, height, width, generators, batch_size=len(items), **arguments)
 
 
 def animate(

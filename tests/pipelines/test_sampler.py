@@ -16,6 +16,7 @@ from microcinema.data.video_writer import _MARK
 from microcinema.diffusion.rng import sample_generator
 from microcinema.evaluation.generate import generate, protocol_sampler
 from microcinema.pipelines import sample_folder, sampler
+from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.sampler import Sampler
@@ -231,6 +232,37 @@ def test_clips_are_made_again_if_and_only_if_they_would_differ(plain_model, tmp_
     assert run(guidance_scale=3.0) == ["0", "1", "2"]
     assert run(guidance_scale=3.0) == []
     assert run(PromptItem("d", "2", sample_index=2), guidance_scale=3.0) == ["2"]
+
+
+def test_key_frames_are_drawn_in_batches_whole_batches_whatever_is_missing(plain_model, tmp_path, monkeypatch):
+    """As on a GPU; of four prompts the last has another negative prompt, which is another call."""
+    calls, draw = [], KeyframePipeline._draw
+    monkeypatch.setattr(KeyframePipeline, "_draw", lambda *a: calls.append(list(a[1])) or draw(*a))
+    monkeypatch.setattr(Sampler, "_make_videos", lambda *a: None)
+    items = [PromptItem(text, f"{index}", sample_index=index) for index, text in enumerate("abc")]
+    items.append(PromptItem("d", "3", negative_prompt="a moon", sample_index=3))
+
+    def run(name, batches=True, size=4, rank=0, processes=1):
+        calls.clear()
+        settings, folder = SamplingSettings(num_inference_steps=2), SampleFolder(tmp_path / name, ("frames",))
+        maker = Sampler(str(plain_model), settings, KeyframeSettings(), MemorySettings(), "cpu", size, progress=False)
+        assert not maker.draws_batches  # on the CPU
+        maker.draws_batches = batches
+        maker.run(items, folder, rank, processes)
+        return np.stack([np.asarray(folder.open_keyframe(item)) for item in items if folder.record(item, True)])
+
+    alone = run("alone", batches=False)
+    assert calls == [["a"], ["b"], ["c"], ["d"]]
+    together = run("together")
+    assert calls == [["a", "b", "c"], ["d"]]
+    assert np.abs(alone.astype(int) - together).max() <= TOLERANCE
+    assert run("together").shape == together.shape and calls == []
+    (tmp_path / "together/1_keyframe.png").unlink()
+    assert np.array_equal(run("together"), together) and calls == [["a", "b", "c"]]
+    for rank in (0, 1):
+        shared = run("two processes", size=2, rank=rank, processes=2)
+        assert calls == ([["a", "b"]], [["c"], ["d"]])[rank]
+    assert np.array_equal(run("one process", size=2), shared)
 
 
 def test_with_key_frames_given_the_video_model_is_opened_once(plain_model, tmp_path, monkeypatch):
