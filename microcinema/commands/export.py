@@ -21,7 +21,7 @@ from microcinema.pipelines.saving import load_pipeline, write_pipeline
 from microcinema.training.build import CONFIG, build_pipeline
 from microcinema.training.checkpoint import load_ema
 from microcinema.training.loss import TrainableModel
-from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress
+from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress, read_state
 from microcinema.training.warm_start import known_schedule
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import LOCK, atomic_folder
@@ -68,7 +68,9 @@ def open_checkpoint(folder: Path, config: Train, use_ema: bool) -> ImageToVideoP
     name, revision = config.base.pretrained_model_name_or_path, config.base.revision
     scheduler = make_scheduler(load_scheduler_config(resolve_snapshot(name, revision=revision)))
     levels, _ = known_schedule(str(folder), scheduler)
-    return build_pipeline(config, scheduler, levels, vae=None, text_encoder=None, tokenizer=None, unet=unet)
+    components = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet}
+    quantiles = (read_state(folder)["run"] or {"fixed": {}})["fixed"].get("motion_quantiles")
+    return build_pipeline(config, scheduler, levels, **components, motion_quantiles=quantiles)
 
 
 def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline:

@@ -118,6 +118,7 @@ def run_identity(
     fixed = {name: getattr(config, name) for name in FIXED}
     fixed |= {name: pipeline.config[name] for name in PIPELINE}
     fixed |= schedule_summary(pipeline.training_scheduler)
+    fixed["motion_quantiles"] = pipeline.config["motion_quantiles"]  # which an exported checkpoint gets from here
     fixed["clips"] = clips.fingerprint()
     if config.objective is not None:
         files = Path(resolve_snapshot(config.objective.teacher, ["unet"]), "unet").glob("*.safetensors")

@@ -37,6 +37,12 @@ def test_captions_may_leave_the_pace_open():
     assert motion_amount.captions(sprite, False, True)[1] is None
 
 
+def test_a_figure_names_what_differs():
+    assert motion_amount.short(["real", "real, decoded", "preset=fast motion=0.1", "preset=fast motion=0.9"]) == [
+        *("real", "real, decoded", "motion=0.1", "motion=0.9")
+    ]
+
+
 def test_it_measures_a_model_under_several_settings(tmp_path, capsys):
     pipeline = tiny_training.pipeline(
         tmp_path / "base", network=("model.motion_score=true",), motion_quantiles=[0.0, 30.0], fps=8.0
@@ -47,6 +53,6 @@ def test_it_measures_a_model_under_several_settings(tmp_path, capsys):
     files = ["--json", str(tmp_path / "report.json"), "--figure", str(tmp_path / "figure.png")]
     assert motion_amount.main([*settings, *options, *files]) == 0
     report = json.loads((tmp_path / "report.json").read_text())["settings"]
-    assert list(report) == ["real", *settings] and report[settings[0]]["asked"] == 15.0
+    assert list(report) == ["real", motion_amount.DECODED, *settings] and report[settings[0]]["asked"] == 15.0
     assert report["real"]["motion"]["value"] == 1 and report["real"]["psnr"]["low"] > 30
     assert (tmp_path / "figure.png").stat().st_size > 5000 and "| `real` |" in capsys.readouterr().out

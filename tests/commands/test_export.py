@@ -52,6 +52,7 @@ def trained(tmp_path_factory) -> Path:
         "dataloader_num_workers=0",
         "diffusion.noise_prior.strength=0.05",
         "trainable_unet_layers=[up_blocks.1, conv_out]",
+        "model.motion_score=true",
     ]
     reset_accelerator()
     assert cli.main(["train", *overrides]) == 0
@@ -116,6 +117,12 @@ def test_a_finished_run_is_its_last_checkpoint(trained, tmp_path):
     whole, last = (run_export(path, tmp_path / path.name) for path in (trained, trained / "checkpoint-4"))
     assert same(parameters(load_pipeline(whole)), parameters(load_pipeline(last)))
     assert np.array_equal(frames(load_pipeline(whole)), frames(load_pipeline(last)))
+
+
+def test_motion_can_be_asked_for_as_of_the_finished_run(trained, exported):
+    finished, checkpoint = (load_pipeline(folder) for folder in (trained, exported))
+    assert len(finished.config["motion_quantiles"]) == 101
+    assert finished.motion_score(0.5) == checkpoint.motion_score(0.5) > 0
 
 
 def test_the_settings_are_those_of_the_run(trained, exported):
