@@ -79,6 +79,7 @@ class Sampler:
         self.keyframe_index *= self.settings.interpolate
         self.video_record = {
             **asdict(self.settings),
+            "fps": self.settings.interpolate * (self.settings.fps or 0),  # of the file
             "windows": [[window.start, window.stop] for window in windows.slices],
             "keyframe_index": self.keyframe_index,
             "frames_of_all_clips": self.settings.interpolate * self.settings.num_segments * (windows.frames - 1) + 1,
@@ -234,8 +235,7 @@ class Sampler:
                 frames = animate(video, batch, images, self.settings, output_type="np", keyframes=places).frames
                 for item, record, clip, missing in zip(batch, records, frames, is_new, strict=True):
                     if missing:
-                        fps = self.settings.interpolate * (self.settings.fps or 0)
-                        folder.write_video(item, to_uint8(clip, f"'{item.id}'"), fps, record)
+                        folder.write_video(item, to_uint8(clip, f"'{item.id}'"), record["fps"], record)
             for item, made in zip(batch, is_new, strict=True):
                 on_done(item, made)
 

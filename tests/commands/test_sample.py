@@ -577,7 +577,7 @@ def test_key_frames_at_chosen_places(tmp_path, capsys, monkeypatch):
         "6": "1.png",
     }
     video = probe(tmp_path / "out" / record["files"]["video"])
-    assert (video.num_frames, video.fps, record["frames_of_all_clips"]) == (7, 16, 7)
+    assert (video.num_frames, video.fps, record["fps"], record["frames_of_all_clips"]) == (7, 16, 16, 7)
     sheet = np.array(Image.open(tmp_path / "out" / record["files"]["contact_sheet"]))
     columns = np.unique(np.nonzero((sheet == (225, 0, 110)).all(-1))[1])
     assert (np.diff(columns) > 1).sum() == 1 and columns[-1] - columns[
