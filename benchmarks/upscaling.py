@@ -30,8 +30,8 @@ from microcinema.pipelines.upscale import VideoUpscaler
 from microcinema.sprites import scene
 from microcinema.utils.files import write_json
 
-SIZE, SCALE, CROP, BATCH = 64, 2, 32, 16
-CLIPS, FRAMES = 300, 2  # of training
+SIZE, SCALE, CROP, BATCH = 64, 2, 16, 16
+CLIPS, FRAMES = 100, 2  # of training
 MAX_NOISE = 100  # of the small pictures in training; 20 is the pipeline's default in sampling
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
