@@ -1,10 +1,10 @@
-"""The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card."""
+"""The command `export`: a checkpoint or a finished run becomes a pipeline folder with a model card, or a LoRA with its own."""
 
 from pathlib import Path
 
 import torch
 
-from microcinema.config.compose import load, map_strings, plain, to_yaml
+from microcinema.config.compose import load, shareable, to_yaml
 from microcinema.config.schema import Export, Train
 from microcinema.diffusion.schedule import make_scheduler
 from microcinema.models.video_unet import VideoUNet
@@ -19,7 +19,8 @@ from microcinema.pipelines.loading import (
 )
 from microcinema.pipelines.saving import load_pipeline, write_pipeline
 from microcinema.training.build import CONFIG, build_pipeline
-from microcinema.training.checkpoint import load_ema
+from microcinema.training.checkpoint import EMA, load_ema, load_safetensors
+from microcinema.training.lora import CARD, WEIGHTS, save_lora
 from microcinema.training.loss import TrainableModel
 from microcinema.training.resume import Progress, find_checkpoints, is_checkpoint, read_progress, read_state
 from microcinema.training.warm_start import known_schedule
@@ -30,7 +31,6 @@ from microcinema.utils.logging import quieten_libraries
 from microcinema.utils.provenance import describe_code
 from microcinema.utils.templates import render
 
-CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 
 
@@ -45,6 +45,9 @@ def run(config: Export) -> None:
         fault = f"'{run_folder / CONFIG}' is not there"
         raise UserError(f"{fault}; give a checkpoint in the folder of its run, with the run's config")
     trained_with = load(run_folder / CONFIG, "train")
+    if trained_with.lora is not None:
+        export_lora(source, folder, trained_with, config)
+        return
     if is_checkpoint(source):
         pipeline, progress = open_checkpoint(source, trained_with, config.use_ema), read_progress(source)
     else:
@@ -57,6 +60,18 @@ def run(config: Export) -> None:
         write_pipeline(pipeline, temporary, config.with_base)
         card = write_card(folder, temporary, pipeline, trained_with, progress, config.use_ema)
         (temporary / CARD).write_text(card, encoding="utf-8")
+    print(folder)
+
+
+def export_lora(source: Path, folder: Path, trained_with: Train, config: Export) -> None:
+    """Writes the LoRA of a checkpoint; a UserError if it lacks averages, or the run is finished and has written it."""
+    if not is_checkpoint(source):
+        raise UserError(f"'{source}' is no checkpoint; a finished run holds its LoRA, {WEIGHTS}, already")
+    files = [source / EMA] if config.use_ema else [*(source / "unet").glob("*.safetensors")]
+    tensors, dtype = load_safetensors(files, "set use_ema=false, or export another"), getattr(torch, config.torch_dtype)
+    weights = {key if config.use_ema else f"unet.{key}": value.to(dtype) for key, value in tensors.items()}
+    with atomic_folder(folder) as temporary:
+        save_lora(weights, trained_with, temporary, folder.name, read_progress(source).step)
     print(folder)
 
 
@@ -89,7 +104,7 @@ def open_run(folder: Path, config: Train, use_ema: bool) -> ImageToVideoPipeline
 def check_replaceable(folder: Path) -> None:
     """Refuses, with a UserError that names it, anything in the output folder beside a pipeline and its card."""
     names = {path.name for path in folder.glob("*")}
-    ours = {INDEX, CARD}
+    ours = {INDEX, CARD, WEIGHTS}
     if INDEX in names:
         ours |= {name for name, value in load_index(str(folder)).items() if isinstance(value, list | tuple)}
     if others := sorted(names - ours - {LOCK}):
@@ -101,8 +116,7 @@ def write_card(
 ) -> str:
     """The model card of a pipeline whose files are in `files` and will be in `folder`; `progress` None: its run was finished."""
     base = config.base.pretrained_model_name_or_path
-    # Of a folder of this machine its last part only.
-    settings = map_strings(plain(config), lambda text: Path(text).name if text.startswith(("/", "~")) else text)
+    settings = shareable(config)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = sorted(files.rglob("*.safetensors"))
     return render(

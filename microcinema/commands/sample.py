@@ -33,7 +33,7 @@ def run(config: Sample) -> None:
         quieten_libraries()
         models, progress = (config.pipeline, settings, config.keyframe, config.memory), state.is_main_process
         keyframes = read_keyframes(config.keyframes)
-        sampler = Sampler(*models, state.device, progress=progress, keyframes=keyframes)
+        sampler = Sampler(*models, state.device, progress=progress, keyframes=keyframes, lora=config.lora)
         formats: tuple[Format, ...] = ("video", "gif", "contact_sheet")
         if has_upscaler := config.upscale.pretrained_model_name_or_path is not None:
             check_upscaler(config.upscale)

@@ -100,6 +100,11 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
+def shareable(config: Any) -> Any:
+    """A config as plain values, without the folders of this machine: of their paths the last part only."""
+    return map_strings(plain(config), lambda text: Path(text).name if text.startswith(("/", "~")) else text)
+
+
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes a config as YAML."""
     with atomic_path(path) as temporary:

@@ -132,6 +132,7 @@ class KeyframeSettings:
         pretrained_model_name_or_path: None: the base of the video model.
         revision, variant: of a hub repository; of the weight files, such as `fp16`.
         torch_dtype: of its weights; None: that of stage 2.
+        lora: its LoRAs, as `Lora.of` reads them; None: those of stage 2 that fit it.
         height, width: size in pixels at which it draws; None: its own.
         num_inference_steps, guidance_scale: None: those that the video model was saved with for stage 1, or else those of the video.
         resize_mode: how an image is brought to the size of the video.
@@ -146,6 +147,7 @@ class KeyframeSettings:
     revision: types.Name | None = None
     variant: types.Name | None = None
     torch_dtype: types.Dtype | None = None
+    lora: tuple[types.PathText, ...] | None = None
     height: types.Size | None = None
     width: types.Size | None = None
     num_inference_steps: types.Count | None = None

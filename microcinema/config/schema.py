@@ -101,6 +101,14 @@ class Tracker:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class LoRA:
+    rank: types.Size
+    alpha: types.Positive
+    targets: Literal["spatial", "temporal", "both"]
+    dropout: types.Decay
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Train(Clips):
     base: Base
     cached_latents: types.PathText | None
@@ -109,6 +117,7 @@ class Train(Clips):
     output_dir: types.PathText
     init_weights_from: types.PathText | None
     objective: Consistency | None
+    lora: LoRA | None
     trainable_parameters: Literal["temporal", "all"]
     trainable_unet_layers: list[Annotated[str, Field(strict=True, min_length=1)]]
     train_batch_size: types.Count
@@ -169,6 +178,11 @@ class Train(Clips):
         if (self.keyframe_noise > 0) != self.model.keyframe_noise:
             fault = f"keyframe_noise={self.keyframe_noise} and model.keyframe_noise={self.model.keyframe_noise}"
             raise ValueError(f"{fault}; use true with a level such as 2, or false with 0")
+        trains_more = self.model.flow_model or self.trainable_unet_layers or self.trainable_parameters == "all"
+        if self.lora is not None and (trains_more or self.init_weights_from is None):
+            raise ValueError(
+                "a LoRA trains alone, for the model that init_weights_from names; see configs/lora/motion.yaml"
+            )
         if self.num_frames > self.model.max_frames:
             raise ValueError(
                 f"num_frames={self.num_frames} is more than model.max_frames={self.model.max_frames}; set it"
@@ -189,6 +203,7 @@ class Sample(SamplingSettings):
     seed: types.Seed
     output_dir: types.PathText
     pipeline: types.PathText
+    lora: list[types.PathText]
     keyframe: KeyframeSettings
     memory: MemorySettings
     upscale: UpscaleSettings
@@ -258,6 +273,7 @@ Evaluation = Annotated[
 class Evaluate:
     evaluation: Evaluation
     pipeline: types.PathText
+    lora: list[types.PathText]
     generated_dir: types.PathText | None
     compare: list[types.PathText] | None
     output_dir: types.PathText

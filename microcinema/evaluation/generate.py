@@ -52,7 +52,7 @@ def protocol_sampler(
         on_flagged="keep",  # every prompt of a protocol has a clip
     )
     memory, size, progress = MemorySettings(settings.torch_dtype), config.batch_size, state.is_main_process
-    return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, size, progress)
+    return Sampler(str(config.pipeline), sampling, keyframe, memory, state.device, size, progress, lora=config.lora)
 
 
 def generate(

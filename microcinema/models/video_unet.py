@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from einops import rearrange
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ from microcinema.models.weights import load_checked
 from microcinema.utils.errors import UserError, check_choice
 
 
-class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
+class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
     """Denoiser of clips, `z_t, t, conditions -> prediction`. At initialization it equals its 2D UNet on every frame.
 
     `encode` computes once per clip what depends on neither noise nor time. A layer is: ResNet block with its temporal convolutions,
@@ -318,7 +319,7 @@ class VideoUNet(UNet3D, ModelMixin, ConfigMixin):
         return self.conv_out(self.conv_act(self.conv_norm_out(features)))
 
     def _check_inputs(self, z_t: Tensor, conditions: Conditions) -> None:
-        channels = self.conv_in.in_channels
+        channels = self.options.unet2d.get("in_channels", 4)
         if z_t.ndim != 5 or z_t.shape[2] != channels:
             raise UserError(f"latents have shape {tuple(z_t.shape)}, expected b f c h w with c={channels}")
         b, frames, _, height, width = z_t.shape

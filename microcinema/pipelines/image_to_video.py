@@ -41,6 +41,7 @@ from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_to
 from microcinema.pipelines.keyframe import PixelImage, as_tensor, make_keyframe
 from microcinema.pipelines.keyframe_places import TrainedPlaces, check_interpolation, keyframe_images
 from microcinema.pipelines.long_video import Windows, check_continuation, join_segments, notices
+from microcinema.pipelines.lora import VideoLoraMixin
 from microcinema.pipelines.prompts import broadcast_to_prompts, check_generators, check_motion_prompt, check_prompts
 from microcinema.utils.errors import UserError, check_choice
 from microcinema.utils.logging import warn_once
@@ -60,7 +61,7 @@ class ImageToVideoOutput(BaseOutput):
     keyframes: list[Image.Image]
 
 
-class ImageToVideoPipeline(DiffusionPipeline):
+class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
     """Key frame and text to video. What depends on neither noise nor time is computed once, before the denoising loop.
 
     Args:

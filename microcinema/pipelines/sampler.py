@@ -15,6 +15,7 @@ from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, check_flagged
 from microcinema.pipelines.keyframe_places import split_keyframes
+from microcinema.pipelines.lora import Lora, fuse_loras
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
@@ -38,6 +39,7 @@ class Sampler:
         batch_size: videos made at once, and key frames drawn at once but on a CPU, which gains nothing by it.
         progress: show bars.
         keyframes: images of all videos by their places in a clip, None for the key frame of each; None: that alone, at the model's own place.
+        lora: LoRAs of the video model, as `Lora.of` reads them, and of stage 1 unless `keyframe.lora` names others.
 
     Attributes:
         keyframe_index: frame of the videos that the key frame is.
@@ -56,13 +58,17 @@ class Sampler:
         batch_size: int = 1,
         progress: bool = True,
         keyframes: Mapping[int, Path | None] | None = None,
+        lora: Sequence[str] = (),
     ):
         self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
         self.batch_size, self.progress = batch_size, progress
         self.draws_batches = torch.device(device).type != "cpu"
+        self.lora = [Lora.of(text) for text in lora]
+        self._keyframe_lora = [Lora.of(text) for text in (lora if keyframe.lora is None else keyframe.lora)]
         self.keyframe_memory = replace(memory, torch_dtype=keyframe.torch_dtype or memory.torch_dtype)
         # Opened for its checks and hashes before anything long starts; it waits in host memory, see `_load_stage1`.
         self._video: ImageToVideoPipeline | None = None
+        self._weights: dict[str, str] = {}
         self._video = video = self._load_video()
         self.settings = video.resolve(settings)
         self.defaults = dict(video.config)
@@ -84,7 +90,8 @@ class Sampler:
             "keyframe_index": self.keyframe_index,
             "frames_of_all_clips": self.settings.interpolate * self.settings.num_segments * (windows.frames - 1) + 1,
             "memory": asdict(memory),
-            **_model_record(video, self.settings),
+            "lora": [lora.record for lora in self.lora],
+            **_model_record(video, self.settings, self._weights),
         }
         if keyframes is not None:
             factor, placed = self.settings.interpolate, self.placed.items()
@@ -137,12 +144,20 @@ class Sampler:
             "keyframe_index": self.keyframe_index,
             **{f"keyframe_{name}": stage1[name] for name in ("num_inference_steps", "guidance_scale")},
             "torch_dtype": self.memory.torch_dtype,
+            "lora": self.video_record["lora"],
+            "keyframe_lora": [lora.record for lora in self._keyframe_lora],
             "keyframe_model": self.keyframe.pretrained_model_name_or_path,
             "weights_sha256": self.video_record["weights_sha256"] | hashes,
         }
 
     def _load_video(self) -> ImageToVideoPipeline:
-        return self._video or load_pipeline(self.pipeline, torch_dtype=getattr(torch, self.memory.torch_dtype))
+        if self._video is not None:
+            return self._video
+        video = load_pipeline(self.pipeline, torch_dtype=getattr(torch, self.memory.torch_dtype))
+        # Before a LoRA is added to the weights, which leaves them with other rounding errors on each machine.
+        self._weights = self._weights or hash_networks(video.components)
+        fuse_loras(video, self.lora)
+        return video
 
     def _load_stage1(self) -> KeyframePipeline:
         if self._stage1 is None:
@@ -155,6 +170,7 @@ class Sampler:
             )
             self._stage1.resize_mode = model.resize_mode
             self._stage1_hashes = hash_networks(self._stage1.networks)
+            self._keyframe_lora = fuse_loras(self._stage1.source, self._keyframe_lora, only_fitting=model.lora is None)
         return self._stage1
 
     def _make_keyframes(self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder) -> None:
@@ -191,6 +207,7 @@ class Sampler:
             common = {
                 **source.provenance(**arguments),
                 "weights_sha256": self._stage1_hashes,
+                "lora": [lora.record for lora in self._keyframe_lora],
                 "memory": asdict(self.keyframe_memory),
                 "size": {"height": height, "width": width},
                 "resize_mode": self.keyframe.resize_mode,
@@ -262,9 +279,11 @@ def _generator_record(item: PromptItem) -> dict[str, int]:
     return {name: getattr(item, name) for name in ("seed", "sample_index", "video_index")}
 
 
-def _model_record(video: ImageToVideoPipeline, settings: SamplingSettings) -> dict[str, Any]:
+def _model_record(
+    video: ImageToVideoPipeline, settings: SamplingSettings, weights: Mapping[str, str]
+) -> dict[str, Any]:
     """The model, the VAE that encodes its key frame, and the schedule; a UserError if that cannot make so many steps."""
-    scheduler, weights = video.sampler(settings), hash_networks(video.components)
+    scheduler = video.sampler(settings)
     return {
         "source": video.config.get("_name_or_path"),
         "pipeline": {key: video.config.get(key) for key in _MODEL},

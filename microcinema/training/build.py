@@ -65,6 +65,9 @@ def build_trainer(
     if config.init_weights_from is not None:
         new_weights = warm_start(networks["unet"], config.init_weights_from)
         accelerator.print(warm_start_summary(new_weights, config.init_weights_from))
+        if config.lora is not None and new_weights:
+            fault = f"'{config.init_weights_from}' has no {new_weights[0]}, and a LoRA needs the whole model"
+            raise UserError(f"{fault}; set the keys of model as that model was trained")
     scores = {"motion_quantiles": motion_quantiles(dataset)} if config.model.motion_score else {}
     pipeline = build_pipeline(config, base.scheduler, levels, **base.shared, **networks, **scores)
     if isinstance(dataset, EncodedClips):

@@ -32,7 +32,7 @@ from microcinema.utils.files import atomic_folder, partial
 from microcinema.utils.hashing import write_checksums
 
 _UNREAD = 2**61 - 1  # no run has this seed
-_EMA = "ema.safetensors"
+EMA = "ema.safetensors"
 # What libraries raise when a file cannot be written or read; torch reports a full disk as RuntimeError.
 _IO_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
@@ -103,8 +103,8 @@ class Checkpoints:
                 self.accelerator.print(f"resuming {folder.name} with other settings: {'; '.join(changes)}")
             self._load_state(folder)
             if self.ema is not None:
-                weights = load_safetensors([folder / _EMA])
-                _check_tensors(f"'{folder / _EMA}'", self.trained, weights)
+                weights = load_safetensors([folder / EMA])
+                _check_tensors(f"'{folder / EMA}'", self.trained, weights)
                 self.ema.shadow_params = [
                     distributed.shard_like(weights[name], like) for name, like in self.trained.items()
                 ]
@@ -137,7 +137,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 averages[name] = full.contiguous().cpu()
         if averages:
-            save_file(averages, folder / _EMA)
+            save_file(averages, folder / EMA)
 
     def _write_state(self, folder: Path, progress: Progress) -> None:
         state = {"progress": asdict(progress), "trained": list(self.trained), "run": self.identity}
@@ -152,7 +152,7 @@ class Checkpoints:
                 f"checkpoint '{folder}' trained other parameters ({len(missing)} missing, {len(unexpected)} unexpected, such as "
                 f"{sorted(missing or unexpected)[0]}); use the same model and the same trainable_parameters=temporal|all"
             )
-        if self.ema is not None and not (folder / _EMA).is_file():
+        if self.ema is not None and not (folder / EMA).is_file():
             raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
 
     def _save_networks(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
@@ -173,7 +173,7 @@ class Checkpoints:
 
 def load_ema(folder: str | Path, model: nn.Module) -> None:
     """Replaces the trained weights of a `TrainableModel` by the averages in a checkpoint; a UserError if they do not fit."""
-    file = Path(folder) / _EMA
+    file = Path(folder) / EMA
     if not file.is_file():
         raise UserError(f"checkpoint '{folder}' has no moving averages; set use_ema=false")
     averages, parameters = load_safetensors([file]), dict(model.named_parameters())

@@ -143,6 +143,8 @@ def unsharded_state(
 def gathered_copy(component: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """A copy of a diffusers network with this state, on the CPU, in evaluation mode."""
     copy = type(component).from_config(component.config)
+    for name, lora in getattr(component, "peft_config", {}).items():
+        copy.add_adapter(lora, name)
     copy.load_state_dict(state)
     return copy.eval()
 

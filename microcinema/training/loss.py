@@ -19,6 +19,7 @@ from microcinema.data.optical_flow import Flow
 from microcinema.diffusion.losses import add_noise, flow_loss, loss_weights, motion_weights, squared_error, target
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
+from microcinema.models.lora import add_lora
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.unet2d import UNet2DBackbone
 from microcinema.models.video_unet import VideoUNet, set_trainable
@@ -219,7 +220,10 @@ class TrainableModel(nn.Module):
         for module in pipeline.unet.modules():
             if isinstance(module, UNet2DBackbone):
                 module.checkpoints_first_level_alone = config.gradient_checkpointing == "first_level"
-        set_trainable(pipeline.unet, config.trainable_parameters, config.trainable_unet_layers)
+        if config.lora is None:
+            set_trainable(pipeline.unet, config.trainable_parameters, config.trainable_unet_layers)
+        else:
+            add_lora(pipeline.unet, **vars(config.lora))
         return cls(pipeline.unet, predict_net).train()
 
     def forward(

@@ -126,6 +126,8 @@ def run_identity(
             **vars(config.objective),
             "teacher": hash_json({file.name: hash_file(file) for file in files}),
         }
+    if config.lora is not None:
+        fixed["lora"] = vars(config.lora)
     free = {name: getattr(config, name) for name in FREE}
     free |= {"ddp.comm_hook": config.ddp.comm_hook}
     free |= {"mixed_precision": mixed_precision, "num_processes": num_processes}

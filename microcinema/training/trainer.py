@@ -32,6 +32,7 @@ from microcinema.training.compilation import compilation_errors, compile_blocks,
 from microcinema.training.consistency import load_objective
 from microcinema.training.distributed import broadcast_from_main, has_zero3, unshard
 from microcinema.training.ema import Averages, ema_pipeline
+from microcinema.training.lora import save_lora
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.metrics import StepMetrics
 from microcinema.training.nan_guard import NanGuard
@@ -205,7 +206,13 @@ class Trainer:
         self._log({"validation_seconds": self.metrics.paused_seconds})
 
     def export(self) -> None:
-        """Saves the pipeline with the averaged weights in the folder of the run. Collective."""
+        """Saves the pipeline, or the LoRA, with the averaged weights in the folder of the run. Collective."""
+        if self.config.lora is not None:
+            averaged = self.ema.shadow_params if self.ema else self.trained.values()
+            weights = {name: unshard(p).detach().cpu() for name, p in zip(self.trained, averaged, strict=True)}
+            if self.accelerator.is_main_process:
+                save_lora(weights, self.config, self.output_dir, self.output_dir.resolve().name, self.progress.step)
+            return
         with self._ema_pipeline() as pipeline:
             if self.accelerator.is_main_process:
                 export_pipeline(pipeline, self.output_dir)

@@ -18,7 +18,7 @@ from wandb.sdk.wandb_run import Run
 from fixtures import tiny, tiny_training
 from fixtures.tiny_training import LatentClips, PoisonedClips, logged, pipeline, train, weights
 from microcinema.commands import cli
-from microcinema.config.schema import DataParallel
+from microcinema.config.schema import DataParallel, LoRA
 from microcinema.data.clips import ClipDataset
 from microcinema.diffusion.rng import generator
 from microcinema.models.vae import encode_pixels
@@ -251,6 +251,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, clips):
     assert all(torch.equal(one[k][name], other[k][name]) for k in one for name in one[k])
 
 
+LORA = LoRA(rank=2, alpha=2.0, targets="both", dropout=0.0)
+
+
 @pytest.mark.slow
 def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path, monkeypatch):
     """Global batches of four, also over two real processes, of which each is interrupted and resumed."""
@@ -268,6 +271,9 @@ def test_batch_size_accumulation_and_number_of_processes_change_no_loss(tmp_path
     assert len(wanted) == 4
     for run in (parts, tmp_path / "two", tmp_path / "two-parts"):
         assert logged(run) == pytest.approx(wanted, abs=1e-5), run
+    settings = {"lora": LORA, "init_weights_from": "a model", "train_batch_size": 4}
+    one_process = train(pipeline(tmp_path), LatentClips(), tmp_path / "lora-1", **settings)
+    assert logged(tmp_path / "lora") == pytest.approx(logged(one_process), abs=1e-5)
     one, other = weights(tmp_path / "two"), weights(tmp_path / "two-parts")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     # Gradients that were averaged in fp16: other bits, alike losses.
@@ -315,6 +321,7 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
     run("fp16", ddp=DataParallel("fp16", bucket_cap_mb=1))
     with pytest.raises(UserError, match="comm_hook=bf16 needs GPUs"):  # torch refuses it over gloo
         run("bf16", ddp=DataParallel("bf16", bucket_cap_mb=1))
+    run("lora", lora=LORA, init_weights_from="a model")
     run("two-parts", max_train_steps=2)
     run("two-parts", seed=5, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match="the loss is nan"):  # both, or the other would wait for ever
