@@ -34,15 +34,16 @@ from microcinema.diffusion.schedule import (
 )
 from microcinema.models.vae import decode_latents, encode_pixels, vae_scale_factor
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines.clip_sampler import ClipSampler, repeat_to
+from microcinema.pipelines.captions import Captions
+from microcinema.pipelines.clip_sampler import ClipSampler
 from microcinema.pipelines.components import COMPONENTS, OPTIONAL_COMPONENTS, load_missing_components
 from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, make_guidance
-from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text, unread_texts
+from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text
 from microcinema.pipelines.keyframe import PixelImage, as_tensor, make_keyframe
 from microcinema.pipelines.keyframe_places import TrainedPlaces, check_interpolation, keyframe_images
 from microcinema.pipelines.long_video import Windows, check_continuation, join_segments, notices
 from microcinema.pipelines.lora import VideoLoraMixin
-from microcinema.pipelines.prompts import broadcast_to_prompts, check_generators, check_motion_prompt, check_prompts
+from microcinema.pipelines.prompts import check_generators
 from microcinema.utils.errors import UserError, check_choice
 from microcinema.utils.logging import warn_once
 
@@ -288,7 +289,7 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         image: PixelImage | Sequence[PixelImage] | None = None,
         motion_prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -299,6 +300,8 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
         keyframes: Mapping[int, PixelImage | Sequence[PixelImage] | None] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
         **settings: Any,
     ) -> ImageToVideoOutput:
         """Animates key frames.
@@ -308,6 +311,8 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
             image, motion_prompt, negative_prompt: one for all prompts, or one each. Images (`PixelImage`, or a batch of them), resized
                 and cropped to the video's size; the motion, for a model that `uses_motion_caption` (None: the prompt); what replaces the
                 text where guidance drops it (None: the empty text).
+            prompt_embeds, negative_prompt_embeds: in the place of those texts, (b, n, d) as `encode_text` or compel make them: of as many
+                tokens, which may be more than the text encoder's.
             num_videos_per_prompt: videos of one prompt follow one another in the result.
             generator: one per video (which makes a video independent of its batch), or one for all.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -319,8 +324,8 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
         Raises:
             UserError: bad input.
         """
-        prompts = check_prompts(prompt)
-        resolved, videos = self.resolve(SamplingSettings.of(settings)), len(prompts) * num_videos_per_prompt
+        texts = Captions(prompt, motion_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        resolved, videos = self.resolve(SamplingSettings.of(settings)), texts.count * num_videos_per_prompt
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt={num_videos_per_prompt}; use a number >= 1")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
@@ -328,37 +333,13 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
             generators = check_generators(generator, videos)
             generator = generators if isinstance(generator, Sequence) else generator
         own = keyframe_index(self.keyframe_position, self.windows(resolved).slices[0].stop)
-        images = keyframe_images(image, keyframes, own, len(prompts))
+        images = keyframe_images(image, keyframes, own, texts.count)
         if keyframes is not None:
             self.main_keyframe(keyframes, resolved)
         step_end = StepCallback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        captions = self._encode_captions(prompts, motion_prompt, negative_prompt, videos)
+        captions = texts.encode(self, videos)
         output = self._animate(images, captions, resolved, videos, generator, step_end, output_type)
         return output if return_dict else output.to_tuple()
-
-    def _encode_captions(
-        self,
-        prompts: list[str],
-        motion_prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        videos: int,
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The captions of `prepare_conditions`."""
-        count = len(prompts)
-        check_motion_prompt(motion_prompt, self.uses_motion_caption)
-        motions = prompts if motion_prompt is None else broadcast_to_prompts("motion prompts", motion_prompt, count)
-        negative = "" if negative_prompt is None else negative_prompt
-        single = isinstance(negative, str)  # encoded once for all prompts
-        negatives = broadcast_to_prompts("negative prompts", negative, 1 if single else count)
-        texts = {"prompt": prompts, "negative_prompt": negatives, "motion_prompt": motions}
-        for name, length in self.text_lengths.items():
-            for text in texts[name]:
-                for end in unread_texts({name: length}, {name: text}).values():
-                    warn_once(f"{name} '{text}' is read without its end '{end}'")
-        captions = {"text": (self.encode_text(prompts), self.encode_text(negatives))}
-        if self.uses_motion_caption:
-            captions["motion_tokens"] = self.encode_motion(motions), self.encode_motion([""])
-        return {name: (repeat_to(c, videos), repeat_to(null, videos)) for name, (c, null) in captions.items()}
 
     def _animate(
         self,
