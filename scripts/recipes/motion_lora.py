@@ -51,12 +51,12 @@ class Recipe:
     work: str = "runs/motion_lora"
     clips: int = 20
     known_clips: int = 40
-    steps: int = 240
+    steps: int = 300
     train_batch_size: int = 4
     learning_rate: float = 2e-3
     rank: int = 8
     tests: int = 24
-    known_tests: int = 36
+    known_tests: int = 30
     num_inference_steps: int = 10
     seed: int = 0
 
@@ -146,6 +146,7 @@ def train(recipe: Recipe) -> Path:
         "experiment": "sprites_factorized_dreamer",
         "lora": "motion",
         "lora.rank": recipe.rank,
+        "lora.alpha": recipe.rank,
         "init_weights_from": MODEL,
         "data.root": work / "data",
         "cached_latents": work / "latents",
