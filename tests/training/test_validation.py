@@ -106,6 +106,6 @@ def test_both_stages_use_the_model_s_own_defaults(tmp_path, monkeypatch):
     validation(accelerator, model, 1)
     accelerator.trackers[0].finish()
     drawn = {key: value for key, value in calls[0].items() if value is not None}
-    assert drawn == {"num_inference_steps": 3, "guidance_scale": 4.5}
+    assert drawn == {"num_inference_steps": 3, "guidance_scale": 4.5, "batch_size": 1}
     assert guidances == [Guidance(2.5, 1.5)]
     assert model.num_timesteps == 3
