@@ -232,9 +232,7 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
         if self.options.keyframe_concat or self.sources:
             parts["keyframe"] = z_ref
         if self.options.keyframe_places:
-            parts["placed"] = _required(
-                placed, "the network sees key frames at their places; give place_keyframes(...)"
-            )
+            parts["placed"] = _required(placed, "key frames at their places are missing; give place_keyframes(...)")
         if hasattr(self, "reference_net"):
             parts["reference"] = self.reference_net(z_ref, text, added)
         image: Any = None
@@ -251,9 +249,7 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
         elif image is not None:
             text = torch.cat([text, image], dim=1)
         if self.options.motion_width is not None:
-            parts["motion"] = _required(
-                motion_tokens, "the network reads motion tokens; give those of the motion caption"
-            )
+            parts["motion"] = _required(motion_tokens, "motion tokens are missing; give those of the motion caption")
         numbers: dict[str, Any] = {"fps": fps, "motion_score": motion_score, "keyframe_noise": keyframe_noise}
         return Conditions(text=text, added=added, **numbers, **parts)
 

@@ -159,8 +159,7 @@ class TextToVideoPipeline:
             num_videos_per_prompt, output_type: as in `ImageToVideoPipeline`.
             batch_size: videos made at once; more than one changes them by rounding.
             keyframe: settings of stage 1.
-            generator: in the place of a seed: one per video (which makes a video independent of the others), or one for all. It draws
-                all key frames first.
+            generator: in the place of a seed: one per video, or one for all, which draws all key frames first.
             return_dict: False: a tuple, of frames and key frames.
             keyframes: images by their places in a clip, None for the key frame that stage 1 draws; None: that one, at the model's own place.
             settings: those of `SamplingSettings`.
@@ -180,7 +179,7 @@ class TextToVideoPipeline:
         if keyframes is not None:
             image, keyframes = split_keyframes(keyframes, self.video.main_keyframe(keyframes, resolved))
             items = items if image is None else [replace(item, image=np.asarray(as_pil(image))) for item in items]
-        drawn, animated = [], []
+        drawn, animated, batches = [], [], []
         assert resolved.height is not None and resolved.width is not None
         for item in items:
             arguments = keyframe_arguments(self.keyframe, item, self.video.config, resolved, stage1)
@@ -188,7 +187,6 @@ class TextToVideoPipeline:
             if check_flagged(image.provenance, item.prompt, stage1.on_flagged):
                 drawn.append(image)
                 animated.append(item)
-        batches = []
         for start in range(0, len(animated), batch_size):
             batch = slice(start, start + batch_size)
             images, more = [entry.image for entry in drawn[batch]], {"output_type": output_type, "keyframes": keyframes}

@@ -46,7 +46,7 @@ def test_other_networks_have_neither_the_weights_nor_the_condition():
     }
     _, _, text, z_ref, fps = inputs(4)
     assert video.encode(text, z_ref, fps, placed=placed(0)).placed is None
-    with pytest.raises(UserError, match="sees key frames at their places; give"):
+    with pytest.raises(UserError, match="key frames at their places are missing; give"):
         with_places.encode(text, z_ref, fps)
 
 
