@@ -192,7 +192,7 @@ def _run(options: argparse.Namespace) -> int:
 def _import_command(name: str) -> Any:
     """The module of a command, with torch and diffusers, whose objects stay: searching them for garbage takes a fifth of a start."""
     if name in sys.modules:
-        return sys.modules[name]
+        return importlib.import_module(name)
     gc.disable()
     try:
         return importlib.import_module(name)

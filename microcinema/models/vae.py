@@ -8,6 +8,7 @@ Shapes: b clips, f frames, c latent channels, H W pixels, h w latent grid (`H = 
 The VAEs of Stable Diffusion have no shift.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -40,10 +41,10 @@ def overflows(vae: VAE, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and bool(vae.config.get("force_upcast"))
 
 
-def _precision(vae: VAE, device: torch.device) -> torch.autocast:
+def _precision(vae: VAE, device: torch.device) -> AbstractContextManager[None]:
     """Autocast as it is, but none where the VAE would overflow."""
-    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return torch.autocast(device.type, dtype, enabled=enabled and not overflows(vae, dtype))
+    upcast = vae.config.get("force_upcast") and overflows(vae, torch.get_autocast_dtype(device.type))
+    return torch.autocast(device.type, enabled=False) if upcast else nullcontext()
 
 
 @torch.no_grad()

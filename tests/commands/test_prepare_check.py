@@ -180,7 +180,8 @@ def test_a_row_is_a_clip_and_a_check_sees_what_changed(tmp_path, capsys, monkeyp
 
 def test_the_number_of_clips_left_out_is_told_by_training_and_by_latents(world, checked, capsys):
     data = ClipDataset(world / "clips.csv", world, 8, 8.0, 32, manifest=checked / "manifest.parquet")
-    config = SimpleNamespace(data=SimpleNamespace(build=lambda: data))
+    model = SimpleNamespace(motion_score=False)
+    config = SimpleNamespace(data=SimpleNamespace(build=lambda: data), model=model)
     for main in (True, False):
         build_clips(config, SimpleNamespace(is_main_process=main))
     assert capsys.readouterr().out == f"{len(REJECTED)} clips skipped: rejected by the manifest\n"

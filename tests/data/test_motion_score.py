@@ -39,7 +39,7 @@ class Clips(ClipSource):
         for k, frame in enumerate(video):
             frame[:, 8:20, 2 + index * k : 14 + index * k] = torch.rand(12, 12, generator=torch.manual_seed(3))
         texts = dict.fromkeys(("caption", "description", "motion"), "a star")
-        return {"video": video, **texts, "fps": 8.0, "index": index, "id": str(index)}
+        return {"video": (127.5 * (video + 1)).byte(), **texts, "fps": 8.0, "index": index, "id": str(index)}
 
     def fingerprint(self) -> dict:
         return {"clips": 5}

@@ -78,7 +78,8 @@ class Clips(ClipSource):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {self.name: torch.zeros(self.shape), "caption": "a red star", "fps": 8.0}
+        dtype = torch.float32 if self.name == "latents" else torch.uint8
+        return {self.name: torch.zeros(self.shape, dtype=dtype), "caption": "a red star", "fps": 8.0}
 
 
 @pytest.mark.parametrize(
