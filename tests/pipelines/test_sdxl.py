@@ -152,6 +152,7 @@ def test_autocast_in_float16_does_not_reach_it(pipeline, tmp_path, dtype):
 # A run
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_sampled_saved_reloaded_and_exported(trained, tmp_path):
     assert [path.name for path in trained.glob("validation/step-2/*.mp4")] == ["0.mp4"]
     video = load_pipeline(trained)

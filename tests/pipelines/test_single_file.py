@@ -69,6 +69,7 @@ def test_key_frames_of_a_single_file_are_those_of_its_folder(files, family):
     assert frames[0].provenance["source"] == str(files[family][0])
 
 
+@pytest.mark.slow
 def test_a_light_pipeline_takes_its_encoders_from_a_single_file(files, tmp_path):
     file, whole = files["sd15"]
     pipeline = tiny.video_pipeline(whole, base=str(file))
@@ -77,6 +78,7 @@ def test_a_light_pipeline_takes_its_encoders_from_a_single_file(files, tmp_path)
     assert same_weights(again.vae, pipeline.vae) and same_weights(again.text_encoder, pipeline.text_encoder)
 
 
+@pytest.mark.slow
 def test_train_and_sample_from_a_single_file(files, tmp_path):
     file, _ = files["sd15"]
     train = [f"base.pretrained_model_name_or_path={file}", f"resolution={tiny.SIZE}", "num_frames=2"]

@@ -103,6 +103,7 @@ def test_sample_upscales_resumes_and_puts_the_key_frame_in_its_place(folders, pi
     assert not np.array_equal(np.asarray(Image.open(file.with_name(f"{file.stem}_keyframe.png"))), picture)
 
 
+@pytest.mark.slow
 def test_videos_without_uncompressed_frames_are_made_again_for_it(folders, pipeline, tmp_path):
     reset_accelerator()
     keys = [f"pipeline={pipeline}", "prompt=a red star", "num_inference_steps=1", f"output_dir={tmp_path / 'out'}"]

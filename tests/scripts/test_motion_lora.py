@@ -1,11 +1,13 @@
 import csv
 
 import numpy as np
+import pytest
 
 from microcinema.sprites import scene
 from scripts.recipes.motion_lora import NUM_FRAMES, Recipe, is_zigzag, path_error, render, write_clips, zigzag
 
 
+@pytest.mark.slow
 def test_only_a_zigzag_is_one():
     """Of real clips: those of the recipe, none of another motion, and none that has one half of it."""
     rng = np.random.default_rng(0)

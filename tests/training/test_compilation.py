@@ -70,6 +70,7 @@ def test_a_compiled_block_equals_the_block_and_blocks_alike_share_their_graph():
     assert blocks[0].state_dict().keys() == keys
 
 
+@pytest.mark.slow
 def test_operations_are_counted_as_of_a_network_that_is_not_compiled(tmp_path):
     model = pipeline(tmp_path)
     set_trainable(model.unet)
