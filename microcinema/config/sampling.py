@@ -95,7 +95,7 @@ class SamplingSettings(DenoisingSettings):
     initial_noise: InitialNoise = "prior"
     num_segments: types.Count = 1
     window_overlap: types.CountOrZero | None = None
-    interpolate: Literal[1, 2, 4] = 1
+    interpolate: types.RateFactor = 1
     decode_chunk_size: types.Count | None = None
 
     def __post_init__(self) -> None:

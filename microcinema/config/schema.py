@@ -97,7 +97,7 @@ class Tracker:
     project: types.Name
     name: types.Name | None
     group: types.Name | None
-    tags: list[types.Name]
+    tags: list[Annotated[str, Field(strict=True, min_length=1)]]
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -26,6 +26,7 @@ def _named(what: str) -> AfterValidator:
 
 
 _NUMBER = BeforeValidator(_refuse_bool)
+RateFactor = Annotated[Literal[1, 2, 4], _NUMBER]
 _LARGEST = 1e15  # of which float32 holds the square
 Count = Annotated[int, _NUMBER, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=2**31 - 1)]
