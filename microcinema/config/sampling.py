@@ -147,7 +147,7 @@ class KeyframeSettings:
     revision: types.Name | None = None
     variant: types.Name | None = None
     torch_dtype: types.Dtype | None = None
-    lora: tuple[types.PathText, ...] | None = None
+    lora: tuple[types.StrictPath, ...] | None = None
     height: types.Size | None = None
     width: types.Size | None = None
     num_inference_steps: types.Count | None = None

@@ -198,12 +198,12 @@ class Sample(SamplingSettings):
     prompt: str | None
     motion_prompt: str | None
     image: types.PathText | None
-    keyframes: list[int | str] | None
+    keyframes: list[int | types.StrictPath] | None
     prompts: types.PathText | None
     seed: types.Seed
     output_dir: types.PathText
     pipeline: types.PathText
-    lora: list[types.PathText]
+    lora: list[types.StrictPath]
     keyframe: KeyframeSettings
     memory: MemorySettings
     upscale: UpscaleSettings
@@ -273,9 +273,9 @@ Evaluation = Annotated[
 class Evaluate:
     evaluation: Evaluation
     pipeline: types.PathText
-    lora: list[types.PathText]
+    lora: list[types.StrictPath]
     generated_dir: types.PathText | None
-    compare: list[types.PathText] | None
+    compare: list[types.StrictPath] | None
     output_dir: types.PathText
     seed: types.Seed
     batch_size: types.Count
