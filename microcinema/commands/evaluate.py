@@ -1,5 +1,6 @@
 """The command `evaluate`: runs the protocol of the config and writes its numbers and a report, or compares several of them."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -27,7 +28,8 @@ def run(config: Evaluate) -> None:
         UserError: bad input; finished clips are kept, and the next run continues from them.
     """
     if config.compare is not None:
-        print(compare(config.compare, config.output_dir))
+        if os.environ.get("RANK", "0") == "0":
+            print(compare(config.compare, config.output_dir))
         return
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT)

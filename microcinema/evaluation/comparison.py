@@ -101,7 +101,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for measure in measures:
             values = [run.clips(part, measure.key) for run in runs]
             cells: list[dict[str, Any]] = [
-                _average(list(v.values())) if v else run.of_set(part, measure.key) or {}
+                (_average(list(v.values())) if v else {}) | (run.of_set(part, measure.key) or {})
                 for run, v in zip(runs, values, strict=True)
             ]
             if not all(cells):

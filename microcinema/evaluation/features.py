@@ -17,7 +17,7 @@ from microcinema.utils.files import atomic_path
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json
 
-Loaded = tuple[np.ndarray, np.ndarray | None]
+ClipFrames = tuple[np.ndarray, np.ndarray | None]
 _SHOWN = 5  # faults that a message names
 _READERS = 8  # threads that decode clips while the detectors run; decoding releases Python's lock
 
@@ -100,7 +100,7 @@ def extract_features(
     faults: list[Fault] = []
     with ThreadPoolExecutor(_READERS) as pool, tqdm(total=total, desc=label, unit="clip", disable=silent) as bar:
         # One batch is read ahead and no more, so that memory does not grow with the number of clips.
-        def submit(number: int) -> list[Future[Loaded | Fault]]:
+        def submit(number: int) -> list[Future[ClipFrames | Fault]]:
             return [pool.submit(_load, clips, index) for _, batch in missing[number : number + 1] for index in batch]
 
         pending = submit(0)
@@ -120,7 +120,7 @@ def extract_features(
     return Features(paths)
 
 
-def _load(clips: Clips, index: int) -> Loaded | Fault:
+def _load(clips: Clips, index: int) -> ClipFrames | Fault:
     try:
         return clips.load(index)
     except UserError as error:
@@ -130,7 +130,7 @@ def _load(clips: Clips, index: int) -> Loaded | Fault:
 def _measure(
     clips: Clips,
     indices: Sequence[int],
-    results: Sequence[Loaded | Fault],
+    results: Sequence[ClipFrames | Fault],
     measures: Sequence[Measure],
     faults: list[Fault],
 ) -> dict[str, np.ndarray] | None:

@@ -47,6 +47,10 @@ class Measure:
         return f"{self.label} ({self.unit}){arrow}" if self.unit else f"{self.label}{arrow}"
 
 
+KEYFRAME_PSNR = Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher", 1)
+KEYFRAME_SSIM = Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher")
+
+
 def tables(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, str]:
     """The same table in Markdown and in LaTeX (booktabs), by suffix. The first column is the rows' names."""
     latex_cells = [[cell.translate(_TEX) for cell in row] for row in (header, *rows)]

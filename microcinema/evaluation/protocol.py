@@ -91,7 +91,7 @@ class ZeroShotProtocol:
             return folder_videos(root)
         return {"ucf101": ucf101_videos, "msrvtt": msrvtt_videos}[self.dataset](root, split)
 
-    def asked(self, root: str | os.PathLike[str]) -> list[Video]:
+    def sample_videos(self, root: str | os.PathLike[str]) -> list[Video]:
         """The video whose class or caption each clip, or with `every_caption` each group of clips, is asked for with."""
         videos = self.videos(root, self.sample_split)
         number = self.num_samples or 0  # given with `draw` and `per_class`
@@ -106,7 +106,7 @@ class ZeroShotProtocol:
 
     def samples(self, root: str | os.PathLike[str]) -> list[PromptItem]:
         """All clips to make; the source of each is its video, with the number of the caption where all are asked for, or its class."""
-        texts = [(video.name, caption) for video in self.asked(root) for caption in self._texts(video)]
+        texts = [(video.name, caption) for video in self.sample_videos(root) for caption in self._texts(video)]
         sources = [f"{name}/{text.id}" if self.selection == "every_caption" else name for name, text in texts]
         return [
             PromptItem(text.text, f"{i:05d}", sample_index=i, source=source)
@@ -122,7 +122,7 @@ class ZeroShotProtocol:
     def real(self, root: str | os.PathLike[str]) -> list[Video]:
         """The real videos that are asked for, whether they are there or not."""
         if self.keyframe is not None:
-            return list({video.name: video for video in self.asked(root)}.values())
+            return list({video.name: video for video in self.sample_videos(root)}.values())
         videos = [] if self.real_split is None else self.videos(root, self.real_split)
         if self.num_real is None or len(videos) <= self.num_real:
             return videos

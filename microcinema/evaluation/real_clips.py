@@ -1,6 +1,6 @@
 """The real clips of a protocol: those that exist, and key frames from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def select_clips(
         expected = protocol.num_samples if protocol.selection in ("all", "every_caption") else None
         shortfalls += check_count(len(samples), expected, "prompts", allow_fewer)
     videos = protocol.real(settings.root)
-    left_out = _left_out(settings.skip_real, videos)
-    asked = [(number, video) for number, video in enumerate(videos) if video.name not in left_out]
-    if left_out:
-        shortfalls.append(f"{len(left_out)} of {len(videos)} real videos are left out (evaluation.skip_real)")
+    skipped = _skipped_names(settings.skip_real, videos)
+    asked = [(number, video) for number, video in enumerate(videos) if video.name not in skipped]
+    if skipped:
+        shortfalls.append(f"{len(skipped)} of {len(videos)} real videos are left out (evaluation.skip_real)")
     real = [(number, video) for number, video in asked if video.path.is_file()]
     missing = next((f"; first missing: '{video.path}'" for _, video in asked if not video.path.is_file()), "")
-    expected = max(protocol.num_real or 0, len(videos)) - len(left_out)
+    expected = max(protocol.num_real or 0, len(videos)) - len(skipped)
     shortfalls += check_count(len(real), expected, "real videos", allow_fewer, missing)
     if protocol.keyframe is not None:
         there = {video.name for _, video in real}
@@ -47,7 +47,7 @@ def select_clips(
     return samples, real, shortfalls
 
 
-def _left_out(path: str | None, videos: list[Video]) -> set[str]:
+def _skipped_names(path: str | None, videos: list[Video]) -> set[str]:
     """The names in a list of real videos, one in each line, before the first tab."""
     if path is None:
         return set()
@@ -65,10 +65,10 @@ def _left_out(path: str | None, videos: list[Video]) -> set[str]:
 
 @dataclass(frozen=True)
 class RealKeyframes:
-    """Key frames of samples: the frames `index` of the real clips of their videos, which are `real`, with their numbers."""
+    """Key frames of samples: the frames `index` of the real clips of their videos. `real` has these by name, with their numbers."""
 
     protocol: ZeroShotProtocol
-    real: Sequence[tuple[int, Video]]
+    real: Mapping[str, tuple[int, Video]]
     index: int
 
     @classmethod
@@ -82,17 +82,18 @@ class RealKeyframes:
         """
         if protocol.keyframe is None:
             return None
+        places = {video.name: (number, video) for number, video in real}
         if protocol.keyframe == "own":
-            return cls(protocol, real, model_index or 0)
+            return cls(protocol, places, model_index or 0)
         index = keyframe_index(protocol.keyframe, protocol.num_frames)
         if model_index not in (None, index):
             fault = f"protocol.keyframe={protocol.keyframe} is frame {index}, and the model's is frame {model_index}"
             raise UserError(f"{fault}; use evaluation.protocol.keyframe=own")
-        return cls(protocol, real, index)
+        return cls(protocol, places, index)
 
     def __call__(self, sample: PromptItem) -> np.ndarray:
         """The key frame of a sample, uint8 (h, w, 3), as large as the video."""
-        number, video = next(entry for entry in self.real if entry[1].name == sample.source)
+        number, video = self.real[sample.source]
         return self.protocol.read(video, number)[self.index]
 
     def add(self, samples: Sequence[PromptItem], folder: Path, state: PartialState) -> list[PromptItem]:

@@ -5,7 +5,7 @@ import csv
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from microcinema.data.video_writer import write_video
-from microcinema.evaluation.measures import Measure, tables
+from microcinema.evaluation.measures import KEYFRAME_PSNR, KEYFRAME_SSIM, Measure, tables
 from microcinema.utils.templates import write_page
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
@@ -31,8 +31,8 @@ MEASURES = (
         "clip_consistency", "CLIP consistency", "CLIP cosine of neighbouring frames; a still video scores 1", "", "", 4
     ),
     Measure("motion_magnitude", "Motion magnitude", "mean optical flow, pixels a frame; near 0: still videos", "px"),
-    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher", 1),
-    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher"),
+    KEYFRAME_PSNR,
+    KEYFRAME_SSIM,
 )
 PER_CLIP = ("clipsim", "clip_consistency", "motion_magnitude", "psnr", "ssim")
 _WIDTH, _HEIGHT, _MARGIN = 640, 300, 56  # of the figure, pixels
@@ -50,7 +50,17 @@ class Picture:
     note: str = ""
 
 
-def choose(results: Mapping[str, Any], count: int, extremes: int) -> dict[int, str]:
+def measures_of(values: Mapping[str, Any], detectors: Mapping[str, Any]) -> list[Measure]:
+    """The measures that have values; distances of VideoMAE's features under their own name, since they compare with none of I3D's."""
+    debiased = ("fvd", "kvd") if detectors.get("VideoFeatures", {}).get("detector") == "videomae" else ()
+    return [
+        replace(measure, label=f"cd-{measure.label}") if measure.key in debiased else measure
+        for measure in MEASURES
+        if measure.key in values
+    ]
+
+
+def choose(results: Mapping[str, Any], count: int = 12, extremes: int = 3) -> dict[int, str]:
     """Numbers of clips to show, `count` evenly spaced, and by each measure of single clips that has a better way the best and the worst
     `extremes`, with notes that say so."""
     chosen: dict[int, str] = {}

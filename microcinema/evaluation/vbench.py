@@ -29,7 +29,6 @@ from microcinema.utils.provenance import describe_code
 SAMPLES_FOLDER, VIDEOS_FOLDER = "samples", "videos"
 NUM_FLICKERING = 25  # videos of the prompts of this dimension
 FLICKERING = "temporal_flickering"
-NUM_PICTURES, NUM_EXTREMES = 12, 2  # clips that the report shows: evenly spaced, and at each end of each measure
 _CRF = 10  # as the suite's own example compresses
 
 
@@ -144,6 +143,11 @@ def _lay(path: Path, place: Path) -> None:
         shutil.copy2(path, place)
 
 
+def _fraction(value: Any) -> float:
+    """A score of the suite, which is at most 1, but in imaging quality, whose network's scale ends at 100."""
+    return float(value) / 100 if float(value) > 1 else float(value)
+
+
 def _read_results(path: str, videos: Sequence[SuiteVideo]) -> dict[str, tuple[float, dict[str, float]]]:
     """Score of each dimension, and of each video by its name, from a file `*_eval_results.json` of the suite, or a folder of them."""
     folder = Path(path)
@@ -153,7 +157,10 @@ def _read_results(path: str, videos: Sequence[SuiteVideo]) -> dict[str, tuple[fl
         for file in files:
             content |= json.loads(file.read_text(encoding="utf-8"))
         found = {
-            dimension: (float(score), {Path(row["video_path"]).stem: float(row["video_results"]) for row in rows})
+            dimension: (
+                _fraction(score),
+                {Path(row["video_path"]).stem: _fraction(row["video_results"]) for row in rows},
+            )
             for dimension, (score, rows) in content.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,7 +211,7 @@ def _report(
     }
     write_json(folder / RESULTS_FILE, results)
     pictures = []
-    for index, note in choose(results, NUM_PICTURES, NUM_EXTREMES).items():
+    for index, note in choose(results, extremes=2).items():
         clip = samples.load(videos[index].item.id)
         pictures.append(Picture(videos[index].name, clip.frames, clip.keyframe, fingerprint["fps"], note))
     write_report(folder / REPORT_FILE, results, pictures)

@@ -1,6 +1,7 @@
 """VideoMAE v2 (arXiv 2303.16727), whose features the content-debiased FVD (arXiv 2404.12391) compares: ViT-g, fine-tuned on Something-Something v2.
 
-Written out here with the names of the public file `vit_g_hybrid_pt_1200e_ssv2_ft.pth`, so that it opens as it is.
+Written out here with the names of the public file `vit_g_hybrid_pt_1200e_ssv2_ft.pth`, so that it opens as it is: the names of transformers'
+VideoMAE change from one of its versions to the next.
 """
 
 from collections.abc import Mapping

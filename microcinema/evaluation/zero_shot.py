@@ -24,12 +24,12 @@ from microcinema.evaluation.generated_folder import folder_clips
 from microcinema.evaluation.protocol import ZeroShotProtocol, check_count, manifest_entry
 from microcinema.evaluation.real_clips import RealKeyframes, select_clips
 from microcinema.evaluation.report import (
-    MEASURES,
     PER_CLIP,
     REPORT_FILE,
     RESULTS_FILE,
     Picture,
     choose,
+    measures_of,
     text_table,
     write_report,
 )
@@ -45,7 +45,6 @@ MANIFEST_FILE = "manifest.json"
 SAMPLES_FOLDER, KEYFRAMES_FOLDER = "samples", "keyframes"
 FEATURES_FOLDER, REFERENCE_FOLDER = "features", "reference"
 BROKEN_FILE = "unreadable_real_videos.txt"
-NUM_PICTURES, NUM_EXTREMES = 12, 3  # clips that the report shows: evenly spaced, and at each end of each measure
 ENOUGH_FOR_IS = 1000  # clips: a hundred in each of the ten parts
 _FEW_CLIPS = f"The Inception score of fewer than {ENOUGH_FOR_IS} clips depends more on their number than on the model."
 
@@ -101,7 +100,7 @@ def run_zero_shot(
     identifier = protocol.identifier(generated.samples, videos, detectors_used)
     results = {
         "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
-        **_measured(generated, features, real_features, protocol),
+        **_measurements(generated, features, real_features, protocol, detectors_used),
         "real_files_sha256": hash_list(videos) if real else None,
         "detectors": detectors_used,
         "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
@@ -112,8 +111,12 @@ def run_zero_shot(
     _write(folder, results, videos, generated)
 
 
-def _measured(
-    generated: Generated, features: Features, real_features: Features | None, protocol: ZeroShotProtocol
+def _measurements(
+    generated: Generated,
+    features: Features,
+    real_features: Features | None,
+    protocol: ZeroShotProtocol,
+    detectors_used: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The part of the results that is of the generated clips: numbers of all and of each, and what is doubtful."""
     values = compute(features, real_features, protocol)
@@ -128,7 +131,7 @@ def _measured(
         "generated": generated.fingerprint,
         "prompts_sha256": hash_json([clip["prompt"] for clip in clips]),
         "values": values,
-        "measures": [dataclasses.asdict(measure) for measure in MEASURES if measure.key in values],
+        "measures": [dataclasses.asdict(measure) for measure in measures_of(values, detectors_used)],
         "clips": clips,
         "warnings": [*warnings, *([_FEW_CLIPS] if few else [])],
     }
@@ -143,7 +146,7 @@ def _write(folder: Path, results: dict[str, Any], real: list[Video], generated: 
     facts = {"detectors": results["detectors"], "keyframe_index": generated.keyframe_index}
     write_json(folder / MANIFEST_FILE, {**results["protocol"], **facts, **clips})
     write_json(folder / RESULTS_FILE, results)
-    chosen = choose(results, NUM_PICTURES, NUM_EXTREMES)
+    chosen = choose(results)
     captions = [clip["prompt"] or clip["name"] for clip in results["clips"]]
     pictures = [Picture(captions[i], *generated.load(i), generated.fps, note) for i, note in chosen.items()]
     write_report(folder / REPORT_FILE, results, pictures)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from microcinema.evaluation.frechet import Moments, frechet_distance
-from microcinema.evaluation.measures import Measure
+from microcinema.evaluation.measures import KEYFRAME_PSNR, KEYFRAME_SSIM, Measure
 from microcinema.evaluation.statistics import mean, proportion
 from microcinema.sprites import scene
 from microcinema.sprites.judge import Verdict
@@ -20,8 +20,8 @@ MEASURES = (
     Measure("colour", "Colour", "as asked (classifier)", "%", "higher", 1),
     Measure("background", "Background", "as asked (classifier)", "%", "higher", 1),
     Measure("size", "Size", "as asked (classifier)", "%", "higher", 1),
-    Measure("psnr", "Key frame, PSNR", "the key frame in the clip against the given one", "dB", "higher", 1),
-    Measure("ssim", "Key frame, SSIM", "the key frame in the clip against the given one", "", "higher"),
+    KEYFRAME_PSNR,
+    KEYFRAME_SSIM,
     Measure("epe", "Flow error", "end-point error on the object, against the true flow", "px", "lower"),
     Measure("epe_of_no_motion", "… of a still clip", "the same error if nothing moved", "px"),
     Measure("consistency", "Consistency", "PSNR of each frame against the next one carried back", "dB", "higher", 1),

@@ -1,4 +1,5 @@
 from microcinema.evaluation.measures import Measure, tables
+from microcinema.evaluation.report import measures_of
 
 
 def test_a_measure_is_written_with_its_digits_unit_and_way():
@@ -19,3 +20,10 @@ def test_tables_are_whole_and_escaped():
     assert tex[0] == r"\begin{tabular}{lrr}" and tex[-1] == r"\end{tabular}"
     assert r" & FVD $\downarrow$ & a\_b \& 50\% \\" in tex
     assert r"model|x & 1.00 & \textbackslash{}1 \\" in tex
+
+
+def test_distances_of_other_features_have_another_name():
+    values = {"fvd": {}, "kvd": {}, "psnr": {}}
+    i3d, videomae = ({"VideoFeatures": {"detector": name}} for name in ("i3d", "videomae"))
+    assert [measure.label for measure in measures_of(values, i3d)][:2] == ["FVD", "KVD"]
+    assert [measure.label for measure in measures_of(values, videomae)][:2] == ["cd-FVD", "cd-KVD"]

@@ -19,7 +19,11 @@ from microcinema.pipelines.saving import save_pipeline
 ROOT = Path(__file__).parents[2]
 FRAMES = 4
 I2V = [  # rows as in vbench2_i2v_full_info.json
-    {"prompt_en": "a cat, sitting", "dimension": ["i2v_subject", "subject_consistency"], "image_type": "animal"},
+    {
+        "prompt_en": "a cat, sitting",
+        "dimension": ["i2v_subject", "subject_consistency", "imaging_quality"],
+        "image_type": "animal",
+    },
     {"prompt_en": "a street, camera pans left", "dimension": ["camera_motion"], "image_type": "architecture"},
 ]
 
@@ -87,7 +91,9 @@ def write_results(path, folder):
     subject = {"a cat, sitting-0": 0.9, "a cat, sitting-1": 0.7}
     camera = {"a street, camera pans left-0": True, "a street, camera pans left-1": False}
     path.mkdir()  # the suite writes a file for each dimension that it is asked for
-    for dimension, score, values in (("i2v_subject", 0.8, subject), ("camera_motion", 0.5, camera)):
+    quality = dict.fromkeys(subject, 61.0)  # by a network whose scale ends at 100
+    results = ("i2v_subject", 0.8, subject), ("camera_motion", 0.5, camera), ("imaging_quality", 61.0, quality)
+    for dimension, score, values in results:
         content = {dimension: [score, rows(values)]}
         (path / f"{dimension}_eval_results.json").write_text(json.dumps(content))
     (path / f"{dimension}_full_info.json").write_text("[]")
@@ -100,12 +106,15 @@ def test_results_of_the_suite_stand_in_the_report_and_can_be_compared(files, mad
     said = capsys.readouterr().out
     assert "i2v subject" in said and "80.00" in said and "subject_consistency not measured" in said
     results = json.loads((made / "results.json").read_text())
-    assert results["clips"][1]["measures"] == {"i2v_subject": 0.7} and results["shortfalls"] == []
+    assert (
+        results["clips"][1]["measures"] == {"i2v_subject": 0.7, "imaging_quality": 0.61} and results["shortfalls"] == []
+    )
     page = (made / "report.html").read_text()
     assert "<h1>model on vbench_i2v</h1>" in page and "What others published" not in page
     assert cli.main(["evaluate", f"compare=[{made},{made}/../{made.name}]", f"output_dir={tmp_path / 'out'}"]) == 0
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
-    assert {row["key"]: row["cells"][1]["text"] for row in rows} == {"i2v_subject": "80.00", "camera_motion": "50.00"}
+    texts = {row["key"]: row["cells"][1]["text"] for row in rows}
+    assert texts == {"i2v_subject": "80.00", "camera_motion": "50.00", "imaging_quality": "61.00"}
     assert all(row["cells"][1]["difference"]["value"] == 0 for row in rows)
 
 
