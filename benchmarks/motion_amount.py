@@ -150,7 +150,9 @@ def draw(report: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     names = [name for name in report if name != "real"]  # decoded ones are what a model could make
     for axes, key in zip(figure.subplots(1, 3), ("score", "pace", "psnr"), strict=True):
         value, low, high = (np.array([report[name][key][end] for name in names]) for end in ("value", "low", "high"))
-        axes.errorbar(range(len(names)), value, [value - low, high - value], fmt="o-", capsize=2)
+        axes.errorbar(
+            range(len(names)), value, [value - low, high - value], fmt="o", capsize=2
+        )  # no line: most settings have no order
         asked = [report[name].get("asked") for name in names]
         if key == "score" and any(asked):
             axes.plot(range(len(names)), [np.nan if each is None else each for each in asked], "k--", label="asked")
