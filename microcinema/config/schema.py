@@ -139,6 +139,7 @@ class Train(Clips):
     text_dropout: types.Fraction
     image_dropout: types.Fraction
     keyframe_places: types.Fraction
+    keyframe_place_sets: Annotated[list[types.PlaceSet], Field(min_length=1)]
     motion_dropout: types.Fraction
     keyframe_noise: types.NotNegative
     use_ema: bool

@@ -6,6 +6,8 @@ noise prior, ...) gets the *main* one: of the placed ones the nearest to the mod
 Shapes: b clips, f frames, c h w latents.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -25,14 +27,22 @@ def place_keyframes(latents: Tensor, places: Tensor) -> Tensor:
     return torch.where(mask, torch.cat([latents, ones], dim=2), 0.0)
 
 
-def draw_places(frames: int, own: int, probability: float, rng: torch.Generator) -> Tensor:
-    """The places of a training clip, bool `(f,)`: frame `own` alone, or with this probability one of seven sets that all are as frequent.
+def draw_places(frames: int, own: int, probability: float, choice: Sequence[str], rng: torch.Generator) -> Tensor:
+    """The places of a training clip, bool `(f,)`: frame `own` alone, or with this probability a set of `choice`, all as frequent.
 
-    These are the first frame; the last; both; the center; every second; every fourth, from the first on; and one to four random frames.
+    The sets are those of `config.types.PlaceSet`; `random` are one to four frames.
     """
     random = torch.randperm(frames, generator=rng)[: 1 + int(torch.randint(4, (), generator=rng))].tolist()
-    sets = ([0], [frames - 1], [0, frames - 1], [frames // 2], [*range(0, frames, 2)], [*range(0, frames, 4)], random)
-    drawn = sets[int(torch.randint(len(sets), (), generator=rng))]
+    sets = {
+        "first": [0],
+        "last": [frames - 1],
+        "ends": [0, frames - 1],
+        "center": [frames // 2],
+        "every_second": [*range(0, frames, 2)],
+        "every_fourth": [*range(0, frames, 4)],
+        "random": random,
+    }
+    drawn = sets[choice[int(torch.randint(len(choice), (), generator=rng))]]
     places = torch.zeros(frames, dtype=torch.bool)
     places[drawn if torch.rand((), generator=rng) < probability else own] = True
     return places

@@ -28,7 +28,7 @@ from microcinema.utils.device import to_device
 
 LOSS_KEYS = (
     *("snr_gamma", "motion_weight", "timestep_logit_normal", "flow_weight", "text_dropout", "image_dropout"),
-    *("motion_dropout", "keyframe_noise", "keyframe_places"),
+    *("motion_dropout", "keyframe_noise", "keyframe_places", "keyframe_place_sets"),
 )
 _MOTION_STREAM, _KEYFRAME_STREAM = 2, 3  # of a clip's generators; the first has what is drawn for every model
 Denoiser = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -98,6 +98,7 @@ class LossConfig:
         text_dropout, image_dropout, motion_dropout: probability of training without that condition, independently (arXiv 2207.12598).
         keyframe_noise: largest level of noise on the key frame (`_keyframe_noise`); 0: the network is told none.
         keyframe_places: probability of other places than the model's own (`draw_places`); 0: the network does not see places.
+        keyframe_place_sets: what these are.
         keeps_own_place: whether a key frame is at the model's own place in any case, since the network has its pixels from there.
         remapped_timesteps: the network's timestep for every timestep of the schedule, (t,); None for the same.
         objective: in place of the denoising loss, such as `consistency.Consistency`.
@@ -114,6 +115,7 @@ class LossConfig:
     image_dropout: float
     seed: int
     keyframe_places: float = 0.0
+    keyframe_place_sets: Sequence[str] = ()
     keeps_own_place: bool = False
     motion_dropout: float = 0.0
     keyframe_noise: float = 0.0
@@ -134,7 +136,7 @@ class LossConfig:
             t.append(self._sample_timestep(rng))
             noise.append(torch.randn(shape, generator=rng))
             if self.keyframe_places:
-                places.append(draw_places(shape[0], own, self.keyframe_places, rng))
+                places.append(draw_places(shape[0], own, self.keyframe_places, self.keyframe_place_sets, rng))
                 places[-1][own] |= self.keeps_own_place
         mask = torch.stack(uniform) >= torch.tensor([self.text_dropout, self.image_dropout])
         kept, drawn = (mask[:, 0], mask[:, 1]), torch.stack(places) if places else None

@@ -1,15 +1,21 @@
 """Places of key frames: the draws of training, the main one, and what the network sees."""
 
+from collections.abc import Sequence
+from typing import get_args
+
 import pytest
 import torch
 
+from microcinema.config.types import PlaceSet
 from microcinema.data.keyframe_places import draw_places, main_keyframe, place_keyframes
 from microcinema.diffusion.rng import generator
 
+ALL = get_args(PlaceSet)
+
 
 def test_places_are_the_models_own_or_one_of_seven_sets():
-    def drawn(probability: float, frames: int = 8) -> list[tuple[int, ...]]:
-        rows = (draw_places(frames, 5, probability, generator(0, i)) for i in range(700))
+    def drawn(probability: float, frames: int = 8, sets: Sequence[str] = ALL) -> list[tuple[int, ...]]:
+        rows = (draw_places(frames, 5, probability, sets, generator(0, i)) for i in range(700))
         return [tuple(row.nonzero()[:, 0].tolist()) for row in rows]
 
     assert set(drawn(0.0)) == {(5,)}
@@ -19,6 +25,7 @@ def test_places_are_the_models_own_or_one_of_seven_sets():
     assert all(1 <= len(places) <= 4 for places in sets)
     assert len(set(sets)) > 40  # the random ones
     assert drawn(0.4).count((5,)) == pytest.approx(420, abs=45)
+    assert set(drawn(1.0, sets=["ends", "every_fourth"])) == {(0, 7), (0, 4)}
     assert set(drawn(1.0, frames=1)) == {(0,)}  # of a picture
 
 

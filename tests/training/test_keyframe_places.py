@@ -1,6 +1,7 @@
 """Training with key frames at chosen places: the draws, what the network gets, and what a run without it keeps."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import DDPMScheduler
 from fixtures import tiny, tiny_training
 from fixtures.tiny_unet import options
 from microcinema.config.compose import compose
+from microcinema.config.types import PlaceSet
 from microcinema.data.keyframe_places import place_keyframes
 from microcinema.diffusion.noise_prior import NoisePrior
 from microcinema.diffusion.rng import generator
@@ -20,13 +22,21 @@ from microcinema.training.trainer import Trainer
 from microcinema.utils.errors import UserError
 from microcinema.utils.fingerprint import differences
 
+SETS = get_args(PlaceSet)
 SHAPE = torch.Size((8, 4, 2, 2))
 
 
 def loss_config(keyframe_places: float = 0.7, **changes) -> LossConfig:
     rest = {"snr_gamma": None, "motion_weight": 0.0, "timestep_logit_normal": None, "flow_weight": 0.1}
     dropout = {"text_dropout": 0.2, "image_dropout": 0.2}
-    settings = {**rest, **dropout, "seed": 3, "keyframe_places": keyframe_places, **changes}
+    settings = {
+        **rest,
+        **dropout,
+        "seed": 3,
+        "keyframe_places": keyframe_places,
+        "keyframe_place_sets": SETS,
+        **changes,
+    }
     return LossConfig(DDPMScheduler(clip_sample=False), NoisePrior("appearance", 0.5), "center", **settings)
 
 
