@@ -3,21 +3,25 @@
 Files of 450 frames of 596x336 at 30 frames per second, with a key frame every 250 and every 25 frames; clips of 16 frames at 8 per second.
 """
 
-import json
+import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
 
+from benchmarks.reporting import make_parser, run, spread
 from microcinema.data import video_reader
 from microcinema.utils.errors import UserError
 
 FPS, NUM_FRAMES = 30, 450
+RATIOS = ("of_pyav", "of_decord")
 
 
 def write(path: Path, gop: int, num_frames: int = NUM_FRAMES) -> Path:
@@ -64,8 +68,8 @@ def plain_decord(path: Path, numbers: list[int]) -> np.ndarray:
     return decord.VideoReader(str(path), num_threads=1).get_batch(numbers).asnumpy()
 
 
-def measure(path: Path, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, and the median ratios to the two others, over clips at random positions."""
+def measure_file(path: Path, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, and the ratios to the two others (`spread`), over clips at random positions."""
     times, seconds = video_reader.read_index(path).times, defaultdict(list)
     for position in np.random.default_rng(0).random(rounds):
         starts = times[times < times[-1] - 15 / 8 + 1e-6]
@@ -85,12 +89,29 @@ def measure(path: Path, rounds: int) -> dict[str, float]:
     found = {f"{name}_ms": 1000 * statistics.median(values) for name, values in seconds.items()}
     for name in ("pyav", "decord"):
         pairs = zip(seconds["microcinema"], seconds[name], strict=True)
-        found[f"of_{name}"] = statistics.median(ours / theirs for ours, theirs in pairs)
+        found |= spread([ours / theirs for ours, theirs in pairs], f"of_{name}")
     return found
 
 
-if __name__ == "__main__":
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints a table."""
+    print("| frames between key frames | ms | of PyAV's time | of decord's |\n| ---: | ---: | ---: | ---: |")
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
         for gop in (250, 25):
-            found = measure(write(Path(folder) / f"{gop}.mp4", gop), 21)
-            print(json.dumps({"gop": gop} | {key: round(value, 3) for key, value in found.items()}))
+            found = measure_file(write(Path(folder) / f"{gop}.mp4", gop), arguments.rounds)
+            ratios = (f"{found[k]:.2f} ({found[f'{k}_low']:.2f} to {found[f'{k}_high']:.2f})" for k in RATIOS)
+            print(f"| {gop} | {found['microcinema_ms']:.0f} | {' | '.join(ratios)} |")
+            report[str(gop)] = found
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the command line and runs the benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=21, help="clips of each file")
+    return run(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

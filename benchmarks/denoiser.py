@@ -5,7 +5,7 @@
     python -m benchmarks.denoiser --parts launches   # operations and memory traffic of a training step, at the same width
 
 Diffusers' video UNets stand beside it, all at equal widths, head widths and depths, each with its own inputs. A round runs every network
-once; the figure is the ratio of median times, which other load on the machine hardly changes. A training step is forward, mean squared
+once; the figure is the median of the ratios of each round, which other load on the machine hardly changes. A training step is forward, mean squared
 error, backward.
 """
 
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counts import LaunchCounter
-from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
+from benchmarks.reporting import CLOCKS, add_timing, compare_seconds, environment, make_parser, run
 from microcinema.config.compose import compose
 from microcinema.models.video_unet import VideoUNet, set_trainable
 
@@ -255,8 +255,8 @@ def measure_seconds(part: str, size: dict[str, Any], arguments: argparse.Namespa
     networks = contestants(size, part == "training", arguments.only)
     step = Contestant.training_step if part == "training" else Contestant.forward
     actions = {name: functools.partial(step, contestant, z_t) for name, contestant in networks.items()}
-    seconds = median_seconds(actions, arguments.rounds, CLOCKS[arguments.clock], part)
-    return {name: _row(networks, name, "seconds", seconds) for name in networks}
+    rows = compare_seconds(actions, arguments.rounds, CLOCKS[arguments.clock], part, REFERENCE)
+    return {name: row | {"parameters": _parameters(networks[name])} for name, row in rows.items()}
 
 
 def count_flops(size: dict[str, Any], only: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -289,8 +289,12 @@ COUNTS = {"flops": count_flops, "launches": count_launches}
 
 
 def _row(networks: Mapping[str, Contestant], name: str, figure: str, values: Mapping[str, float]) -> dict[str, float]:
-    parameters = sum(p.numel() for network in networks[name].networks for p in network.parameters())
+    parameters = _parameters(networks[name])
     return {figure: values[name], "ratio": values[name] / values[REFERENCE], "parameters": parameters}
+
+
+def _parameters(contestant: Contestant) -> int:
+    return sum(p.numel() for network in contestant.networks for p in network.parameters())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,8 @@ Real files, random parts of them, worker processes, a decoder process beside eac
 
 import argparse
 import csv
-import json
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 from torch.utils.data import DataLoader
 
+from benchmarks.reporting import make_parser, run
 from microcinema.data.clips import ClipDataset
 from microcinema.data.indexed import DistributedBatchSampler, IndexedDataset
 from microcinema.data.quarantine import Quarantine
@@ -52,7 +53,7 @@ def memory() -> int:
     return total
 
 
-def measure(
+def read_clips(
     clips: int, warm: int, decoder: str, timeout: float | None, num_workers: int, size: tuple[int, int], folder: Path
 ) -> dict[str, float]:
     """Reads so many clips in batches of 4; memory after `warm` of them and the most after that, in bytes."""
@@ -77,9 +78,28 @@ def measure(
     }
 
 
-def main() -> None:
-    """Prints one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Prints the memory and the clips read in a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_clips(
+            arguments.clips,
+            arguments.warm,
+            arguments.decoder,
+            arguments.timeout or None,
+            arguments.num_workers,
+            tuple(arguments.size),
+            Path(folder),
+        )
+    print(f"{found['clips_per_second']:.0f} clips a second")
+    print(
+        f"{found['before'] / 1e6:.0f} MB after {arguments.warm} clips, at most {found['most'] / 1e6:.0f} MB after that"
+    )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the command line and runs the benchmark."""
+    parser = make_parser(__doc__)
     parser.add_argument("--clips", type=int, default=20000, help="clips to read")
     parser.add_argument("--warm", type=int, default=2000, help="clips after which memory is first measured")
     parser.add_argument("--decoder", default="pyav", help="pyav or decord")
@@ -88,19 +108,8 @@ def main() -> None:
     )
     parser.add_argument("--num-workers", type=int, default=2, help="worker processes")
     parser.add_argument("--size", type=int, nargs=2, default=(336, 596), help="height and width of the videos")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(
-            options.clips,
-            options.warm,
-            options.decoder,
-            options.timeout or None,
-            options.num_workers,
-            tuple(options.size),
-            Path(folder),
-        )
-    print(json.dumps({key: round(value, 4) for key, value in found.items()}))
+    return run(measure, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

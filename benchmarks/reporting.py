@@ -4,7 +4,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     add_clock(parser)
 
 
-def median_seconds(
-    actions: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float], label: str
-) -> dict[str, float]:
-    """Median seconds of each action over interleaved rounds, after a warm-up round."""
+def compare_seconds(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float], label: str, reference: str
+) -> dict[str, dict[str, float]]:
+    """Times the actions in interleaved rounds, after a warm-up round.
+
+    Returns:
+        Of each action the median `seconds`, and the median `ratio` to the reference in the same round, with the least and the largest.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     with tqdm(total=(rounds + 1) * len(actions), desc=label) as bar:
         for _ in range(rounds + 1):
@@ -51,7 +55,16 @@ def median_seconds(
                 action()
                 seconds[name].append(clock() - start)
                 bar.update()
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    rows = {}
+    for name, values in seconds.items():
+        ratios = [one / other for one, other in zip(values[1:], seconds[reference][1:], strict=True)]
+        rows[name] = {"seconds": statistics.median(values[1:])} | spread(ratios, "ratio")
+    return rows
+
+
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """The median of a figure, under its name, with `_low` and `_high`."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:

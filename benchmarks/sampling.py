@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from benchmarks.denoiser import FULL, QUICK, TOKENS, unet_settings, video_unet
-from benchmarks.reporting import CLOCKS, add_timing, environment, make_parser, median_seconds, run
+from benchmarks.reporting import CLOCKS, add_timing, compare_seconds, environment, make_parser, run
 from microcinema.config.compose import compose
 from microcinema.config.sampling import SamplingSettings
 from microcinema.diffusion.schedule import make_sampler
@@ -82,8 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return sample
 
     loops = {name: loop(*preset) for name, preset in NETWORKS.items()}
-    seconds = median_seconds(loops, arguments.rounds, CLOCKS[arguments.clock], "sampling")
-    rows = {name: {"seconds": value, "ratio": value / seconds[BASELINE]} for name, value in seconds.items()}
+    rows = compare_seconds(loops, arguments.rounds, CLOCKS[arguments.clock], "sampling", BASELINE)
     print(f"\n{f'sampling, {arguments.steps} steps':<40}{'ratio':>8}{'seconds':>10}")
     for name, row in rows.items():
         print(f"{name:<40}{row['ratio']:>8.3f}{row['seconds']:>10.3f}")
