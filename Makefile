@@ -11,7 +11,7 @@ test test-slow test-lowest: export OMP_NUM_THREADS = 1
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
-.PHONY: demo test test-slow test-lowest lint docs install clean
+.PHONY: demo test test-slow test-lowest release-check lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/recipes/demo.py
@@ -28,6 +28,10 @@ test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --no-compile -c constraints-lowest.txt -e ".[test]"
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Wheel and source archive, in dist/, and whether they work without the clone.
+release-check:
+	PYTHON=$(PYTHON) scripts/release_check.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

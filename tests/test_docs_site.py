@@ -108,6 +108,9 @@ def test_continuous_integration_runs_what_ci_run_runs():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
     assert ".ci/run" in steps and "make docs" in steps
+    targets = workflow["jobs"]["versions"]["strategy"]["matrix"]["target"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets == ["test-lowest", "release-check"] and all(f"\n{target}:" in makefile for target in targets)
 
 
 def test_the_readme_is_short():

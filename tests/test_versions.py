@@ -37,11 +37,16 @@ def test_the_lowest_versions_are_the_bounds_of_pyproject():
     assert all(f"{lowest[name]}.".startswith(f"{bound}.") for name, bound in bounds.items())
 
 
-def test_python_3_10_is_asked_for_no_version_that_needs_a_newer_one():
-    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
-    compared = 0
+def oldest_python() -> str:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'requires-python = ">=([\d.]+)"', text)[1]
+
+
+def test_the_oldest_python_is_asked_for_no_version_that_needs_a_newer_one():
+    oldest, compared = oldest_python(), 0
     for name, requirement in pins("constraints.txt").items():
-        if requirement.marker and not requirement.marker.evaluate({"python_version": oldest}):
+        first = {"python_version": oldest, "python_full_version": f"{oldest}.0"}
+        if requirement.marker and not requirement.marker.evaluate(first):
             continue
         try:
             installed = metadata.distribution(name)
@@ -49,6 +54,17 @@ def test_python_3_10_is_asked_for_no_version_that_needs_a_newer_one():
             continue  # of the documentation
         if requirement.specifier.contains(installed.version, prereleases=True):
             compared += 1
-            assert SpecifierSet(installed.metadata["Requires-Python"] or "").contains(f"{oldest}.13"), name
+            assert SpecifierSet(installed.metadata["Requires-Python"] or "").contains(f"{oldest}.0"), name
     if not compared:
         pytest.skip("the versions of constraints.txt are not installed")
+
+
+def test_the_oldest_python_is_the_one_that_linters_workflow_and_pages_name():
+    oldest = oldest_python()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'target-version = "py{oldest.replace(".", "")}"' in text and f'\npython_version = "{oldest}"' in text
+    named = re.findall(r'python-version: "([\d.]+)"', (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert named and set(named) == {oldest}
+    for page in ("README.md", "CONTRIBUTING.md", "docs/getting_started.md"):
+        assert f"Python {oldest} or newer" in (ROOT / page).read_text(encoding="utf-8"), page
+    assert f"for version in {oldest} " in (ROOT / "scripts/release_check.sh").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def evaluate(
         "protocol": {"identifier": protocol.identifier, **dataclasses.asdict(protocol)},
         "model": {**fingerprint, "keyframe_index": keyframe_index},
         "versions": describe_code(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "confidence": CONFIDENCE,
         "measures": [dataclasses.asdict(measure) for measure in (*metrics.MEASURES, metrics.FRECHET)],
         "parts": parts,
