@@ -4,6 +4,7 @@ import argparse
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ class Command:
         folder: the key of the folder that it writes, which one process holds at a time; None: it writes none.
         one_of: keys of which exactly one has to be set.
         files: keys that name an existing file or folder, if they are set.
+        takes: the key that the first word behind the command sets, `microcinema watch runs`; None: every word names its key.
     """
 
     meaning: str
@@ -38,6 +40,7 @@ class Command:
     folder: str | None = "output_dir"
     one_of: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    takes: str | None = None
 
     def check(self, config: Any) -> None:
         """Refuses a key that is not set and a file that is not there, before anything heavy is imported, and what a component does not take."""
@@ -74,6 +77,9 @@ COMMANDS = {
     "doctor": Command(
         "check whether train can run here with the same keys, and what it needs", config="train", folder=None
     ),
+    "watch": Command(
+        "show training runs in the browser: curves, videos, configs", folder=None, files=("folder",), takes="folder"
+    ),
 }
 GRACE_SECONDS = 5.0  # in which a launcher ends the other processes of a run when one has failed
 
@@ -99,9 +105,12 @@ def command_help(command: str, overrides: Sequence[str] = ()) -> str:
 
 
 def merge_subcommand(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a command of two words, such as `prepare check`, as one."""
+    """The arguments with a command of two words, such as `prepare check`, as one, and the word that a command takes with its key."""
     both = " ".join(arguments[:2])
-    return [both, *arguments[2:]] if both in COMMANDS else list(arguments)
+    command, *words = [both, *arguments[2:]] if both in COMMANDS else arguments or [""]
+    if command in COMMANDS and (key := COMMANDS[command].takes) and words and not re.match("-|[a-z]+=", words[0]):
+        words[0] = f"{key}={words[0]}"
+    return [command, *words]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

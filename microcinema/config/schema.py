@@ -327,3 +327,11 @@ class Export:
     use_ema: bool
     with_base: bool
     torch_dtype: types.Dtype
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Watch:
+    folder: types.PathText
+    serve: bool
+    port: Annotated[types.CountOrZero, Field(le=65535)]
+    refresh: types.Count

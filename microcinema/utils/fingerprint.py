@@ -78,18 +78,19 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any], common_o
     Args:
         common_only: compare only keys that both have; otherwise an absent key equals null.
     """
-    new, old = _flatten(canonical(expected)), _flatten(canonical(actual))
+    new, old = flatten(canonical(expected)), flatten(canonical(actual))
     keys = [key for key in new if key in old] if common_only else {**new, **old}
     changed = [key for key in keys if new.get(key) != old.get(key)]
     shown = [f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}" for key in changed[:_MAX_SHOWN]]
     return [*shown, f"{len(changed) - _MAX_SHOWN} more"] if len(changed) > _MAX_SHOWN else shown
 
 
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their keys, joined by dots."""
     if not isinstance(content, dict):
         return {prefix: content}
     dot = "." if prefix else ""
-    return {leaf: value for key in content for leaf, value in _flatten(content[key], f"{prefix}{dot}{key}").items()}
+    return {leaf: value for key in content for leaf, value in flatten(content[key], f"{prefix}{dot}{key}").items()}
 
 
 def _short(value: Any) -> str:
