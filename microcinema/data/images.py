@@ -19,11 +19,11 @@ BACKGROUND = "white"
 _BIT_DEPTHS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # Pillow leaves PNG's transparent color in the file's depth
 
 
-def open_image(path: Any) -> Image.Image:
+def open_image(path: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture file, by its path or as an object with `read`, as `to_rgb` makes it; of several frames, the first one.
 
     Raises:
-        UserError: not a regular file of one of the `FORMATS`, damaged, above `MAX_PIXELS`, or nothing for `to_rgb`.
+        UserError: not a regular file of one of the `FORMATS`, damaged, above `max_pixels`, or nothing for `to_rgb`.
     """
     try:
         is_path = isinstance(path, str | os.PathLike)
@@ -32,8 +32,8 @@ def open_image(path: Any) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on its lower limit of pixels and on tags that are not needed
             with Image.open(path if is_path else io.BytesIO(path.read()), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"it has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS}")
+                if image.width * image.height > max_pixels:
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, above the limit of {max_pixels}")
                 color = image.info.get("transparency")
                 if image.format == "PNG" and (factor := _BIT_DEPTHS.get(str(image.tile[0][3]))) and color is not None:
                     values = np.multiply(color, factor).astype(int)

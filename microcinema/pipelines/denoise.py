@@ -19,7 +19,7 @@ from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.long_video import Windows
 from microcinema.utils.errors import UserError
 
-CALLBACK_TENSORS = ("latents", "prediction")
+CALLBACK_TENSORS = ("latents", "prediction", "z0")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class StepCallback:
     Args:
         pipeline: first argument of the function.
         function: called as `function(pipeline, step, t, tensors)`; may return new `latents` in a dictionary.
-        tensor_inputs: names of the tensors that it gets, of `CALLBACK_TENSORS`.
+        tensor_inputs: names of the tensors that it gets, of `CALLBACK_TENSORS`: `z0` is the clip that the prediction stands for.
 
     Raises:
         UserError: an unknown tensor.
@@ -170,11 +170,14 @@ def denoise(
             # Here z is L u, the latents without their share of the prior's mean.
             signal, sigma = signal_and_noise(scheduler, t, z)
             z_t = scheduler.scale_model_input(z, t) + sigma * mean
-            prediction = guided(z_t, t_model, predicted_z0_gains(scheduler, t, z))
+            of_latents, of_prediction = predicted_z0_gains(scheduler, t, z)
+            prediction = guided(z_t, t_model, (of_latents, of_prediction))
             share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
             plain = prior.whiten(prediction - share * mean)
             z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)
-        z = step_end(step, t, {"latents": z, "prediction": prediction})
+        z = step_end(
+            step, t, {"latents": z, "prediction": prediction, "z0": of_latents * z_t + of_prediction * prediction}
+        )
         # Second-order solvers visit a timestep twice; the bar counts steps.
         bar.update(min(1, bar.total - bar.n))
     return z

@@ -51,6 +51,9 @@ class KeyframePipeline:
             images (one for every prompt, in natural order: 2.png before 10.png).
         origin: name, revision and variant of a pipeline, for the provenance.
 
+    Attributes:
+        callback_on_step_end: called after every step, as by diffusers, if the pipeline takes it; None: nothing is.
+
     Raises:
         UserError: the path has no images, or `resize_mode` is unknown.
     """
@@ -65,6 +68,7 @@ class KeyframePipeline:
         self.source: Any = source if isinstance(source, DiffusionPipeline) else Path(source)
         self.resize_mode: ResizeMode = resize_mode
         self.origin = dict(origin or {})
+        self.callback_on_step_end: Callable[..., dict[str, Any]] | None = None
         self.files: list[Path] = []
         if isinstance(self.source, Path):
             if not self.source.exists():
@@ -191,13 +195,17 @@ class KeyframePipeline:
     ) -> list[tuple[Image.Image, dict[str, str]]]:
         """Images, with what their provenance has to say: the prompt, its end if that is `truncated`, and `flagged`."""
         assert isinstance(self.source, DiffusionPipeline)
-        name, one = type(self.source).__name__, len(prompts) == 1
+        name, one, callbacks = type(self.source).__name__, len(prompts) == 1, {}
+        if self.callback_on_step_end is not None and self.takes("callback_on_step_end"):
+            callbacks["callback_on_step_end"] = self.callback_on_step_end
         rng: Any = generators[0] if None in generators or one else list(generators)
         if not one and "negative_prompt" in arguments:  # some pipelines want as many
             arguments = {**arguments, "negative_prompt": [arguments["negative_prompt"]] * len(prompts)}
         try:
             with _check_decoders(self.networks.values()):
-                output = self.source(prompt=prompts[0] if one else list(prompts), generator=rng, **arguments)
+                output = self.source(
+                    prompt=prompts[0] if one else list(prompts), generator=rng, **callbacks, **arguments
+                )
         except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
             settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
             fault = (

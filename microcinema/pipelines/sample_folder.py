@@ -66,9 +66,9 @@ class SampleFolder:
         self.versions = {"versions": describe_code()}
         self.run_record = {**(run_record or {}), **self.versions}
 
-    def path(self, item: PromptItem) -> Path:
-        """The first file of an item's video."""
-        return self._path(item, _SUFFIXES[self.formats[0]])
+    def path(self, item: PromptItem, of_keyframe: bool = False) -> Path:
+        """The first file of an item's video, or its key frame."""
+        return self._path(item, _KEYFRAME if of_keyframe else _SUFFIXES[self.formats[0]])
 
     def keyframe_is_up_to_date(self, item: PromptItem, record: Mapping[str, Any]) -> bool:
         """Whether the key frame with this record exists, with its pixels."""

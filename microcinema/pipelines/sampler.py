@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -24,6 +26,9 @@ from microcinema.pipelines.text_to_video import animate, draw_keyframes, keyfram
 from microcinema.utils.errors import UserError
 from microcinema.utils.hashing import hash_networks
 
+StepFunction = Callable[[str, int, int, Callable[[int], np.ndarray] | None], None]
+"""Called after every step with the stage, the number of steps that are done and of all, and in stage 2 with a function of a number: so
+many frames of the clip as it now stands, uint8 (n, h, w, 3)."""
 _MODEL = ("noise_prior", "noise_prior_strength", "noise_prior_gamma", "keyframe_position", "training_schedule")
 
 
@@ -40,6 +45,7 @@ class Sampler:
         progress: show bars.
         keyframes: images of all videos by their places in a clip, None for the key frame of each; None: that alone, at the model's own place.
         lora: LoRAs of the video model, as `Lora.of` reads them, and of stage 1 unless `keyframe.lora` names others.
+        on_step: called after every step of both stages, see `StepFunction`.
 
     Attributes:
         keyframe_index: frame of the videos that the key frame is.
@@ -59,9 +65,10 @@ class Sampler:
         progress: bool = True,
         keyframes: Mapping[int, Path | None] | None = None,
         lora: Sequence[str] = (),
+        on_step: StepFunction | None = None,
     ):
         self.pipeline, self.keyframe, self.memory, self.device = pipeline, keyframe, memory, device
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.progress, self.on_step = batch_size, progress, on_step
         self.draws_batches = torch.device(device).type != "cpu"
         self.lora = [Lora.of(text) for text in lora]
         self._keyframe_lora = [Lora.of(text) for text in (lora if keyframe.lora is None else keyframe.lora)]
@@ -108,6 +115,7 @@ class Sampler:
         rank: int = 0,
         num_processes: int = 1,
         on_done: Callable[[PromptItem, bool], None] = lambda item, is_new: None,
+        keyframes_only: bool = False,
     ) -> None:
         """Makes the share of this process: every `num_processes`-th batch. A process waits for no other.
 
@@ -115,6 +123,7 @@ class Sampler:
 
         Args:
             on_done: called for every video, with whether it was made now.
+            keyframes_only: only the key frames are made.
 
         Raises:
             UserError: bad images, motion prompts or text-to-image models, or pixels that are not finite.
@@ -131,7 +140,11 @@ class Sampler:
         size = self.batch_size
         batches = [items[start : start + size] for start in range(0, len(items), size)[rank::num_processes]]
         self._make_keyframes(batches, folder)
-        self._make_videos(batches, folder, on_done)
+        if not keyframes_only:
+            self._make_videos(batches, folder, on_done)
+            return
+        for item in chain(*batches):
+            on_done(item, True)
 
     def fingerprint(self) -> dict[str, Any]:
         """What all samples depend on beside their items, resolved. Loads stage 1, which `run` then uses."""
@@ -169,6 +182,8 @@ class Sampler:
                 self.pipeline, *origin, getattr(torch, self.keyframe_memory.torch_dtype)
             )
             self._stage1.resize_mode = model.resize_mode
+            if self.on_step is not None:
+                self._stage1.callback_on_step_end = self._count_step
             self._stage1_hashes = hash_networks(self._stage1.networks)
             self._keyframe_lora = fuse_loras(self._stage1.source, self._keyframe_lora, only_fitting=model.lora is None)
         return self._stage1
@@ -249,12 +264,24 @@ class Sampler:
                     video.set_progress_bar_config(desc="video", unit="step", leave=False, disable=not self.progress)
                 images = [folder.open_keyframe(item) for item in batch]
                 places = {place: frame and frame.image for place, frame in self.placed.items()} or None
-                frames = animate(video, batch, images, self.settings, output_type="np", keyframes=places).frames
+                more: dict[str, Any] = {"output_type": "np", "keyframes": places}
+                if self.on_step is not None:
+                    more |= {"callback_on_step_end": self._count_step, "callback_on_step_end_tensor_inputs": ["z0"]}
+                frames = animate(video, batch, images, self.settings, **more).frames
                 for item, record, clip, missing in zip(batch, records, frames, is_new, strict=True):
                     if missing:
                         folder.write_video(item, to_uint8(clip, f"'{item.id}'"), record["fps"], record)
             for item, made in zip(batch, is_new, strict=True):
                 on_done(item, made)
+
+    def _count_step(self, pipeline: Any, step: int, t: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The callback of both stages, which changes nothing."""
+        assert self.on_step is not None
+        if (z0 := tensors.get("z0")) is None:
+            self.on_step("key frame", step + 1, pipeline.num_timesteps, None)
+        else:
+            self.on_step("video", step + 1, pipeline.num_timesteps, partial(_preview, pipeline, z0[:1]))
+        return {}
 
     def _is_animated(self, item: PromptItem, folder: SampleFolder) -> bool:
         return check_flagged(folder.record(item, of_keyframe=True) or {}, item.id, self.keyframe.on_flagged)
@@ -273,6 +300,11 @@ class Sampler:
 
     def _bar(self, sequence: Sequence[Any], label: str, unit: str) -> Any:
         return tqdm(sequence, label, unit=unit, disable=not self.progress or len(sequence) == 1)
+
+
+def _preview(pipeline: ImageToVideoPipeline, z0: torch.Tensor, count: int) -> np.ndarray:
+    frames = z0[:, torch.linspace(0, z0.shape[1] - 1, count).round().long()]
+    return to_uint8(pipeline.decode_latents(frames, 1)[0].float().add(1).div(2).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _generator_record(item: PromptItem) -> dict[str, int]:

@@ -9,8 +9,8 @@ from microcinema.data.latents import EncodedClips
 from microcinema.data.source import ClipSource
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.utils.errors import UserError
-from microcinema.utils.fingerprint import differences
-from microcinema.utils.hashing import canonical, hash_json, hash_weights
+from microcinema.utils.fingerprint import canonical, differences
+from microcinema.utils.hashing import hash_json, hash_weights
 
 CACHED_PARTS = ("text", "motion_tokens", "image_tokens", "keyframe", "flow")
 """What can be cached beside the latents."""

@@ -9,11 +9,18 @@ from typing import Any
 
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import make_folder, write_json
-from microcinema.utils.hashing import canonical
 
 FINGERPRINT = "fingerprint.json"
 """The record of a folder."""
 _MAX_SHOWN = 20  # differences
+
+
+def canonical(content: Any) -> Any:
+    """Content as JSON holds it, with floats rounded to 10 significant digits, so that rounding errors in float64 do not count.
+
+    The last bits of computed values differ between instruction sets and versions of NumPy.
+    """
+    return json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.10g}"))
 
 
 def read_record(

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from microcinema.utils.fingerprint import canonical
+
 SUMS = "SHA256SUMS"
 """The file of checksums, in the format of `sha256sum -c`."""
 _KEPT_FROM = 2**26  # bytes of files that take longer to hash than to look up
@@ -35,14 +37,6 @@ def hash_file(file: str | os.PathLike[str]) -> str:
 def hash_array(array: Any) -> str:
     """sha256 of the bytes of an array or of an image's pixels, in row-major order; dtype and shape are not included."""
     return hash_chunks([np.ascontiguousarray(array).reshape(-1)])
-
-
-def canonical(content: Any) -> Any:
-    """Content as JSON holds it, with floats rounded to 10 significant digits, so that rounding errors in float64 do not count.
-
-    The last bits of computed values differ between instruction sets and versions of NumPy.
-    """
-    return json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.10g}"))
 
 
 def hash_json(content: Any) -> str:

@@ -12,9 +12,9 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from microcinema.utils import hashing
+from microcinema.utils.fingerprint import canonical
 from microcinema.utils.hashing import (
     SUMS,
-    canonical,
     checksum_error,
     hash_array,
     hash_chunks,
