@@ -6,28 +6,34 @@ INSTALLED := .venv/.installed
 DOCS := .venv/.docs
 
 # One thread a test process: two processes on two cores are faster than one with two threads.
-test test-slow test-lowest: export OMP_NUM_THREADS = 1
+test test-slow test-ui test-lowest: export OMP_NUM_THREADS = 1
 # The C library otherwise hands each large buffer back to the kernel and faults it in again: 1.4 times slower training on CPU.
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
-.PHONY: demo test test-slow test-lowest release-check lint docs install clean
+.PHONY: demo test test-slow test-ui test-lowest release-check lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/recipes/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not ui"
 
 # Runs that are killed, two real processes, measured memory, and whatever else takes long.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
+# The studio in Chromium, Debian's, which is installed if it is not there.
+test-ui: $(INSTALLED)
+	test -x /usr/bin/chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pip install --no-compile -q -c constraints.txt -e ".[test,ui]" playwright
+	$(BIN)/python -m pytest -m ui tests/ui
+
 # The fast tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --no-compile -c constraints-lowest.txt -e ".[test]"
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not ui"
 
 # Wheel and source archive, in dist/, and whether they work without the clone.
 release-check:

@@ -210,7 +210,7 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
-    commands = ("train", "sample", "export", "prepare check", "prepare preview", "prepare latents")
+    commands = ("train", "sample", "ui", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [plain(compose(command)) for command in commands]
     composed.append(plain(compose("train", ["lora=motion", "init_weights_from=runs/my-model"])))
     composed += [plain(compose("evaluate", [f"evaluation={protocol}"])) for protocol in ("ucf101", "sprites")]

@@ -23,6 +23,7 @@ FLOORS |= {name: {"utils", "config"} for name in ("data", "diffusion", "models")
 for name in ("pipelines", "evaluation", "training"):
     FLOORS[name] = {*FLOORS}
 FLOORS["sprites"] = FLOORS["profiling"] = {*FLOORS}
+FLOORS["ui"] = {"utils", "config", "data"}
 FLOORS["commands"] = {*FLOORS}
 FLOORS["__main__"] = {"commands"}
 
@@ -91,8 +92,10 @@ def test_every_import_is_a_declared_dependency():
     optional = {
         "bitsandbytes",
         "deepspeed",
+        "gradio",
         "matplotlib",
         "ray",
+        "starlette",
         "torchvision",
         "xformers",
     }  # for some alone, and missed in one line

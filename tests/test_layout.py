@@ -11,6 +11,7 @@ TESTED_IN = {
     "commands/prepare_preview": "data/test_watermark.py",
     "commands/train": "training/test_trainer.py",
     "models/lora": "training/test_lora.py",
+    "commands/ui": "ui/test_page.py",
     "config/help": "commands/test_cli.py",
     "config/instantiate": "config/test_compose.py",
     "config/network": "models/test_video_unet.py",

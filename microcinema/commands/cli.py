@@ -74,6 +74,7 @@ COMMANDS = {
         one_of=("cached_latents",),
     ),
     "export": Command("write a pipeline folder from a checkpoint", one_of=("checkpoint",), files=("checkpoint",)),
+    "ui": Command("make videos on a page in the browser"),
     "doctor": Command(
         "check whether train can run here with the same keys, and what it needs", config="train", folder=None
     ),

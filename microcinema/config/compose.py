@@ -7,6 +7,7 @@ Hydra composes the files; what travels from here on is one frozen object of `sch
 import difflib
 import os
 import re
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from microcinema.utils.files import atomic_path
 
 # Of a text of the command line, which cannot hold a NUL: what stands for its `${` and `???` while references are resolved.
 _MARK, _MISSING = "\0{", "\0?"
+_ONE_AT_A_TIME = threading.Lock()  # Hydra has one state for all threads, such as those of the studio
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> Any:
@@ -62,7 +64,7 @@ def compose_with_choices(command: str, overrides: Iterable[str] = ()) -> tuple[A
         elif value != "null" or groups[key] is not None:
             raise UserError(f"{key} has no option {value!r}; there are {', '.join(group_options(key))}")
     try:
-        with initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
+        with _ONE_AT_A_TIME, initialize_config_dir(config_dir=str(config_folder().resolve()), version_base="1.3"):
             composed = hydra_compose(file_of(command), options, return_hydra_config=True)
         choices = dict(composed.hydra.runtime.choices)
         tree: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]

@@ -206,6 +206,7 @@ class Sample(SamplingSettings):
     pipeline: types.PathText
     lora: list[types.StrictPath]
     keyframe: KeyframeSettings
+    keyframes_only: bool
     memory: MemorySettings
     upscale: UpscaleSettings
     window_overlap: types.CountOrZero | None
@@ -335,3 +336,13 @@ class Watch:
     serve: bool
     port: Annotated[types.CountOrZero, Field(le=65535)]
     refresh: types.Count
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Ui:
+    output_dir: types.PathText
+    pipelines: Annotated[list[types.StrictPath], Field(min_length=1)]
+    lora: list[types.StrictPath]
+    host: types.Name
+    port: Annotated[types.Count, Field(le=65535)]
+    share: bool

@@ -43,6 +43,7 @@ TEXTS = [
     "flow_model",
     "generated_dir",
     "group",
+    "host",
     "id",
     "image",
     "image_encoder",

@@ -1,0 +1,338 @@
+"""The page of the studio. What it makes are jobs of `sample`; texts of prompts and errors are shown as text, by templates that escape."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, partial, wraps
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from microcinema.config.sampling import PRESETS
+from microcinema.config.schema import Ui
+from microcinema.data.images import open_image
+from microcinema.ui.gallery import Model, Result, keyframes, results
+from microcinema.ui.jobs import JobQueue
+from microcinema.utils.errors import UserError
+from microcinema.utils.files import atomic_path
+from microcinema.utils.fingerprint import differences
+from microcinema.utils.templates import render
+
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Gradio would parse its source at every import, for a third of the time that takes, and write interfaces for editors into its folder.
+with mock.patch("inspect.getfile", side_effect=OSError):
+    import gradio as gr
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_UPLOAD, MAX_PIXELS = 2**24, 2**25  # bytes of a file, and pixels that it may unpack to
+AMOUNTS = ["", "0.1", "0.3", "0.5", "0.7", "0.9"]  # of motion; none: left to the model
+_NUM_KEYFRAMES = 4
+_SPRITES = [
+    ("a large red star", "moving quickly to the left", "on sand"),
+    ("a small blue square", "rotating slowly clockwise", "on grass"),
+    ("a large yellow moon", "growing slowly", "on water"),
+    ("a small green heart", "bouncing quickly", "on brick"),
+]
+_NATURAL = [
+    ("a sailing boat", "drifting slowly to the left", "on a calm lake at sunset"),
+    ("a red fox", "turning its head", "in fresh snow"),
+    ("waves", "rolling in and breaking", "at a rocky coast"),
+]
+_QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+class Session:
+    """What one tab shows. It stays in the server, so that no request can name a file."""
+
+    def __init__(self) -> None:
+        self.keyframes: list[tuple[Path, str]] = []
+        self.chosen: Path | None = None  # of these
+        self.results: list[Result] = []
+        self.shown: list[Result] = []  # one of these, or two side by side
+        self.awaited: Path | None = None  # folder of a job whose result is to be shown
+        self.beside = False  # whether beside the one that is shown
+        self.running: Any = None  # the job that is shown as running
+        self.notice = ""
+        self.version = -1  # of the queue, in the galleries
+        self.drawn: Any = None  # what else the page shows
+
+
+class Studio:
+    """The page, and the handlers of its events: what they return are the values of `view`."""
+
+    def __init__(self, config: Ui, queue: JobQueue):
+        self.config, self.queue, self.folder, self.model = config, queue, Path(config.output_dir), cache(Model.of)
+        self.form: dict[str, Any] = {}
+        self.view: list[Any] = []
+
+    def update(self, session: Session) -> list[Any]:
+        """The view: those of its parts that have changed."""
+        if session.version != self.queue.version:
+            session.version = self.queue.version
+            session.keyframes, session.results = keyframes(self.folder), results(self.folder)
+            if new := [result for result in session.results if result.file.parent == session.awaited][:1]:
+                session.shown, session.awaited = (session.shown[:1] if session.beside else []) + new, None
+            session.shown = session.shown or session.results[:1]
+        jobs = list(self.queue.jobs)
+        session.running = next((job for job in jobs if job.state == "running"), None)
+        status = render(TEMPLATES / "queue.html.jinja", jobs=jobs, notice=session.notice)
+        is_running, is_waiting = session.running is not None, len(jobs) > (session.running is not None)
+        drawn = session.version, is_running, session.chosen, [result.file for result in session.shown]
+        if drawn == session.drawn:
+            return [status, *[gr.skip()] * (len(self.view) - 1)]
+        session.drawn = drawn
+        files = [file for file, _ in session.keyframes]
+        index = files.index(session.chosen) if session.chosen in files else None
+        can = self.can(session.shown[:1])
+        return [
+            status,
+            gr.Gallery(session.keyframes, selected_index=index),
+            *(gr.Button(visible=visible) for visible in (session.chosen is not None, is_running, is_waiting)),
+            [(result.path("gif"), result.record["prompt"]) for result in session.results],
+            self.detail(session.shown),
+            gr.Column(visible=bool(can)),
+            *(gr.Button(visible=can.get(key, False)) for key in ("num_segments", "interpolate")),
+        ]
+
+    def can(self, shown: list[Result]) -> Mapping[str, bool]:
+        """What the model of a result can do: nothing, if there is no result, or the model is gone."""
+        with suppress(UserError, IndexError):
+            return self.model(shown[0].record["config"]["pipeline"]).can
+        return {}
+
+    def detail(self, shown: list[Result]) -> str:
+        """The HTML of results: one with its record, or two with what differs."""
+        configs = [{**result.record["config"], "output_dir": ""} for result in shown]
+        differing = differences(configs[-1], configs[0]) if shown else []
+        return render(TEMPLATES / "result.html.jinja", shown=shown, differing=differing)
+
+    def handler(self, action: Callable[..., None]) -> Callable[..., list[Any]]:
+        """An action as a handler of an event; a UserError is shown in its line."""
+
+        @wraps(action)
+        def handle(session: Session, *values: Any) -> list[Any]:
+            session.notice = ""
+            try:
+                action(session, *values)
+            except UserError as error:
+                session.notice = str(error)
+            return self.update(session)
+
+        return handle
+
+    def show_model(self, name: str) -> list[Any]:
+        """What the page shows of a model: its line, examples, and the fields that it can use."""
+        model = self.model(name)
+        texts = _SPRITES if model.is_embedded else _NATURAL
+        has_caption = model.can["motion_prompt"]
+        examples = [[f"{a} {c}", b] if has_caption else [f"{a} {b} {c}", ""] for a, b, c in texts]
+        labels = [" · ".join(filter(None, example)) for example in examples]
+        fields = [gr.update(visible=model.can[key]) for key in model.can]
+        return [model.summary, gr.Dataset(samples=examples, sample_labels=labels), *fields]
+
+    def overrides(self, values: tuple[Any, ...]) -> list[str]:
+        """Those of the form, without fields that are empty or that the model cannot use."""
+        form = dict(zip(self.form, values, strict=True))
+        can = self.model(form["pipeline"]).can
+        form |= {"keyframes": f"[{form['keyframes']}]", "lora": json.dumps(form["lora"])}
+        return [f"{key}={value}" for key, value in form.items() if value not in (None, "", "[]") and can.get(key, True)]
+
+    def draw(self, session: Session, *values: Any) -> None:
+        more = ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"]
+        self.queue.add([*self.overrides(values), *more])
+
+    def make(self, session: Session, *values: Any) -> None:
+        more = [f"image={session.chosen}"] if session.chosen else []
+        self.enqueue(session, [*self.overrides(values), *more])
+
+    def enqueue(self, session: Session, overrides: list[str], beside: bool = False) -> None:
+        """Adds a job, whose result the tab will show."""
+        session.awaited, session.beside = self.queue.add(overrides).folder, beside
+
+    def upload(self, session: Session, file: str) -> None:
+        """Keeps a picture as PNG, without its metadata, and chooses it."""
+        try:
+            image = open_image(file, MAX_PIXELS)
+        except UserError as error:
+            raise UserError(str(error).replace(file, Path(file).name)) from None
+        finally:
+            Path(file).unlink()
+        name = sha256(image.tobytes()).hexdigest()[:16]
+        session.chosen = self.folder / "uploads" / f"{name}_keyframe.png"
+        with atomic_path(session.chosen) as temporary:
+            image.save(temporary)
+        session.version = -1
+
+    def choose(self, session: Session, event: gr.SelectData) -> None:
+        session.chosen = session.keyframes[event.index][0]
+
+    def clear_choice(self, session: Session) -> None:
+        session.chosen = None
+
+    def show(self, session: Session, event: gr.SelectData) -> None:
+        session.shown = [session.results[event.index]]
+
+    def show_beside(self, session: Session, event: gr.SelectData) -> None:
+        session.shown = [*session.shown[:1], session.results[event.index]]
+
+    def stop(self, session: Session) -> None:
+        if session.running is not None:
+            self.queue.cancel(session.running)
+
+    def clear(self, session: Session) -> None:
+        for job in list(self.queue.jobs):
+            if job.state != "running":
+                self.queue.cancel(job)
+
+    def change(self, session: Session, key: str) -> None:
+        """Makes the result that is shown with another seed, one more segment, or a higher frame rate."""
+        result = session.shown[0]
+        value = result.record["config"][key]
+        self.enqueue(session, result.overrides(**{key: 2 * value if key == "interpolate" else value + 1}))
+
+    def compare(self, session: Session, pipeline: str, preset: str) -> None:
+        """Makes the result that is shown by another model or preset, of the same key frame and seed, and shows both."""
+        can = self.model(pipeline).can
+        unable = {"motion_prompt": None, "motion": None, "keyframes": None, "num_segments": 1, "interpolate": 1}
+        dropped = {key: value for key, value in unable.items() if not can[key]}
+        self.enqueue(session, session.shown[0].overrides(pipeline=pipeline, preset=preset, **dropped), beside=True)
+
+    def repeat(self, session: Session) -> list[Any]:
+        """The values of the form of the result that is shown, whose key frame is chosen."""
+        config = session.shown[0].record["config"]
+        session.chosen = session.shown[0].path("keyframe")
+        places = ", ".join(str(entry).partition(":")[0] for entry in config["keyframes"] or ())
+        config = {**config, "keyframes": places, "motion": str(config["motion"] or "")}
+        return [config[key] for key in self.form]
+
+    def build(self) -> gr.Blocks:
+        """The page."""
+        model = self.config.pipelines[0]
+        with gr.Blocks(title="microcinema studio", analytics_enabled=False) as page:
+            session = gr.State(Session())
+            gr.HTML("<h1>microcinema studio</h1><p>First the picture, then its motion.</p>", elem_id="head")
+            with gr.Row():
+                with gr.Column(scale=4, min_width=320):
+                    summary, examples, draw, upload, clear_choice, pictures, make = self._build_form()
+                with gr.Column(scale=5, min_width=320):
+                    status = gr.HTML(elem_id="queue")
+                    with gr.Row():
+                        stop = gr.Button("Stop the job", variant="stop", visible=False)
+                        clear = gr.Button("Clear the queue", visible=False)
+                    gallery = _gallery("gallery", "Results", 6)
+                    detail = gr.HTML(elem_id="detail")
+                    with gr.Column(visible=False) as actions:
+                        with gr.Row():
+                            again, vary = gr.Button("Same again"), gr.Button("Vary")
+                            longer, denser = gr.Button("Continue"), gr.Button("Interpolate")
+                        with gr.Row(equal_height=True):
+                            other = gr.Dropdown(
+                                self.config.pipelines, value=self.config.pipelines[-1], label="Other model"
+                            )
+                            preset = gr.Radio([*PRESETS], value="quality", label="Other preset")
+                            compare = gr.Button("Compare")
+            self.view = [status, pictures, clear_choice, stop, clear, gallery, detail, actions, longer, denser]
+            fields = [*self.form.values()]
+            able = [self.form[key] for key in self.model(model).can]
+
+            def on(event: Any, action: Callable[..., None], *inputs: Any) -> None:
+                event(self.handler(action), [session, *inputs], self.view, **_QUIET)
+
+            on(draw.click, self.draw, *fields)
+            on(make.click, self.make, *fields)
+            on(upload.upload, self.upload, upload)
+            on(pictures.select, self.choose)
+            on(clear_choice.click, self.clear_choice)
+            on(gallery.select, self.show)
+            on(stop.click, self.stop)
+            on(clear.click, self.clear)
+            for button, key in ((vary, "seed"), (longer, "num_segments"), (denser, "interpolate")):
+                on(button.click, partial(self.change, key=key))
+            on(compare.click, self.compare, other, preset)
+            again.click(self.repeat, session, fields, **_QUIET)
+            shown = [summary, examples, *able]
+            self.form["pipeline"].change(self.show_model, self.form["pipeline"], shown, **_QUIET)
+            page.load(self.show_model, self.form["pipeline"], shown, **_QUIET)
+            examples.click(
+                lambda example: example, examples, [self.form["prompt"], self.form["motion_prompt"]], **_QUIET
+            )
+            gr.Timer(0.5).tick(self.update, session, self.view, **_QUIET)
+        return page
+
+    def _build_form(self) -> list[Any]:
+        """The left column: its parts but the fields, which become `form`."""
+        form, models = self.form, self.config.pipelines
+        form["pipeline"] = gr.Dropdown(models, value=models[0], label="Model")
+        summary = gr.Markdown(elem_classes="note")
+        form["prompt"] = gr.Textbox(label="Prompt", placeholder="what the video shows", lines=2)
+        form["motion_prompt"] = gr.Textbox(label="Motion caption", placeholder="what moves, and how", visible=False)
+        examples = gr.Dataset(components=[form["prompt"], form["motion_prompt"]], samples=[["", ""]], label="Examples")
+        with gr.Row():
+            draw = gr.Button(f"Draw {_NUM_KEYFRAMES} key frames")
+            upload = gr.UploadButton("Upload a picture", file_types=["image"])
+        pictures = _gallery("pictures", "Key frames: choose one, or let the model draw it", 4)
+        clear_choice = gr.Button("Without the chosen picture", size="sm", visible=False)
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                form["preset"] = gr.Radio([*PRESETS], value="quality", label="Preset")
+                form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
+            form["motion"] = gr.Dropdown(AMOUNTS, label="Amount of motion", allow_custom_value=True, visible=False)
+            form["keyframes"] = gr.Textbox(
+                label="Frame that the key frame is", placeholder="the model's own", visible=False
+            )
+            form["num_segments"] = gr.Number(1, label="Clips, each from the last frame of the one before", precision=0)
+            form["interpolate"] = gr.Radio([1, 2, 4], value=1, label="Times the frame rate")
+            lora = self.config.lora
+            form["lora"] = gr.Dropdown(lora, value=[], multiselect=True, label="LoRA", visible=bool(lora))
+            form["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what it should not show")
+            with gr.Row():
+                form["num_inference_steps"] = gr.Textbox(label="Steps", placeholder="the preset's")
+                form["guidance_scale"] = gr.Textbox(label="Guidance", placeholder="the model's")
+        make = gr.Button("Make the video", variant="primary")
+        return [summary, examples, draw, upload, clear_choice, pictures, make]
+
+
+def _gallery(name: str, title: str, columns: int) -> gr.Gallery:
+    gr.Markdown(f"### {title}")
+    settings: dict[str, Any] = {"show_label": False, "allow_preview": False, "elem_classes": "gallery", "buttons": []}
+    return gr.Gallery(label=title, columns=columns, height=None, elem_id=name, **settings)
+
+
+def serve(config: Ui, queue: JobQueue) -> None:
+    """Serves the page until the process is interrupted; a UserError at a port that is taken."""
+    os.environ["GRADIO_TEMP_DIR"] = str(Path(config.output_dir, ".gradio").resolve())
+    gr.set_static_paths([config.output_dir])
+    hosts = ["127.0.0.1", "localhost"] if config.host == "127.0.0.1" and not config.share else ["*"]
+    # Other names that lead to this machine are those of web pages that try to reach it.
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    theme = gr.themes.Soft(
+        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    page = Studio(config, queue).build()
+    try:
+        page.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            max_file_size=MAX_UPLOAD,
+            app_kwargs={"middleware": middleware},
+            theme=theme,
+            css_paths=TEMPLATES / "style.css",
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError:
+        raise UserError(
+            f"port {config.port} of {config.host} cannot be used; give another, such as port=7861"
+        ) from None
+    print(f"the studio is at {page.share_url or page.local_url}", flush=True)
+    threading.Event().wait()
