@@ -6,7 +6,7 @@ from collections.abc import Callable
 from microcinema.config.schema import Train
 from microcinema.training.build import build_trainer
 from microcinema.training.preemption import EXIT_STATUS, Preempted
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import user_errors
 
 
 def run(config: Train, on_metrics: Callable[[dict[str, float]], None] | None = None) -> int:
@@ -21,11 +21,9 @@ def run(config: Train, on_metrics: Callable[[dict[str, float]], None] | None = N
     if config.report_to == "wandb" and os.environ.get("RANK", "0") == "0":
         import wandb
 
-        try:  # before networks and data are loaded; WANDB_MODE=offline needs no login
+        # Before networks and data are loaded; WANDB_MODE=offline needs no login.
+        with user_errors("report_to=wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline, or another tracker"):
             wandb.login()
-        except wandb.Error as error:
-            fault = f"report_to=wandb: {first_line(error)}"
-            raise UserError(f"{fault}; run `wandb login`, or set WANDB_MODE=offline or report_to=tensorboard") from None
     trainer, status = build_trainer(config, on_metrics), 0
     try:
         trainer.train()

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from microcinema.config import schema
 from microcinema.config.help import config_folder, file_of, group_defaults, group_options
 from microcinema.config.instantiate import Component, convert, reasons
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, first_line, user_errors
 from microcinema.utils.files import atomic_path
 
 # Of a text of the command line, which cannot hold a NUL: what stands for its `${` and `???` while references are resolved.
@@ -228,10 +228,8 @@ def _parse(key: str, text: str) -> Any:
         raise UserError(f"{key} is empty; give a value, or null where there may be none")
     if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)", text):  # octal and sexagesimal in YAML 1.1
         return text
-    try:
+    with user_errors(f"{key}={text} is not valid YAML; put quotes round each text in a list"):
         return map_strings(yaml.safe_load(text), lambda text: _literal(key, text))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{key}={text} is not valid YAML; put quotes round each text in a list") from None
 
 
 def _literal(key: str, text: str) -> str:

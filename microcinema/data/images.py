@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, first_line, user_errors
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """No other decoder of Pillow is tried, whatever a file is called; that of EPS would start Ghostscript."""
@@ -77,7 +77,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
-    try:
+    with user_errors("its color profile cannot be used: {reason}; save it as sRGB"):
         profile = ImageCms.getOpenProfile(io.BytesIO(data))
         modes = {} if image.mode == "CMYK" else {"RGB": "RGB", "GRAY": "L"}
         source = image.convert(modes.get(profile.profile.xcolor_space.strip(), image.mode))
@@ -85,6 +85,4 @@ def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
             raise ValueError("it is for gray images")
         srgb = ImageCms.createProfile("sRGB")
         converted: Any = ImageCms.profileToProfile(source, profile, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        raise UserError(f"its color profile cannot be used: {first_line(error)}; save it as sRGB") from None
     return converted, f"{profile.profile.profile_description or 'unnamed'} to sRGB"

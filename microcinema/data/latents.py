@@ -25,7 +25,7 @@ from safetensors.torch import load, load_file
 
 from microcinema.data.quarantine import read_quarantine
 from microcinema.data.source import ClipSource, ClipWrapper
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.fingerprint import FINGERPRINT
 
 INDEX, EMPTY, QUARANTINE, SCORES = "index.npy", "empty.safetensors", "quarantine", "motion.npy"
@@ -121,14 +121,12 @@ class EncodedClips(ClipWrapper):
             raise UserError(f"clip '{self.id(index)}' could not be read when the latents were made: {reason}")
         shard = row // self.layout.clips_per_shard
         start, tensors_start = int(location["json"]), int(location["tensors"] - location["json"])
-        try:
+        fault = f"clip {row} of '{shard_path(self.folder, shard)}' is damaged ({{reason}})"
+        with user_errors(f"{fault}; make the shard again", ValueError, SafetensorError):  # a fault of the disk passes
             data = os.pread(self._open(shard), tensors_start + int(location["tensors_size"]), start)
             record = json.loads(data[: int(location["json_size"])])
             score = {} if self.motion_scores is None else {"motion_score": float(self.motion_scores[row])}
             return {**load(data[tensors_start:]), **record, **score, "index": index}
-        except (ValueError, SafetensorError) as error:
-            path = shard_path(self.folder, shard)
-            raise UserError(f"clip {row} of '{path}' is damaged ({error}); make the shard again") from None
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 
 # One row per checked clip. Measures of a clip that could not be decoded are null.
 SCHEMA = pa.schema(
@@ -41,11 +41,9 @@ class Manifest:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         columns = ["key", "accepted", "num_frames", "fps", "width", "height", "duration", "watermark"]
-        try:
+        advice = "make one with `microcinema prepare check`"
+        with user_errors(f"manifest '{self.path}' cannot be read ({{reason}}); {advice}"):
             self.table = pyarrow.parquet.read_table(self.path, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            advice = "make one with `microcinema prepare check`"
-            raise UserError(f"manifest '{self.path}' cannot be read ({error}); {advice}") from None
         missing = [name for name in columns if name not in self.table.column_names]
         if missing:
             raise UserError(f"'{self.path}' is no manifest, it lacks {', '.join(missing)}; make one with prepare check")

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 
 from microcinema.config.instantiate import Component
 from microcinema.data.source import ClipSource, ClipWrapper
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 
 FLOW_MODELS = ("dis", "raft")
 
@@ -138,10 +138,8 @@ def _method(flow_model: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 def _raft() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """RAFT (arXiv 2003.12039) of torchvision with its own weights, from torchvision's cache or downloaded."""
-    try:
+    with user_errors("flow model 'raft' needs torchvision; pip install 'microcinema[flow]', or use dis"):
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large  # type: ignore[import-not-found]
-    except (ImportError, RuntimeError):  # RuntimeError: built for another torch
-        raise UserError("flow model 'raft' needs torchvision; pip install 'microcinema[flow]', or use dis") from None
     weights = Raft_Large_Weights.DEFAULT
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = raft_large(weights=weights).eval().to(device)

@@ -23,7 +23,7 @@ from microcinema.data.decoder_process import DecoderProcess
 from microcinema.data.manifest import SCHEMA
 from microcinema.data.quality_report import encode_thumbnail
 from microcinema.data.source import ClipSource
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path
 from microcinema.utils.fingerprint import matches, write_or_verify
 
@@ -160,21 +160,17 @@ def _worker_pool(num_workers: int | None, ray_address: str | None) -> Iterator[A
             yield pool
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends statistics to Ray's makers, and waits where it cannot
-    try:
+    with user_errors("ray_address needs Ray; install microcinema[ray], or leave ray_address out"):
         import ray
         from ray.util.multiprocessing import Pool
-    except ImportError:
-        raise UserError("ray_address needs Ray; install microcinema[ray], or leave ray_address out") from None
-    try:
+    forms = "auto, local, host:port or ray://host:port"
+    with user_errors(f"ray_address='{ray_address}' cannot be used ({{reason}}); give {forms}"):
         address = {"include_dashboard": False} if ray_address == "local" else {"address": ray_address}
         host, _, port = ray_address.removeprefix("ray://").rpartition(":")
         if port.isdigit():  # Ray itself waits for minutes for a cluster that is not there
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**address, log_to_driver=False, logging_level=logging.ERROR)
         ray_pool = Pool(num_workers)
-    except (OSError, ValueError, RuntimeError) as error:
-        forms = "auto, local, host:port or ray://host:port"
-        raise UserError(f"ray_address='{ray_address}' cannot be used ({error}); give {forms}") from None
     try:
         yield ray_pool
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from microcinema.data.source import ClipSource
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path
 
 MAX_REPLACEMENTS = 20  # tried for one sample; if all are broken, the data are
@@ -106,11 +106,9 @@ def read_quarantine(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for path in sorted(Path(folder).glob("rank-*.jsonl")):
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines[:-1], start=1):
-            try:
+            with user_errors(f"line {number} of '{path}' is no record of a broken clip; delete the line"):
                 record = json.loads(line)
                 records.append({**record, **{key: int(record[key]) for key in ("sample_index", "index")}})
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"line {number} of '{path}' is no record of a broken clip; delete the line") from None
     return records
 
 

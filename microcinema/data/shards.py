@@ -30,7 +30,7 @@ from microcinema.data.source import ClipSource
 from microcinema.data.text_table import parse_object, text_of
 from microcinema.data.video_reader import IMAGES, VIDEOS, TarMember
 from microcinema.data.watermark import Watermark
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import natural_key, write_json
 from microcinema.utils.hashing import hash_array, hash_chunks, hash_json
 
@@ -136,11 +136,10 @@ class ShardDataset(ClipSource):
         sample = self._sample(index)
         texts, keys = dict.fromkeys(self.columns, ""), "no keys"
         if "json" in sample:
-            try:
+            fault = f"'{sample['json']}' holds no captions ({{reason}})"
+            with user_errors(f"{fault}; take it out of its shard", ValueError):  # a fault of the disk passes
                 record = parse_object(sample["json"].read())
                 texts, keys = {name: text_of(record, key) for name, key in self.columns.items()}, ", ".join(record)
-            except ValueError as error:
-                raise UserError(f"'{sample['json']}' holds no captions ({error}); take it out of its shard") from None
         if not texts["caption"] and "txt" in sample:
             texts["caption"] = sample["txt"].read().decode("utf-8", errors="replace").strip()
         if not texts["caption"]:
@@ -180,18 +179,14 @@ class ShardDataset(ClipSource):
 
     def _list_samples(self, shard: int) -> list[Sample]:
         url = self.urls[shard]
-        try:
+        advice = "fetch it again, uncompressed, or take it off the list"
+        with user_errors(f"shard '{url}' cannot be read ({{reason}}); {advice}"):
             return read_members(url if _is_local(url) else self._cache.get_file(url))
-        except (OSError, ValueError, tarfile.TarError) as error:
-            advice = "fetch it again, uncompressed, or take it off the list"
-            raise UserError(f"shard '{url}' cannot be read ({error}); {advice}") from None
 
     def _count_samples(self, index: Path | None) -> np.ndarray:
         if index is not None and index.is_file():
-            try:
+            with user_errors(f"index '{index}' cannot be read ({{reason}}); delete it to have it made anew"):
                 counts = {entry["url"]: int(entry["nsamples"]) for entry in json.loads(index.read_text())["shardlist"]}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"index '{index}' cannot be read ({error}); delete it to have it made anew") from None
             missing = [url for url in self.urls if url not in counts]
             if missing:
                 raise UserError(f"index '{index}' does not name shard '{missing[0]}'; delete it to have it made anew")

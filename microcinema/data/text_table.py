@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 
 FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".parquet": ""}
 """Delimiters by suffix."""
@@ -38,13 +38,11 @@ def read_texts(path: str | os.PathLike[str], names: Iterable[str]) -> tuple[pa.T
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise UserError(f"list '{path}' is of no known format; give one of {', '.join(FORMATS)}")
-    try:
+    advice = f"give a {kind[1:].upper()} file in UTF-8"
+    with user_errors(f"list '{path}' cannot be read ({{reason}}); {advice}"):
         if kind == ".jsonl":
             return _read_jsonl(path, names)
         return _read_parquet(path, names) if kind == ".parquet" else _read_csv(path, names, FORMATS[kind])
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        advice = f"give a {kind[1:].upper()} file in UTF-8"
-        raise UserError(f"list '{path}' cannot be read ({first_line(error)}); {advice}") from None
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

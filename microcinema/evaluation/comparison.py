@@ -12,7 +12,7 @@ from microcinema.evaluation import statistics
 from microcinema.evaluation.measures import Measure, tables
 from microcinema.evaluation.report import RESULTS_FILE, embedded_picture, embedded_video, model_name
 from microcinema.pipelines.sample_folder import SampleFolder
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.templates import write_page
 
@@ -72,12 +72,8 @@ def compare(folders: Sequence[str], output_dir: str) -> Path:
 def _open(folders: Sequence[str]) -> list[Run]:
     runs: list[Run] = []
     for folder in map(Path, folders):
-        try:
+        with user_errors(f"compare: '{folder}' has no readable {RESULTS_FILE} ({{reason}}); evaluate it first"):
             results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"compare: '{folder}' has no readable {RESULTS_FILE} ({error}); evaluate it first"
-            ) from None
         if "measures" not in results:
             raise UserError(
                 f"compare: '{folder / RESULTS_FILE}' is of an older version; evaluate again, which is quick"

@@ -18,7 +18,7 @@ from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
 from microcinema.evaluation.videomae import VideoMAE
 from microcinema.evaluation.weights import weight_file
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.hashing import hash_weights
 
 
@@ -191,12 +191,10 @@ class ClipScores:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        try:
+        failure = f"cannot open evaluation.clip.weights='{name}' as CLIP ({{reason}})"
+        with user_errors(f"{failure}; give a folder, or fetch it with hf download"):
             self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
             self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            failure = f"cannot open evaluation.clip.weights='{name}' as CLIP ({first_line(error)})"
-            raise UserError(f"{failure}; give a folder, or fetch it with hf download") from None
         self.device = device
         self.record = {"detector": "clip", "sha256": hash_weights(self.network)}
 
@@ -244,10 +242,8 @@ def load_torchscript(
     path, actual = weight_file(weights, sha256, key)
     if sha256 is None:
         raise UserError(f"'{path}' is TorchScript, which is code; if you trust it, set {key}.sha256={actual}")
-    try:
+    with user_errors(f"'{path}' is no TorchScript ({{reason}})"):
         script = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        raise UserError(f"'{path}' is no TorchScript ({first_line(error)})") from None
 
     def network(*inputs: Tensor, **options: Any) -> Tensor:
         with torch.jit.optimized_execution(False):  # without the fuser, which changes the numbers of the public files
@@ -257,10 +253,8 @@ def load_torchscript(
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
+    with user_errors(f"'{path}' holds no weights ({{reason}}); fetch it again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of several kinds: a damaged archive, an object that is not allowed
-        raise UserError(f"'{path}' holds no weights ({first_line(error)}); fetch it again") from None
     if isinstance(state, dict):
         state = next((state[key] for key in ("model", "module") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -6,13 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from microcinema.evaluation.detectors import Batch, Measure
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path
 from microcinema.utils.fingerprint import write_or_verify
 from microcinema.utils.hashing import hash_json
@@ -158,11 +157,9 @@ class Features:
     def batches(self, name: str) -> Iterator[np.ndarray]:
         """Yields an array (b, ...) for each batch; a UserError if its file is missing or damaged."""
         for path in self.paths:
-            try:
+            with user_errors(f"cannot read the features '{path}' ({{reason}}); delete it and evaluate again"):
                 with np.load(path, allow_pickle=False) as arrays:
                     yield arrays[name]
-            except (OSError, ValueError, KeyError, BadZipFile) as error:
-                raise UserError(f"cannot read the features '{path}' ({error}); delete it and evaluate again") from None
 
     def all(self, name: str) -> np.ndarray:
         """The array of all clips, (n, ...)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from microcinema.evaluation.videos import Caption, Video, first_of, videos_by_stem
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import natural_key
 
 CHOICE_FILE = Path(__file__).parent / "msrvtt_captions.csv"
@@ -37,15 +37,13 @@ def msrvtt_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
     captions: dict[str, dict[int, str]] = defaultdict(dict)
     identifiers = set()
     for path in dict.fromkeys(_list(Path(root), name) for name in names):
-        try:
+        with user_errors(f"'{path}' is no list of MSR-VTT ({{reason}})"):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             if path.name == _FROZEN_IN_TIME:
                 content = _as_distributed(content)
             identifiers |= {video["video_id"] for video in content["videos"] if video["split"] in words}
             for sentence in content["sentences"]:
                 captions[sentence["video_id"]][int(sentence["sen_id"])] = sentence["caption"].strip()
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{path}' is no list of MSR-VTT ({type(error).__name__}: {error})") from None
     if not identifiers:
         raise UserError(f"'{path}' names no video of the split '{split}'; check evaluation.root")
     texts = {name: tuple(Caption(str(i), text) for i, text in sorted(captions[name].items())) for name in identifiers}

@@ -13,7 +13,7 @@ from microcinema.data.keyframe_index import keyframe_index
 from microcinema.evaluation.protocol import ZeroShotProtocol, check_count
 from microcinema.evaluation.videos import Video
 from microcinema.pipelines.prompts import PromptItem
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path
 
 
@@ -51,10 +51,8 @@ def _skipped_names(path: str | None, videos: list[Video]) -> set[str]:
     """The names in a list of real videos, one in each line, before the first tab."""
     if path is None:
         return set()
-    try:
+    with user_errors(f"evaluation.skip_real='{path}' cannot be read ({{reason}}); give a list of names"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"evaluation.skip_real='{path}' cannot be read ({error}); give a list of names") from None
     names = {line.split("\t")[0].strip() for line in lines} - {""}
     if unknown := sorted(names - {video.name for video in videos}):
         raise UserError(

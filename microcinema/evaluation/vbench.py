@@ -21,7 +21,7 @@ from microcinema.evaluation.measures import Measure
 from microcinema.evaluation.report import REPORT_FILE, RESULTS_FILE, Picture, choose, text_table, write_report
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import Format, SampleFolder
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import make_folder, write_json
 from microcinema.utils.hashing import hash_file, hash_json
 from microcinema.utils.provenance import describe_code
@@ -54,12 +54,10 @@ class VBenchSuite:
         Raises:
             UserError: no such list, or an unknown dimension.
         """
-        try:
+        advice = "give VBench_full_info.json or vbench2_i2v_full_info.json of the suite"
+        with user_errors(f"'{self.info}' is no list of VBench ({{reason}}); {advice}"):
             rows = json.loads(Path(self.info).read_text(encoding="utf-8"))
             rows = [{"prompt": row["prompt_en"], **row, "dimension": list(row["dimension"])} for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            advice = "give VBench_full_info.json or vbench2_i2v_full_info.json of the suite"
-            raise UserError(f"'{self.info}' is no list of VBench ({type(error).__name__}: {error}); {advice}") from None
         known = list(dict.fromkeys(name for row in rows for name in row["dimension"]))
         if unknown := sorted(set(self.dimensions or ()) - set(known)):
             raise UserError(f"the suite has no dimension '{unknown[0]}'; it has {', '.join(known)}")
@@ -153,7 +151,8 @@ def _read_results(path: str, videos: Sequence[SuiteVideo]) -> dict[str, tuple[fl
     folder = Path(path)
     content: dict[str, Any] = {}
     files = sorted(folder.glob("*_eval_results.json")) if folder.is_dir() else [folder]
-    try:
+    fault = f"evaluation.results='{path}' holds no results of VBench ({{reason}})"
+    with user_errors(f"{fault}; give *_eval_results.json, or the folder of all"):
         for file in files:
             content |= json.loads(file.read_text(encoding="utf-8"))
         found = {
@@ -163,9 +162,6 @@ def _read_results(path: str, videos: Sequence[SuiteVideo]) -> dict[str, tuple[fl
             )
             for dimension, (score, rows) in content.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = f"evaluation.results='{path}' holds no results of VBench ({type(error).__name__}: {error})"
-        raise UserError(f"{fault}; give *_eval_results.json, or the folder of all") from None
     if not found:
         raise UserError(
             f"evaluation.results='{path}' holds no *_eval_results.json; measure the videos by VBench's code"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 
 
 def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) -> Any:
@@ -13,11 +13,9 @@ def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) 
         UserError: the folder cannot be read, or its keys do not match.
     """
     with_info = kwargs.pop("output_loading_info", False)
-    try:
+    fault = f"cannot load a network from '{path}' ({{reason}})"
+    with user_errors(f"{fault}; give one written by save_pretrained"):
         network, info = from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        fault = f"cannot load a network from '{path}' ({first_line(error)})"
-        raise UserError(f"{fault}; give one written by save_pretrained") from error
     check_keys(info["missing_keys"], info["unexpected_keys"], f"'{path}'")
     return (network, info) if with_info else network
 

@@ -20,7 +20,7 @@ from microcinema.pipelines.loading import (
     resolve_snapshot,
     user_error_if_damaged,
 )
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 
 # What a video model takes from its base unchanged.
 BASE_COMPONENTS: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
@@ -126,10 +126,8 @@ def _check_unet_config(name: str, folder: str) -> None:
     if component_class(index, "unet") is None:
         denoiser = component_class(index, "transformer") or component_class(index, "prior")
         raise UserError(f"{prefix}: {f'its denoiser is a {denoiser}' if denoiser else 'it has no unet'}; {advice}")
-    try:
+    with user_errors(f"cannot read the unet's config of '{name}' ({{reason}})"):
         config = dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the unet's config of '{name}' ({first_line(error)})") from None
     try:
         unet2d_arguments(config)
     except UserError as error:

@@ -23,7 +23,7 @@ from transformers import (
 
 from microcinema.pipelines.loading import component_class, load_component, load_index, resolve_snapshot
 from microcinema.utils.device import to_device
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 
 IMAGE_ENCODER, MOTION_ENCODER, MOTION_TOKENIZER = "image_encoder", "motion_encoder", "motion_tokenizer"
 _PROCESSOR = "preprocessor_config.json"
@@ -55,11 +55,9 @@ def load_image_encoder(
     else:
         network = Path(resolve_snapshot(name, ["."] if weights else []))
         variant, processor = None, network / _PROCESSOR
-    try:
+    with user_errors(f"'{processor}' has no image_mean and image_std ({{reason}}); complete the model"):
         config = json.loads(processor.read_text(encoding="utf-8"))
         colors = {key: [float(value) for value in config[key]] for key in ("image_mean", "image_std")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{processor}' has no image_mean and image_std ({error}); complete the model") from None
     text_side = ("text_model.", "text_projection.", "logit_scale")  # in the files of a whole CLIP
     encoder = load_component(network, CLIPVisionModelWithProjection, variant, dtype, weights, ignore_prefixes=text_side)
     return {IMAGE_ENCODER: encoder, **colors}
@@ -72,10 +70,8 @@ def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: 
         UserError: there is no such model, or it is not a T5.
     """
     folder = Path(resolve_snapshot(name, ["."] if weights else []))
-    try:
+    with user_errors(f"cannot read the config of the motion encoder '{name}' ({{reason}}); name a T5"):
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of the motion encoder '{name}' ({error}); name a T5") from None
     if model_type != "t5":
         raise UserError(f"the motion encoder '{name}' is a {model_type}; name a T5, such as google/flan-t5-base")
     decoder = ("decoder.", "lm_head.")

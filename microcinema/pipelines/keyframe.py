@@ -24,7 +24,7 @@ from microcinema.data.images import SUFFIXES, open_image, to_rgb
 from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.loading import load_index, refuse_pickles, resolve_model_path, resolve_snapshot
 from microcinema.pipelines.single_file import check_is_of_libraries, is_single_file, open_single_file
-from microcinema.utils.errors import UserError, check_choice, first_line
+from microcinema.utils.errors import UserError, check_choice, user_errors
 from microcinema.utils.files import list_files
 from microcinema.utils.hashing import hash_array
 from microcinema.utils.logging import warn_once
@@ -201,17 +201,13 @@ class KeyframePipeline:
         rng: Any = generators[0] if None in generators or one else list(generators)
         if not one and "negative_prompt" in arguments:  # some pipelines want as many
             arguments = {**arguments, "negative_prompt": [arguments["negative_prompt"]] * len(prompts)}
-        try:
+        settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
+        fault = f"stage 1, {name}, cannot draw {', '.join(map(repr, prompts))} with {settings} ({{reason}})"
+        with user_errors(f"{fault}; change these settings", ValueError, TypeError, RuntimeError):
             with _check_decoders(self.networks.values()):
                 output = self.source(
                     prompt=prompts[0] if one else list(prompts), generator=rng, **callbacks, **arguments
                 )
-        except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
-            settings = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own settings"
-            fault = (
-                f"stage 1, {name}, cannot draw {', '.join(map(repr, prompts))} with {settings} ({first_line(error)})"
-            )
-            raise UserError(f"{fault}; change these settings") from error
         images = getattr(output, "images", None)
         if images is None:
             raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")
@@ -339,16 +335,12 @@ def open_pipeline(
     settings = {"revision": revision, "variant": variant, "use_safetensors": True, "torch_dtype": torch_dtype}
     # diffusers needs an explicit None for a component that the pipeline was saved without, such as the T5 of Stable Diffusion 3.
     settings |= {part: None for part, cls in index.items() if cls == [None, None]}
-    try:
+    fault = f"cannot open the {kind} pipeline '{path}' ({{reason}})"
+    with user_errors(f"{fault}; give a complete diffusers pipeline of safetensors"):
         with warnings.catch_warnings():
             # All releases of diffusers before 1.0 accept `torch_dtype`, and later ones warn of it; the other is theirs to the hub.
             warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
             return load(path, index, settings)
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own for files that are missing or damaged
-        fault = f"cannot open the {kind} pipeline '{path}' ({first_line(error)})"
-        raise UserError(f"{fault}; give a complete diffusers pipeline of safetensors") from error
 
 
 def _load_text_to_image(path: str, index: Mapping[str, Any], settings: Mapping[str, Any]) -> DiffusionPipeline:

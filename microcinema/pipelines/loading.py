@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microcinema.models.weights import check_keys
 from microcinema.pipelines.single_file import config_source, is_single_file, open_single_file
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, first_line, user_errors
 
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"
@@ -129,10 +129,8 @@ def _download_error(title: str, command: str, error: Exception) -> str:
 def load_index(source: str, revision: str | None = None) -> dict[str, Any]:
     """Contents of a saved pipeline's `model_index.json`."""
     folder = resolve_snapshot(source, revision=revision)
-    try:
+    with user_errors(f"cannot read '{folder}/{INDEX}' ({{reason}}); give a diffusers pipeline"):
         return dict(DiffusionPipeline.load_config(folder))
-    except Exception as error:  # diffusers and json have several for damaged files
-        raise UserError(f"cannot read '{folder}/{INDEX}' ({first_line(error)}); give a diffusers pipeline") from None
 
 
 def component_class(index: Mapping[str, Any], name: str) -> str | None:
@@ -142,10 +140,8 @@ def component_class(index: Mapping[str, Any], name: str) -> str | None:
 
 def load_scheduler_config(folder: str) -> dict[str, Any]:
     """Config of a saved pipeline's scheduler."""
-    try:
+    with user_errors(f"cannot read the scheduler of '{folder}' ({{reason}})"):
         return dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the scheduler of '{folder}' ({first_line(error)})") from None
 
 
 def load_components(
@@ -192,7 +188,8 @@ def load_component(
     Raises:
         UserError: it cannot be opened, or its weights do not match the network exactly.
     """
-    try:
+    fault = f"cannot load the {path.name} of '{path.parent}' ({{reason}})"
+    with user_errors(f"{fault}; give a complete model of safetensors"):
         if issubclass(cls, PreTrainedTokenizerBase):
             return cls.from_pretrained(path)
         if not weights:
@@ -205,11 +202,6 @@ def load_component(
         # Older files hold position_ids, which is a constant and no longer a weight.
         keys = [key for key in keys if not key.endswith("position_ids")]
         check_keys(info["missing_keys"], keys, f"'{path}'")
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own for files that are missing, damaged or of another shape
-        fault = f"cannot load the {path.name} of '{path.parent}' ({first_line(error)})"
-        raise UserError(f"{fault}; give a complete model of safetensors") from error
     return freeze(network, dtype)
 
 

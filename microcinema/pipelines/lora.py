@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
 from microcinema.models.unet3d import UNet3D
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.hashing import hash_file
 from microcinema.utils.logging import warn_once
 
@@ -68,11 +68,9 @@ def lora_file(name: str | os.PathLike[str], weight_name: str | None = None, revi
         raise UserError(
             f"LoRA '{name}' is neither a file nor a folder nor owner/name[/file] of the hub; check the path"
         )
-    try:
+    advice = f"name a file, as {match[1]}/(file).safetensors, or download it first"
+    with user_errors(f"LoRA '{name}' cannot be had from the hub ({{reason}}); {advice}"):
         return Path(hf_hub_download(match[1], weight_name or match[2] or WEIGHTS[0], revision=revision))
-    except Exception as error:  # from several libraries: no connection, no such repository or file, disk full
-        advice = f"name a file, as {match[1]}/(file).safetensors, or download it first"
-        raise UserError(f"LoRA '{name}' cannot be had from the hub ({first_line(error)}); {advice}") from None
 
 
 def read_lora(source: str | Path | Mapping[str, torch.Tensor], pipeline: Any = None) -> dict[str, Weights]:
@@ -88,7 +86,9 @@ def read_lora(source: str | Path | Mapping[str, torch.Tensor], pipeline: Any = N
     config = dict(getattr(getattr(pipeline, "unet", None), "config", {}))
     layout = SimpleNamespace(layers_per_block=config.get("unet2d", config).get("layers_per_block", 2))
     parts: dict[str, Weights] = {}
-    try:
+    name = "the LoRA" if isinstance(source, Mapping) else f"LoRA '{source}'"
+    advice = "give one of kohya, diffusers or peft; LoHa, LoKr and DoRA do not work"
+    with user_errors(f"{name} cannot be read ({{reason}}); {advice}"):
         tensors = _with_alphas(*((dict(source), {}) if isinstance(source, Mapping) else _read(Path(source))))
         for key, value in StableDiffusionXLLoraLoaderMixin.lora_state_dict(tensors, unet_config=layout)[0].items():
             component, _, rest = key.partition(".")
@@ -101,10 +101,6 @@ def read_lora(source: str | Path | Mapping[str, torch.Tensor], pipeline: Any = N
         keys = [key for part in parts.values() for key in part] or ["no weights"]
         if wrong := [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
             raise ValueError(f"{wrong[0]} is not a LoRA's")
-    except Exception as error:  # safetensors and diffusers have several for damaged files and unknown keys
-        name = "the LoRA" if isinstance(source, Mapping) else f"LoRA '{source}'"
-        advice = "give one of kohya, diffusers or peft; LoHa, LoKr and DoRA do not work"
-        raise UserError(f"{name} cannot be read ({first_line(error)}); {advice}") from None
     return parts
 
 

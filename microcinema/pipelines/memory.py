@@ -11,7 +11,7 @@ from microcinema.config.sampling import MemorySettings
 from microcinema.models.vae import overflows, vae_scale_factor
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import load_component, resolve_snapshot
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 
 
 def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.device | str) -> None:
@@ -39,11 +39,9 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
             raise UserError(f"{option}=true, but {name} has neither a unet nor a transformer; use {option}=false")
     for option in ("slicing", "tiling"):
         if getattr(settings, f"vae_{option}") and "vae" in networks:
-            try:
+            vae = type(networks["vae"]).__name__
+            with user_errors(f"vae_{option}=true, but {vae} does not support it; use vae_{option}=false"):
                 getattr(networks["vae"], f"enable_{option}")()
-            except (AttributeError, NotImplementedError):
-                vae = type(networks["vae"]).__name__
-                raise UserError(f"vae_{option}=true, but {vae} does not support it; use vae_{option}=false") from None
     for name, network in networks.items():
         # Networks opened in another dtype may keep a few layers in float32; those stay. Other pipelines upcast their VAE themselves.
         keeps = isinstance(pipeline, ImageToVideoPipeline) and name == "vae" and overflows(network, dtype)

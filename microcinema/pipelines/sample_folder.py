@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -13,7 +12,7 @@ from PIL import Image
 from microcinema.data.images import open_image
 from microcinema.data.video_writer import write_contact_sheet, write_gif, write_video
 from microcinema.pipelines.prompts import PromptItem
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.fingerprint import read_record
 from microcinema.utils.hashing import hash_array
@@ -121,11 +120,9 @@ class SampleFolder:
     def load(self, item_id: str) -> Sample:
         """The clip of an item's id, of the format `frames`; a UserError if it is missing or damaged."""
         path = self.folder / f"{item_id}{_SUFFIXES['frames']}"
-        try:
+        with user_errors(f"cannot read the clip '{path}' ({{reason}}); delete it and run again"):
             with np.load(path, allow_pickle=False) as arrays:
                 return Sample(arrays["frames"], np.array(open_image(self.folder / f"{item_id}{_KEYFRAME}")))
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(f"cannot read the clip '{path}' ({error}); delete it and run again") from None
 
     def _path(self, item: PromptItem, suffix: str) -> Path:
         return self.folder / f"{item.id}{suffix}"

@@ -11,9 +11,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 
 SUFFIX = ".safetensors"
 # By the first part of a text encoder's keys. Files of 2.x do not say whether the network predicts noise or velocity.
@@ -32,11 +32,9 @@ def is_single_file(name: str | os.PathLike[str]) -> bool:
 def config_source(file: str) -> str:
     """The folder or hub repository of a file's configs and tokenizers; a UserError if there is no such file, or it is of no known kind."""
     folder = Path(file).with_suffix("")
-    try:
+    with user_errors(f"cannot read the single file '{file}' ({{reason}}); name another one"):
         with safe_open(file, framework="pt") as weights:
             keys = list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the single file '{file}' ({first_line(error)}); name another one") from None
     kind = next((prefix for prefix in _KINDS if any(key.startswith(prefix) for key in keys)), None)
     if kind is None:
         fault = f"'{file}' is no single file of a whole Stable Diffusion 1.x, 2.x or XL, by its keys"
@@ -59,18 +57,14 @@ def open_single_file(file: str | os.PathLike[str], folder: str, dtype: torch.dty
     Raises:
         UserError: the weights do not fit the configs, or some are missing.
     """
-    try:
+    fault = f"the single file '{file}' cannot be opened with the configs of '{folder}' ({{reason}})"
+    with user_errors(f"{fault}; is it complete, and are they its model's?"):
         index = DiffusionPipeline.load_config(folder)
         for part, kind in index.items():
             check_is_of_libraries(folder, part, kind)
         return getattr(diffusers, index["_class_name"]).from_single_file(
             os.fspath(file), config=folder, torch_dtype=dtype, local_files_only=True
         )
-    except UserError:
-        raise
-    except Exception as error:  # several libraries have their own
-        fault = f"the single file '{file}' cannot be opened with the configs of '{folder}' ({first_line(error)})"
-        raise UserError(f"{fault}; is it complete, and are they its model's?") from error
 
 
 def check_is_of_libraries(path: str, part: str, kind: Any) -> None:

@@ -22,7 +22,7 @@ from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.text_to_video import make_item_keyframe
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.hashing import hash_array, hash_networks
 
 UPSCALERS = ("StableDiffusionUpscalePipeline", "StableDiffusionLatentUpscalePipeline")
@@ -86,12 +86,10 @@ class VideoUpscaler:
             images = [Image.fromarray(frame) for frame in frames[start : start + self.settings.chunk_size]]
             texts = {"prompt": [prompt] * len(images), "negative_prompt": [negative_prompt] * len(images)}
             generators = [make_generator() for _ in images]
-            try:
+            size = f"{frames.shape[1]}x{frames.shape[2]} with {arguments or 'its own settings'}"
+            fault = f"stage 3, {type(self.pipeline).__name__}, cannot upscale {size} ({{reason}})"
+            with user_errors(f"{fault}; change upscale.* or the video's size", ValueError, TypeError, RuntimeError):
                 output = self.pipeline(image=images, **texts, generator=generators, output_type="np", **arguments)
-            except (ValueError, TypeError, RuntimeError) as error:  # by which pipelines refuse a size or a value
-                size = f"{frames.shape[1]}x{frames.shape[2]} with {arguments or 'its own settings'}"
-                fault = f"stage 3, {type(self.pipeline).__name__}, cannot upscale {size} ({first_line(error)})"
-                raise UserError(f"{fault}; change upscale.* or the video's size") from error
             large.append(to_uint8(output.images, "the upscaled video"))
         return np.concatenate(large)
 

@@ -17,7 +17,7 @@ from microcinema.pipelines.sample_folder import Sample
 from microcinema.sprites.classifier import SpriteClassifier
 from microcinema.sprites.protocol import SpritesProtocol, Task
 from microcinema.sprites.tracking import judge_motion
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.hashing import hash_weights
 
 OBJECT_ATTRIBUTES = ("shape", "colour", "background", "size")
@@ -37,10 +37,8 @@ class SpriteJudge:
         folder = embedded.parent if embedded.is_file() else Path(name)
         if not (folder / "config.json").is_file():
             raise UserError(f"classifier '{name}' is neither embedded nor a folder with a config.json; check the name")
-        try:
+        with user_errors(f"cannot load the classifier '{folder}' ({{reason}}); get it again"):
             classifier = SpriteClassifier.from_pretrained(folder, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"cannot load the classifier '{folder}' ({first_line(error)}); get it again") from error
         return cls(classifier, batch_size)
 
     @torch.inference_mode()

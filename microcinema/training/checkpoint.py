@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from microcinema.training import distributed
 from microcinema.training.resume import STATE, Identity, Progress, check_identity, find_checkpoints, read_state
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_folder, partial
 from microcinema.utils.hashing import write_checksums
 
@@ -92,7 +92,7 @@ class Checkpoints:
 
     def load(self, folder: Path) -> Progress:
         """Restores what `save` wrote; a UserError if a file is unreadable or of another model or run. Collective."""
-        try:
+        with user_errors(f"checkpoint '{folder}' cannot be read ({{reason}}); use another one"):
             state = read_state(folder)
             self._check_trained(folder, state["trained"])
             for name, network in self._networks():
@@ -110,10 +110,6 @@ class Checkpoints:
                 ]
                 self.ema.optimization_step = state["ema_step"]
             return Progress(**state["progress"])
-        except UserError:
-            raise
-        except Exception as error:  # torch and pickle have a dozen kinds for damaged files
-            raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from error
 
     def _load_state(self, folder: Path) -> None:
         """What accelerate restores; random states that it cannot read, which it skips without a word, are told."""
@@ -215,10 +211,8 @@ def load_safetensors(files: Iterable[Path], advice: str = "resume from another c
     """All tensors of some files, by name; a UserError with this advice if one cannot be read."""
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        try:
+        with user_errors(f"'{file}' cannot be read ({{reason}}); {advice}"):
             weights |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"'{file}' cannot be read ({first_line(error)}); {advice}") from None
     return weights
 
 

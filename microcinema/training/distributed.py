@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from microcinema.config.schema import Train
 from microcinema.training.launch_settings import check_launch_settings
 from microcinema.utils.device import set_precision
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, first_line, user_errors
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def make_accelerator(config: Train, *handlers: KwargsHandler) -> Accelerator:
         gradient_as_bucket_view=True,  # or gradients would be held twice and copied
         comm_hook=DDPCommunicationHookType(config.ddp.comm_hook or "no"),
     )
-    try:
+    with user_errors("accelerate cannot start ({reason}); check its config and ACCELERATE_*"):
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
@@ -48,8 +48,6 @@ def make_accelerator(config: Train, *handlers: KwargsHandler) -> Accelerator:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[ddp, *handlers],
         )
-    except (ImportError, ValueError, NotImplementedError, KeyError, OSError) as error:
-        raise UserError(f"accelerate cannot start ({first_line(error)}); check its config and ACCELERATE_*") from error
     check_launch_settings(accelerator, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin

@@ -14,7 +14,7 @@ from microcinema.diffusion.schedule import schedule_summary
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import resolve_snapshot
 from microcinema.training.loss import LOSS_KEYS
-from microcinema.utils.errors import UserError, first_line
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import SUMS, checksum_error, hash_file, hash_json
 
@@ -58,12 +58,10 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The `training_state.json` of a checkpoint: `progress`, `trained`, `run` and `ema_step`; a UserError if unreadable."""
-    try:
+    with user_errors(f"checkpoint '{folder}' cannot be read ({{reason}}); use another one"):
         state = json.loads((Path(folder) / STATE).read_text())
         Progress(**{key: int(value) for key, value in state["progress"].items()})
         return {**state, "trained": [*map(str, state["trained"])], "run": state["run"] and {**state["run"]}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint '{folder}' cannot be read ({first_line(error)}); use another one") from None
 
 
 def read_progress(folder: str | os.PathLike[str]) -> Progress:

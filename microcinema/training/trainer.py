@@ -39,7 +39,7 @@ from microcinema.training.nan_guard import NanGuard
 from microcinema.training.preemption import Preempted, Preemption, ignore_signals_in_worker
 from microcinema.training.resume import Progress, choose_checkpoint, run_identity
 from microcinema.training.trackers import start_trackers
-from microcinema.utils.errors import UserError
+from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.files import atomic_folder, make_folder, partial, sweep
 
 Items = dict[str, Any]
@@ -307,10 +307,8 @@ def make_optimizer(parameters: list[nn.Parameter], config: Train) -> torch.optim
     }
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **arguments)  # a third of the default's time on a CPU
-    try:
+    with user_errors("use_8bit_adam=true needs bitsandbytes; install it, or set use_8bit_adam=false"):
         from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError("use_8bit_adam=true needs bitsandbytes; install it, or set use_8bit_adam=false") from None
     return AdamW8bit(parameters, **arguments)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -24,7 +25,24 @@ class MachineError(OneLineError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class if it has none: what fits into another message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # of a KeyError the key alone
+    return next(iter(text.strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Within it any exception, or those of some kinds, becomes a UserError, in whose message `{reason}` is its first line.
+
+    Around what opens a file or another thing of the user's: libraries raise a dozen kinds for those that are damaged. Errors in one line pass.
+    """
+    try:
+        yield
+    except OneLineError:
+        raise
+    except Exception as error:
+        if kinds and not isinstance(error, kinds):
+            raise
+        raise UserError(message.replace("{reason}", first_line(error))) from error
 
 
 def disk_fault(error: BaseException, folder: str | None) -> str | None:
