@@ -22,11 +22,8 @@ _TIMEOUT = timedelta(days=7)  # a process waits for as long as the clips of anot
 
 
 def run(config: Evaluate) -> None:
-    """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path. A comparison prints its own.
-
-    Raises:
-        UserError: bad input; finished clips are kept, and the next run continues from them.
-    """
+    """Runs the protocol; all processes share its clips, and the first one prints the numbers and the report's path. A comparison prints its
+    own. After a UserError finished clips are kept, and the next run continues from them."""
     if config.compare is not None:
         if os.environ.get("RANK", "0") == "0":
             print(compare(config.compare, config.output_dir))

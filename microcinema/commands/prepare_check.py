@@ -13,11 +13,8 @@ MANIFEST, REPORT, CHUNKS = "manifest.parquet", "report.html", "chunks"
 
 
 def run(config: PrepareCheck) -> None:
-    """Checks the data set that the config describes and prints how many clips are rejected, and why.
-
-    Raises:
-        UserError: a data set that cannot be read or divided, a folder that cannot be written, no Ray.
-    """
+    """Checks the data set that the config describes and prints how many clips are rejected, and why. A UserError if the data set cannot be
+    read or divided, the folder cannot be written, or Ray is missing."""
     dataset = config.data.build()
     folder = make_folder(config.output_dir)
     count = len(dataset) if config.max_samples is None else min(config.max_samples, len(dataset))

@@ -25,11 +25,8 @@ from microcinema.utils.errors import UserError
 
 
 def run(config: PrepareLatents) -> None:
-    """Encodes the clips of the run that the config describes into its folder `cached_latents`, and prints their number and size.
-
-    Raises:
-        UserError: no folder, a config that does not fit its base, and as `encode_clips`.
-    """
+    """Encodes the clips of the run that the config describes into its folder `cached_latents`, and prints their number and size. A UserError
+    if there is no folder, if the config does not fit its base, and as `encode_clips`."""
     assert config.cached_latents is not None  # the table of commands requires it
     # A finished process waits for the slowest one, which may take long.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))

@@ -6,11 +6,8 @@ from microcinema.data.video_writer import write_contact_sheet
 
 
 def run(config: PreparePreview) -> None:
-    """Draws samples 0 to `max_samples - 1` of training, with the captions that the model reads.
-
-    Raises:
-        UserError: the data set, or one of its clips, cannot be read.
-    """
+    """Draws samples 0 to `max_samples - 1` of training, with the captions that the model reads; a UserError if the data set, or one of its
+    clips, cannot be read."""
     clips = IndexedDataset(config.data.build(), config.seed)
     videos, captions = [], []
     for sample_index in range(config.max_samples):

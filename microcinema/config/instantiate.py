@@ -43,11 +43,8 @@ class Component:
         return {name: p for name, p in inspect.signature(self._callable()).parameters.items() if p.kind in named}
 
     def build(self, **extra: Any) -> Any:
-        """Calls the target with its arguments and with `extra` ones that no config can hold, such as a loaded network.
-
-        Raises:
-            UserError: an unknown or missing argument, a value of the wrong type, a package that is not installed.
-        """
+        """Calls the target with its arguments and with `extra` ones that no config can hold, such as a loaded network. A UserError for an
+        unknown or missing argument, a value of the wrong type, or a package that is not installed."""
         built = {key: _build(node) for key, node in self.arguments.items()}
         arguments = extra | self._converted(built, self.target)
         missing = [name for name, p in self.parameters().items() if p.default is p.empty and name not in arguments]

@@ -20,11 +20,8 @@ _BIT_DEPTHS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # Pillow leaves PNG's 
 
 
 def open_image(path: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture file, by its path or as an object with `read`, as `to_rgb` makes it; of several frames, the first one.
-
-    Raises:
-        UserError: not a regular file of one of the `FORMATS`, damaged, above `max_pixels`, or nothing for `to_rgb`.
-    """
+    """A picture file, by its path or as an object with `read`, as `to_rgb` makes it; of several frames, the first one. A UserError if it is
+    no regular file of one of the `FORMATS`, damaged, above `max_pixels`, or nothing for `to_rgb`."""
     try:
         is_path = isinstance(path, str | os.PathLike)
         if is_path and not Path(path).is_file():
@@ -48,10 +45,8 @@ def open_image(path: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image in mode RGB: turned as its EXIF data says, its colors in sRGB, over a white background.
 
-    `info["conversions"]` of the result says which of `bit_depth`, `alpha` and `color_profile` were changed, and how.
-
-    Raises:
-        UserError: numbers without a known range (32 bits, TIFF other than 8 or 16 bits), or an unusable color profile.
+    `info["conversions"]` of the result says which of `bit_depth`, `alpha` and `color_profile` were changed, and how. A UserError for numbers
+    without a known range (32 bits, TIFF other than 8 or 16 bits), or an unusable color profile.
     """
     tags, conversions = getattr(image, "tag_v2", {}), dict(image.info.get("conversions", {}))
     has_16_bits = image.mode.startswith("I;16") and (tags.get(258, (16,)), tags.get(262, 1)) == ((16,), 1)

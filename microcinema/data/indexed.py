@@ -22,10 +22,8 @@ _FINGERPRINT_SAMPLES = 256
 class IndexedDataset(Dataset):
     """A data set indexed by sample index; items gain `sample_index`, and `broken`: the number of broken clips that this one replaces.
 
-    The epoch is set right before an item is read, in the worker process that reads it. Without a quarantine, errors of broken clips are raised.
-
-    Raises:
-        UserError: the data set is empty.
+    The epoch is set right before an item is read, in the worker process that reads it. Without a quarantine, errors of broken clips are
+    raised. An empty data set is a UserError.
     """
 
     def __init__(self, dataset: ClipSource, seed: int, quarantine: Quarantine | None = None) -> None:

@@ -129,11 +129,8 @@ def write_scores(
 
 
 def write_index(folder: Path, layout: Layout) -> int:
-    """Writes the index, which completes the folder, and returns the number of sound rows. By one process, after all others have written.
-
-    Raises:
-        UserError: all rows are broken, or a shard is missing.
-    """
+    """Writes the index, which completes the folder, and returns the number of sound rows. By one process, after all others have written. A
+    UserError if all rows are broken, or a shard is missing."""
     if missing := _missing_shards(folder, layout):
         broken = {record["sample_index"] for record in read_quarantine(folder / QUARANTINE)}
         if empty := [shard for shard in missing if broken.issuperset(layout.rows(shard))]:

@@ -38,11 +38,8 @@ class MotionClips(ClipWrapper):
 
 
 def motion_quantiles(dataset: ClipSource) -> list[float]:
-    """Scores of a data set at its percentiles 0, 1, ..., 100: of all clips if they are cached, else of some, spread over it.
-
-    Raises:
-        UserError: no clip has a score.
-    """
+    """Scores of a data set at its percentiles 0, 1, ..., 100: of all clips if they are cached, else of some, spread over it; a UserError if
+    no clip has a score."""
     scores: Any = dataset.motion_scores
     if scores is None:
         scores = []

@@ -62,11 +62,8 @@ def pixels_of(item: dict[str, Any]) -> np.ndarray:
 
 
 def estimate(flow_model: str, frames: np.ndarray) -> Flow:
-    """Flow of frames, uint8 (f, h, w, 3), by `dis` or `raft`, in pixels; valid where forward and backward flow cancel.
-
-    Raises:
-        UserError: an unknown model, or its library is missing.
-    """
+    """Flow of frames, uint8 (f, h, w, 3), by `dis` or `raft`, in pixels; valid where forward and backward flow cancel. A UserError if the
+    model is unknown, or its library is missing."""
     forward, backward = forward_flow(flow_model, frames), forward_flow(flow_model, frames[::-1])[::-1]
     return Flow(_channels_first(forward), torch.from_numpy(consistent(forward, backward)))
 

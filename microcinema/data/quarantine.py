@@ -28,10 +28,7 @@ class Quarantine:
     """The files `rank-*.jsonl` in a folder, one line per broken clip: sample_index, index, id, reason, tries, time.
 
     Each process has its own file, to which its workers append whole lines by single writes, so processes and workers do not interfere, even on a
-    network file system. A clip counts as broken after `retries` further tries.
-
-    Raises:
-        UserError: a damaged quarantine file in the folder.
+    network file system. A clip counts as broken after `retries` further tries. A damaged quarantine file in the folder is a UserError.
     """
 
     def __init__(self, folder: str | os.PathLike[str], retries: int = 1, rank: int = 0) -> None:
@@ -45,11 +42,8 @@ class Quarantine:
     def read(
         self, dataset: ClipSource, sample_index: int, index: int, replacement: Callable[[int], int]
     ) -> tuple[dict[str, Any], int]:
-        """`dataset[index]`, or the first of the replacements 1, 2, ... that can be read; and the number of broken clips before it.
-
-        Raises:
-            UserError: all replacements are broken as well.
-        """
+        """`dataset[index]`, or the first of the replacements 1, 2, ... that can be read; and the number of broken clips before it; a
+        UserError if all replacements are broken as well."""
         for attempt in range(1 + MAX_REPLACEMENTS):
             index = replacement(attempt) if attempt else index
             item = self.try_read(dataset, sample_index, index)

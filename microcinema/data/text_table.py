@@ -29,10 +29,8 @@ def read_texts(path: str | os.PathLike[str], names: Iterable[str]) -> tuple[pa.T
     """Those of the named columns that a list has, as large strings, and the names of all its columns.
 
     A missing value is the empty text: null, a key that a JSON object lacks, NaN where Parquet or JSON have a number. A TSV file is read
-    without quoting if a quote in it could not come from a writer that quotes.
-
-    Raises:
-        UserError: a file that cannot be read, or is unlike its kind; the first line that is unlike it is named.
+    without quoting if a quote in it could not come from a writer that quotes. A UserError if it cannot be read, or is unlike its kind; the
+    first line that is unlike it is named.
     """
     path, names = Path(path), list(dict.fromkeys(names))
     kind = path.suffix.lower()

@@ -136,11 +136,8 @@ def decode(packet: "av.Packet[Any]", started: bool) -> list["av.VideoFrame"]:
 
 
 def read_index(path: Source, by_decoding: bool = False) -> VideoIndex:
-    """Times the frames of a video by its packets, or where these do not tell, by decoding them all.
-
-    Raises:
-        UserError: the file is missing, damaged, without video, changes its shape, or is turned by another than a right angle.
-    """
+    """Times the frames of a video by its packets, or where these do not tell, by decoding them all. A UserError if the file is missing,
+    damaged, without video, changes its shape, or is turned by another than a right angle."""
     packets: list[_Stamps] = []
     shown: list[_Stamps] = []
     sequence_headers: set[bytes] = set()

@@ -36,10 +36,7 @@ def loss_weights(scheduler: SchedulerMixin, t: torch.Tensor, snr_gamma: float | 
     """Min-SNR weight of every clip, `(b,)` (arXiv 2303.09556, section 3.4); ones if `snr_gamma` is None.
 
     The weight of the squared error of `z0` is `min(snr, gamma)`. The squared error of epsilon is `snr` times that of `z0`, and that of
-    v is `snr + 1` times, so their weights are divided by these.
-
-    Raises:
-        UserError: `snr_gamma` is not positive.
+    v is `snr + 1` times, so their weights are divided by these. A UserError if `snr_gamma` is not positive.
     """
     if snr_gamma is None:
         return torch.ones_like(t, dtype=torch.float32)

@@ -22,10 +22,8 @@ class NoisePrior:
     - `mixed`, `progressive`: unit variance in each frame, correlated over frames, `a = strength` (arXiv 2305.10474).
 
     At strength 0 every kind is plain diffusion. `gamma` moves only the start of sampling closer to the key frame; None until
-    `resolve` chooses it; that it adds to lambda is our reading of the authors' figure.
-
-    Raises:
-        UserError: an unknown kind, or a negative or infinite number.
+    `resolve` chooses it; that it adds to lambda is our reading of the authors' figure. A UserError for an unknown kind, or a negative or
+    infinite number.
     """
 
     kind: str = "appearance"

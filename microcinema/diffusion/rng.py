@@ -15,10 +15,7 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
     """A CPU generator for one sample: `generator(seed, sample_index)`; further numbers give independent streams of it.
 
     The numbers are mixed by `numpy.random.SeedSequence`, so neighboring seeds and indices give unrelated streams. They
-    go in as its spawn key: as plain entropy, (1,) and (1, 0) would be one stream.
-
-    Raises:
-        UserError: a number is negative.
+    go in as its spawn key: as plain entropy, (1,) and (1, 0) would be one stream. A negative number is a UserError.
     """
     if min(seed, *numbers, 0) < 0:
         raise UserError(f"seed {(seed, *numbers)} is negative; use integers >= 0")

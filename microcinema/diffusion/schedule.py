@@ -66,10 +66,8 @@ def shifted_betas(abar: torch.Tensor, shift: float) -> torch.Tensor:
 
         abar' = abar / (abar + shift^2 (1 - abar)), exactly 0 where abar is 0
 
-    Neighboring frames are redundant, so a clip needs more noise than an image to lose as much information: shift > 1.
-
-    Raises:
-        UserError: the shift is not positive.
+    Neighboring frames are redundant, so a clip needs more noise than an image to lose as much information: shift > 1. A UserError if the
+    shift is not positive.
     """
     if not shift > 0:
         raise UserError(f"snr_shift is {shift}; use a number > 0, 1 for no shift")
@@ -102,11 +100,8 @@ def check_keeps_prediction_type(schedule: SchedulerMixin, trained: str) -> None:
 
 
 def make_sampler(training: SchedulerMixin, name: str = "DDIMScheduler", **overrides: Any) -> SchedulerMixin:
-    """A scheduler of diffusers, by class name, that samples a model trained with `training`.
-
-    Raises:
-        UserError: diffusers has no such scheduler, or it cannot sample such a model; see `check_sampler`.
-    """
+    """A scheduler of diffusers, by class name, that samples a model trained with `training`. A UserError if diffusers has no such scheduler,
+    or it cannot sample such a model; see `check_sampler`."""
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         # If a package is missing, diffusers has a placeholder of that name.
@@ -210,11 +205,8 @@ def set_timesteps(
 
 
 def timesteps_from(scheduler: SchedulerMixin, start_time: float) -> torch.Tensor:
-    """The timesteps of a scheduler, which is told where they begin, that are not later than this share of the training schedule.
-
-    Raises:
-        UserError: none is left.
-    """
+    """The timesteps of a scheduler, which is told where they begin, that are not later than this share of the training schedule; a UserError
+    if none is left."""
     late = int((scheduler.timesteps > start_time * (scheduler.config["num_train_timesteps"] - 1)).sum())
     late = -(-late // scheduler.order) * scheduler.order  # second-order solvers visit each timestep twice
     if late >= len(scheduler.timesteps):

@@ -45,10 +45,8 @@ def compare(folders: Sequence[str], output_dir: str) -> Path:
     """Writes `comparison.json`, tables in Markdown and LaTeX, and a page; returns the page. Differences are to the first run.
 
     A difference of means is over the clips that both runs have a value of, with a bootstrap interval; one of FVD has an interval if both have as
-    many clips, since the same are then in each resample.
-
-    Raises:
-        UserError: fewer than two folders, one without results, or results of different protocols.
+    many clips, since the same are then in each resample. A UserError for fewer than two folders, one without results, or results of different
+    protocols.
     """
     if len(folders) < 2:
         raise UserError("compare needs two or more folders of evaluations; give compare=[one,other]")

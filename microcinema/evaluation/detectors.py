@@ -71,11 +71,8 @@ class VideoDetectorSettings:
     def load(
         self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader] | None" = None
     ) -> "VideoFeatures":
-        """Opens the weights; `added` are further detectors by name.
-
-        Raises:
-            UserError: an unknown detector, or weights that are missing or another network's.
-        """
+        """Opens the weights; `added` are further detectors by name. A UserError if the detector is unknown, or its weights are missing or
+        another network's."""
         assert self.weights is not None
         added = added or {}
         if self.detector in added:
@@ -136,11 +133,8 @@ def _with_preparation(
 
 
 class ClassProbabilities:
-    """`probabilities` (b, 101) of UCF-101's classes by C3D, from a TorchScript such as `c3d_ucf101.pt` on uint8 (b, 3, f, h, w).
-
-    Raises:
-        UserError: no such file, or another one; from a call: outputs that are not probabilities.
-    """
+    """`probabilities` (b, 101) of UCF-101's classes by C3D, from a TorchScript such as `c3d_ucf101.pt` on uint8 (b, 3, f, h, w). A UserError
+    if there is no such file, or another one; from a call, if outputs are no probabilities."""
 
     def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
         self.device = device
@@ -161,11 +155,7 @@ class ClassProbabilities:
 
 class FrameFeatures:
     """`frame_features` (b, f, d) of single frames by a TorchScript that takes uint8 (n, 3, h, w) and `return_features=True`, as NVIDIA's
-    Inception v3 (`inception-2015-12-05.pt`) does.
-
-    Raises:
-        UserError: no such file, or another one.
-    """
+    Inception v3 (`inception-2015-12-05.pt`) does. A UserError if there is no such file, or another one."""
 
     def __init__(self, weights: str, sha256: str | None, device: torch.device | str = "cpu") -> None:
         self.device = device
@@ -234,11 +224,8 @@ def keyframe_fidelity(batch: Batch) -> dict[str, np.ndarray]:
 def load_torchscript(
     weights: str, sha256: str | None, key: str, device: torch.device | str
 ) -> tuple[Callable[..., Tensor], str]:
-    """A TorchScript in evaluation mode, and its sha256, which is required since the file is a program.
-
-    Raises:
-        UserError: no sha256 or another one, no such file, or no TorchScript.
-    """
+    """A TorchScript in evaluation mode, and its sha256, which is required since the file is a program. A UserError for no sha256 or another
+    one, no such file, or no TorchScript."""
     path, actual = weight_file(weights, sha256, key)
     if sha256 is None:
         raise UserError(f"'{path}' is TorchScript, which is code; if you trust it, set {key}.sha256={actual}")

@@ -48,11 +48,8 @@ class Moments:
         return reduce(cls.merge, map(cls.of, batches))
 
     def covariance(self, ddof: int = 1) -> np.ndarray:
-        """Divided by n - ddof, (d, d): 1 is unbiased, 0 is what some implementations of the Fréchet video distance take.
-
-        Raises:
-            UserError: fewer than two clips.
-        """
+        """Divided by n - ddof, (d, d): 1 is unbiased, 0 is what some implementations of the Fréchet video distance take. A UserError for
+        fewer than two clips."""
         if self.count < 2:
             raise UserError(f"covariance of {self.count} clip; measure at least two")
         return self.scatter / (self.count - ddof)
@@ -62,10 +59,8 @@ def frechet_distance(a: Moments, b: Moments, ddof: int = 1) -> float:
     """Squared Fréchet distance of the two normal distributions with these moments.
 
     With `S = R R^T`, `tr (S_a S_b)^1/2` is the sum of the singular values of `R_a^T R_b`: unlike a general matrix square root,
-    stable and never negative on singular covariances (fewer clips than features).
-
-    Raises:
-        UserError: fewer than two clips, or features of different widths.
+    stable and never negative on singular covariances (fewer clips than features). A UserError for fewer than two clips, or features of
+    different widths.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide; use one detector for both sets")

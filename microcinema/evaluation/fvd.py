@@ -37,11 +37,8 @@ class VideoDistance:
 
 
 def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed: int = 0) -> VideoDistance:
-    """Of features (n, d) and (m, d), with covariances divided by n - ddof; `seed` is that of subsets and resamples.
-
-    Raises:
-        UserError: fewer than two clips in a set, features of different widths, or that are no numbers.
-    """
+    """Of features (n, d) and (m, d), with covariances divided by n - ddof; `seed` is that of subsets and resamples. A UserError for fewer
+    than two clips in a set, features of different widths, or that are no numbers."""
     for name, features in (("generated", generated), ("real", real)):
         if not np.isfinite(features).all():
             raise UserError(f"features of {name} clips are no numbers; see that the detector's weights are whole")

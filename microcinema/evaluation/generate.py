@@ -37,11 +37,8 @@ class Generated:
 def protocol_sampler(
     config: Evaluate, height: int | None, width: int | None, num_frames: int, fps: float | None, state: PartialState
 ) -> Sampler:
-    """The sampler of a protocol's clips, with the settings of the config of `evaluate`; None: the model's own.
-
-    Raises:
-        UserError: a model that cannot be loaded, or settings that do not work with it.
-    """
+    """The sampler of a protocol's clips, with the settings of the config of `evaluate`; None: the model's own. A UserError if the model
+    cannot be loaded, or settings do not work with it."""
     settings = config.evaluation
     denoising = {name: getattr(settings, name) for name in DenoisingSettings.__dataclass_fields__}
     sampling = SamplingSettings(height, width, num_frames, fps, **denoising)

@@ -75,10 +75,8 @@ def chosen_caption(video: Video) -> Caption:
     """The one caption of a test video that a protocol with one caption a video asks for.
 
     `msrvtt_captions.csv` says which, counted from 0 in the order of their `sen_id`, for each of the 2,990 test videos. It was drawn once:
-    sha256 of "2990" and the video's id with a space between, modulo 20, the number of captions that each video has.
-
-    Raises:
-        UserError: not a test video, or one without captions.
+    sha256 of "2990" and the video's id with a space between, modulo 20, the number of captions that each video has. A UserError if this is no
+    test video, or has no captions.
     """
     chosen = _choice().get(video.name)
     if chosen is None or not video.captions:

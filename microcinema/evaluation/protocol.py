@@ -156,11 +156,8 @@ def manifest_entry(item: PromptItem) -> dict[str, Any]:
 
 
 def check_count(count: int, expected: int | None, what: str, allow_fewer: bool, detail: str = "") -> list[str]:
-    """A line for the report if there are fewer than the protocol asks for.
-
-    Raises:
-        UserError: there are more; or fewer, and that is not allowed or leaves fewer than two.
-    """
+    """A line for the report if there are fewer than the protocol asks for; a UserError if there are more, or if there are fewer and that is
+    not allowed or leaves fewer than two."""
     if expected is None or count == expected:
         return []
     if count > expected:

@@ -21,11 +21,8 @@ def select_clips(
     protocol: ZeroShotProtocol, settings: ZeroShotEvaluation
 ) -> tuple[list[PromptItem], list[tuple[int, Video]], list[str]]:
     """Samples to generate; real videos that exist, with their places among all that are asked for; and a line for each number that is smaller
-    than the protocol's.
-
-    Raises:
-        UserError: no such data set, fewer videos than the protocol asks for and `allow_fewer` is false, or one is left out that is not there.
-    """
+    than the protocol's. A UserError if there is no such data set, if there are fewer videos than the protocol asks for and `allow_fewer` is
+    false, or if one is left out that is not there."""
     samples: list[PromptItem] = []
     allow_fewer, shortfalls = settings.allow_fewer, []
     if protocol.dataset != "folder":
@@ -73,11 +70,8 @@ class RealKeyframes:
     def of(
         cls, protocol: ZeroShotProtocol, real: Sequence[tuple[int, Video]], model_index: int | None
     ) -> "RealKeyframes | None":
-        """Those of a protocol, if its key frames are real. `model_index`: the model's own place in a clip; None: of a folder of videos, the first.
-
-        Raises:
-            UserError: the protocol's place is not the model's.
-        """
+        """Those of a protocol, if its key frames are real. `model_index`: the model's own place in a clip; None: of a folder of videos, the
+        first. A UserError if the protocol's place is not the model's."""
         if protocol.keyframe is None:
             return None
         places = {video.name: (number, video) for number, video in real}

@@ -12,10 +12,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared maximum mean discrepancy, unbiased, of features (n, d) and (m, d) under the kernel `(x.y / d + 1)^3`.
 
     Kernel video distance of arXiv 1812.01717, with the kernel of Bińkowski et al. (arXiv 1801.01401, equation 3): no bias at any number of
-    clips, and so below zero at times.
-
-    Raises:
-        UserError: fewer than two clips in a set.
+    clips, and so below zero at times. A UserError for fewer than two clips in a set.
     """
     if min(len(a), len(b)) < 2:
         raise UserError(f"kernel distance of {len(a)} and {len(b)} clips; measure at least two of each")
@@ -36,10 +33,8 @@ def _mean_kernel(a: np.ndarray, b: np.ndarray, same: bool) -> float:
 def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation over splits of `exp(E KL(p(y|x) || p(y)))` (Salimans et al., arXiv 1606.03498), from (n, classes).
 
-    Clips are shuffled before they are split: in the order of their prompts each split would hold a few classes only.
-
-    Raises:
-        UserError: fewer clips than splits.
+    Clips are shuffled before they are split: in the order of their prompts each split would hold a few classes only. A UserError for fewer
+    clips than splits.
     """
     if len(probabilities) < splits:
         raise UserError(f"Inception score of {len(probabilities)} clips in {splits} splits; measure at least {splits}")

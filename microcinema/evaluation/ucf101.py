@@ -17,11 +17,8 @@ PromptSet = Literal["raw", "split", "descriptive"]
 
 def ucf101_videos(root: str | os.PathLike[str], split: str) -> list[Video]:
     """The videos of `train`, `test` or `all` that the lists of the first official division name, whether they are there or not, sorted by
-    name, with their classes. A file may have another suffix than the lists give it.
-
-    Raises:
-        UserError: another layout (what was looked for is named), an empty list, or one with a class that `classInd.txt` does not name.
-    """
+    name, with their classes. A file may have another suffix than the lists give it. A UserError for another layout (what was looked for is
+    named), an empty list, or one with a class that `classInd.txt` does not name."""
     folder, lists = Path(root, VIDEOS), Path(root, LISTS)
     first_of([folder], "the videos of UCF-101")
     classes = {line.split(maxsplit=1)[-1] for line in _lines(lists / "classInd.txt")}

@@ -49,11 +49,7 @@ class VBenchSuite:
     num_videos: Count
 
     def entries(self) -> list[dict[str, Any]]:
-        """Rows of the list, with the dimensions that are asked for.
-
-        Raises:
-            UserError: no such list, or an unknown dimension.
-        """
+        """Rows of the list, with the dimensions that are asked for; a UserError if there is no such list, or a dimension is unknown."""
         advice = "give VBench_full_info.json or vbench2_i2v_full_info.json of the suite"
         with user_errors(f"'{self.info}' is no list of VBench ({{reason}}); {advice}"):
             rows = json.loads(Path(self.info).read_text(encoding="utf-8"))
@@ -65,11 +61,7 @@ class VBenchSuite:
         return [row | {"dimension": kept} for row in rows if (kept := [d for d in row["dimension"] if d in asked])]
 
     def videos(self) -> list["SuiteVideo"]:
-        """All videos to make.
-
-        Raises:
-            UserError: as `entries`; images that are missing.
-        """
+        """All videos to make; a UserError as of `entries`, or if images are missing."""
         videos: dict[str, SuiteVideo] = {}
         for number, row in enumerate(self.entries()):
             image = None if self.images is None else Path(self.images, row.get("image_name") or "")
@@ -97,10 +89,7 @@ class SuiteVideo:
 
 def run_vbench(config: Evaluate, suite: VBenchSuite, state: PartialState) -> None:
     """Makes the videos by all processes; the first one lays them where the suite finds them, and reports its results, if they are given.
-
-    Raises:
-        UserError: bad input; finished videos are kept, and the next run continues from them.
-    """
+    After a UserError finished videos are kept, and the next run continues from them."""
     settings, folder = config.evaluation, Path(config.output_dir)
     assert isinstance(settings, VBenchEvaluation)
     if config.generated_dir is not None:

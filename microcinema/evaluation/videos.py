@@ -30,11 +30,8 @@ class Video:
 
 
 def folder_videos(folder: str | os.PathLike[str]) -> list[Video]:
-    """All videos under a folder, in the order of `natural_key`: 2.mp4 comes before 10.mp4.
-
-    Raises:
-        UserError: no such folder, or no videos in it.
-    """
+    """All videos under a folder, in the order of `natural_key`: 2.mp4 comes before 10.mp4. A UserError if there is no such folder, or no
+    video in it."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"'{root}' is no folder; give a folder of videos ({', '.join(VIDEOS)})")

@@ -18,10 +18,8 @@ _URL_SCHEMES = ("http", "https", "file")
 def weight_file(source: str, sha256: str | None, key: str) -> tuple[Path, str]:
     """The file on disk and its sha256. A URL, which needs a `sha256`, is fetched into the cache unless a file of this sha256 is there.
 
-    The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`. `key` of the config is for messages: `evaluation.video`.
-
-    Raises:
-        UserError: no such file, no such page, another sha256, or a text that is none.
+    The cache is `$MICROCINEMA_CACHE`, otherwise `~/.cache/microcinema`. `key` of the config is for messages: `evaluation.video`. A UserError
+    if there is no such file or page, or it has another sha256, or that is none.
     """
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise UserError(f"{key}.sha256='{sha256}' is no sha256; give all of its 64 hexadecimal digits, or null")

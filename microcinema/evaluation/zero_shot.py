@@ -55,11 +55,8 @@ def run_zero_shot(
     state: PartialState,
     video_detectors: Mapping[str, VideoDetectorLoader],
 ) -> None:
-    """Runs a protocol with all processes; the first one writes and prints results. `video_detectors`: added to `DETECTORS`.
-
-    Raises:
-        UserError: bad input; finished clips and features are kept, and the next run continues from them.
-    """
+    """Runs a protocol with all processes; the first one writes and prints results. `video_detectors`: added to `DETECTORS`. After a UserError
+    finished clips and features are kept, and the next run continues from them."""
     settings, folder = config.evaluation, Path(config.output_dir)
     assert isinstance(settings, ZeroShotEvaluation)
     samples, real, shortfalls = select_clips(protocol, settings)
@@ -162,11 +159,8 @@ def _real_features(
     extract: Callable[..., Features],
 ) -> Features | None:
     """Features of the real clips, if there are any; in `real_features_dir` or the output folder, in a folder named by the hash of their
-    fingerprint; or in `real_features_dir` itself, if it is such a folder.
-
-    Raises:
-        UserError: videos that cannot be read, which are listed in the output folder.
-    """
+    fingerprint; or in `real_features_dir` itself, if it is such a folder. Videos that cannot be read are a UserError, and are listed in the
+    output folder."""
     settings, folder = config.evaluation, Path(config.output_dir)
     assert isinstance(settings, ZeroShotEvaluation)
     if not real:
@@ -231,11 +225,8 @@ def load_measures(
     classes: bool,
     video_detectors: Mapping[str, VideoDetectorLoader],
 ) -> tuple[list[Measure], dict[str, str]]:
-    """The measures whose weights are given; and for each other one, why not. Some need real clips to compare with, or UCF-101's classes.
-
-    Raises:
-        UserError: no weights at all, or some that cannot be opened.
-    """
+    """The measures whose weights are given; and for each other one, why not. Some need real clips to compare with, or UCF-101's classes. A
+    UserError if there are no weights at all, or some cannot be opened."""
     c3d, inception = settings.c3d, settings.inception
 
     def load(key: str, weights: str) -> Measure:

@@ -7,11 +7,8 @@ from microcinema.utils.errors import UserError, user_errors
 
 
 def load_checked(from_pretrained: Callable[..., Any], path: Any, **kwargs: Any) -> Any:
-    """Calls a `from_pretrained` of diffusers and refuses a checkpoint whose keys are not exactly the network's.
-
-    Raises:
-        UserError: the folder cannot be read, or its keys do not match.
-    """
+    """Calls a `from_pretrained` of diffusers and refuses a checkpoint whose keys are not exactly the network's; these, and a folder that
+    cannot be read, are a UserError."""
     with_info = kwargs.pop("output_loading_info", False)
     fault = f"cannot load a network from '{path}' ({{reason}})"
     with user_errors(f"{fault}; give one written by save_pretrained"):

@@ -15,11 +15,7 @@ from microcinema.utils.logging import warn_once
 
 @dataclass(frozen=True)
 class Captions:
-    """Texts and embeddings as arguments of `ImageToVideoPipeline.__call__`.
-
-    Raises:
-        UserError: no prompt, or both a text and its embeddings.
-    """
+    """Texts and embeddings as arguments of `ImageToVideoPipeline.__call__`; a UserError for no prompt, or both a text and its embeddings."""
 
     prompt: str | Sequence[str] | None
     motion_prompt: str | Sequence[str] | None

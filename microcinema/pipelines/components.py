@@ -21,11 +21,8 @@ COMPONENTS = (*OPTIONAL_COMPONENTS, "unet", "scheduler")
 
 
 def load_missing_components(components: dict[str, Any], config: dict[str, Any]) -> None:
-    """Loads components that are None and that the UNet uses, and sets to None those that it does not use.
-
-    Raises:
-        UserError: a component without a source, or components that do not fit together.
-    """
+    """Loads components that are None and that the UNet uses, and sets to None those that it does not use. A UserError for a component without
+    a source, or components that do not fit together."""
     dtype, options = components["unet"].dtype, components["unet"].options
     origin = config["base"], config["base_revision"], config["base_variant"]
     if any(components[name] is None for name in BASE_COMPONENTS):

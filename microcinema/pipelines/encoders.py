@@ -64,11 +64,8 @@ def load_image_encoder(
 
 
 def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> dict[str, Any]:
-    """`motion_encoder` and `motion_tokenizer`, by these names, of a T5 in the layout of transformers (as `google/flan-t5-base`).
-
-    Raises:
-        UserError: there is no such model, or it is not a T5.
-    """
+    """`motion_encoder` and `motion_tokenizer`, by these names, of a T5 in the layout of transformers (as `google/flan-t5-base`); a UserError
+    if there is no such model, or it is not a T5."""
     folder = Path(resolve_snapshot(name, ["."] if weights else []))
     with user_errors(f"cannot read the config of the motion encoder '{name}' ({{reason}}); name a T5"):
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

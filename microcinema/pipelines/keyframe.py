@@ -89,11 +89,8 @@ class KeyframePipeline:
         torch_dtype: torch.dtype = torch.float32,
         resize_mode: ResizeMode = "crop",
     ) -> "KeyframePipeline":
-        """Opens a saved text-to-image pipeline of any class that diffusers knows; the arguments are those of `load_base`.
-
-        Raises:
-            UserError: it cannot be opened, or is not a text-to-image pipeline.
-        """
+        """Opens a saved text-to-image pipeline of any class that diffusers knows; the arguments are those of `load_base`. A UserError if it
+        cannot be opened, or is not a text-to-image pipeline."""
         origin = {"source": os.fspath(name), "revision": revision, "variant": variant}
         pipeline = open_pipeline(name, revision, variant, torch_dtype, "text-to-image", _load_text_to_image)
         return cls(pipeline, resize_mode, origin)
@@ -260,11 +257,8 @@ def _check_finite(decoder: torch.nn.Module, inputs: Any, pixels: Any) -> None:
 def make_keyframe(
     image: Image.Image, height: int, width: int, source: Mapping[str, Any], resize_mode: ResizeMode = "crop"
 ) -> Keyframe:
-    """The image at the video's size, with its provenance, which begins with `source`.
-
-    Raises:
-        UserError: a size below one pixel, or an image of another size if `resize_mode` is `exact`.
-    """
+    """The image at the video's size, with its provenance, which begins with `source`. A UserError for a size below one pixel, or an image of
+    another size if `resize_mode` is `exact`."""
     if min(height, width) < 1:
         raise UserError(f"the key frame's size is {height}x{width}; give a height and a width of at least 1")
     image = to_rgb(image)

@@ -51,11 +51,8 @@ class TrainedPlaces:
 
 
 def read_keyframes(entries: Sequence[int | str] | None) -> dict[int, Path | None] | None:
-    """The key `keyframes` of `sample`: a file for each place, None for the key frame of the prompt.
-
-    Raises:
-        UserError: an entry that is neither `place` nor `place:file`, or a place that occurs twice.
-    """
+    """The key `keyframes` of `sample`: a file for each place, None for the key frame of the prompt. A UserError for an entry that is neither
+    `place` nor `place:file`, or a place that occurs twice."""
     keyframes: dict[int, Path | None] = {}
     for entry in entries or ():
         place, _, file = str(entry).partition(":")

@@ -19,10 +19,7 @@ class Windows:
     """Evenly spaced windows over the frames of a video; where they overlap, predictions are averaged.
 
     All windows read the same latents, and their predictions become one for the whole video, so that neighbors agree from the
-    first step on (temporal co-denoising, arXiv 2305.18264).
-
-    Raises:
-        UserError: the overlap is negative, or not smaller than a window.
+    first step on (temporal co-denoising, arXiv 2305.18264). A UserError if the overlap is negative, or not smaller than a window.
     """
 
     frames: int  # of the video

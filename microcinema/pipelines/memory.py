@@ -15,11 +15,8 @@ from microcinema.utils.errors import UserError, user_errors
 
 
 def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.device | str) -> None:
-    """Applies memory settings to a newly opened pipeline of diffusers and moves it to a device.
-
-    Raises:
-        UserError: a setting that this machine or this pipeline does not support.
-    """
+    """Applies memory settings to a newly opened pipeline of diffusers and moves it to a device; a UserError for a setting that this machine
+    or this pipeline does not support."""
     device, dtype = torch.device(device), getattr(torch, settings.torch_dtype)
     networks: dict[str, Any] = {
         name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)

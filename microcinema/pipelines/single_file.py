@@ -52,10 +52,8 @@ def config_source(file: str) -> str:
 def open_single_file(file: str | os.PathLike[str], folder: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a single file by diffusers' `from_single_file`, with the configs of a folder, from which it downloads nothing.
 
-    A network that the file lacks is taken from the folder, if that has its weights.
-
-    Raises:
-        UserError: the weights do not fit the configs, or some are missing.
+    A network that the file lacks is taken from the folder, if that has its weights. A UserError if the weights do not fit the configs, or
+    some are missing.
     """
     fault = f"the single file '{file}' cannot be opened with the configs of '{folder}' ({{reason}})"
     with user_errors(f"{fault}; is it complete, and are they its model's?"):

@@ -90,11 +90,8 @@ class SpriteClassifier(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleDict({name: nn.Linear(feature_dim, len(names)) for name, names in classes.items()})
 
     def features(self, video: Tensor) -> Tensor:
-        """Penultimate features, (b f 3 h w) in [-1, 1] -> (b feature_dim).
-
-        Raises:
-            UserError: a clip with another number of frames than the network was built for.
-        """
+        """Penultimate features, (b f 3 h w) in [-1, 1] -> (b feature_dim); a UserError for a clip with another number of frames than the
+        network was built for."""
         frames = video.shape[1]
         if frames != self.config.num_frames:
             raise UserError(f"the clip has {frames} frames; this classifier reads {self.config.num_frames}")

@@ -35,10 +35,8 @@ def write_dataset(
 ) -> Path:
     """Renders clips 0 to `num_videos - 1` as a video-text data set: `videos/{page_dir}/{videoid}.mp4` (H.264), a WebVid-style `clips.csv` and `truth.jsonl`.
 
-    Each line of the truth file has a clip's sprite, frames, size and fps, from which `render` gives masks and flow exactly.
-
-    Raises:
-        UserError: the folder cannot be written.
+    Each line of the truth file has a clip's sprite, frames, size and fps, from which `render` gives masks and flow exactly. A UserError if
+    the folder cannot be written.
     """
     with (
         atomic_folder(folder) as partial,
@@ -62,11 +60,8 @@ def write_dataset(
 
 
 def read_truth(folder: str | os.PathLike[str]) -> Iterator[tuple[str, scene.Sprite, int, int, float]]:
-    """Yields (videoid, sprite, num_frames, size, fps) for every clip of a folder that `write_dataset` made.
-
-    Raises:
-        UserError: the folder has no truth file.
-    """
+    """Yields (videoid, sprite, num_frames, size, fps) for every clip of a folder that `write_dataset` made; a UserError if the folder has no
+    truth file."""
     path = Path(folder) / TRUTH_FILE
     if not path.is_file():
         raise UserError(f"'{path}' not found; render the data set with `microcinema prepare sprites`")

@@ -11,11 +11,8 @@ from microcinema.utils.errors import UserError
 
 
 class GroundTruthFlow:
-    """Flow of the items of a Moving Sprites `ClipDataset`, square and read from their beginning, rendered from its truth file.
-
-    Raises:
-        UserError: another data set, or clips whose truth is not known.
-    """
+    """Flow of the items of a Moving Sprites `ClipDataset`, square and read from their beginning, rendered from its truth file. A UserError
+    for another data set, or clips whose truth is not known."""
 
     def __init__(self, dataset: ClipSource) -> None:
         if not isinstance(dataset, ClipDataset) or dataset.root is None:

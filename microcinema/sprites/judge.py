@@ -43,11 +43,8 @@ class SpriteJudge:
 
     @torch.inference_mode()
     def __call__(self, clips: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
-        """Attribute names of each clip and features (n, d) float64, of clips uint8 (n, f, h, w, 3).
-
-        Raises:
-            UserError: clips with another number of frames than the classifier reads.
-        """
+        """Attribute names of each clip and features (n, d) float64, of clips uint8 (n, f, h, w, 3); a UserError for clips with another number
+        of frames than the classifier reads."""
         names: list[dict[str, str]] = []
         features = []
         for batch in np.split(clips, range(self.batch_size, len(clips), self.batch_size)):

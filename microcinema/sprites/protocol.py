@@ -59,10 +59,8 @@ class Task:
 class SpritesProtocol:
     """The Moving Sprites protocol, version 3: before, stage 1 of models with a motion caption read that as well.
 
-    Prompt number i of a part is the same whatever the counts are, so a short run is the beginning of a long one.
-
-    Raises:
-        UserError: nothing to generate, or a number out of range.
+    Prompt number i of a part is the same whatever the counts are, so a short run is the beginning of a long one. A UserError if there is
+    nothing to generate, or a number is out of range.
     """
 
     num_prompts: CountOrZero = 200

@@ -225,11 +225,8 @@ def _to_object(x: np.ndarray, y: np.ndarray, pose: np.ndarray) -> tuple[np.ndarr
 
 
 def render(sprite: Sprite, num_frames: int = 16, size: int = 64, fps: float = 8.0) -> Rendered:
-    """Renders the clip, `size` pixels wide and high, and its truth, the same on every processor.
-
-    Raises:
-        UserError: a number of frames, a size or a frame rate that is not positive.
-    """
+    """Renders the clip, `size` pixels wide and high, and its truth, the same on every processor. A UserError if the number of frames, the
+    size or the frame rate is not positive."""
     if num_frames < 1 or size < 1 or not fps > 0:
         raise UserError(f"num_frames={num_frames}, size={size}, fps={fps}: all three must be positive")
     x, y = grid(size)

@@ -48,11 +48,7 @@ def build_trainer(
     on_metrics: Callable[[dict[str, float]], None] | None = None,
     region: Region = record_function,
 ) -> Trainer:
-    """The trainer of the run that the config describes, ready for its first step. Collective.
-
-    Raises:
-        UserError: the config describes something that cannot be built or trained.
-    """
+    """The trainer of the run that the config describes, ready for its first step. Collective. A UserError if that cannot be built or trained."""
     output_dir = make_folder(config.output_dir)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
@@ -151,11 +147,8 @@ def build_networks(config: Train, base: Base, weights: bool = True) -> dict[str,
 
 
 def check_schedule(config: Train, base_scheduler: DDPMScheduler) -> dict[str, Any]:
-    """The schedule by whose timesteps the network of a run knows noise levels before it trains.
-
-    Raises:
-        UserError: a training schedule that cannot work, or another target than that of layers which stay frozen.
-    """
+    """The schedule by whose timesteps the network of a run knows noise levels before it trains. A UserError if the training schedule cannot
+    work, or has another target than layers which stay frozen."""
     schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
     levels, prediction_type = known_schedule(config.init_weights_from, base_scheduler)
     if config.trainable_parameters == "temporal":

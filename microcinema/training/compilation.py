@@ -24,11 +24,8 @@ _WRAPPERS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 
 
 def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
-    """Compiles the blocks of a network, each when it is first called, whole, and for its own width and shape.
-
-    Raises:
-        UserError: the parameters are sharded.
-    """
+    """Compiles the blocks of a network, each when it is first called, whole, and for its own width and shape; a UserError if the parameters
+    are sharded."""
     if accelerator.distributed_type not in _WRAPPERS:
         kind = accelerator.distributed_type.value
         raise UserError(f"compile=true works with DistributedDataParallel, not with {kind}; set compile=false")

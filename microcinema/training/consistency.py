@@ -106,11 +106,8 @@ def _z0(prediction: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, config: lo
 def load_objective(
     settings: schema.Consistency, pipeline: ImageToVideoPipeline, accelerator: Accelerator
 ) -> Consistency:
-    """The objective of a run that trains this pipeline, its teacher whole and in float32 on each device.
-
-    Raises:
-        UserError: the teacher cannot be opened, or differs from the student in more than its network.
-    """
+    """The objective of a run that trains this pipeline, its teacher whole and in float32 on each device. A UserError if the teacher cannot be
+    opened, or differs from the student in more than its network."""
     teacher = load_pipeline(settings.teacher)
     if changed := differences(in_common(pipeline), in_common(teacher)):
         fault = f"objective.teacher '{settings.teacher}' cannot teach this model: {'; '.join(changed)}"

@@ -77,10 +77,8 @@ def choose_checkpoint(
     """The checkpoint to resume from, verified against its checksums, or None for a new run.
 
     With `latest`, an empty folder starts a new run, so that one command line serves a job that is requeued again and again;
-    damaged checkpoints are skipped, with a warning each.
-
-    Raises:
-        UserError: the named checkpoint or all are damaged or missing, or a new run would mix with an earlier one.
+    damaged checkpoints are skipped, with a warning each. A UserError if the named checkpoint or all are damaged or missing, or a new run
+    would mix with an earlier one.
     """
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint is None:

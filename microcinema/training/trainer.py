@@ -165,11 +165,8 @@ class Trainer:
         self.progress = Progress(self.progress.step + 1, self.progress.clips + self.clips_per_step)
 
     def finish_interval(self) -> dict[str, float]:
-        """Reads, checks and logs the metrics of the steps since the last call, before anything of them is saved. Collective.
-
-        Raises:
-            UserError: a loss or gradient was not finite.
-        """
+        """Reads, checks and logs the metrics of the steps since the last call, before anything of them is saved. Collective. A UserError if a
+        loss or gradient was not finite."""
         metrics = {**self.metrics.finish_interval(), "lr": self.learning_rate, "broken_clips": self.errors.total}
         if self.config.compile:
             metrics["compiled_graphs"] = count_graphs()

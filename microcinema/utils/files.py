@@ -62,10 +62,8 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     """Creates a folder and holds it for this process alone; in the end, folders that it has created and are empty are removed.
 
-    The system releases the lock of a process that was killed; the file keeps its host, number and start, which are told.
-
-    Raises:
-        UserError: it cannot be written, or another process holds it.
+    The system releases the lock of a process that was killed; the file keeps its host, number and start, which are told. A UserError if it
+    cannot be written, or another process holds it.
     """
     folder = Path(path)
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
