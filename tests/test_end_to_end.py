@@ -14,7 +14,7 @@ from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli
 from microcinema.config.compose import compose
 from microcinema.data.video_reader import probe
-from microcinema.pipelines import load_pipeline
+from microcinema.pipelines.saving import load_pipeline
 from microcinema.utils.hashing import hash_weights
 
 PROMPT = "a red star moving to the left on sand"

@@ -209,7 +209,6 @@ class Sample(SamplingSettings):
     keyframes_only: bool
     memory: MemorySettings
     upscale: UpscaleSettings
-    window_overlap: types.CountOrZero | None
     negative_prompt: str
     num_videos_per_prompt: types.Count
     video_crf: Annotated[types.CountOrZero, Field(le=51)]

@@ -42,18 +42,14 @@ class FlowClips(ClipWrapper):
     def __init__(self, dataset: ClipSource, flow_model: str, factor: int) -> None:
         super().__init__(dataset)
         self.factor = factor
-        self.flow: Callable[[dict[str, Any]], Flow] = functools.partial(_estimate_item, flow_model)
-        if flow_model not in FLOW_MODELS:
-            self.flow = Component(flow_model, {}).build(dataset=dataset)
+        self.flow_model = flow_model
+        self.truth = None if flow_model in FLOW_MODELS else Component(flow_model, {}).build(dataset=dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
-        flow = to_latent_grid(self.flow(item), self.factor)
+        flow = estimate(self.flow_model, pixels_of(item)) if self.truth is None else self.truth(item)
+        flow = to_latent_grid(flow, self.factor)
         return {**item, "flow": flow.vectors, "flow_valid": flow.valid}
-
-
-def _estimate_item(flow_model: str, item: dict[str, Any]) -> Flow:
-    return estimate(flow_model, pixels_of(item))
 
 
 def pixels_of(item: dict[str, Any]) -> np.ndarray:

@@ -45,13 +45,8 @@ def survey_clip(decoder: DecoderProcess, source: video_reader.Source) -> ClipSur
     return ClipSurvey(*decoder("survey", source, SIZE, FPS, MAX_FRAMES))
 
 
-def frame_differences(frames: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of neighboring frames in levels of 255, (n - 1,)."""
-    return np.array([cv2.absdiff(a, b).mean() for a, b in itertools.pairwise(frames)])
-
-
 def find_cut(differences: np.ndarray) -> int | None:
-    """Index of the frame that begins a new scene, at the strongest cut; None: no cut.
+    """Index of the frame that begins a new scene, at the strongest cut, by the mean differences of neighbors (n - 1,), of 255; None: no cut.
 
     A cut is one large difference between small ones: fast motion is large for many frames, a flash for two. Fades are not detected.
     """
@@ -114,7 +109,7 @@ def measure(
         survey = survey_clip(decoder, source)
     except UserError as error:
         return {"file": str(source), "decodable": False, "reason": str(error)}, None
-    differences = frame_differences(survey.frames)
+    differences = np.array([cv2.absdiff(a, b).mean() for a, b in itertools.pairwise(survey.frames)])
     cut = find_cut(differences)
     return {
         "file": str(source),

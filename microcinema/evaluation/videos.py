@@ -8,7 +8,6 @@ from pathlib import Path
 from microcinema.data.video_reader import VIDEOS
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import list_files
-from microcinema.utils.hashing import hash_chunks
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,6 @@ def videos_by_stem(folder: Path) -> dict[str, Path]:
     """The videos right in a folder by their names without suffix, which re-encoded copies of a data set change; none if there is no folder."""
     files = list_files(folder, VIDEOS) if folder.is_dir() else []
     return {file.stem: file for file in reversed(files)}
-
-
-def hash_list(videos: Sequence[Video]) -> str:
-    """sha256 over the states of all files, in their order: a set that was cut or compressed anew has another; a UserError as by `file_state`."""
-    return hash_chunks(f"{file_state(video)}\n" for video in videos)
 
 
 def file_state(video: Video) -> str:

@@ -34,11 +34,11 @@ from microcinema.evaluation.report import (
     write_report,
 )
 from microcinema.evaluation.scores import inception_score, kernel_distance
-from microcinema.evaluation.videos import Video, file_state, hash_list
+from microcinema.evaluation.videos import Video, file_state
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder, write_json
 from microcinema.utils.fingerprint import FINGERPRINT
-from microcinema.utils.hashing import hash_json
+from microcinema.utils.hashing import hash_chunks, hash_json
 from microcinema.utils.provenance import describe_code
 
 MANIFEST_FILE = "manifest.json"
@@ -98,7 +98,7 @@ def run_zero_shot(
     results = {
         "protocol": {"identifier": identifier, **dataclasses.asdict(protocol)},
         **_measurements(generated, features, real_features, protocol, detectors_used),
-        "real_files_sha256": hash_list(videos) if real else None,
+        "real_files_sha256": hash_chunks(f"{file_state(video)}\n" for video in videos) if real else None,
         "detectors": detectors_used,
         "counts": {"generated": len(generated.samples), "real": len(real), **generated.counts},
         "not_measured": not_measured,

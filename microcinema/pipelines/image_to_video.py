@@ -41,7 +41,7 @@ from microcinema.pipelines.denoise import CALLBACK_TENSORS, StepCallback, make_g
 from microcinema.pipelines.encoders import encode_image_tokens, encode_motion_tokens, encode_text
 from microcinema.pipelines.keyframe import PixelImage, as_tensor, make_keyframe
 from microcinema.pipelines.keyframe_places import TrainedPlaces, check_interpolation, keyframe_images
-from microcinema.pipelines.long_video import Windows, check_continuation, join_segments, notices
+from microcinema.pipelines.long_video import Windows, check_continuation, notices
 from microcinema.pipelines.lora import VideoLoraMixin
 from microcinema.pipelines.prompts import check_generators
 from microcinema.utils.errors import UserError, check_choice
@@ -369,7 +369,7 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
             if clip < settings.num_segments - 1:
                 last = self.decode_latents(z[:, -1:]) if in_latents else clips[-1][:, -1:]
                 pixels = {0: as_tensor(self.video_processor.postprocess(last[:, 0].float(), "pil"))}
-        video = join_segments(clips)
+        video = torch.cat([clips[0], *(clip[:, 1:] for clip in clips[1:])], dim=1)  # each starts where the last ended
         if settings.interpolate > 1:
             video = sampler.interpolate(video)
             video = video if output_type == "latent" else self.decode_latents(video, settings.decode_chunk_size).float()

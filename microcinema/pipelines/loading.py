@@ -31,13 +31,9 @@ def user_error_if_damaged(open_model: F) -> F:
 
     @wraps(open_model)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        try:
+        name = next(iter((*args, *kwargs.values())), None)
+        with user_errors(f"'{name}' cannot be opened ({{reason}}); are its files complete?"):
             return open_model(*args, **kwargs)
-        except (UserError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            name = next(iter((*args, *kwargs.values())), None)
-            raise UserError(f"'{name}' cannot be opened ({first_line(error)}); are its files complete?") from error
 
     return cast(F, checked)
 

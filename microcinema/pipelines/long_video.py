@@ -4,7 +4,7 @@ Shapes: b videos, f frames; further dimensions are arbitrary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,11 +75,6 @@ def check_continuation(num_segments: int, num_frames: int, keyframe_position: st
     if keyframe_index(keyframe_position, num_frames) != 0:
         fault = f"num_segments is {num_segments}, but this model's key frame is not the first (keyframe_position={keyframe_position})"
         raise UserError(f"{fault}, so that no segment can continue another; use num_segments=1, or another model")
-
-
-def join_segments(segments: Sequence[Tensor]) -> Tensor:
-    """The video `b n(f-1)+1 ...` of n segments `b f ...`, of which each starts with the last frame of the one before."""
-    return torch.cat([segments[0], *(segment[:, 1:] for segment in segments[1:])], dim=1)
 
 
 def notices(windows: Windows, num_segments: int) -> list[str]:

@@ -90,17 +90,12 @@ def raise_on_all_ranks(message: str, errors: tuple[type[BaseException], ...]) ->
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds only shards of the parameters."""
-    return any(isinstance(parameter, DTensor) or _is_zero3(parameter) for parameter in module.parameters())
-
-
-def has_zero3(module: nn.Module) -> bool:
-    """Whether ZeRO-3 shards the parameters."""
-    return any(_is_zero3(parameter) for parameter in module.parameters())
+    return any(isinstance(parameter, DTensor) or is_zero3(parameter) for parameter in module.parameters())
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, on every rank. Collective if the tensor is sharded; otherwise the tensor itself."""
-    if _is_zero3(tensor):
+    if is_zero3(tensor):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -152,5 +147,6 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**module.state_dict(), **dict(module.named_parameters())}
 
 
-def _is_zero3(tensor: torch.Tensor) -> bool:
+def is_zero3(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 shards it."""
     return hasattr(tensor, "ds_id")

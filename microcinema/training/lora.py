@@ -11,7 +11,7 @@ from microcinema.config.schema import Train
 from microcinema.utils.files import atomic_path
 from microcinema.utils.hashing import hash_file
 from microcinema.utils.provenance import describe_code
-from microcinema.utils.templates import render
+from microcinema.utils.templates import write_page
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 CARD = "README.md"
@@ -36,7 +36,8 @@ def save_lora(weights: Mapping[str, torch.Tensor], config: Train, folder: Path, 
     with atomic_path(folder / WEIGHTS) as temporary:
         save_file(state, temporary, {"format": "pt"})
     settings, digest = shareable(config), hash_file(folder / WEIGHTS)
-    card = render(
+    write_page(
+        folder / CARD,
         TEMPLATE,
         name=name,
         config=settings,
@@ -48,5 +49,3 @@ def save_lora(weights: Mapping[str, torch.Tensor], config: Train, folder: Path, 
         sha256=digest,
         versions=describe_code(),
     )
-    with atomic_path(folder / CARD) as temporary:
-        temporary.write_text(card, encoding="utf-8")

@@ -1,16 +1,14 @@
 """How a run stands in its tracker: its name, group and tags, everything that it was started with, and the same run after a restart."""
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from microcinema.config.instantiate import Component
+from microcinema.config.compose import plain
 from microcinema.config.schema import Train
 from microcinema.utils.files import atomic_path
+from microcinema.utils.fingerprint import flatten
 
 RUN_ID_FILE = "wandb_run_id.txt"
 
@@ -39,18 +37,5 @@ def start_trackers(accelerator: Accelerator, config: Train, resumed: bool) -> No
 
 def hyperparameters(config: Train) -> dict[str, int | float | str | bool]:
     """Every value of a config by its key, such as `model.temporal.text`; a list and null as text, since TensorBoard knows numbers and texts."""
-    found: dict[str, int | float | str | bool] = {}
-
-    def add(key: str, value: Any) -> None:
-        if isinstance(value, Component):
-            value = {"_target_": value.target, **value.arguments}
-        elif is_dataclass(value):
-            value = {field.name: getattr(value, field.name) for field in fields(value)}
-        if isinstance(value, Mapping):
-            for name, part in value.items():
-                add(f"{key}.{name}" if key else name, part)
-        else:
-            found[key] = value if isinstance(value, int | float | str | bool) else str(value)
-
-    add("", config)
-    return found
+    values = flatten(plain(config))
+    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in values.items()}

@@ -30,7 +30,7 @@ from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.compilation import compilation_errors, compile_blocks, count_flops, count_graphs
 from microcinema.training.consistency import load_objective
-from microcinema.training.distributed import broadcast_from_main, has_zero3, unshard
+from microcinema.training.distributed import broadcast_from_main, is_zero3, unshard
 from microcinema.training.ema import Averages, ema_pipeline
 from microcinema.training.lora import save_lora
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
@@ -237,7 +237,7 @@ class Trainer:
         # Only now: FSDP replaces parameters by shards.
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         self.trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        if config.use_ema and has_zero3(self.model):
+        if config.use_ema and any(map(is_zero3, self.model.parameters())):
             raise UserError("use_ema=true does not work with ZeRO-3; use FSDP, ZeRO-2 or use_ema=false")
         trained = list(self.trained.values())
         self.ema = Averages(trained, decay=config.ema_decay, foreach=True) if config.use_ema else None

@@ -31,16 +31,18 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Within it any exception, or those of some kinds, becomes a UserError, in whose message `{reason}` is its first line.
+    """Within it an exception of these kinds becomes a UserError, in whose message `{reason}` is its first line.
 
-    Around what opens a file or another thing of the user's: libraries raise a dozen kinds for those that are damaged. Errors in one line pass.
+    Without kinds any does, but for lack of memory: around what opens a file or another thing of the user's, for which libraries have a
+    dozen kinds. Errors in one line pass as they are.
     """
     try:
         yield
     except OneLineError:
         raise
     except Exception as error:
-        if kinds and not isinstance(error, kinds):
+        lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+        if not isinstance(error, kinds) if kinds else lacks_memory:
             raise
         raise UserError(message.replace("{reason}", first_line(error))) from error
 

@@ -22,8 +22,9 @@ from fixtures.tiny_sampling import PROMPTS, image, sample
 from fixtures.tiny_training import reset_accelerator, weights
 from microcinema.commands import cli, export
 from microcinema.config.compose import compose, load, save
-from microcinema.pipelines import ImageToVideoPipeline, load_pipeline
 from microcinema.pipelines.base_model import BASE_COMPONENTS
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
+from microcinema.pipelines.saving import load_pipeline
 from microcinema.sprites.dataset import write_dataset
 from microcinema.utils.errors import UserError
 

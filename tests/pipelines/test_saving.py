@@ -11,9 +11,10 @@ from PIL import Image
 
 from fixtures import tiny
 from microcinema.diffusion.rng import generator
-from microcinema.pipelines import ImageToVideoPipeline, load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.pipelines.base_model import load_base
+from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import ASSETS
+from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline, save_pipeline
 from microcinema.training.warm_start import known_schedule
 from microcinema.utils.errors import UserError
 

@@ -18,11 +18,10 @@ from microcinema.config.sampling import MemorySettings
 from microcinema.models import vae as vae_module
 from microcinema.models.vae import decode_latents, encode_pixels
 from microcinema.models.video_unet import VideoUNet
-from microcinema.pipelines import load_pipeline
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.memory import apply
-from microcinema.pipelines.saving import save_pipeline
+from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.utils.errors import UserError
 
 SIZE = 2 * tiny.SIZE

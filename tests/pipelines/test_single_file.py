@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from fixtures import ldm_keys, tiny
 from fixtures.tiny_training import reset_accelerator
 from microcinema.commands import cli, doctor
-from microcinema.pipelines import load_pipeline
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.keyframe import KeyframePipeline
 from microcinema.pipelines.loading import resolve_model_path
-from microcinema.pipelines.saving import save_pipeline
+from microcinema.pipelines.saving import load_pipeline, save_pipeline
 from microcinema.utils.errors import UserError
 
 FAMILIES = ("sd15", "sd21", "sdxl")
