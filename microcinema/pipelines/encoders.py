@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from microcinema.pipelines.loading import component_class, load_component, load_index, resolve_snapshot
 from microcinema.utils.device import to_device
@@ -81,33 +75,22 @@ def load_motion_encoder(name: str, dtype: torch.dtype = torch.float32, weights: 
 def encode_text(
     components: Mapping[str, Any], texts: list[str], zeros_for_empty: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion; with two encoders see `encode_text_xl`.
+    """Text tokens `b n d`, padded or cut to the tokenizer's length n, as in Stable Diffusion.
 
-    `device` is where to compute; None: where the encoder is. With offloading that is elsewhere until it is called.
+    With two encoders `b n+1 d`, as in SDXL (arXiv 2307.01952, section 2.1): the last states but one of both, side by side in d = d1 + d2; the
+    last row is the second's pooled text, padded with zeros. One tensor, so that captions are cached, dropped and guided as a whole. With
+    `zeros_for_empty` that of an empty text is zero throughout.
+
+    `device` is where to compute; None: where the encoders are. With offloading that is elsewhere until they are called.
     """
-    encoders = [components[name] for name in ("text_encoder", "text_encoder_2") if components[name] is not None]
-    tokenizers = [components[name] for name in ("tokenizer", "tokenizer_2")]
-    if len(encoders) > 1:
-        return encode_text_xl(tokenizers, encoders, texts, zeros_for_empty, device)
-    return encoders[0](_token_ids(tokenizers[0], texts, device or encoders[0].device))[0]
-
-
-def encode_text_xl(
-    tokenizers: Sequence[CLIPTokenizer],
-    encoders: Sequence[PreTrainedModel],
-    texts: list[str],
-    zeros_for_empty: bool,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Text `b n+1 d` of SDXL (arXiv 2307.01952, section 2.1): the last states but one of two encoders, side by side in d = d1 + d2.
-
-    The last row is the second's pooled text, padded with zeros. One tensor, so that captions are cached, dropped and guided as a whole.
-    With `zeros_for_empty` that of an empty text is zero throughout.
-    """
+    names = [end for end in ("", "_2") if components[f"text_encoder{end}"] is not None]
+    pairs = [(components[f"tokenizer{end}"], components[f"text_encoder{end}"]) for end in names]
     outputs = [
-        encoder(_token_ids(tokenizer, texts, device or encoder.device), output_hidden_states=True)
-        for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+        encoder(_token_ids(tokenizer, texts, device or encoder.device), output_hidden_states=len(pairs) > 1)
+        for tokenizer, encoder in pairs
     ]
+    if len(outputs) == 1:
+        return outputs[0][0]
     tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     pooled = functional.pad(outputs[1][0], (0, tokens.shape[-1] - outputs[1][0].shape[-1]))
     embeddings = torch.cat([tokens, pooled[:, None]], dim=1)

@@ -182,7 +182,7 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
         return schedule and match_snr_timesteps(self.training_scheduler, make_scheduler(schedule))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
-        """Embeddings (b, n, d) of texts; of SDXL with one row more, see `encode_text_xl`."""
+        """Embeddings (b, n, d) of texts; of SDXL with one row more, see `pipelines.encoders.encode_text`."""
         zeros_for_empty = self.config["force_zeros_for_empty_prompt"]
         return encode_text(self.components, texts, zeros_for_empty, self._execution_device)
 
