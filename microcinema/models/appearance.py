@@ -33,13 +33,6 @@ class AppearanceEmbedding(NamedTuple):
     attention: Tensor | None  # of its attention block, spatial and temporal; None where it has none
 
 
-def injected_layers(net: UNet2DBackbone, inject: str) -> list[int]:
-    """Numbers of the layers with injection: `encoder` is the down and mid layers, `decoder` the up layers."""
-    encoder = sum(len(block.resnets) for block in (*net.down_blocks, net.mid_block))
-    total = len(layer_specs(net))
-    return list(range(encoder if inject == "decoder" else 0, encoder if inject == "encoder" else total))
-
-
 def embedding_sources(net: UNet2DBackbone, inject: str) -> dict[int, tuple[int, ...]]:
     """For each layer of `net` with injection, the layers of AppearNet whose embeddings it gets.
 
@@ -186,8 +179,9 @@ class ReferenceNet(UNet2DBackbone):
         inject, self.fusion = options.appearance.inject, options.appearance.fusion
         factor = 2 if self.fusion == "scale_shift" else 1
         self._build_unet2d(options.unet2d, ENCODER_MODULES if inject == "encoder" else (*ENCODER_MODULES, "up_blocks"))
-        self.injected = injected_layers(self, inject)
         widths = [spec.width for spec in layer_specs(self)]
+        encoder = sum(len(block.resnets) for block in (*self.down_blocks, self.mid_block))  # the down and mid layers
+        self.injected = range(encoder if inject == "decoder" else 0, encoder if inject == "encoder" else len(widths))
         self.projections = nn.ModuleList(zero_init(nn.Conv2d(widths[i], factor * widths[i], 1)) for i in self.injected)
 
     def forward(self, z_ref: Tensor, text: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -43,8 +43,8 @@ from microcinema.models.unet2d import (
     unet2d_arguments,
 )
 from microcinema.models.unet3d import UNet3D
-from microcinema.models.weights import load_checked
-from microcinema.utils.errors import UserError, check_choice
+from microcinema.models.weights import check_keys
+from microcinema.utils.errors import UserError, check_choice, user_errors
 
 
 class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
@@ -183,7 +183,12 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in diffusers, but a folder that cannot be read and a missing or unexpected key are a UserError."""
-        return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        fault = f"cannot load a network from '{path}' ({{reason}})"
+        with user_errors(f"{fault}; give one written by save_pretrained"):
+            network, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        check_keys(info["missing_keys"], info["unexpected_keys"], f"'{path}'")
+        return (network, info) if with_info else network
 
     @property
     def stride(self) -> int:
