@@ -80,9 +80,6 @@ class SamplingSettings(DenoisingSettings):
         interpolate: makes a video of so many times the frame rate of it, `interpolate * (f - 1) + 1` of f frames: neighboring frames are key
             frames of denser clips.
         decode_chunk_size: frames that the VAE decodes at once; None: as many as free GPU memory holds, on a CPU all of a clip.
-
-    Raises:
-        UserError: a value out of range.
     """
 
     height: types.Size | None = None
@@ -212,9 +209,6 @@ class UpscaleSettings:
         revision, variant: of a hub repository; of the weight files, such as `fp16`.
         num_inference_steps, guidance_scale, noise_level: of the pipeline's calls; None: its own defaults.
         chunk_size: frames upscaled at once.
-
-    Raises:
-        UserError: a value out of range.
     """
 
     pretrained_model_name_or_path: types.PathText | None = None

@@ -61,14 +61,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def read_fingerprint(folder: Path) -> tuple[Layout, dict[str, Any]]:
     """The layout of a folder of latents, and what each cached tensor depends on; a UserError if it holds none."""
-    try:
-        record = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-        return Layout(**record["layout"]), record["contents"]
-    except FileNotFoundError:
+    file = folder / FINGERPRINT
+    if not file.is_file():
         advice = "make them with `microcinema prepare latents`, or set cached_latents=null"
-        raise UserError(f"'{folder}' holds no latents ({FINGERPRINT} is missing); {advice}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{folder / FINGERPRINT}' is damaged ({error}); delete the folder, make it again") from None
+        raise UserError(f"'{folder}' holds no latents ({FINGERPRINT} is missing); {advice}")
+    with user_errors(f"'{file}' is damaged ({{reason}}); delete the folder, make it again"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Layout(**record["layout"]), record["contents"]
 
 
 class EncodedClips(ClipWrapper):
@@ -138,21 +137,18 @@ class EncodedClips(ClipWrapper):
 
     def _map_index(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The locations, and the motion scores, if there are any."""
-        scores = None
-        try:
-            locations = np.load(self.folder / INDEX, mmap_mode="r")
-            if (self.folder / SCORES).is_file():
-                scores = np.load(self.folder / SCORES, mmap_mode="r")
-        except FileNotFoundError:
+        index, rows, scores = self.folder / INDEX, self.layout.num_rows, None
+        if not index.is_file():
             finished = sum(shard_path(self.folder, shard).is_file() for shard in range(self.layout.num_shards))
             state = f"incomplete: {finished} of {self.layout.num_shards} shards are finished"
-            raise UserError(f"latents '{self.folder}' are {state}; continue `microcinema prepare latents`") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"'{self.folder / INDEX}' is damaged ({error}); make the latents again") from None
-        rows = self.layout.num_rows
+            raise UserError(f"latents '{self.folder}' are {state}; continue `microcinema prepare latents`")
+        with user_errors(f"'{index}' is damaged ({{reason}}); make the latents again"):
+            locations = np.load(index, mmap_mode="r")
+            if (self.folder / SCORES).is_file():
+                scores = np.load(self.folder / SCORES, mmap_mode="r")
         if locations.dtype != LOCATION or len(locations) != rows or (scores is not None and scores.shape != (rows,)):
             names = f"{len(locations)} clips of {rows}, or other scores"
-            raise UserError(f"'{self.folder / INDEX}' names {names}; make the latents again")
+            raise UserError(f"'{index}' names {names}; make the latents again")
         return locations, scores
 
     def _check_shards(self) -> None:

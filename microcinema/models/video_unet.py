@@ -56,9 +56,6 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
 
     Args:
         the fields of `VideoUNetConfig`, as plain values.
-
-    Raises:
-        UserError: options that cannot be built.
     """
 
     new_prefixes = (

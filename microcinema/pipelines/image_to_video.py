@@ -320,9 +320,6 @@ class ImageToVideoPipeline(VideoLoraMixin, DiffusionPipeline):
             return_dict: False: a tuple, of frames and key frames.
             keyframes: images by their places in a clip, as `image`, or None for `image` itself; None: `image` is at the model's own place.
             settings: those of `SamplingSettings`.
-
-        Raises:
-            UserError: bad input.
         """
         texts = Captions(prompt, motion_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved, videos = self.resolve(SamplingSettings.of(settings)), texts.count * num_videos_per_prompt
