@@ -192,18 +192,15 @@ class ClipScores:
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         frames = list(rearrange(batch.frames, "b f h w c -> (b f) h w c"))
         pixels = self.images(frames, return_tensors="pt")["pixel_values"].to(self.device)
-        images = rearrange(self._embedded(self.network.get_image_features(pixels)), "(b f) d -> b f d", b=len(batch))
+        embedded = functional.normalize(self.network.get_image_features(pixels).pooler_output, dim=-1)
+        images = rearrange(embedded, "(b f) d -> b f d", b=len(batch))
         neighbors = (images[:, 1:] * images[:, :-1]).sum(-1).mean(1)
         scores = {"clip_consistency": neighbors.float().cpu().numpy()}
         if batch.prompts is not None:
             words = self.tokens(list(batch.prompts), padding=True, truncation=True, return_tensors="pt")
-            texts = self._embedded(self.network.get_text_features(**words.to(self.device)))
+            texts = functional.normalize(self.network.get_text_features(**words.to(self.device)).pooler_output, dim=-1)
             scores["clipsim"] = (images * texts[:, None]).sum(-1).mean(1).float().cpu().numpy()
         return scores
-
-    def _embedded(self, output: Any) -> Tensor:
-        """Unit vectors; transformers 5 returns the embedding as `pooler_output`."""
-        return functional.normalize(getattr(output, "pooler_output", output), dim=-1)
 
 
 def motion(batch: Batch) -> dict[str, np.ndarray]:
