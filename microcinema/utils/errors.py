@@ -25,8 +25,7 @@ class MachineError(OneLineError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class if it has none: what fits into another message."""
-    text = repr(error) if isinstance(error, KeyError) else str(error)  # of a KeyError the key alone
-    return next(iter(text.strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -44,7 +43,8 @@ def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
         lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
         if not isinstance(error, kinds) if kinds else lacks_memory:
             raise
-        raise UserError(message.replace("{reason}", first_line(error))) from error
+        reason = repr(error) if isinstance(error, KeyError) else first_line(error)  # of a KeyError the key alone
+        raise UserError(message.replace("{reason}", reason)) from error
 
 
 def disk_fault(error: BaseException, folder: str | None) -> str | None:
