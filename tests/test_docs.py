@@ -210,7 +210,7 @@ def test_examples_parse_and_import_what_is_there(page: str, block: str):
 
 def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
-    commands = ("train", "sample", "ui", "export", "prepare check", "prepare preview", "prepare latents")
+    commands = ("train", "sample", "ui", "sweep", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [plain(compose(command)) for command in commands]
     composed.append(plain(compose("train", ["lora=motion", "init_weights_from=runs/my-model"])))
     composed += [plain(compose("evaluate", [f"evaluation={protocol}"])) for protocol in ("ucf101", "sprites")]
@@ -220,7 +220,7 @@ def test_keys_in_the_text_of_the_guides_are_keys():
             continue
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))
         keys = {key for code in re.findall(r"`([^`\n]+)`", text) for key in re.findall(r"(?:^| )([a-z_][\w.]*)=", code)}
-        assert keys - valid - {"key", "group", "experiment"} == set(), page.name
+        assert keys - valid - {"key", "group", "experiment", "sweep"} == set(), page.name
 
 
 def dotted(node, prefix: str = "") -> list[str]:

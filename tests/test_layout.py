@@ -35,6 +35,7 @@ TESTED_IN = {
     "diffusion/schedule": "diffusion/test_diffusion.py",
     "evaluation/generate": "commands/test_evaluate_zero_shot.py",
     "evaluation/report": "commands/test_evaluate_zero_shot.py",
+    "evaluation/sweep_table": "commands/test_sweep.py",
     "evaluation/videos": "evaluation/test_protocol.py",
     "evaluation/zero_shot": "commands/test_evaluate_zero_shot.py",
     "models/attention": "models/test_temporal.py",

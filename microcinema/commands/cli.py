@@ -65,6 +65,7 @@ COMMANDS = {
     "train": Command("train the video model", dry_run=True),
     "sample": Command("make videos from prompts or images", one_of=("prompt", "prompts"), files=("prompts", "image")),
     "evaluate": Command("generate videos, measure them, write a report", files=("generated_dir",)),
+    "sweep": Command("train and evaluate the variants of a grid, write one table"),
     "prepare sprites": Command("render a Moving Sprites data set"),
     "prepare check": Command("check the clips of a data set and report faults"),
     "prepare preview": Command("draw clips and captions as the model gets them", folder=None),

@@ -283,6 +283,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True, config=CONFIG)
+class Sweep:
+    train: list[str] | None
+    evaluate: list[str] | None
+    variants: dict[types.Name, list[str]] | None
+    grid: dict[types.Name, Annotated[list[Any], Field(min_length=1)]] | None
+    seeds: Annotated[list[types.Seed], Field(min_length=1)]
+    measures: list[types.Name] | None
+    workers: types.Count
+    launch: Annotated[list[str], Field(min_length=1)] | None
+    output_dir: types.PathText
+
+
+@dataclass(frozen=True, config=CONFIG)
 class PrepareSprites:
     output_dir: types.PathText
     num_videos: types.Count

@@ -30,6 +30,11 @@ class Run:
     name: str
     results: Mapping[str, Any]
 
+    @property
+    def parts(self) -> list[str]:
+        """Of the protocol, in its order."""
+        return list(dict.fromkeys(clip["part"] for clip in self.results["clips"]))
+
     def clips(self, part: str, key: str) -> dict[str, float]:
         """The values of one measure by the clip's name, where it has one."""
         clips = (clip for clip in self.results["clips"] if clip["part"] == part)
@@ -67,16 +72,17 @@ def compare(folders: Sequence[str], output_dir: str) -> Path:
     return folder / "comparison.html"
 
 
+def load_run(folder: Path) -> Run:
+    """A finished evaluation; a UserError if there is none."""
+    with user_errors(f"'{folder}' has no readable {RESULTS_FILE} ({{reason}}); evaluate it first"):
+        results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    if "measures" not in results:
+        raise UserError(f"'{folder / RESULTS_FILE}' is of an older version; evaluate again, which is quick")
+    return Run(folder, model_name(results), results)
+
+
 def _open(folders: Sequence[str]) -> list[Run]:
-    runs: list[Run] = []
-    for folder in map(Path, folders):
-        with user_errors(f"compare: '{folder}' has no readable {RESULTS_FILE} ({{reason}}); evaluate it first"):
-            results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        if "measures" not in results:
-            raise UserError(
-                f"compare: '{folder / RESULTS_FILE}' is of an older version; evaluate again, which is quick"
-            )
-        runs.append(Run(folder, model_name(results), results))
+    runs = [load_run(Path(folder)) for folder in folders]
     if len({run.name for run in runs}) < len(runs):  # the same model with other settings
         runs = [Run(run.folder, run.folder.resolve().name, run.results) for run in runs]
     first, *others = (run.results["protocol"]["identifier"] for run in runs)
@@ -91,7 +97,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each part and measure: the cell of each run, with value and interval, and from the second on the difference to the first."""
     measures = [Measure(**entry) for entry in runs[0].results["measures"]]
     rows = []
-    for part in dict.fromkeys(clip["part"] for clip in runs[0].results["clips"]):
+    for part in runs[0].parts:
         for measure in measures:
             values = [run.clips(part, measure.key) for run in runs]
             cells: list[dict[str, Any]] = [

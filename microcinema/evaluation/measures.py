@@ -11,7 +11,7 @@ _TABLES = {kind: Path(__file__).with_name("templates") / f"table.{kind}.jinja" f
 _TEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    | {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    | {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$"}
 )
 
 

@@ -1,9 +1,9 @@
-"""Proportions and means over clips with their 95 % intervals."""
+"""Proportions and means over clips, and means over runs, with their 95 % intervals."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, t
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -32,3 +32,12 @@ def mean(values: Sequence[float]) -> dict[str, float | int]:
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return {"value": float(data.mean()), "low": low, "high": high, "n": len(data)}
+
+
+def over_runs(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean over runs, such as seeds, with its interval by Student's t, since they are few: value, low, high, n; None where too few values say."""
+    n = len(values)
+    value = float(np.mean(values)) if n else None
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+    low, high = (None, None) if value is None or half is None else (value - half, value + half)
+    return {"value": value, "low": low, "high": high, "n": n}

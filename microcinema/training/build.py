@@ -77,7 +77,7 @@ def build_trainer(
     trainer = Trainer(accelerator, pipeline, dataset, config, validation, predict_net, on_metrics, region)
     if (held_out := build_held_out(config)) is not None:
         quarantine = Quarantine(output_dir / "validation/quarantine", config.clip_retries, accelerator.process_index)
-        measured = IndexedDataset(held_out, SEED, quarantine), config.validation_clips
+        measured = IndexedDataset(held_out, SEED, quarantine), config.validation_clips, output_dir
         trainer.validations.append(HeldOutLoss(accelerator, trainer.encode, trainer.loss_config, *measured))
     if accelerator.is_main_process:  # only now: a run that is refused leaves no records
         save(config, output_dir / CONFIG)

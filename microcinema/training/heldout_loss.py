@@ -1,6 +1,7 @@
 """The loss of held-out clips at fixed noise and diffusion times: two runs, or two steps of one, differ by their networks alone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from microcinema.training import loss
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.distributed import raise_on_all_ranks
 from microcinema.utils.errors import UserError
+from microcinema.utils.provenance import append_record
 
+RECORD = "validation/held_out_loss.json"  # in the folder of the run: `step` and the figures of each measurement
 LEVELS = 5
 SEED = 0  # of clips and noise, whatever the seed of the run, so that runs of several seeds are measured alike
 
@@ -58,7 +61,7 @@ def figures(errors: np.ndarray) -> dict[str, float]:
 
 
 class HeldOutLoss:
-    """Measures a network on clips that it is not trained on; logs `validation/<figure>`.
+    """Measures a network on clips that it is not trained on; logs `validation/<figure>`, and appends them to a file.
 
     `loss`, `loss/t=<t>`: squared error of the target, mean over the diffusion times and at each. `moving_loss`: the same, weighted by how far
     a place departs from its key frame. `text_sensitivity`: its relative increase by the caption (of the motion, where the model reads one)
@@ -70,9 +73,15 @@ class HeldOutLoss:
     """
 
     def __init__(
-        self, accelerator: Accelerator, encode: BatchEncoder, config: loss.LossConfig, clips: IndexedDataset, count: int
+        self,
+        accelerator: Accelerator,
+        encode: BatchEncoder,
+        config: loss.LossConfig,
+        clips: IndexedDataset,
+        count: int,
+        output_dir: Path,
     ) -> None:
-        self.encode, self.config, self.clips, captions = encode, config, {}, []
+        self.encode, self.config, self.clips, self.output_dir, captions = encode, config, {}, output_dir, []
         self.caption = "motion" if encode.pipeline.uses_motion_caption else "caption"
         share = range(accelerator.process_index, min(count, clips.order.length), accelerator.num_processes)
         with raise_on_all_ranks("held-out clips: {reason}", (UserError,)), accelerator.autocast():
@@ -90,7 +99,10 @@ class HeldOutLoss:
             with accelerator.autocast():
                 errors.append((i, measure_clip(denoiser, batch, self.with_caption_of_another(i, batch), self.config)))
         ordered = [error for _, error in sorted(gather_object(errors), key=lambda entry: entry[0])]
-        accelerator.log({f"validation/{name}": value for name, value in figures(np.stack(ordered)).items()}, step)
+        found = figures(np.stack(ordered))
+        accelerator.log({f"validation/{name}": value for name, value in found.items()}, step)
+        if accelerator.is_main_process:
+            append_record(self.output_dir / RECORD, {"step": step, **found})
 
     def with_caption_of_another(self, i: int, batch: loss.Batch) -> loss.Batch:
         """Clip i with the next caption that differs from its own."""

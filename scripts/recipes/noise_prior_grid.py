@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from microcinema.commands.sweep import COMMAND, Runner
 from microcinema.pipelines.loading import INDEX
 from microcinema.sprites.evaluate import RESULTS_FILE
 from microcinema.utils.errors import UserError
 from microcinema.utils.files import atomic_path, make_folder, write_json
-from scripts.recipes.ablation import Processes, Runner
+from microcinema.utils.processes import Processes
 
 LAMBDAS = (0.0, 0.03, 0.1)
 GAMMAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05)
@@ -93,7 +94,7 @@ def evaluate_overrides(clips: int) -> list[str]:
 
 
 def _run(runner: Runner, command: str, arguments: Sequence[str], folder: Path) -> None:
-    if runner(command, arguments, folder / "log.txt"):
+    if runner([*COMMAND, command, *arguments], folder / "log.txt"):
         raise UserError(f"{command} failed; see '{folder / 'log.txt'}'")
 
 

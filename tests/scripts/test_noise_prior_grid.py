@@ -24,7 +24,8 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, command, arguments, log):
+    def __call__(self, arguments, log):
+        command = arguments[2]
         self.calls.append(command)
         folder = Path(value(arguments, "output_dir"))
         folder.mkdir(parents=True)

@@ -116,7 +116,7 @@ def held_out(dataset: Any, model: Any, folder: Path, count: int = 4, quarantine:
     accelerator = tiny_training.accelerator(settings)
     clips = IndexedDataset(dataset, SEED, quarantine)
     encode = BatchEncoder(model, accelerator.device)
-    return accelerator, HeldOutLoss(accelerator, encode, make_loss_config(model, settings), clips, count)
+    return accelerator, HeldOutLoss(accelerator, encode, make_loss_config(model, settings), clips, count, folder)
 
 
 def test_each_clip_is_compared_with_another_caption(tmp_path: Path):
