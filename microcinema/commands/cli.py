@@ -112,7 +112,7 @@ def merge_subcommand(arguments: Sequence[str]) -> list[str]:
     command, *words = [both, *arguments[2:]] if both in COMMANDS else arguments or [""]
     if command in COMMANDS and (key := COMMANDS[command].takes) and words and not re.match("-|[a-z]+=", words[0]):
         words[0] = f"{key}={words[0]}"
-    return [command, *words]
+    return [command, *words] if arguments else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
