@@ -27,7 +27,7 @@ cd "$work"
 installed/bin/microcinema sample prompt="a large red star moving quickly to the left on sand" num_inference_steps=4 output_dir=samples
 ls samples/*.mp4
 installed/bin/microcinema prepare sprites num_videos=8
-installed/bin/microcinema doctor experiment=sprites_microcinema
+installed/bin/microcinema doctor experiment=sprites_microcinema cached_latents=null
 
 "$work/installed/bin/python" -m pip install --quiet --no-compile -c "$root/constraints.txt" pytest
 mkdir source
