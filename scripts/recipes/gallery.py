@@ -149,14 +149,12 @@ def render(rows: Sequence[Row]) -> str:
     shown = [
         {
             "row": row,
-            "labels": [" ".join(tile) for tile in row.tiles],
-            "commands": [f"microcinema sample {shlex.join([*row.shared, *tile])}" for tile in row.tiles],
+            "labels": [", ".join(tile) for tile in row.tiles],
+            "command": f"microcinema sample {shlex.join([*row.shared, *row.tiles[0]])}".replace(KEYFRAME, "star.png"),
         }
         for row in rows
     ]
-    return environment.get_template("gallery.md.jinja").render(
-        rows=shown, picture=KEYFRAME, keyframe=shlex.join(["microcinema", *keyframe_command()])
-    )
+    return environment.get_template("gallery.md.jinja").render(rows=shown, keyframe=MOVING_STAR)
 
 
 def keyframe_command() -> list[str]:

@@ -16,7 +16,7 @@ def test_every_clip_is_made_by_a_command_that_composes_and_the_page_shows_it():
         assert f"(gallery/{row.name}.gif)" in page and f"## {row.title}\n" in page
         for tile in row.tiles:
             compose("sample", [*row.shared, *tile])
-            assert f"`{' '.join(tile)}`" in page
+            assert f"`{', '.join(tile)}`" in page
     commands = [line for line in page.splitlines() if line.startswith("microcinema sample")]
     assert len(commands) == len(gallery.ROWS)
     assert all(shlex.split(command)[2].partition("=")[0] in ("prompt", "image") for command in commands)
