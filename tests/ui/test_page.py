@@ -57,16 +57,6 @@ def server(tmp_path_factory):
     server.kill()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser):
     """Opens the page of a server; in the end there must be no error in a console, and no request to another host."""
