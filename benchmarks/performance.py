@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,7 +33,8 @@ COMMANDS = {
     "loader": "loader --size 128 224 --clips 6000",
     "step": "train_step train_batch_size=2 data.root={work}/sprites --steps 5 --clock cpu",
     "startup": "startup",
-    "settings": "sampling settings --minutes 35 --figure {out}/sampling.png",
+    "settings": "sampling settings --minutes 40 --figure {out}/sampling.png preset=balanced preset=fast"
+    " 'num_inference_steps=5 keyframe.num_inference_steps=25' guidance_interval=[0.2,1] cache_interval=2",
 }
 QUICK = {
     "counts": "denoiser --quick --parts flops launches",
@@ -63,7 +65,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         path, line = work / f"{name}.json", template.format(out=out, work=work)
         if not path.is_file():
             print(f"{name}: python -m benchmarks.{line}", file=sys.stderr)
-            command = [sys.executable, "-m", f"benchmarks.{line.split()[0]}", *line.split()[1:], "--json", str(path)]
+            module, *options = shlex.split(line)
+            command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(path)]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
             if found.returncode:
                 raise UserError(f"benchmarks.{line} ended with exit status {found.returncode}; run it alone")
