@@ -16,7 +16,7 @@ rm -rf dist
 
 # uv resolves from metadata alone: it downloads no torch.
 for version in 3.11 3.12 3.13 3.14; do
-  "$work/tools/bin/uv" pip compile --quiet --python-version $version -c constraints.txt --extra test --extra docs --extra dev \
+  "$work/tools/bin/uv" pip compile --quiet --python-version $version -c constraints.txt --extra dev --extra test-ui --extra ui --extra docs \
     --output-file "$work/$version.txt" pyproject.toml
   echo "Python $version: $(grep -c == "$work/$version.txt") packages"
 done

@@ -110,7 +110,7 @@ def merge_subcommand(arguments: Sequence[str]) -> list[str]:
     """The arguments with a command of two words, such as `prepare check`, as one, and the word that a command takes with its key."""
     both = " ".join(arguments[:2])
     command, *words = [both, *arguments[2:]] if both in COMMANDS else arguments or [""]
-    if command in COMMANDS and (key := COMMANDS[command].takes) and words and not re.match("-|[a-z]+=", words[0]):
+    if command in COMMANDS and (key := COMMANDS[command].takes) and words and not re.match(r"-|[\w.]+=", words[0]):
         words[0] = f"{key}={words[0]}"
     return [command, *words] if arguments else []
 

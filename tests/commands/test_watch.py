@@ -91,6 +91,8 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture):
     with watch.ThreadingHTTPServer(("127.0.0.1", 0), watch.Handler) as taken:
         assert cli.main(["watch", str(folder), f"port={taken.server_port}"]) == 2
     assert f"error: port {taken.server_port} is not to be had" in capsys.readouterr().err
+    assert cli.main(["watch", f"output_dir={folder}"]) == 2
+    assert "unknown key 'output_dir'" in capsys.readouterr().err
     assert cli.main(["watch", str(folder / "none")]) == 2
     assert capsys.readouterr().err.strip().endswith("is not there; check the path")
     assert threading.active_count() < 10
