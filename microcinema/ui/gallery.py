@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from huggingface_hub import hf_hub_download
 
@@ -71,7 +70,7 @@ class Result:
     record: Mapping[str, Any]
 
     def path(self, kind: str) -> Path:
-        """One of its files: `video`, `gif`, `contact_sheet` or `keyframe`."""
+        """One of its files, such as `video`, `gif` or `keyframe`."""
         return self.file.with_name(self.record["files"][kind])
 
     def overrides(self, **changes: Any) -> list[str]:
@@ -89,28 +88,8 @@ class Result:
     @property
     def python(self) -> str:
         """The lines of Python that do."""
-        imports = "from microcinema.commands.sample import run\nfrom microcinema.config.compose import compose\n\n"
-        return f'{imports}run(compose("sample", {json.dumps(self.overrides(), indent=4, ensure_ascii=False)}))'
-
-    @property
-    def line(self) -> str:
-        """What it was made with, in short."""
-        record = self.record
-        size = (
-            f"{record['frames_of_all_clips']} frames of {record['width']}x{record['height']} at {record['fps']:g} fps"
-        )
-        steps = f"{record['num_inference_steps']} steps, seed {record['generator']['seed']}"
-        return f"{Path(record['config']['pipeline']).name} · {size} · {steps}"
-
-    def url(self, kind: str) -> str:
-        """Where the page finds a file of it."""
-        return f"gradio_api/file={quote(str(self.path(kind).resolve()))}"
-
-    @property
-    def downloads(self) -> list[tuple[str, str]]:
-        """Names and addresses of files to keep."""
-        record = f"gradio_api/file={quote(str(self.file.resolve()))}"
-        return [("MP4", self.url("video")), ("GIF", self.url("gif")), ("JSON", record)]
+        lines = "from microcinema.commands.sample import run\nfrom microcinema.config.compose import compose\n\n"
+        return f'{lines}run(compose("sample", {json.dumps(self.overrides(), indent=4, ensure_ascii=False)}))'
 
 
 @cache

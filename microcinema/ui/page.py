@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from hashlib import sha256
 from pathlib import Path
@@ -47,70 +48,59 @@ _NATURAL = [
 _QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
+@dataclass
 class Session:
     """What one tab shows. It stays in the server, so that no request can name a file."""
 
-    def __init__(self) -> None:
-        self.keyframes: list[tuple[Path, str]] = []
-        self.chosen: Path | None = None  # of these
-        self.results: list[Result] = []
-        self.shown: list[Result] = []  # one of these, or two side by side
-        self.awaited: Path | None = None  # folder of a job whose result is to be shown
-        self.beside = False  # whether beside the one that is shown
-        self.running: Any = None  # the job that is shown as running
-        self.notice = ""
-        self.version = -1  # of the queue, in the galleries
-        self.drawn: Any = None  # what else the page shows
+    keyframes: list[tuple[Path, str]] = field(default_factory=list)
+    chosen: Path | None = None  # of these
+    results: list[Result] = field(default_factory=list)
+    shown: list[Result] = field(default_factory=list)  # one of these, or two side by side
+    awaited: Path | None = None  # folder of a job whose result is to be shown
+    beside: bool = False  # the one that is shown
+    running: Any = None  # the job that is shown as running
+    notice: str = ""
+    version: int = -1  # of the queue, in what is shown
+    drawn: Mapping[int, Any] = field(default_factory=dict)  # the values of the view
 
 
 class Studio:
-    """The page, and the handlers of its events: what they return are the values of `view`."""
+    """The page, and the handlers of its events."""
 
     def __init__(self, config: Ui, queue: JobQueue):
         self.config, self.queue, self.folder, self.model = config, queue, Path(config.output_dir), cache(Model.of)
-        self.form: dict[str, Any] = {}
-        self.view: list[Any] = []
+        self.form: dict[str, Any] = {}  # fields by keys of `sample`
+        self.view: list[Any] = []  # what `update` gives values to
 
     def update(self, session: Session) -> list[Any]:
-        """The view: those of its parts that have changed."""
+        """The values of the view that have changed."""
         if session.version != self.queue.version:
             session.version = self.queue.version
             session.keyframes, session.results = keyframes(self.folder), results(self.folder)
             if new := [result for result in session.results if result.file.parent == session.awaited][:1]:
                 session.shown, session.awaited = (session.shown[:1] if session.beside else []) + new, None
             session.shown = session.shown or session.results[:1]
-        jobs = list(self.queue.jobs)
+        jobs, files = list(self.queue.jobs), [file for file, _ in session.keyframes]
         session.running = next((job for job in jobs if job.state == "running"), None)
-        status = render(TEMPLATES / "queue.html.jinja", jobs=jobs, notice=session.notice)
-        is_running, is_waiting = session.running is not None, len(jobs) > (session.running is not None)
-        drawn = session.version, is_running, session.chosen, [result.file for result in session.shown]
-        if drawn == session.drawn:
-            return [status, *[gr.skip()] * (len(self.view) - 1)]
-        session.drawn = drawn
-        files = [file for file, _ in session.keyframes]
+        can: Mapping[str, bool] = {}
+        with suppress(UserError, IndexError):  # a model that is gone, or no result
+            can = self.model(session.shown[0].record["config"]["pipeline"]).can
+        configs = [{**result.record["config"], "output_dir": "", "image": ""} for result in session.shown]
+        differing = differences(configs[-1], configs[0]) if configs else []
         index = files.index(session.chosen) if session.chosen in files else None
-        can = self.can(session.shown[:1])
-        return [
-            status,
-            gr.Gallery(session.keyframes, selected_index=index),
-            *(gr.Button(visible=visible) for visible in (session.chosen is not None, is_running, is_waiting)),
-            [(result.path("gif"), result.record["prompt"]) for result in session.results],
-            self.detail(session.shown),
-            gr.Column(visible=bool(can)),
-            *(gr.Button(visible=can.get(key, False)) for key in ("num_segments", "interpolate")),
+        values: list[tuple[Any, dict[str, Any]]] = [
+            (gr.HTML, {"value": render(TEMPLATES / "queue.html.jinja", jobs=jobs, notice=session.notice)}),
+            (gr.Gallery, {"value": session.keyframes, "selected_index": index}),
+            (gr.Button, {"visible": session.chosen is not None}),
+            (gr.Button, {"visible": session.running is not None}),
+            (gr.Button, {"visible": len(jobs) > (session.running is not None)}),
+            (gr.Gallery, {"value": [(result.path("gif"), result.record["prompt"]) for result in session.results]}),
+            (gr.HTML, {"value": render(TEMPLATES / "result.html.jinja", shown=session.shown, differing=differing)}),
+            (gr.Column, {"visible": bool(session.shown)}),
+            *((gr.Button, {"visible": can.get(key, False)}) for key in ("num_segments", "interpolate")),
         ]
-
-    def can(self, shown: list[Result]) -> Mapping[str, bool]:
-        """What the model of a result can do: nothing, if there is no result, or the model is gone."""
-        with suppress(UserError, IndexError):
-            return self.model(shown[0].record["config"]["pipeline"]).can
-        return {}
-
-    def detail(self, shown: list[Result]) -> str:
-        """The HTML of results: one with its record, or two with what differs."""
-        configs = [{**result.record["config"], "output_dir": ""} for result in shown]
-        differing = differences(configs[-1], configs[0]) if shown else []
-        return render(TEMPLATES / "result.html.jinja", shown=shown, differing=differing)
+        before, session.drawn = session.drawn, dict(enumerate(values))
+        return [gr.skip() if before.get(i) == (kind, new) else kind(**new) for i, (kind, new) in enumerate(values)]
 
     def handler(self, action: Callable[..., None]) -> Callable[..., list[Any]]:
         """An action as a handler of an event; a UserError is shown in its line."""
@@ -129,27 +119,25 @@ class Studio:
     def show_model(self, name: str) -> list[Any]:
         """What the page shows of a model: its line, examples, and the fields that it can use."""
         model = self.model(name)
-        texts = _SPRITES if model.is_embedded else _NATURAL
-        has_caption = model.can["motion_prompt"]
-        examples = [[f"{a} {c}", b] if has_caption else [f"{a} {b} {c}", ""] for a, b, c in texts]
-        labels = [" · ".join(filter(None, example)) for example in examples]
-        fields = [gr.update(visible=model.can[key]) for key in model.can]
-        return [model.summary, gr.Dataset(samples=examples, sample_labels=labels), *fields]
+        texts = [
+            [f"{a} {c}", b] if model.can["motion_prompt"] else [f"{a} {b} {c}", ""]
+            for a, b, c in (_SPRITES if model.is_embedded else _NATURAL)
+        ]
+        examples = gr.Dataset(samples=texts, sample_labels=[" · ".join(filter(None, text)) for text in texts])
+        return [model.summary, examples, *(gr.update(visible=model.can[key]) for key in model.can)]
 
-    def overrides(self, values: tuple[Any, ...]) -> list[str]:
-        """Those of the form, without fields that are empty or that the model cannot use."""
+    def make(self, session: Session, *values: Any, keyframes_only: bool = False) -> None:
+        """Adds a job of the form, without fields that are empty or that the model cannot use."""
         form = dict(zip(self.form, values, strict=True))
         can = self.model(form["pipeline"]).can
         form |= {"keyframes": f"[{form['keyframes']}]", "lora": json.dumps(form["lora"])}
-        return [f"{key}={value}" for key, value in form.items() if value not in (None, "", "[]") and can.get(key, True)]
-
-    def draw(self, session: Session, *values: Any) -> None:
-        more = ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"]
-        self.queue.add([*self.overrides(values), *more])
-
-    def make(self, session: Session, *values: Any) -> None:
         more = [f"image={session.chosen}"] if session.chosen else []
-        self.enqueue(session, [*self.overrides(values), *more])
+        if keyframes_only:
+            more = ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"]
+        overrides = [
+            f"{key}={value}" for key, value in form.items() if value not in (None, "", "[]") and can.get(key, True)
+        ]
+        self.enqueue(session, [*overrides, *more])
 
     def enqueue(self, session: Session, overrides: list[str], beside: bool = False) -> None:
         """Adds a job, whose result the tab will show."""
@@ -163,8 +151,7 @@ class Studio:
             raise UserError(str(error).replace(file, Path(file).name)) from None
         finally:
             Path(file).unlink()
-        name = sha256(image.tobytes()).hexdigest()[:16]
-        session.chosen = self.folder / "uploads" / f"{name}_keyframe.png"
+        session.chosen = self.folder / "uploads" / f"{sha256(image.tobytes()).hexdigest()[:16]}_keyframe.png"
         with atomic_path(session.chosen) as temporary:
             image.save(temporary)
         session.version = -1
@@ -178,33 +165,29 @@ class Studio:
     def show(self, session: Session, event: gr.SelectData) -> None:
         session.shown = [session.results[event.index]]
 
-    def show_beside(self, session: Session, event: gr.SelectData) -> None:
-        session.shown = [*session.shown[:1], session.results[event.index]]
-
     def stop(self, session: Session) -> None:
         if session.running is not None:
             self.queue.cancel(session.running)
 
     def clear(self, session: Session) -> None:
-        for job in list(self.queue.jobs):
-            if job.state != "running":
-                self.queue.cancel(job)
+        for job in [job for job in self.queue.jobs if job.state != "running"]:
+            self.queue.cancel(job)
 
     def change(self, session: Session, key: str) -> None:
         """Makes the result that is shown with another seed, one more segment, or a higher frame rate."""
-        result = session.shown[0]
-        value = result.record["config"][key]
-        self.enqueue(session, result.overrides(**{key: 2 * value if key == "interpolate" else value + 1}))
+        value = session.shown[0].record["config"][key]
+        changed = {key: 2 * value if key == "interpolate" else value + 1}
+        self.enqueue(session, session.shown[0].overrides(**changed))
 
     def compare(self, session: Session, pipeline: str, preset: str) -> None:
         """Makes the result that is shown by another model or preset, of the same key frame and seed, and shows both."""
         can = self.model(pipeline).can
         unable = {"motion_prompt": None, "motion": None, "keyframes": None, "num_segments": 1, "interpolate": 1}
-        dropped = {key: value for key, value in unable.items() if not can[key]}
-        self.enqueue(session, session.shown[0].overrides(pipeline=pipeline, preset=preset, **dropped), beside=True)
+        changed = {"pipeline": pipeline, "preset": preset} | {key: x for key, x in unable.items() if not can[key]}
+        self.enqueue(session, session.shown[0].overrides(**changed), beside=True)
 
     def repeat(self, session: Session) -> list[Any]:
-        """The values of the form of the result that is shown, whose key frame is chosen."""
+        """The values of the form that make the result that is shown; its key frame is chosen."""
         config = session.shown[0].record["config"]
         session.chosen = session.shown[0].path("keyframe")
         places = ", ".join(str(entry).partition(":")[0] for entry in config["keyframes"] or ())
@@ -213,7 +196,7 @@ class Studio:
 
     def build(self) -> gr.Blocks:
         """The page."""
-        model = self.config.pipelines[0]
+        models = self.config.pipelines
         with gr.Blocks(title="microcinema studio", analytics_enabled=False) as page:
             session = gr.State(Session())
             gr.HTML("<h1>microcinema studio</h1><p>First the picture, then its motion.</p>", elem_id="head")
@@ -231,43 +214,38 @@ class Studio:
                         with gr.Row():
                             again, vary = gr.Button("Same again"), gr.Button("Vary")
                             longer, denser = gr.Button("Continue"), gr.Button("Interpolate")
-                        with gr.Row(equal_height=True):
-                            other = gr.Dropdown(
-                                self.config.pipelines, value=self.config.pipelines[-1], label="Other model"
-                            )
-                            preset = gr.Radio([*PRESETS], value="quality", label="Other preset")
-                            compare = gr.Button("Compare")
+                        with gr.Row():
+                            other = gr.Dropdown(models, value=models[-1], label="Other model")
+                            preset = gr.Dropdown([*PRESETS], value="quality", label="Other preset")
+                        compare = gr.Button("Compare side by side")
             self.view = [status, pictures, clear_choice, stop, clear, gallery, detail, actions, longer, denser]
-            fields = [*self.form.values()]
-            able = [self.form[key] for key in self.model(model).can]
-
-            def on(event: Any, action: Callable[..., None], *inputs: Any) -> None:
+            fields, pipeline = [*self.form.values()], self.form["pipeline"]
+            for event, action, inputs in (
+                (draw.click, partial(self.make, keyframes_only=True), fields),
+                (make.click, self.make, fields),
+                (upload.upload, self.upload, [upload]),
+                (pictures.select, self.choose, []),
+                (clear_choice.click, self.clear_choice, []),
+                (gallery.select, self.show, []),
+                (stop.click, self.stop, []),
+                (clear.click, self.clear, []),
+                (vary.click, partial(self.change, key="seed"), []),
+                (longer.click, partial(self.change, key="num_segments"), []),
+                (denser.click, partial(self.change, key="interpolate"), []),
+                (compare.click, self.compare, [other, preset]),
+            ):
                 event(self.handler(action), [session, *inputs], self.view, **_QUIET)
-
-            on(draw.click, self.draw, *fields)
-            on(make.click, self.make, *fields)
-            on(upload.upload, self.upload, upload)
-            on(pictures.select, self.choose)
-            on(clear_choice.click, self.clear_choice)
-            on(gallery.select, self.show)
-            on(stop.click, self.stop)
-            on(clear.click, self.clear)
-            for button, key in ((vary, "seed"), (longer, "num_segments"), (denser, "interpolate")):
-                on(button.click, partial(self.change, key=key))
-            on(compare.click, self.compare, other, preset)
             again.click(self.repeat, session, fields, **_QUIET)
-            shown = [summary, examples, *able]
-            self.form["pipeline"].change(self.show_model, self.form["pipeline"], shown, **_QUIET)
-            page.load(self.show_model, self.form["pipeline"], shown, **_QUIET)
-            examples.click(
-                lambda example: example, examples, [self.form["prompt"], self.form["motion_prompt"]], **_QUIET
-            )
+            of_model = [summary, examples, *(self.form[key] for key in self.model(models[0]).can)]
+            gr.on([pipeline.change, page.load], self.show_model, pipeline, of_model, **_QUIET)
+            texts = [self.form["prompt"], self.form["motion_prompt"]]
+            examples.click(lambda example: example, examples, texts, **_QUIET)
             gr.Timer(0.5).tick(self.update, session, self.view, **_QUIET)
         return page
 
     def _build_form(self) -> list[Any]:
         """The left column: its parts but the fields, which become `form`."""
-        form, models = self.form, self.config.pipelines
+        form, models, lora = self.form, self.config.pipelines, self.config.lora
         form["pipeline"] = gr.Dropdown(models, value=models[0], label="Model")
         summary = gr.Markdown(elem_classes="note")
         form["prompt"] = gr.Textbox(label="Prompt", placeholder="what the video shows", lines=2)
@@ -278,30 +256,25 @@ class Studio:
             upload = gr.UploadButton("Upload a picture", file_types=["image"])
         pictures = _gallery("pictures", "Key frames: choose one, or let the model draw it", 4)
         clear_choice = gr.Button("Without the chosen picture", size="sm", visible=False)
+        form["motion"] = gr.Dropdown(AMOUNTS, label="Amount of motion", allow_custom_value=True, visible=False)
         with gr.Accordion("Settings", open=False):
+            form["preset"] = gr.Radio([*PRESETS], value="quality", label="Preset")
             with gr.Row():
-                form["preset"] = gr.Radio([*PRESETS], value="quality", label="Preset")
                 form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
-            form["motion"] = gr.Dropdown(AMOUNTS, label="Amount of motion", allow_custom_value=True, visible=False)
-            form["keyframes"] = gr.Textbox(
-                label="Frame that the key frame is", placeholder="the model's own", visible=False
-            )
-            form["num_segments"] = gr.Number(1, label="Clips, each from the last frame of the one before", precision=0)
-            form["interpolate"] = gr.Radio([1, 2, 4], value=1, label="Times the frame rate")
-            lora = self.config.lora
-            form["lora"] = gr.Dropdown(lora, value=[], multiselect=True, label="LoRA", visible=bool(lora))
-            form["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what it should not show")
-            with gr.Row():
                 form["num_inference_steps"] = gr.Textbox(label="Steps", placeholder="the preset's")
                 form["guidance_scale"] = gr.Textbox(label="Guidance", placeholder="the model's")
-        make = gr.Button("Make the video", variant="primary")
-        return [summary, examples, draw, upload, clear_choice, pictures, make]
+            form["keyframes"] = gr.Textbox(label="Frame of the key frame", placeholder="the model's own", visible=False)
+            form["num_segments"] = gr.Number(1, label="Clips that continue one another", precision=0, visible=False)
+            form["interpolate"] = gr.Radio([1, 2, 4], value=1, label="Times the frame rate", visible=False)
+            form["lora"] = gr.Dropdown(lora, value=[], multiselect=True, label="LoRA", visible=bool(lora))
+            form["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what it should not show")
+        return [summary, examples, draw, upload, clear_choice, pictures, gr.Button("Make the video", variant="primary")]
 
 
 def _gallery(name: str, title: str, columns: int) -> gr.Gallery:
     gr.Markdown(f"### {title}")
     settings: dict[str, Any] = {"show_label": False, "allow_preview": False, "elem_classes": "gallery", "buttons": []}
-    return gr.Gallery(label=title, columns=columns, height=None, elem_id=name, **settings)
+    return gr.Gallery(label=title, columns=columns, height=None, elem_id=name, fit_columns=False, **settings)
 
 
 def serve(config: Ui, queue: JobQueue) -> None:

@@ -4,13 +4,18 @@ import os
 import re
 import shlex
 import socket
+import struct
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.ui
 ROOT = Path(__file__).parents[2]
@@ -58,7 +63,21 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def open_page(browser):
+def start(tmp_path):
+    """Starts a server in the test's folder, which ends after the pages."""
+    servers = []
+
+    def start(**settings):
+        servers.append(Server(tmp_path, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def open_page(browser, start):
     """Opens the page of a server; in the end there must be no error in a console, and no request to another host."""
     faults, pages = [], []
 
@@ -83,39 +102,36 @@ def click(page, name):
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def test_prompt_to_video_of_a_chosen_key_frame_and_again_by_the_command_that_is_shown(tmp_path, open_page):
+def test_prompt_to_video_of_a_chosen_key_frame_and_again_by_the_command_that_is_shown(start, tmp_path, open_page):
     """The real models. The command's frames have the same bytes, and so has the seed's next video."""
-    server = Server(tmp_path, real=True)
-    try:
-        page = open_page(server)
-        page.get_by_text(PROMPT).click()
-        wait(lambda: page.get_by_label("Prompt", exact=True).input_value() == PROMPT)
-        page.get_by_text("Settings").click()
-        page.get_by_label("Steps").fill("2")
-        click(page, "Draw 4 key frames")
-        page.locator("#pictures button.thumbnail-item").nth(3).wait_for(timeout=120_000)
-        page.locator("#pictures button.thumbnail-item").nth(1).click()
-        click(page, "Without the chosen picture")
-        page.locator("#pictures button.thumbnail-item").nth(1).click()
-        page.get_by_role("button", name="Without the chosen picture").wait_for()
-        click(page, "Make the video")
-        page.locator("#detail video").wait_for(timeout=120_000)
-        chosen = sorted(server.samples.glob("0001/*_keyframe.png"))[2]  # the latest is first
-        (video,) = server.samples.glob("0002/*.mp4")
-        (keyframe,) = server.samples.glob("0002/*_keyframe.png")
-        assert keyframe.read_bytes() == chosen.read_bytes()
-        page.get_by_text("Command line").click()
-        command = shlex.split(page.locator("#detail pre").first.inner_text())
-        assert command[:3] == ["microcinema", "sample", f"prompt={PROMPT}"]
-        command = [sys.executable, "-m", *command, "output_dir=again"]
-        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
-        (again,) = tmp_path.glob("again/*.mp4")
-        assert again.read_bytes() == video.read_bytes()
-        with page.expect_download() as download:
-            page.get_by_role("link", name="GIF").click()
-        assert Path(download.value.path()).read_bytes() == video.with_suffix(".gif").read_bytes()
-    finally:
-        server.kill()
+    server = start(real=True)
+    page = open_page(server)
+    page.get_by_text(PROMPT).click()
+    wait(lambda: page.get_by_label("Prompt", exact=True).input_value() == PROMPT)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Steps").fill("2")
+    click(page, "Draw 4 key frames")
+    page.locator("#pictures button.thumbnail-item").nth(3).wait_for(timeout=120_000)
+    page.locator("#pictures button.thumbnail-item").nth(1).click()
+    click(page, "Without the chosen picture")
+    page.locator("#pictures button.thumbnail-item").nth(1).click()
+    page.get_by_role("button", name="Without the chosen picture").wait_for()
+    click(page, "Make the video")
+    page.locator("#detail video").wait_for(timeout=120_000)
+    chosen = sorted(server.samples.glob("0001/*_keyframe.png"))[2]  # the latest is first
+    (video,) = server.samples.glob("0002/*.mp4")
+    (keyframe,) = server.samples.glob("0002/*_keyframe.png")
+    assert keyframe.read_bytes() == chosen.read_bytes()
+    page.get_by_text("Command line").click()
+    command = shlex.split(page.locator("#detail pre").first.inner_text())
+    assert command[:2] == ["microcinema", "sample"] and f"prompt={PROMPT}" in command
+    command = [sys.executable, "-m", *command, "output_dir=again"]
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    (again,) = tmp_path.glob("again/*.mp4")
+    assert again.read_bytes() == video.read_bytes()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="GIF").click()
+    assert Path(download.value.path()).read_bytes() == video.with_suffix(".gif").read_bytes()
 
 
 def test_two_tabs_cancel_and_reload(server, open_page):
@@ -150,6 +166,131 @@ def test_errors_are_shown_and_html_is_text(server, open_page):
     page.locator("#detail figcaption").get_by_text(attack.removeprefix("fail ")).wait_for()
     click(page, "Clear the queue")
     page.get_by_text("Nothing is being made.").wait_for()
+
+
+def test_again_varied_and_compared(server, open_page):
+    """The gallery's results: the form filled anew, another seed, and another model beside it, all of the same key frame."""
+    page = open_page(server)
+    page.get_by_label("Prompt", exact=True).fill("a heart")
+    click(page, "Make the video")
+    page.locator("#detail").get_by_text("a heart").first.wait_for()
+    assert not page.get_by_role("button", name="Continue").is_visible()  # the model cannot
+    click(page, "Vary")
+    page.locator("#detail").get_by_text("seed 1").wait_for()
+    page.get_by_label("Prompt", exact=True).fill("")
+    click(page, "Same again")
+    wait(lambda: page.get_by_label("Prompt", exact=True).input_value() == "a heart")
+    page.get_by_role("button", name="Without the chosen picture").wait_for()
+    click(page, "Compare side by side")
+    page.get_by_text("pipeline was sprites-microcinema and is sprites-factorized-dreamer").wait_for()
+    assert page.locator("#detail video").count() == 2
+    page.locator("#detail summary", has_text="Command line").last.click()
+    command = page.locator("#detail pre").nth(3).inner_text()
+    assert "seed=1" in command and "image=" in command and "pipeline=sprites-factorized-dreamer" in command
+
+
+def test_keyboard_alone(server, open_page):
+    """From field to field to the button, and on to a result, without a pointer; what has the focus is marked."""
+    page = open_page(server)
+
+    def tab_to(text):
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            focused = page.evaluate(
+                "() => { const e = document.activeElement; return [e.tagName, e.ariaLabel ?? '', e.innerText ?? '', "
+                "e.closest('label')?.innerText ?? '', getComputedStyle(e).outlineStyle + getComputedStyle(e).boxShadow].join('|') }"
+            )
+            if text in focused:
+                return focused
+        raise AssertionError(f"{text} is not reached")
+
+    tab_to("Prompt")
+    page.keyboard.type("a heart by keys")
+    focused = tab_to("Make the video")
+    assert not focused.endswith("nonenone")
+    page.keyboard.press("Enter")
+    page.locator("#detail").get_by_text("a heart by keys").first.wait_for()
+    tab_to("Vary")
+    page.keyboard.press("Space")
+    page.locator("#detail").get_by_text("seed 1").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_width_of_a_phone(server, open_page, scheme, tmp_path):
+    page = open_page(server, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page.get_by_label("Prompt", exact=True).fill("a heart on a phone " + "x" * 200)
+    click(page, "Make the video")
+    page.locator("#detail").get_by_text("a heart on a phone").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 64")
+    assert dark == (scheme == "dark")
+
+
+def bomb(path, side):
+    """A PNG of a few kilobytes that unpacks to so many pixels squared."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b""))
+    return path
+
+
+def test_uploads(server, open_page, tmp_path):
+    """A picture becomes the key frame; a bomb, a file of another kind and one above the limit do not, nor does any stay on the disk."""
+    page = open_page(server)
+    before = set(server.samples.glob("uploads/*"))
+    for file, said in (
+        (bomb(tmp_path / "bomb.png", 7000), "it has 7000x7000 pixels, above the limit of 33554432"),
+        (bomb(tmp_path / "large.png", 20000), "400000000 pixels"),
+        (tmp_path / "page.png", "not an image of the kinds BMP, GIF"),
+    ):
+        if file.name == "page.png":
+            file.write_text("<script>alert(1)</script>")
+        page.locator("input[type=file]").first.set_input_files(file)
+        page.get_by_role("alert").get_by_text(said).wait_for()
+    assert str(server.folder) not in page.get_by_role("alert").inner_text()
+    assert set(server.samples.glob("uploads/*")) == before
+    Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "a.jpg")
+    page.get_by_role("button", name="Without the chosen picture").wait_for()
+    (kept,) = set(server.samples.glob("uploads/*")) - before
+    assert Image.open(kept).format == "PNG" and np.array_equal(Image.open(kept), Image.open(tmp_path / "a.jpg"))
+    assert list(server.samples.glob(".gradio/*/*.png")) == list(server.samples.glob(".gradio/*/*.jpg")) == []
+
+
+def test_an_upload_above_the_limit_is_refused(server):
+    line = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+    body = line + bytes(2**24 + 1) + b"\r\n--x--\r\n"
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises((urllib.error.HTTPError, ConnectionError)) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}gradio_api/upload", body, head))
+    assert getattr(refused.value, "code", 413) == 413
+    assert not [path for path in server.samples.rglob("*") if path.is_file() and path.stat().st_size > 2**20]
+
+
+def test_fifty_jobs_and_a_server_that_is_killed(start, open_page):
+    """The job that was being made is told as lost; those before it are in the gallery, those after it are made by the next server."""
+    server = start()
+    page = open_page(server)
+    for prompt, count in (("first", 1), ("long", 2), ("later", 50)):
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        while len(list(server.samples.glob("0*"))) < count:
+            click(page, "Make the video")
+            page.wait_for_timeout(200)
+    page.get_by_text(re.compile("and 4[0-9] more")).wait_for()
+    page.get_by_text(re.compile("step .* of 600")).wait_for()
+    page.close()
+    server.kill()
+    assert len(list(server.samples.glob("*/*.mp4"))) == 1
+    server = start()
+    page = open_page(server)
+    page.get_by_text("failed: the server ended while it was made; make it again").wait_for()
+    wait(lambda: len(list(server.samples.glob("*/job.json"))) == 1, 120)
+    assert len(list(server.samples.glob("*/*.mp4"))) == len(list(server.samples.glob("0*"))) - 1 >= 49
+    page.locator("#detail").get_by_text("later").first.wait_for()
 
 
 def test_files_outside_the_folder_are_not_served(server):
