@@ -33,7 +33,7 @@ GROUPS = {  # of curves, by the first pattern that fits a metric's name
 _DEPTH = 3  # of folders that are searched
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 320, 150, 60, 22  # of a plot, pixels
 _POINTS = 200  # of a curve
-_LARGEST = 2**12  # bytes of an event that is read: longer ones are videos, whose checksums would take minutes
+_LARGEST = 2**12  # bytes of an event that is read; longer ones are videos, whose checksums a second does for 9 MB only
 
 
 class Run:
@@ -74,8 +74,9 @@ class Run:
                 if records := read_quarantine(self.folder / part):
                     text = f"broken clips in {part}: {len(records)}; the last, {records[-1]['id']}: {records[-1]['reason']}"
                     self.events.append((datetime.fromisoformat(records[-1]["time"]).timestamp(), text))
-        for pattern, text in {"not_finite/*": "stopped: not finite", "model_index.json": "finished: wrote"}.items():
-            self.events += [(path.stat().st_mtime, f"{text} {path.name}") for path in self.folder.glob(pattern)]
+        for pattern, text in {"not_finite/step*": "stopped: not finite", "model_index.json": "finished: wrote"}.items():
+            with self._noted(pattern):  # a run that starts anew removes them
+                self.events += [(path.stat().st_mtime, f"{text} {path.name}") for path in self.folder.glob(pattern)]
         folders = sorted((self.folder / "validation").glob("step-*"), key=natural_key)
         self.videos = {
             path.name.removeprefix("step-"): [file.name for file in list_files(path, {".mp4"})] for path in folders
