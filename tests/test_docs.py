@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from microcinema.commands import cli
+from microcinema.commands import cli, sweep
 from microcinema.commands.cli import COMMANDS
 from microcinema.config.compose import compose, plain
 from microcinema.sprites.dataset import write_dataset
@@ -72,6 +72,17 @@ def test_commands_compose(page: str, line: str):
         assert command in COMMANDS
         if "--help" not in overrides:
             compose(COMMANDS[command].config or command, overrides)
+
+
+SWEEPS = [
+    line for _, line in commands() if line.startswith("sweep ") and "sweep=" not in line
+]  # those are tested by themselves
+
+
+@pytest.mark.parametrize("line", SWEEPS)
+def test_runs_of_sweeps_compose(line: str, tmp_path: Path):
+    _, *overrides = shlex.split(line)
+    assert len(sweep.plan(compose("sweep", [*overrides, f"output_dir={tmp_path}"]))) >= 6
 
 
 READ = [line for line in sorted({line for _, line in commands()}) if line.startswith(("train", "prepare", "doctor"))]
