@@ -212,11 +212,14 @@ def execute(run: Run, runner: Runner, versions: Mapping[str, Any]) -> None:
     for step in run.steps:
         if (record := run.folder / f"{step.name}.json").is_file():
             continue
+        begin = log.stat().st_size if log.is_file() else 0
         while (status := runner(step.arguments, log)) == EXIT_STATUS:
             pass  # preempted; it has saved, and goes on
         if status:
-            said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
-            raise UserError(f"exit status {status}, '{said.rpartition(chr(10))[2]}'; see {log}")
+            said = log.read_bytes()[begin:].decode(errors="replace").split("\n") if log.is_file() else []
+            # A launcher has its own last words, behind those of the command.
+            errors = [line for line in said if line.startswith("error:")] or [line for line in said if line.strip()]
+            raise UserError(f"exit status {status}, '{errors[-1] if errors else ''}'; see {log}")
         figures, measures = step.read(run.folder / step.name)
         known = [asdict(measure) for measure in measures if measure.key in figures]
         write_json(record, {"figures": figures, "measures": known, "versions": versions})

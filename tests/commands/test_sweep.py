@@ -59,7 +59,7 @@ class Recorder:
 
     def __call__(self, arguments: Sequence[str], log: Path) -> int:
         self.calls.append(arguments)
-        log.write_text("starts\nerror: no such thing\n")
+        log.write_text("starts\nerror: no such thing\nsrun: task 0: Exited with exit code 3\n")
         if len(self.calls) == 1:
             return EXIT_STATUS
         told = dict(text.split("=", 1) for text in arguments[3:])
