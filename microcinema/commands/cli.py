@@ -191,7 +191,7 @@ def _run(options: argparse.Namespace) -> int:
         name = "dry_run" if options.dry_run else file_of(options.command)
         folder = getattr(config, command.folder or "", None)
         with lock_folder(folder) if folder and os.environ.get("RANK", "0") == "0" else nullcontext():
-            return _import_command(f"microcinema.commands.{name}").run(config) or 0
+            return import_command(f"microcinema.commands.{name}").run(config) or 0
     except Exception as error:
         fault = error if isinstance(error, OneLineError) else disk_fault(error, folder)
         if fault is None:
@@ -200,8 +200,8 @@ def _run(options: argparse.Namespace) -> int:
         return 2
 
 
-def _import_command(name: str) -> Any:
-    """The module of a command, with torch and diffusers, whose objects stay: searching them for garbage takes a fifth of a start."""
+def import_command(name: str) -> Any:
+    """The module of a command, with torch and diffusers or Gradio, whose objects stay: searching them for garbage takes a fifth of a start."""
     if name in sys.modules:
         return importlib.import_module(name)
     gc.disable()

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from microcinema.commands.cli import COMMANDS
+from microcinema.commands.cli import COMMANDS, import_command
 from microcinema.config.compose import compose
 from microcinema.config.schema import Sample, Ui
 from microcinema.ui.jobs import JobQueue, Report
@@ -14,8 +14,7 @@ def run(config: Ui) -> None:
     """Serves the page until it is interrupted; a UserError without Gradio, or at a port that is taken."""
     if find_spec("gradio") is None:
         raise UserError('the studio needs Gradio, which is not installed; pip install "microcinema[ui]"')
-    from microcinema.ui.page import serve
-
+    serve = import_command("microcinema.ui.page").serve
     queue = JobQueue(make_folder(config.output_dir), make_samples, check)
     try:
         serve(config, queue)

@@ -300,6 +300,7 @@ def serve(config: Ui, queue: JobQueue) -> None:
             footer_links=[],
             ssr_mode=False,
             pwa=False,
+            enable_monitoring=False,
             quiet=True,
             prevent_thread_lock=True,
         )

@@ -319,11 +319,9 @@ def test_a_command_is_imported_without_looking_for_garbage(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"{name}.py").write_text("import gc\nenabled = gc.isenabled()\n")
     (tmp_path / "broken_command.py").write_text("1 / 0")
-    module = cli._import_command(name)
+    module = cli.import_command(name)
     assert (module.enabled, gc.isenabled(), frozen) == (False, True, [False])
-    assert (
-        cli._import_command(name) is sys.modules.pop(name) and len(frozen) == 1
-    )  # later calls leave no garbage behind
+    assert cli.import_command(name) is sys.modules.pop(name) and len(frozen) == 1  # later calls leave no garbage behind
     with pytest.raises(ZeroDivisionError):
-        cli._import_command("broken_command")
+        cli.import_command("broken_command")
     assert gc.isenabled()

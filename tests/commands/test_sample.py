@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fixtures import tiny
-from microcinema.commands import cli
+from microcinema.commands import cli, sample
+from microcinema.config.compose import compose
 from microcinema.data.video_reader import probe, read_clip
 from microcinema.pipelines import sample_folder, sampler
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
@@ -600,3 +601,36 @@ def test_key_frames_at_chosen_places(tmp_path, capsys, monkeypatch):
     ):
         code, _, told = run(*bad)
         assert code == 2 and words in told.splitlines()[-1]
+
+
+def test_key_frames_alone_of_which_one_becomes_the_video(run, tmp_path):
+    whole = ["prompt=a star", "num_videos_per_prompt=2"]
+    status, shown, _ = run(*whole, "keyframes_only=true")
+    assert status == 0 and shown.split() == [f"out/a-star-seed0-{index}_keyframe.png" for index in range(2)]
+    assert not list((tmp_path / "out").glob("*.mp4"))
+    assert run(*whole, output="whole")[0] == 0
+    for index in range(2):
+        name = f"a-star-seed0-{index}_keyframe.png"
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert run("prompt=a star", "image=out/a-star-seed0-0_keyframe.png", output="chosen")[0] == 0
+    video, expected = tmp_path / "chosen/a-star-seed0.mp4", tmp_path / "whole/a-star-seed0-0.mp4"
+    assert video.read_bytes() == expected.read_bytes()
+    status, _, said = run("prompt=a star", "keyframes_only=true", "upscale.pretrained_model_name_or_path=x")
+    assert status == 2 and "makes no video to upscale" in said
+
+
+def test_each_step_is_told_and_changes_nothing(run, model, tmp_path):
+    assert run("prompt=a star")[0] == 0
+    steps, previews = [], []
+
+    def on_step(stage, step, count, preview):
+        steps.append((stage, step, count))
+        previews.extend([] if preview is None else [preview(3)])
+
+    overrides = ["prompt=a star", f"pipeline={model}", "num_inference_steps=2", "output_dir=told"]
+    sample.run(compose("sample", overrides), on_step)
+    drawn = [("key frame", step, 3) for step in (1, 2, 3)]  # PNDM visits a timestep twice
+    assert steps == [*drawn, ("video", 1, 2), ("video", 2, 2)]
+    assert all(frames.shape == (3, tiny.SIZE, tiny.SIZE, 3) and frames.dtype == np.uint8 for frames in previews)
+    assert (tmp_path / "told/a-star-seed0.mp4").read_bytes() == (tmp_path / "out/a-star-seed0.mp4").read_bytes()
+    assert len(previews) == 2 and not np.array_equal(*previews)

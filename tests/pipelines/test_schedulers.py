@@ -125,8 +125,9 @@ def test_callback_gets_the_tensors_that_it_asks_for(oracle, image):
 
     def callback(pipe, step, t, values):
         seen.append(values["prediction"])
+        assert torch.allclose(values["z0"], z0, atol=1e-4)  # which the oracle's prediction stands for
 
-    names = ["prediction"]
+    names = ["prediction", "z0"]
     arguments = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names, "guidance_scale": 1.0}
     sample(pipeline, PROMPTS[0], image, **arguments)
     assert len(seen) == 3
