@@ -129,6 +129,8 @@ class Studio:
     def make(self, session: Session, *values: Any, keyframes_only: bool = False) -> None:
         """Adds a job of the form, without fields that are empty or that the model cannot use."""
         form = dict(zip(self.form, values, strict=True))
+        if not form["prompt"].strip():
+            raise UserError("the prompt is empty; write what the video shows, or take an example")
         can = self.model(form["pipeline"]).can
         form |= {"keyframes": f"[{form['keyframes']}]", "lora": json.dumps(form["lora"])}
         more = [f"image={session.chosen}"] if session.chosen else []

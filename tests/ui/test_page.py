@@ -156,7 +156,7 @@ def test_errors_are_shown_and_html_is_text(server, open_page):
     page = open_page(server)
     attack = "fail <img src=x onerror=alert(1)><script>alert(2)</script> ${alert(3)} {{7*7}}"
     click(page, "Make the video")
-    page.get_by_role("alert").get_by_text("prompt").wait_for()
+    page.get_by_role("alert").get_by_text("the prompt is empty; write what the video shows").wait_for()
     page.get_by_label("Prompt", exact=True).fill(attack)
     click(page, "Make the video")
     page.get_by_text("failed: the prompt says so in two lines").wait_for()
