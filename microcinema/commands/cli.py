@@ -220,15 +220,15 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 def _report(error: OneLineError | str, with_traceback: bool, same_everywhere: bool) -> None:
     """Prints an error in one line, once for all processes of a run.
 
-    Every process finds the same fault in a config. Later on, one that is not the main process waits: when that one has failed as
-    well, the launcher ends this one before it prints.
+    One that is not the main process waits: when that one has failed as well, the launcher ends this one before it prints. If it ended at
+    once, the launcher would end the main process, perhaps before that prints. Every process finds the same fault in a config.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if rank and same_everywhere:
-        return
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
+    if rank and same_everywhere:
+        return
     if with_traceback:
         traceback.print_exc()
     where = f" (process {rank})" if rank else ""
