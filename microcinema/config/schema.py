@@ -97,7 +97,7 @@ class Tracker:
     project: types.Name
     name: types.Name | None
     group: types.Name | None
-    tags: list[Annotated[str, Field(strict=True, min_length=1)]]
+    tags: list[types.StrictText]
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -119,7 +119,7 @@ class Train(Clips):
     objective: Consistency | None
     lora: LoRA | None
     trainable_parameters: Literal["temporal", "all"]
-    trainable_unet_layers: list[Annotated[str, Field(strict=True, min_length=1)]]
+    trainable_unet_layers: list[types.StrictText]
     train_batch_size: types.Count
     gradient_accumulation_steps: types.Count
     max_train_steps: types.Count
@@ -284,14 +284,14 @@ class Evaluate:
 
 @dataclass(frozen=True, config=CONFIG)
 class Sweep:
-    train: list[str] | None
-    evaluate: list[str] | None
-    variants: dict[types.Name, list[str]] | None
+    train: list[types.StrictText] | None
+    evaluate: list[types.StrictText] | None
+    variants: dict[types.Name, list[types.StrictText]] | None
     grid: dict[types.Name, Annotated[list[Any], Field(min_length=1)]] | None
     seeds: Annotated[list[types.Seed], Field(min_length=1)]
-    measures: list[types.Name] | None
+    measures: list[types.StrictText] | None
     workers: types.Count
-    launch: Annotated[list[str], Field(min_length=1)] | None
+    launch: Annotated[list[types.StrictText], Field(min_length=1)] | None
     output_dir: types.PathText
 
 

@@ -43,6 +43,7 @@ Resolution = Size | tuple[Size, Size]  # pixels: one number for squares, or (hei
 Shapes = Annotated[Sequence[tuple[Size, Size, Size]], Field(min_length=1)]
 Name = Annotated[str, _named("something")]
 Prompt = Annotated[str, Field(strict=True), _named("what a video shows")]
+StrictText = Annotated[str, Field(strict=True, min_length=1)]  # no number
 PathText = Annotated[str, _named("a file or folder")]
 StrictPath = Annotated[str, Field(strict=True), _named("a file or folder")]
 AnyPath = Annotated[str | os.PathLike[str], _named("a file or folder")]

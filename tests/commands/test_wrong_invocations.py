@@ -28,7 +28,12 @@ COMPOSITIONS = {
     "prepare check": [["data=folder"]],
     "prepare preview": [["data=folder"]],
 }
-GIVEN = {"sample": ["prompt=a star"], "prepare latents": ["cached_latents=x"], "export": ["checkpoint=."]}
+GIVEN = {
+    "sample": ["prompt=a star"],
+    "prepare latents": ["cached_latents=x"],
+    "export": ["checkpoint=."],
+    "watch": ["folder=."],
+}
 # Written out, not read from the schema: the keys that hold a text, by their last word, and those that may be empty or below zero.
 TEXTS = [
     "beta_schedule",
