@@ -171,7 +171,7 @@ def draw(rows: list[Report], path: Path) -> None:
     axes.axvline(1, color="0.5", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("ratio to the 2D UNet, frame by frame")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=100)
 
 

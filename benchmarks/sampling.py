@@ -178,7 +178,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             value, low, high = (unit * row[key][end] for end in ("value", "low", "high"))
             axes.errorbar(row["seconds"], value, [[value - low], [high - value]], fmt="o", capsize=2, label=name)
         axes.set(title=title, xlabel="seconds a clip", xlim=(0, None))
-    axes.legend(fontsize=6)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -16,5 +16,6 @@ def test_the_processor_time_of_a_process_counts_and_its_failure_is_told(tmp_path
     assert failure.value.stderr.strip() == b"no such model"
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_video_is_reached(tmp_path):
     assert startup.processor_seconds(list(startup.COMMANDS.values())[-1], tmp_path) > 1
