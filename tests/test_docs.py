@@ -57,7 +57,8 @@ def benchmarks() -> list[tuple[str, str, str]]:
     """(page, module, arguments) of every benchmark that a page names, in its text or in its blocks."""
     result = []
     for page in [*PAGES, *CARDS]:
-        text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda span: span[0].replace("\n", " "), page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda span: span[0].replace("\n", " "), text)
         result += [(page.name, *match) for match in BENCHMARK.findall(text)]
     return result
 
