@@ -172,6 +172,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_however_it_is_opened_it_gives_the_frames_of_the_pipeline_that_was_saved(trained, tmp_path):
     checkpoint = trained / "checkpoint-2"
     in_memory = export.open_checkpoint(checkpoint, load(trained / "config.yaml", "train"), use_ema=True)

@@ -72,6 +72,7 @@ def broken(folder: Path) -> set[tuple]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, processes, keys, whole):
     """With one, two or three processes in each life; a shard that is finished is not touched again."""
     folder, rng = tmp_path / "latents", random.Random(0)

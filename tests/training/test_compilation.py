@@ -50,6 +50,7 @@ def pipeline(folder: Path, seed: int = 0):
     return model
 
 
+@pytest.mark.slow
 def test_a_compiled_block_equals_the_block_and_blocks_alike_share_their_graph():
     torch.manual_seed(0)
     blocks = [TemporalConv(8, 2, over_frames=True).double() for _ in range(2)]
