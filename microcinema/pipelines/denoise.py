@@ -175,9 +175,10 @@ def denoise(
             share: Any = {"epsilon": 1.0, "v_prediction": signal, "sample": 0.0}[scheduler.config["prediction_type"]]
             plain = prior.whiten(prediction - share * mean)
             z = prior.correlate(scheduler.step(plain, t, prior.whiten(z), **arguments).prev_sample)
-        z = step_end(
-            step, t, {"latents": z, "prediction": prediction, "z0": of_latents * z_t + of_prediction * prediction}
-        )
+        tensors = {"latents": z, "prediction": prediction}
+        if "z0" in step_end.tensor_inputs:
+            tensors["z0"] = of_latents * z_t + of_prediction * prediction
+        z = step_end(step, t, tensors)
         # Second-order solvers visit a timestep twice; the bar counts steps.
         bar.update(min(1, bar.total - bar.n))
     return z
