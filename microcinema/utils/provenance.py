@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def describe_environment(num_processes: int) -> dict[str, Any]:
     """Versions, commit, time and machine of a training run with so many processes on all machines."""
     libraries = {name: version(name) for name in TRAINING_LIBRARIES}
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         **describe_code(),
         **libraries,
         "cuda": torch.version.cuda,
