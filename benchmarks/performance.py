@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     shown = {
         name: f"OMP_NUM_THREADS=1 python -m benchmarks.{line.format(**folders)}" for name, line in commands.items()
     }
-    page = render(reports, printed, shown)
+    page = render(reports, printed, shown, arguments.remark)
     with atomic_path(out / "performance.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
     draw(network_rows(reports), out / "performance.png")
@@ -119,7 +119,7 @@ def ratio(row: Report | None) -> str:
     )
 
 
-def render(reports: Mapping[str, Report], printed: Mapping[str, str], commands: Mapping[str, str]) -> str:
+def render(reports: Mapping[str, Report], printed: Mapping[str, str], commands: Mapping[str, str], remark: str) -> str:
     """The page."""
     launches = sorted(reports["counts"]["launches"].items(), key=lambda item: item[1]["bytes"])
     environment = Environment(
@@ -127,6 +127,7 @@ def render(reports: Mapping[str, Report], printed: Mapping[str, str], commands: 
     )
     return environment.get_template("performance.md.jinja").render(
         machine=machine(),
+        remark=remark,
         networks=network_rows(reports),
         reference=reports["counts"]["flops"][REFERENCE],
         launches=[{"name": display_name(name), **row} for name, row in launches],
@@ -180,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/performance", help="folder of what has been measured")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page and its figures")
+    parser.add_argument("--remark", default="", help="a sentence on the page, such as what else the machine did")
     parser.add_argument("--quick", action="store_true", help="tiny networks and a clip: shows that it runs")
     arguments = parser.parse_args(argv)
     arguments.work, arguments.out = arguments.work.resolve(), arguments.out.resolve()

@@ -24,6 +24,7 @@ SCALE, GAP = 2, 4  # of the GIFs: a pixel of the small world is hardly seen on a
 KEYFRAME = f"{WORK}/star.png"
 STAR, LEFT = "a large red star on sand", "moving quickly to the left"
 MOVING_STAR = "a large red star moving quickly to the left on sand"
+ANIMATED = (f"image={KEYFRAME}", f"prompt={MOVING_STAR}")
 FACTORIZED = (f"image={KEYFRAME}", "pipeline=sprites-factorized-dreamer", f"prompt={STAR}")
 
 
@@ -76,28 +77,28 @@ ROWS = (
         "guidance",
         "Guidance by the text",
         "Without guidance, `guidance_scale=1`, the motion is followed less surely; with much of it colors and outlines suffer.",
-        (f"image={KEYFRAME}", f"prompt={MOVING_STAR}"),
+        ANIMATED,
         tuple((f"guidance_scale={scale}",) for scale in (1, 1.5, 3, 8)),
     ),
     Row(
         "gamma",
         "Noise that leans to the key frame",
         "The authors start sampling from noise with `gamma` times the key frame in it ([method](method.md)). Far too much of it holds the clip back.",
-        (f"image={KEYFRAME}", f"prompt={MOVING_STAR}"),
+        ANIMATED,
         tuple((f"gamma={gamma}",) for gamma in (0, 0.02, 0.1, 0.3)),
     ),
     Row(
         "steps",
         "Fewer steps",
         "What the presets and still fewer steps look like ([samplers](samplers.md)).",
-        (f"image={KEYFRAME}", f"prompt={MOVING_STAR}"),
+        ANIMATED,
         (("preset=quality",), ("preset=fast",), ("num_inference_steps=5",), ("num_inference_steps=2",)),
     ),
     Row(
         "start",
         "Initial noise",
         "Noise with the key frame's low frequencies (FrameInit) or with the moments of noisy clips (Analytic-Init), and a start at an earlier time ([amount of motion](motion.md)).",
-        (f"image={KEYFRAME}", f"prompt={MOVING_STAR}"),
+        ANIMATED,
         (
             ("initial_noise=prior",),
             ("initial_noise=frame_init",),
