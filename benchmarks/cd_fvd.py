@@ -22,7 +22,7 @@ import torch
 from microcinema.evaluation.frechet import Moments, frechet_distance
 from microcinema.evaluation.i3d import I3D
 from microcinema.evaluation.preprocessing import PREPARATIONS
-from microcinema.evaluation.videomae import FRAMES, HEAD_WIDTH, PATCH, SIZE, TUBELET, VideoMAE
+from microcinema.evaluation.vit import FRAMES, SIZE, TUBELET, VideoMAE
 from microcinema.sprites import scene
 
 EPS = 1e-5  # of the batch norms in cd-fvd
@@ -123,9 +123,9 @@ def compare_videomae() -> float:
     cd_fvd()
     public = importlib.import_module("cdfvd.third_party.VideoMAEv2.videomaev2_finetune")
     torch.manual_seed(0)
-    shape = {"embed_dim": 2 * HEAD_WIDTH, "depth": 3, "num_heads": 2, "mlp_ratio": 48 / 11, "num_classes": 9}
+    shape = {"embed_dim": 2 * VideoMAE.head_width, "depth": 3, "num_heads": 2, "mlp_ratio": 48 / 11, "num_classes": 9}
     norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
-    fixed = {"img_size": SIZE, "patch_size": PATCH, "all_frames": FRAMES, "tubelet_size": TUBELET, "qkv_bias": True}
+    fixed = {"img_size": SIZE, "patch_size": 14, "all_frames": FRAMES, "tubelet_size": TUBELET, "qkv_bias": True}
     theirs = public.VisionTransformer(**shape, **fixed, norm_layer=norm, use_mean_pooling=True, init_scale=1.0).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

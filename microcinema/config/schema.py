@@ -241,6 +241,7 @@ class ZeroShotEvaluation(Generation):
     skip_real: types.PathText | None
     real_features_dir: types.PathText | None
     video: Open
+    probe: Weights
     c3d: Weights
     clip: Weights
     inception: Weights

@@ -1,5 +1,6 @@
 """Detectors: networks and plain computations that map batches of clips to features or scores (I3D, C3D, CLIP, Inception v3, optical flow)."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from microcinema.config.types import Name, PathText, Positive, Sha256
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
 from microcinema.evaluation.preprocessing import PREPARATIONS
-from microcinema.evaluation.videomae import VideoMAE
+from microcinema.evaluation.vit import VJEPA, VideoMAE
 from microcinema.evaluation.weights import weight_file
 from microcinema.utils.errors import UserError, user_errors
 from microcinema.utils.hashing import hash_weights
@@ -39,16 +40,17 @@ class Batch:
 Measure = Callable[[Batch], dict[str, np.ndarray]]
 """Maps a batch to named arrays with one entry per clip."""
 
-DETECTORS = ("i3d", "i3d_torchscript", "videomae")
+DETECTORS = ("i3d", "i3d_torchscript", "videomae", "vjepa")
 UCF101_CLASSES = 101
 
 
 @dataclass(frozen=True)
 class VideoDetectorSettings:
-    """The network whose features the Fréchet video distance compares, and the preprocessing of its frames.
+    """The network whose features the distance of videos compares, and the preprocessing of its frames.
 
     Args:
-        detector: `i3d`, `i3d_torchscript`, `videomae` (then the distance is the content-debiased FVD), or one that the command adds.
+        detector: `i3d`, `i3d_torchscript`, `videomae` (then the distance is the content-debiased FVD), `vjepa` (JEDi), or one that the command
+            adds.
         weights: path or URL; a name or folder for some added detectors; None: not measured.
         sha256: required for a URL, and for TorchScript, which is code.
         preparation: one of `PREPARATIONS`; `own`: by the TorchScript itself. Added detectors ignore it.
@@ -65,14 +67,18 @@ class VideoDetectorSettings:
     batch_norm_eps: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if self.preparation == "own" and self.detector in ("i3d", "videomae"):
+        if self.preparation == "own" and self.detector in ("i3d", "videomae", "vjepa"):
             raise UserError(f"preparation=own is unknown to {self.detector}; use one of {', '.join(PREPARATIONS)}")
 
     def load(
-        self, device: torch.device | str, batch_size: int, added: "Mapping[str, VideoDetectorLoader] | None" = None
+        self,
+        device: torch.device | str,
+        batch_size: int,
+        added: "Mapping[str, VideoDetectorLoader] | None" = None,
+        probe: tuple[str | None, str | None] = (None, None),
     ) -> "VideoFeatures":
-        """Opens the weights; `added` are further detectors by name. A UserError if the detector is unknown, or its weights are missing or
-        another network's."""
+        """Opens the weights; `added` are further detectors by name, `probe` is a file of `vjepa` and its sha256. A UserError if the detector is
+        unknown, or its weights are missing or another network's."""
         assert self.weights is not None
         added = added or {}
         if self.detector in added:
@@ -89,24 +95,33 @@ class VideoDetectorSettings:
         else:
             path, sha256 = weight_file(self.weights, self.sha256, "evaluation.video")
             state = _read_state(path)
-            i3d = self.detector == "i3d"
-            network = I3D.from_state_dict(state, self.batch_norm_eps) if i3d else VideoMAE.from_state_dict(state)
-            features = network.to(device)
+            if self.detector == "i3d":
+                features = I3D.from_state_dict(state, self.batch_norm_eps).to(device)
+            elif self.detector == "videomae":
+                features = VideoMAE.from_state_dict(state).to(device)
+            else:
+                if probe[0] is None:
+                    raise UserError("detector=vjepa needs evaluation.probe.weights too; give ssv2-probe.pth.tar")
+                path, probe_sha256 = weight_file(probe[0], probe[1], "evaluation.probe")
+                features = VJEPA.from_state_dict(state | _read_state(path)).to(device)
         record: dict[str, Any] = {"detector": self.detector, "sha256": sha256, "preparation": self.preparation}
         if self.detector == "i3d":
             record["batch_norm_eps"] = self.batch_norm_eps
+        if self.detector == "vjepa":
+            record["probe_sha256"] = probe_sha256
         return VideoFeatures(_with_preparation(features, self.preparation, device), record)
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """`features` (b, d) of clips by `network`; `record` is everything that they depend on."""
+    """`features` (b, d) of clips by `network`, or `vjepa`, which have a distance of their own; `record` is everything that they depend on."""
 
     network: Callable[[np.ndarray], np.ndarray]
     record: dict[str, Any]
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
-        return {"features": np.asarray(self.network(batch.frames), np.float32)}
+        name = "vjepa" if self.record["detector"] == "vjepa" else "features"
+        return {name: np.asarray(self.network(batch.frames), np.float32)}
 
 
 VideoDetectorLoader = Callable[[str, torch.device | str, int], VideoFeatures]
@@ -236,14 +251,17 @@ def load_torchscript(
     return network, actual
 
 
+_STATES = "model", "module", "target_encoder", "classifier"
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     with user_errors(f"'{path}' holds no weights ({{reason}}); fetch it again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(state, dict):
-        state = next((state[key] for key in ("model", "module") if isinstance(state.get(key), dict)), state)
+        state = next((state[key] for key in _STATES if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"'{path}' is not a dictionary of weights; give a file that docs/evaluation.md names")
-    return state
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
 
 
 def _pixels(clips: np.ndarray, device: torch.device | str, pattern: str) -> Tensor:

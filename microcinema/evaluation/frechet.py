@@ -1,6 +1,6 @@
-"""Fréchet distance between two sets of features, in float64.
+"""Distances between two sets of features by their moments, in float64: Fréchet's, and JEDi's.
 
-`|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2)` (Dowson and Landau 1982; Heusel et al., arXiv 1706.08500, equation 6; on video
+Fréchet's is `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2)` (Dowson and Landau 1982; Heusel et al., arXiv 1706.08500, equation 6; on video
 features Unterthiner et al., arXiv 1812.01717).
 """
 
@@ -68,6 +68,15 @@ def frechet_distance(a: Moments, b: Moments, ddof: int = 1) -> float:
     overlap = np.linalg.svd(_root(one).T @ _root(two), compute_uv=False).sum()
     difference = a.mean - b.mean
     return float(difference @ difference + np.trace(one) + np.trace(two) - 2 * overlap)
+
+
+def jedi_distance(a: Moments, b: Moments) -> float:
+    """JEDi (arXiv 2410.05203): 100 times the squared maximum mean discrepancy under the kernel `(x.y / d)^2`, pairs of a clip with itself counted.
+
+    Since `(x.y)^2 = <x x^T, y y^T>`, it is the squared distance of the two second moments `E x x^T`, divided by d^2.
+    """
+    one, two = (side.scatter / side.count + np.outer(side.mean, side.mean) for side in (a, b))
+    return float(100 * np.square((one - two) / len(one)).sum())
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""The Fréchet video distance (arXiv 1812.01717) with what it takes to be believed: how it depends on the number of clips, how wide it
+"""The Fréchet video distance (arXiv 1812.01717), or another one of two sets, with what it takes to be believed: how it depends on the number of clips, how wide it
 scatters, and what two sets of real clips score."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,16 +37,21 @@ class VideoDistance:
     resamples: list[float]
 
 
-def video_distance(generated: np.ndarray, real: np.ndarray, ddof: int = 1, seed: int = 0) -> VideoDistance:
-    """Of features (n, d) and (m, d), with covariances divided by n - ddof; `seed` is that of subsets and resamples. A UserError for fewer
-    than two clips in a set, features of different widths, or that are no numbers."""
+def video_distance(
+    generated: np.ndarray,
+    real: np.ndarray,
+    of_moments: Callable[[Moments, Moments], float] = frechet_distance,
+    seed: int = 0,
+) -> VideoDistance:
+    """Of features (n, d) and (m, d); `seed` is that of subsets and resamples. A UserError for fewer than two clips in a set, features of
+    different widths, or that are no numbers."""
     for name, features in (("generated", generated), ("real", real)):
         if not np.isfinite(features).all():
             raise UserError(f"features of {name} clips are no numbers; see that the detector's weights are whole")
 
     def distance(a: np.ndarray, b: np.ndarray, *counts: np.ndarray | None) -> float:
         one, two = map(Moments.of, (a, b), counts or (None, None))
-        return frechet_distance(one, two, ddof)
+        return of_moments(one, two)
 
     value = distance(generated, real)
     curve = _curve(generated, real, distance, np.random.default_rng([seed, 0]))

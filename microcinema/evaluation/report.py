@@ -24,6 +24,7 @@ WARNING = "Protocols differ from paper to paper and are seldom written down whol
 MEASURES = (
     Measure("fvd", "FVD", "Fréchet distance of the video detector's features", "", "lower", 2),
     Measure("kvd", "KVD", "kernel distance of the same features", "", "lower", 4),
+    Measure("jedi", "JEDi", "100 times the polynomial MMD of V-JEPA's features", "", "lower"),
     Measure("is", "IS", "Inception score of C3D's classes", "", "higher", 2),
     Measure("clipsim", "CLIPSIM", "CLIP cosine of text and frame", "", "higher", 4),
     Measure("frame_fid", "Frame FID", "Fréchet distance of single frames", "", "lower", 2),
@@ -93,17 +94,18 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _detail(measure: Measure, entry: Mapping[str, Any]) -> str:
-    if measure.key == "fvd":
+    number = measure.number
+    if "curve" in entry:
         parts = [f"N = {entry['num_generated']} against {entry['num_real']}"]
-        parts.append(f"95 % interval {entry['low']:.2f} to {entry['high']:.2f}")
+        parts.append(f"95 % interval {number(entry['low'])} to {number(entry['high'])}")
         if entry["extrapolated"] is not None:
-            parts.append(f"at infinite N {entry['extrapolated']:.2f}")
+            parts.append(f"at infinite N {number(entry['extrapolated'])}")
         if entry["floor"] is not None:
-            parts.append(f"real against real {entry['floor']:.2f} at N = {entry['floor_count']}")
+            parts.append(f"real against real {number(entry['floor'])} at N = {entry['floor_count']}")
         return ", ".join(parts)
     if measure.key == "is":
         return f"± {entry['std']:.2f} over {entry['splits']} splits"
-    return f"{measure.number(entry['low'])} to {measure.number(entry['high'])}" if "low" in entry else ""
+    return f"{number(entry['low'])} to {number(entry['high'])}" if "low" in entry else ""
 
 
 def model_name(results: Mapping[str, Any]) -> str:
@@ -141,7 +143,9 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
         }
         for picture in pictures
     ]
-    table, chart = rows(results), _chart(results["values"].get("fvd"))
+    measures, table = (Measure(**entry) for entry in results["measures"]), rows(results)
+    curves = [(measure, found) for measure in measures if "curve" in (found := results["values"].get(measure.key, {}))]
+    chart = _chart(*curves[0]) if curves else None
     copies = tables(["", *(row["title"] for row in table)], [[model_name(results), *(row["value"] for row in table)]])
     index = results["generated"].get("keyframe_index")
     others = results["protocol"]["dataset"] in ("ucf101", "msrvtt", "folder")
@@ -155,9 +159,9 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     write_page(path, TEMPLATE, results=results, chart=chart, warning=WARNING, pictures=videos, **values)
 
 
-def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """SVG coordinates of the curve of FVD over 1/N, and of the line that extrapolates it to infinite N."""
-    if fvd is None or len(fvd["curve"]) < 2:
+def _chart(measure: Measure, fvd: Mapping[str, Any]) -> dict[str, Any] | None:
+    """SVG coordinates of the curve of a distance over 1/N, and of the line that extrapolates it to infinite N."""
+    if len(fvd["curve"]) < 2:
         return None
     counts, values = np.array(fvd["curve"], float).T
     heights = [*values, *(value for value in (fvd["extrapolated"], fvd["floor"]) if value is not None), 0.0]
@@ -172,14 +176,15 @@ def _chart(fvd: Mapping[str, Any] | None) -> dict[str, Any] | None:
     slope, start = np.polyfit(1 / counts, values, 1)
     curve = zip(counts, values, strict=True)
     return {
+        "label": measure.label,
         "width": _WIDTH,
         "height": _HEIGHT,
         "left": _MARGIN,
         "right": _WIDTH - _MARGIN,
         "bottom": _HEIGHT - _MARGIN,
-        "points": [{"x": x(1 / n), "y": y(v), "n": int(n), "value": f"{v:.2f}"} for n, v in curve],
+        "points": [{"x": x(1 / n), "y": y(v), "n": int(n), "value": measure.number(v)} for n, v in curve],
         "line": [y(start), x(1 / counts.min()), y(start + slope / counts.min())],
-        "floor": None if fvd["floor"] is None else {"y": y(fvd["floor"]), "value": f"{fvd['floor']:.2f}"},
+        "floor": None if fvd["floor"] is None else {"y": y(fvd["floor"]), "value": measure.number(fvd["floor"])},
         "labels": [{"x": x(1 / n), "text": str(int(n))} for n in (counts[-1], counts[0])],
         "ends": [{"y": y(v), "text": f"{v:.4g}"} for v in (low, high)],
     }

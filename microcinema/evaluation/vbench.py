@@ -27,7 +27,9 @@ from microcinema.utils.hashing import hash_file, hash_json
 from microcinema.utils.provenance import describe_code
 
 SAMPLES_FOLDER, VIDEOS_FOLDER = "samples", "videos"
-NUM_FLICKERING = 25  # videos of the prompts of this dimension
+NUM_FLICKERING = (
+    25  # videos of the prompts of this dimension, of which VBench's static filter keeps some; VBench-I2V has no filter
+)
 FLICKERING = "temporal_flickering"
 _CRF = 10  # as the suite's own example compresses
 
@@ -40,7 +42,7 @@ class VBenchSuite:
         info: the suite's list: `VBench_full_info.json` or `vbench2_i2v_full_info.json`.
         images: for VBench-I2V, the folder of its images of one aspect ratio, such as `crop/1-1`; None: the model draws its key frames.
         dimensions: only prompts of these; None: of all.
-        num_videos: of each prompt; of those of temporal flickering `NUM_FLICKERING`, as the suite asks.
+        num_videos: of each prompt; of those of temporal flickering `NUM_FLICKERING` without images, as the suite asks.
     """
 
     info: PathText
@@ -65,7 +67,8 @@ class VBenchSuite:
         videos: dict[str, SuiteVideo] = {}
         for number, row in enumerate(self.entries()):
             image = None if self.images is None else Path(self.images, row.get("image_name") or "")
-            count = max(self.num_videos, NUM_FLICKERING) if FLICKERING in row["dimension"] else self.num_videos
+            filtered = image is None and FLICKERING in row["dimension"]
+            count = max(self.num_videos, NUM_FLICKERING) if filtered else self.num_videos
             for index in range(count):
                 name, place = f"{row['prompt']}-{index}", f"{len(videos):05d}"
                 item = PromptItem(row["prompt"], place, sample_index=number, video_index=index, image=image)

@@ -17,7 +17,7 @@ from microcinema.data.clip_reader import resize_and_crop
 from microcinema.evaluation import detectors, statistics
 from microcinema.evaluation.detectors import Measure, VideoDetectorLoader
 from microcinema.evaluation.features import Clips, Features, UnreadableClips, extract_features
-from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.frechet import Moments, frechet_distance, jedi_distance
 from microcinema.evaluation.fvd import video_distance
 from microcinema.evaluation.generate import Generated, generate_clips, protocol_sampler
 from microcinema.evaluation.generated_folder import folder_clips
@@ -231,7 +231,8 @@ def load_measures(
 
     def load(key: str, weights: str) -> Measure:
         if key == "video":
-            return settings.video.build().load(device, batch_size, video_detectors)
+            probe = settings.probe.weights, settings.probe.sha256
+            return settings.video.build().load(device, batch_size, video_detectors, probe)
         if key == "clip":
             return detectors.ClipScores(weights, device)
         if key == "c3d":
@@ -243,7 +244,7 @@ def load_measures(
     no_classes = None if classes else "it speaks of the classes of UCF-101"
     missing, keys = {}, []
     for key, names, obstacle, weights in (
-        ("video", "FVD, KVD", no_clips, settings.video.arguments["weights"]),
+        ("video", "FVD, KVD, JEDi", no_clips, settings.video.arguments["weights"]),
         ("c3d", "IS", no_classes, c3d.weights),
         ("clip", "CLIPSIM, CLIP consistency", None, settings.clip.weights),
         ("inception", "Frame FID", no_clips, inception.weights),
@@ -264,9 +265,15 @@ def compute(generated: Features, real: Features | None, protocol: ZeroShotProtoc
     names = generated.names
     values: dict[str, Any] = {}
     if real is not None and "features" in names:
-        features = generated.all("features"), real.all("features")
-        values["fvd"] = dataclasses.asdict(video_distance(*features, protocol.ddof, protocol.seed))
+        features, frechet = (
+            (generated.all("features"), real.all("features")),
+            partial(frechet_distance, ddof=protocol.ddof),
+        )
+        values["fvd"] = dataclasses.asdict(video_distance(*features, frechet, protocol.seed))
         values["kvd"] = {"value": kernel_distance(*features)}
+    if real is not None and "vjepa" in names:
+        features = generated.all("vjepa"), real.all("vjepa")
+        values["jedi"] = dataclasses.asdict(video_distance(*features, jedi_distance, protocol.seed))
     if "probabilities" in names:
         probabilities = generated.all("probabilities")
         splits = min(10, len(probabilities))

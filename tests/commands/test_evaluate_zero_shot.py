@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fixtures import tiny, tiny_detectors, zero_shot_data
@@ -19,6 +20,7 @@ from microcinema.commands import cli
 from microcinema.data.video_reader import read_clip
 from microcinema.data.video_writer import write_video
 from microcinema.evaluation.video_metrics import psnr
+from microcinema.evaluation.vit import VJEPA
 from microcinema.evaluation.zero_shot import (
     _FEW_CLIPS,
     BROKEN_FILE,
@@ -277,6 +279,35 @@ def test_two_folders_are_compared(run, files, weights, tmp_path):
 
 
 # Reference statistics
+
+
+def test_jedi_has_curve_interval_and_floor(run, tmp_path):
+    torch.manual_seed(0)
+    state = VJEPA(VJEPA.head_width, 32, 1).state_dict()
+    for value in state.values():
+        torch.nn.init.normal_(value, std=0.3)
+    torch.save({"target_encoder": {k: v for k, v in state.items() if "pooler" not in k}}, tmp_path / "vith16.pth.tar")
+    torch.save({"classifier": {k: v for k, v in state.items() if "pooler" in k}}, tmp_path / "probe.pth.tar")
+    for name, seed in (("real", 1), ("generated", 2)):
+        clips = np.random.default_rng(seed).integers(0, 256 // seed, (4, 16, 16, 16, 3), np.uint8)
+        write_folder(tmp_path / name, clips)
+    overrides = {
+        "evaluation": "folders",
+        "evaluation.root": tmp_path / "real",
+        "generated_dir": tmp_path / "generated",
+        "evaluation.video.detector": "vjepa",
+        "evaluation.video.preparation": "squash",
+        "evaluation.video.weights": tmp_path / "vith16.pth.tar",
+        "evaluation.probe.weights": tmp_path / "probe.pth.tar",
+        **protocol(num_frames=16),
+    }
+    code, said, _ = run(overrides)
+    results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8"))
+    jedi = results["values"]["jedi"]
+    assert code == 0 and "fvd" not in results["values"] and "JEDi" in said and "at infinite N" in said
+    assert jedi["low"] < jedi["value"] < jedi["high"] and jedi["curve"][-1][0] == 4 and jedi["floor_count"] == 2
+    assert results["detectors"]["VideoFeatures"]["probe_sha256"]
+    assert "<h2>JEDi against N</h2>" in (tmp_path / "out" / REPORT_FILE).read_text(encoding="utf-8")
 
 
 def test_features_of_real_clips_are_shared_between_runs_and_refused_if_they_are_of_others(run, chosen, whole, tmp_path):

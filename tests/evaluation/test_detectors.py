@@ -74,7 +74,9 @@ def test_a_command_may_add_detectors(tmp_path):
 
     detector = VideoDetectorSettings("colors", "mean").load("cpu", 4, {"colors": load})
     assert detector(Batch(noise_clips(3)))["features"].shape == (3, 3) and detector.record == {"detector": "mean"}
-    with pytest.raises(UserError, match="detector=colors is unknown; use one of i3d, i3d_torchscript, videomae, other"):
+    with pytest.raises(
+        UserError, match="detector=colors is unknown; use one of i3d, i3d_torchscript, videomae, vjepa, other"
+    ):
         VideoDetectorSettings("colors", "mean").load("cpu", 4, {"other": load})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from microcinema.evaluation.frechet import Moments, frechet_distance
+from microcinema.evaluation.frechet import Moments, frechet_distance, jedi_distance
 from microcinema.utils.errors import UserError
 
 
@@ -119,3 +119,14 @@ def test_bad_input():
         frechet_distance(Moments.of(np.zeros((2, 3))), Moments.of(np.zeros((2, 4))))
     with pytest.raises(UserError, match="at least one"):
         Moments.of(np.zeros((0, 3)))
+
+
+def test_jedi_is_the_mean_of_the_kernel_over_all_pairs():
+    """By the definition; parity with videojedi from the same weights: benchmarks.jedi."""
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=(9, 5)) + 0.3, rng.normal(size=(7, 5))
+    within = sum(np.mean([(x @ y / 5) ** 2 for x in side for y in side]) for side in (a, b))
+    between = np.mean([(x @ y / 5) ** 2 for x in a for y in b])
+    assert jedi_distance(Moments.of(a), Moments.of(b)) == pytest.approx(100 * (within - 2 * between), rel=1e-12)
+    batches = Moments.stream([a[:4], a[4:]])
+    assert jedi_distance(batches, Moments.of(b)) == pytest.approx(100 * (within - 2 * between), rel=1e-12)

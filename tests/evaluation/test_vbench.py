@@ -21,7 +21,7 @@ FRAMES = 4
 I2V = [  # rows as in vbench2_i2v_full_info.json
     {
         "prompt_en": "a cat, sitting",
-        "dimension": ["i2v_subject", "subject_consistency", "imaging_quality"],
+        "dimension": ["i2v_subject", "subject_consistency", "imaging_quality", "temporal_flickering"],
         "image_type": "animal",
     },
     {"prompt_en": "a street, camera pans left", "dimension": ["camera_motion"], "image_type": "architecture"},
