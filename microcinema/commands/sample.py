@@ -33,7 +33,8 @@ def run(config: Sample, on_step: StepFunction | None = None) -> None:
     set_precision(allow_tf32=True)
     try:
         prompts = config.prompt, config.motion_prompt, config.prompts, config.image
-        items = read_prompt_items(*prompts, config.seed, config.num_videos_per_prompt, config.negative_prompt)
+        common = config.seed, config.num_videos_per_prompt, config.negative_prompt, config.mask
+        items = read_prompt_items(*prompts, *common)
         settings = SamplingSettings(**{name: getattr(config, name) for name in SamplingSettings.__dataclass_fields__})
         record = {"config": plain(config)}
         quieten_libraries()

@@ -199,6 +199,7 @@ class Sample(SamplingSettings):
     prompt: str | None
     motion_prompt: str | None
     image: types.PathText | None
+    mask: types.PathText | None
     keyframes: list[int | types.StrictPath] | None
     prompts: types.PathText | None
     seed: types.Seed

@@ -52,7 +52,7 @@ class KeyframePipeline:
         origin: name, revision and variant of a pipeline, for the provenance.
 
     Attributes:
-        callback_on_step_end: called after every step, as by diffusers, if the pipeline takes it; None: nothing is.
+        inputs: arguments of the pipeline that no provenance names, such as a callback; those that it takes are given to it.
 
     Raises:
         UserError: the path has no images, or `resize_mode` is unknown.
@@ -68,7 +68,7 @@ class KeyframePipeline:
         self.source: Any = source if isinstance(source, DiffusionPipeline) else Path(source)
         self.resize_mode: ResizeMode = resize_mode
         self.origin = dict(origin or {})
-        self.callback_on_step_end: Callable[..., dict[str, Any]] | None = None
+        self.inputs: dict[str, Any] = {}
         self.files: list[Path] = []
         if isinstance(self.source, Path):
             if not self.source.exists():
@@ -192,9 +192,8 @@ class KeyframePipeline:
     ) -> list[tuple[Image.Image, dict[str, str]]]:
         """Images, with what their provenance has to say: the prompt, its end if that is `truncated`, and `flagged`."""
         assert isinstance(self.source, DiffusionPipeline)
-        name, one, callbacks = type(self.source).__name__, len(prompts) == 1, {}
-        if self.callback_on_step_end is not None and self.takes("callback_on_step_end"):
-            callbacks["callback_on_step_end"] = self.callback_on_step_end
+        name, one = type(self.source).__name__, len(prompts) == 1
+        inputs = {key: value for key, value in self.inputs.items() if self.takes(key)}
         rng: Any = generators[0] if None in generators or one else list(generators)
         if not one and "negative_prompt" in arguments:  # some pipelines want as many
             arguments = {**arguments, "negative_prompt": [arguments["negative_prompt"]] * len(prompts)}
@@ -202,9 +201,7 @@ class KeyframePipeline:
         fault = f"stage 1, {name}, cannot draw {', '.join(map(repr, prompts))} with {settings} ({{reason}})"
         with user_errors(f"{fault}; change these settings", ValueError, TypeError, RuntimeError):
             with _check_decoders(self.networks.values()):
-                output = self.source(
-                    prompt=prompts[0] if one else list(prompts), generator=rng, **callbacks, **arguments
-                )
+                output = self.source(prompt=prompts[0] if one else list(prompts), generator=rng, **inputs, **arguments)
         images = getattr(output, "images", None)
         if images is None:
             raise UserError(f"stage 1, {name}, returns no images; give a text-to-image pipeline")

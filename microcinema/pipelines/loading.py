@@ -100,7 +100,9 @@ def download_snapshot(
     patterns = [f"{folder}{weights}{end}.safetensors" for folder in folders for end in ("", "-*")]
     patterns += ["*.json", "*.txt", "*spiece.model"]
     try:
-        return snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        # Some releases ask the hub for the files of a commit, even offline, unless they are told so.
+        offline = constants.HF_HUB_OFFLINE
+        return snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=offline)
     except Exception as error:  # from several libraries: no connection, no such repository, disk full
         title = f"'{repository}'" + (f" (revision {revision})" if revision else "")
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")

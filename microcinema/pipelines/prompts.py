@@ -29,6 +29,7 @@ class PromptItem:
         negative_prompt: replaces the text where guidance drops it, in both stages.
         seed, sample_index, video_index: of its random generators, see `sample_generator`.
         image: the key frame, as a file or uint8 array (h, w, 3); None: stage 1 draws it.
+        mask: file of a picture of the image's size; stage 1 draws its white part anew.
         source: the video, caption or class of a protocol's data set.
         rng: draws key frame and video, one after the other, in the place of new generators; None: new ones.
     """
@@ -42,6 +43,7 @@ class PromptItem:
     sample_index: int = 0
     video_index: int = 0
     image: Path | np.ndarray | None = field(default=None, compare=False)
+    mask: Path | None = None
     source: str = ""
     rng: torch.Generator | None = field(default=None, compare=False)
 
@@ -82,6 +84,7 @@ def read_prompt_items(
     seed: int,
     num_videos_per_prompt: int,
     negative_prompt: str = "",
+    mask: str | None = None,
 ) -> list[PromptItem]:
     """One item per video of a prompt, or of each line of a file.
 
@@ -91,9 +94,10 @@ def read_prompt_items(
         prompts: a list (data/text_table.py) with the column `prompt` and optionally the other `COLUMNS` (`image` relative to the
             file), or a text file with one prompt per line.
         image: file of every video's key frame, or a folder with one image per prompt, in natural order (2.png before 10.png).
+        mask: of all images, see `PromptItem`.
 
     Raises:
-        UserError: not one of `prompt` and `prompts`, an empty prompt, a file that cannot be read, or a bad column, seed or id.
+        UserError: not one of `prompt` and `prompts`, an empty prompt, a mask without an image, a file that cannot be read, or a bad column, seed or id.
     """
     if (prompt is None) == (prompts is None):
         raise UserError('give one of prompt="..." and prompts=file.csv')
@@ -108,6 +112,10 @@ def read_prompt_items(
         for video in range(num_videos_per_prompt):
             suffix = f"-{video}" if num_videos_per_prompt > 1 else ""
             items.append(replace(item, id=item.id + suffix, video_index=video))
+    if mask is not None:
+        if missing := [item.id for item in items if item.image is None]:
+            raise UserError(f"mask says what to draw anew of an image, and '{missing[0]}' has none; give image as well")
+        items = [replace(item, mask=Path(mask)) for item in items]
     ids = [item.id for item in items]
     if duplicates := sorted({name for name in ids if ids.count(name) > 1}):
         raise UserError(f"prompts file '{prompts}': id '{duplicates[0]}' occurs twice; ids must be unique")

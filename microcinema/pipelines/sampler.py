@@ -20,6 +20,7 @@ from microcinema.pipelines.keyframe_places import split_keyframes
 from microcinema.pipelines.lora import Lora, fuse_loras
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
+from microcinema.pipelines.redraw import inpainting_arguments, inpainting_pipeline, open_masked, redraw, redrawn
 from microcinema.pipelines.sample_folder import SampleFolder, to_uint8
 from microcinema.pipelines.saving import load_keyframe_pipeline, load_pipeline
 from microcinema.pipelines.text_to_video import animate, draw_keyframes, keyframe_arguments, make_item_keyframe
@@ -135,7 +136,7 @@ class Sampler:
                     "image is of no key frame, since all of keyframes have others; name a place without a file"
                 )
         items = items if self.image is None else [replace(item, image=self.image) for item in items]
-        for path in {item.image for item in items if isinstance(item.image, Path)}:
+        for path in {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}:
             open_image(path)
         size = self.batch_size
         batches = [items[start : start + size] for start in range(0, len(items), size)[rank::num_processes]]
@@ -172,7 +173,7 @@ class Sampler:
         fuse_loras(video, self.lora)
         return video
 
-    def _load_stage1(self) -> KeyframePipeline:
+    def _load_stage1(self, masked: bool = False) -> KeyframePipeline:
         if self._stage1 is None:
             if torch.device(self.device).type == "cpu":  # one memory for both: the video model is opened again
                 self._video = None
@@ -182,8 +183,10 @@ class Sampler:
                 self.pipeline, *origin, getattr(torch, self.keyframe_memory.torch_dtype)
             )
             self._stage1.resize_mode = model.resize_mode
+            if masked:
+                self._stage1 = inpainting_pipeline(self._stage1)
             if self.on_step is not None:
-                self._stage1.callback_on_step_end = self._count_step
+                self._stage1.inputs["callback_on_step_end"] = self._count_step
             self._stage1_hashes = hash_networks(self._stage1.networks)
             self._keyframe_lora = fuse_loras(self._stage1.source, self._keyframe_lora, only_fitting=model.lora is None)
         return self._stage1
@@ -192,14 +195,14 @@ class Sampler:
         height, width = self.settings.height, self.settings.width
         assert height is not None and width is not None
         for item in chain(*batches):
-            if item.image is not None:
+            if item.image is not None and item.mask is None:
                 mode = self.keyframe.resize_mode
                 source = KeyframePipeline(item.image, mode) if isinstance(item.image, Path) else None
                 keyframe = make_item_keyframe(item, source, height, width)
                 record = {"id": item.id, **keyframe.provenance}
                 if not folder.keyframe_is_up_to_date(item, record):
                     folder.write_keyframe(item, keyframe.image, record)
-        drawn = [[item for item in batch if item.image is None] for batch in batches]
+        drawn = [[item for item in batch if item.image is None or item.mask is not None] for batch in batches]
         if any(drawn):
             self._draw_keyframes(drawn, folder, height, width)
         if self._stage1 is not None:
@@ -209,12 +212,14 @@ class Sampler:
     def _draw_keyframes(
         self, batches: Sequence[Sequence[PromptItem]], folder: SampleFolder, height: int, width: int
     ) -> None:
-        source, on_device = self._load_stage1(), False
+        masked = any(item.mask is not None for item in chain(*batches))  # and then all
+        source, on_device, mode = self._load_stage1(masked), False, self.keyframe.resize_mode
 
         def arguments_of(item: PromptItem) -> dict[str, Any]:
-            return keyframe_arguments(source, item, self.defaults, self.settings, self.keyframe)
+            arguments = keyframe_arguments(source, item, self.defaults, self.settings, self.keyframe)
+            return inpainting_arguments(source, height, width, arguments) if masked else arguments
 
-        if not self.draws_batches:
+        if masked or not self.draws_batches:
             batches = [[item] for item in chain(*batches)]
         calls = [(arguments, [*items]) for batch in batches for arguments, items in groupby(batch, arguments_of)]
         source.set_progress_bar_config(desc="key frame", unit="step", leave=False, disable=not self.progress)
@@ -225,8 +230,11 @@ class Sampler:
                 "lora": [lora.record for lora in self._keyframe_lora],
                 "memory": asdict(self.keyframe_memory),
                 "size": {"height": height, "width": width},
-                "resize_mode": self.keyframe.resize_mode,
+                "resize_mode": mode,
             }
+            parts = [open_masked(item, height, width, mode) for item in items] if masked else []
+            if masked:
+                common |= redrawn(*parts[0])
             records = [
                 {
                     "id": item.id,
@@ -242,7 +250,10 @@ class Sampler:
             if not on_device:
                 apply(source.source, self.keyframe_memory, self.device)
                 on_device = True
-            keyframes = draw_keyframes(items, source, height, width, **arguments)
+            if masked:
+                keyframes = [redraw(source, items[0], *parts[0], **arguments)]
+            else:
+                keyframes = draw_keyframes(items, source, height, width, **arguments)
             for item, record, keyframe, missing in zip(items, records, keyframes, is_new, strict=True):
                 if missing:
                     # If it is not allowed at all, then before it is written.

@@ -221,7 +221,7 @@ def test_another_stage_1_has_its_own_size_steps_and_guidance(run, tmp_path):
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
 
 
-@pytest.mark.filterwarnings("error")  # as by `python -W error`
+@pytest.mark.filterwarnings("error", "ignore:Deprecated:DeprecationWarning:transformers")  # as by `python -W error`
 def test_a_revision_and_a_variant_of_stage_1_are_those_of_the_config(run, tmp_path, monkeypatch):
     base = tiny.base_pipeline(tmp_path / "fp16").to(torch.float16)
     base.save_pretrained(tmp_path / "fp16", variant="fp16")

@@ -57,6 +57,7 @@ TEXTS = [
     "init_weights_from",
     "keyframe_model",
     "manifest",
+    "mask",
     "metadata",
     "motion",
     "motion_encoder",
