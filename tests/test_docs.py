@@ -163,7 +163,7 @@ def runnable() -> list[str]:
 def run_line(line: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.chdir(world)
     (world / "prompts.csv").write_text("prompt\na large red star moving up on sand\n")
-    for name in ("heart.png", "star.png"):
+    for name in ("heart.png", "star.png", "mask.png"):
         Image.new("RGB", (64, 64), "red").save(world / name)
     command, *overrides = here(line, world)
     steps = ["num_inference_steps=12"] if "start_time=" in line else []  # of which an early start leaves out some
