@@ -77,7 +77,7 @@ class Result:
         """Those of `sample` that make it, or with changed keys another one of its key frame, apart from `output_dir`."""
         config = self.record["config"]
         if changes and not any(":" in str(entry) for entry in config["keyframes"] or ()):
-            changes = {"image": str(self.path("keyframe")), **changes}
+            changes = {"image": str(self.path("keyframe")), "mask": None, **changes}
         return list(_differences({**config, **changes, "output_dir": None}, _defaults()))
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -92,6 +93,8 @@ class Studio:
             (gr.HTML, {"value": render(TEMPLATES / "queue.html.jinja", jobs=jobs, notice=session.notice)}),
             (gr.Gallery, {"value": session.keyframes, "selected_index": index}),
             (gr.Button, {"visible": session.chosen is not None}),
+            (gr.Accordion, {"visible": session.chosen is not None}),
+            (gr.ImageMask, _painting(session.chosen)),
             (gr.Button, {"visible": session.running is not None}),
             (gr.Button, {"visible": len(jobs) > (session.running is not None)}),
             (gr.Gallery, {"value": [(result.path("gif"), result.record["prompt"]) for result in session.results]}),
@@ -126,16 +129,16 @@ class Studio:
         examples = gr.Dataset(samples=texts, sample_labels=[" · ".join(filter(None, text)) for text in texts])
         return [model.summary, examples, *(gr.update(visible=model.can[key]) for key in model.can)]
 
-    def make(self, session: Session, *values: Any, keyframes_only: bool = False) -> None:
+    def make(self, session: Session, *values: Any, keyframes_only: bool = False, mask: Path | None = None) -> None:
         """Adds a job of the form, without fields that are empty or that the model cannot use."""
         form = dict(zip(self.form, values, strict=True))
         if not form["prompt"].strip():
             raise UserError("the prompt is empty; write what the video shows, or take an example")
         can = self.model(form["pipeline"]).can
         form |= {"keyframes": f"[{form['keyframes']}]", "lora": json.dumps(form["lora"])}
-        more = [f"image={session.chosen}"] if session.chosen else []
-        if keyframes_only:
-            more = ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"]
+        more = [f"image={session.chosen}"] if session.chosen and (mask or not keyframes_only) else []
+        more += [f"mask={mask}"] if mask else []
+        more += ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"] if keyframes_only else []
         overrides = [
             f"{key}={value}" for key, value in form.items() if value not in (None, "", "[]") and can.get(key, True)
         ]
@@ -153,10 +156,22 @@ class Studio:
             raise UserError(str(error).replace(file, Path(file).name)) from None
         finally:
             Path(file).unlink()
-        session.chosen = self.folder / "uploads" / f"{sha256(image.tobytes()).hexdigest()[:16]}_keyframe.png"
-        with atomic_path(session.chosen) as temporary:
-            image.save(temporary)
+        session.chosen = self._keep(image, "keyframe")
         session.version = -1
+
+    def _keep(self, image: Image.Image, kind: str) -> Path:
+        file = self.folder / "uploads" / f"{sha256(image.tobytes()).hexdigest()[:16]}_{kind}.png"
+        with atomic_path(file) as temporary:
+            image.save(temporary)
+        return file
+
+    def redraw(self, session: Session, painting: Any, *values: Any) -> None:
+        """Adds a job that draws anew what is painted over of the picture that is chosen."""
+        mask = next((layer.getchannel("A") for layer in (painting or {}).get("layers", ())), None)
+        if session.chosen is None or mask is None or mask.getbbox() is None:
+            raise UserError("nothing is painted over; choose a picture, and paint over the part to draw anew")
+        mask = mask.point(lambda alpha: 255 * (alpha > 0)).resize(open_image(session.chosen).size)
+        self.make(session, *values, keyframes_only=True, mask=self._keep(mask, "mask"))
 
     def choose(self, session: Session, event: gr.SelectData) -> None:
         session.chosen = session.keyframes[event.index][0]
@@ -199,12 +214,12 @@ class Studio:
     def build(self) -> gr.Blocks:
         """The page."""
         models = self.config.pipelines
-        with gr.Blocks(title="microcinema studio", analytics_enabled=False) as page:
+        with gr.Blocks(title="microcinema studio", analytics_enabled=False, delete_cache=(600, 600)) as page:
             session = gr.State(Session())
             gr.HTML("<h1>microcinema studio</h1><p>First the picture, then its motion.</p>", elem_id="head")
             with gr.Row():
                 with gr.Column(scale=4, min_width=320):
-                    summary, examples, draw, upload, clear_choice, pictures, make = self._build_form()
+                    summary, examples, draw, upload, chosen, redraw, make = self._build_form()
                 with gr.Column(scale=5, min_width=320):
                     status = gr.HTML(elem_id="queue")
                     with gr.Row():
@@ -220,11 +235,13 @@ class Studio:
                             other = gr.Dropdown(models, value=models[-1], label="Other model")
                             preset = gr.Dropdown([*PRESETS], value="quality", label="Other preset")
                         compare = gr.Button("Compare side by side")
-            self.view = [status, pictures, clear_choice, stop, clear, gallery, detail, actions, longer, denser]
+            self.view = [status, *chosen, stop, clear, gallery, detail, actions, longer, denser]
+            pictures, clear_choice, _, canvas = chosen
             fields, pipeline = [*self.form.values()], self.form["pipeline"]
             for event, action, inputs in (
                 (draw.click, partial(self.make, keyframes_only=True), fields),
                 (make.click, self.make, fields),
+                (redraw.click, self.redraw, [canvas, *fields]),
                 (upload.upload, self.upload, [upload]),
                 (pictures.select, self.choose, []),
                 (clear_choice.click, self.clear_choice, []),
@@ -258,6 +275,11 @@ class Studio:
             upload = gr.UploadButton("Upload a picture", file_types=["image"])
         pictures = _gallery("pictures", "Key frames: choose one, or let the model draw it", 4)
         clear_choice = gr.Button("Without the chosen picture", size="sm", visible=False)
+        with gr.Accordion("Draw a part of it anew: paint that over", open=False, visible=False) as part:
+            more: dict[str, Any] = {"sources": [], "transforms": [], "buttons": [], "show_label": False}
+            canvas = gr.ImageMask(label="The part to draw anew", type="pil", **more)
+            canvas.accept_blobs = None  # The page sends files; this way in would hold any number of bytes in memory.
+            redraw = gr.Button(f"Redraw it {_NUM_KEYFRAMES} times")
         form["motion"] = gr.Dropdown(AMOUNTS, label="Amount of motion", allow_custom_value=True, visible=False)
         with gr.Accordion("Settings", open=False):
             form["preset"] = gr.Radio([*PRESETS], value="quality", label="Preset")
@@ -270,7 +292,17 @@ class Studio:
             form["interpolate"] = gr.Radio([1, 2, 4], value=1, label="Times the frame rate", visible=False)
             form["lora"] = gr.Dropdown(lora, value=[], multiselect=True, label="LoRA", visible=bool(lora))
             form["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="what it should not show")
-        return [summary, examples, draw, upload, clear_choice, pictures, gr.Button("Make the video", variant="primary")]
+        make = gr.Button("Make the video", variant="primary")
+        return [summary, examples, draw, upload, [pictures, clear_choice, part, canvas], redraw, make]
+
+
+@cache
+def _painting(picture: Path | None) -> dict[str, Any]:
+    """Settings of the canvas for a picture: a brush of a sixth of it, through which it can be seen."""
+    if picture is None:
+        return {"value": None}
+    brush = gr.Brush(min(open_image(picture).size) // 6 or 1, [("#e11d48", 0.6)], color_mode="fixed")
+    return {"value": str(picture), "brush": brush}
 
 
 def _gallery(name: str, title: str, columns: int) -> gr.Gallery:
@@ -281,6 +313,7 @@ def _gallery(name: str, title: str, columns: int) -> gr.Gallery:
 
 def serve(config: Ui, queue: JobQueue) -> None:
     """Serves the page until the process is interrupted; a UserError at a port that is taken."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # what Gradio opens: Pillow refuses twice as many
     os.environ["GRADIO_TEMP_DIR"] = str(Path(config.output_dir, ".gradio").resolve())
     gr.set_static_paths([config.output_dir])
     hosts = ["127.0.0.1", "localhost"] if config.host == "127.0.0.1" and not config.share else ["*"]

@@ -1,5 +1,6 @@
 """The studio in Chromium."""
 
+import json
 import os
 import re
 import shlex
@@ -132,6 +133,51 @@ def test_prompt_to_video_of_a_chosen_key_frame_and_again_by_the_command_that_is_
     with page.expect_download() as download:
         page.get_by_role("link", name="GIF").click()
     assert Path(download.value.path()).read_bytes() == video.with_suffix(".gif").read_bytes()
+
+
+def test_a_part_that_is_painted_over_is_drawn_anew(start, open_page):
+    """By the real model: its key frames keep all that is not painted, and name the picture and the mask."""
+    server = start(real=True)
+    page = open_page(server)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Steps").fill("2")
+    page.locator("input[type=file]").first.set_input_files(bars(server.folder / "bars.png"))
+    page.get_by_role("button", name="Draw a part of it anew").click()
+    canvas = page.locator("canvas").first
+    canvas.wait_for()
+    click(page, "Redraw it 4 times")
+    page.get_by_role("alert").get_by_text("nothing is painted over").wait_for()
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 20, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    click(page, "Redraw it 4 times")
+    page.locator("#pictures button.thumbnail-item").nth(4).wait_for(timeout=120_000)
+    (picture,), (mask,) = server.samples.glob("uploads/*_keyframe.png"), server.samples.glob("uploads/*_mask.png")
+    before, white = np.asarray(Image.open(picture)), np.asarray(Image.open(mask)) > 0
+    rows, columns = np.nonzero(white)
+    assert 5 < np.ptp(rows) < np.ptp(columns) < 48 and abs(rows.mean() - 31.5) < 4 and abs(columns.mean() - 31.5) < 4
+    drawn = sorted(server.samples.glob("0001/*_keyframe.png"))
+    assert len(drawn) == len({file.read_bytes() for file in drawn}) == 4
+    for file in drawn:
+        after, record = np.asarray(Image.open(file)), json.loads(file.with_suffix(".json").read_text())
+        assert np.array_equal(after[~white], before[~white]) and (after[white] != before[white]).mean() > 0.8
+        sources = [Path(record["redrawn"][part]["source"]).name for part in ("image", "mask")]
+        assert sources == [picture.name, mask.name] and record["prompt"] == PROMPT
+    page.locator("#pictures button.thumbnail-item").first.click()
+    assert not list(server.samples.glob("*/*.mp4"))
+
+
+def bars(path):
+    """A picture of the model's size."""
+    Image.fromarray(np.uint8(np.indices((64, 64, 3))[1] // 8 % 2 * 200)).save(path)
+    return path
 
 
 def test_two_tabs_cancel_and_reload(server, open_page):
@@ -301,6 +347,14 @@ def test_files_outside_the_folder_are_not_served(server):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{server.url}gradio_api/file={url}")
         assert refused.value.code in (403, 404)
+    parts = json.load(urllib.request.urlopen(f"{server.url}config"))["components"]
+    (canvas,) = [part["id"] for part in parts if part["type"] == "imageeditor"]
+    call = json.dumps({"data": {}, "component_id": canvas, "fn_name": "accept_blobs", "session_hash": "x"}).encode()
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/component_server", call, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="404"):  # it would keep what it is sent
+        urllib.request.urlopen(request)
     request = urllib.request.Request(server.url, headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
