@@ -24,13 +24,15 @@ class Model:
     """A video model, by its config files alone.
 
     Attributes:
-        can: whether it takes each of these keys of `sample`.
+        can: whether it takes each of these keys of `sample`, and a `last_frame`.
+        last: the last frame's number.
         summary: of its clips, and of what it cannot do, in a line.
     """
 
     is_embedded: bool
     can: Mapping[str, bool]
     place: int
+    last: int
     summary: str
 
     @classmethod
@@ -53,13 +55,14 @@ class Model:
             "motion_prompt": index.get("motion_encoder_source") is not None,
             "motion": bool(index.get("motion_quantiles") and unet.get("motion_score")),
             "keyframes": places,
+            "last_frame": places and (place == 0 or not needs_own),
             "num_segments": place == 0 or (places and not needs_own),
             "interpolate": places and (place == 0 or not needs_own),
         }
-        names = "a motion caption", "an amount of motion", "other places", "continuing", "interpolating"
+        names = "a motion caption", "an amount of motion", "other places", "a last frame", "continuing", "interpolating"
         lacks = [name for name, has in zip(names, can.values(), strict=True) if not has]
         summary = f"{size}, key frame at frame {place}." + (f" Not trained for {', '.join(lacks)}." if lacks else "")
-        return cls(embedded, can, place, summary)
+        return cls(embedded, can, place, index["num_frames"] - 1, summary)
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,11 @@ class Studio:
         form = dict(zip(self.form, values, strict=True))
         if not form["prompt"].strip():
             raise UserError("the prompt is empty; write what the video shows, or take an example")
-        can = self.model(form["pipeline"]).can
-        form |= {"keyframes": f"[{form['keyframes']}]", "lora": json.dumps(form["lora"])}
+        model, last = self.model(form["pipeline"]), form.pop("last_frame")
+        can = model.can
+        if last and can["last_frame"]:
+            form["keyframes"] = f"0, {model.last}:{self._keep(open_image(last, MAX_PIXELS), 'keyframe')}"
+        form |= {"keyframes": f"[{form['keyframes'] or ''}]", "lora": json.dumps(form["lora"])}
         more = [f"image={session.chosen}"] if session.chosen and (mask or not keyframes_only) else []
         more += [f"mask={mask}"] if mask else []
         more += ["keyframes_only=true", f"num_videos_per_prompt={_NUM_KEYFRAMES}"] if keyframes_only else []
@@ -207,8 +210,10 @@ class Studio:
         """The values of the form that make the result that is shown; its key frame is chosen."""
         config = session.shown[0].record["config"]
         session.chosen = session.shown[0].path("keyframe")
-        places = ", ".join(str(entry).partition(":")[0] for entry in config["keyframes"] or ())
-        config = {**config, "keyframes": places, "motion": str(config["motion"] or "")}
+        entries = [str(entry).partition(":") for entry in config["keyframes"] or ()]
+        last = next((file for _, _, file in entries if file), None)
+        places = "" if last else ", ".join(place for place, _, _ in entries)
+        config = {**config, "keyframes": places, "last_frame": last, "motion": str(config["motion"] or "")}
         return [config[key] for key in self.form]
 
     def build(self) -> gr.Blocks:
@@ -280,6 +285,9 @@ class Studio:
             canvas = gr.ImageMask(label="The part to draw anew", type="pil", **more)
             canvas.accept_blobs = None  # The page sends files; this way in would hold any number of bytes in memory.
             redraw = gr.Button(f"Redraw it {_NUM_KEYFRAMES} times")
+        label = "Last frame; the key frame is then the first"
+        more = {"type": "filepath", "sources": ["upload"], "height": 160, "elem_id": "last"}
+        form["last_frame"] = gr.Image(label=label, visible=False, **more)
         form["motion"] = gr.Dropdown(AMOUNTS, label="Amount of motion", allow_custom_value=True, visible=False)
         with gr.Accordion("Settings", open=False):
             form["preset"] = gr.Radio([*PRESETS], value="quality", label="Preset")
@@ -287,7 +295,8 @@ class Studio:
                 form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
                 form["num_inference_steps"] = gr.Textbox(label="Steps", placeholder="the preset's")
                 form["guidance_scale"] = gr.Textbox(label="Guidance", placeholder="the model's")
-            form["keyframes"] = gr.Textbox(label="Frame of the key frame", placeholder="the model's own", visible=False)
+            label = "Frame of the key frame, or first and last for a loop"
+            form["keyframes"] = gr.Textbox(label=label, placeholder="the model's own", visible=False)
             form["num_segments"] = gr.Number(1, label="Clips that continue one another", precision=0, visible=False)
             form["interpolate"] = gr.Radio([1, 2, 4], value=1, label="Times the frame rate", visible=False)
             form["lora"] = gr.Dropdown(lora, value=[], multiselect=True, label="LoRA", visible=bool(lora))

@@ -27,7 +27,7 @@ PROMPT = "a large red star moving quickly to the left on sand"
 class Server:
     """A server in a folder of its own, with jobs that take no time or real ones."""
 
-    def __init__(self, folder, real=False, *overrides):
+    def __init__(self, folder, real=False, overrides=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -172,6 +172,46 @@ def test_a_part_that_is_painted_over_is_drawn_anew(start, open_page):
         assert sources == [picture.name, mask.name] and record["prompt"] == PROMPT
     page.locator("#pictures button.thumbnail-item").first.click()
     assert not list(server.samples.glob("*/*.mp4"))
+
+
+def trained_for_places(folder):
+    """The config files of an embedded model as if it were trained for other places of the key frame: all that the page reads."""
+    for name, more in (("model_index.json", {}), ("unet/config.json", {"keyframe_places": True})):
+        config = json.loads((ROOT / "microcinema/assets/sprites-microcinema" / name).read_text())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(config | more))
+    return folder
+
+
+def test_a_last_frame_and_a_loop(start, tmp_path, open_page):
+    server = start(overrides=[f"pipelines=[{trained_for_places(tmp_path / 'places')}, sprites-microcinema]"])
+    page = open_page(server)
+
+    def make(prompt):
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        click(page, "Make the video")
+        page.locator("#detail figcaption").get_by_text(prompt).wait_for()
+        (record,) = server.samples.glob(f"{len(list(server.samples.glob('0*'))):04d}/*seed0-0.json")
+        return json.loads(record.read_text())["config"]["keyframes"]
+
+    assert make("a heart") is None
+    field = page.get_by_label("first and last for a loop")
+    page.get_by_text("Settings").click()
+    field.fill("0, 15")
+    assert make("a loop") == [0, 15]
+    page.locator("#last input[type=file]").set_input_files(bars(tmp_path / "bars.png"))
+    page.locator("#last img").wait_for()
+    first, last = make("two pictures")
+    assert first == 0 and re.fullmatch(r"15:runs/ui/uploads/\w+_keyframe\.png", last)
+    assert np.array_equal(Image.open(tmp_path / last[3:]), Image.open(tmp_path / "bars.png"))
+    field.fill("3")
+    click(page, "Same again")
+    wait(lambda: field.input_value() == "")
+    assert make("two pictures again") == [first, last]
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="sprites-microcinema").click()
+    page.get_by_text("Not trained for a motion caption, an amount of motion, other places, a last frame").wait_for()
+    assert not field.is_visible() and make("without places") is None
 
 
 def bars(path):
