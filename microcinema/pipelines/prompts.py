@@ -47,6 +47,11 @@ class PromptItem:
     source: str = ""
     rng: torch.Generator | None = field(default=None, compare=False)
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether stage 1 draws its key frame, or a part of it."""
+        return self.image is None or self.mask is not None
+
     def generator(self, purpose: Purpose) -> torch.Generator:
         """`rng`, or a new generator, at the beginning of its stream."""
         return self.rng or sample_generator(self.seed, self.sample_index, self.video_index, purpose)

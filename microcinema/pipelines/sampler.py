@@ -195,14 +195,14 @@ class Sampler:
         height, width = self.settings.height, self.settings.width
         assert height is not None and width is not None
         for item in chain(*batches):
-            if item.image is not None and item.mask is None:
+            if not item.is_drawn:
                 mode = self.keyframe.resize_mode
                 source = KeyframePipeline(item.image, mode) if isinstance(item.image, Path) else None
                 keyframe = make_item_keyframe(item, source, height, width)
                 record = {"id": item.id, **keyframe.provenance}
                 if not folder.keyframe_is_up_to_date(item, record):
                     folder.write_keyframe(item, keyframe.image, record)
-        drawn = [[item for item in batch if item.image is None or item.mask is not None] for batch in batches]
+        drawn = [[item for item in batch if item.is_drawn] for batch in batches]
         if any(drawn):
             self._draw_keyframes(drawn, folder, height, width)
         if self._stage1 is not None:

@@ -141,7 +141,7 @@ def upscale_videos(
 
 def _full_size_keyframe(item: PromptItem, height: int, width: int, resize_mode: ResizeMode) -> Any:
     """The user's key frame at a size; None if there is none, or it is smaller."""
-    if item.image is None:
+    if item.is_drawn:
         return None
     source = KeyframePipeline(item.image, resize_mode) if isinstance(item.image, Path) else None
     keyframe = make_item_keyframe(item, source, height, width)

@@ -97,6 +97,9 @@ def test_sample_upscales_resumes_and_puts_the_key_frame_in_its_place(folders, pi
     assert [path.stat().st_mtime_ns for path in (file, small)] == times
     run_sample(*run, image, "upscale.noise_level=3")
     assert (file.stat().st_mtime_ns > times[0], small.stat().st_mtime_ns) == (True, times[1])
+    Image.fromarray(picture[..., 0] // 128 * 255).save(tmp_path / "mask.png")
+    run_sample(*run, image, f"mask={tmp_path / 'mask.png'}")  # the picture is not what the video shows
+    assert json.loads(file.with_suffix(".json").read_text())["full_size_keyframe"] is None
     Image.fromarray(picture[:-1]).save(tmp_path / "small.png")  # one row less than the upscaled video
     run_sample(*run, f"image={tmp_path / 'small.png'}")
     assert json.loads(file.with_suffix(".json").read_text())["full_size_keyframe"] is None
