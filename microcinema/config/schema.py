@@ -253,6 +253,12 @@ class ZeroShotEvaluation(Generation):
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class VBenchEvaluation(Generation):
     results: types.PathText | None
+    dino: Weights
+    clip: Weights
+    aesthetic: Weights
+    aesthetic_clip: Weights
+    musiq: Weights
+    raft: Weights
     height: types.Size | None
     width: types.Size | None
     num_frames: types.Size

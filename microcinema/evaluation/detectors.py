@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from microcinema.config.schema import Weights
 from microcinema.config.types import Name, PathText, Positive, Sha256
 from microcinema.evaluation import video_metrics
 from microcinema.evaluation.i3d import I3D, MIN_FRAMES
@@ -49,8 +50,7 @@ class VideoDetectorSettings:
     """The network whose features the distance of videos compares, and the preprocessing of its frames.
 
     Args:
-        detector: `i3d`, `i3d_torchscript`, `videomae` (then the distance is the content-debiased FVD), `vjepa` (JEDi), or one that the command
-            adds.
+        detector: `i3d`, `i3d_torchscript`, `videomae` (for the content-debiased FVD), `vjepa` (for JEDi), or one that the command adds.
         weights: path or URL; a name or folder for some added detectors; None: not measured.
         sha256: required for a URL, and for TorchScript, which is code.
         preparation: one of `PREPARATIONS`; `own`: by the TorchScript itself. Added detectors ignore it.
@@ -75,9 +75,9 @@ class VideoDetectorSettings:
         device: torch.device | str,
         batch_size: int,
         added: "Mapping[str, VideoDetectorLoader] | None" = None,
-        probe: tuple[str | None, str | None] = (None, None),
+        probe: Weights | None = None,
     ) -> "VideoFeatures":
-        """Opens the weights; `added` are further detectors by name, `probe` is a file of `vjepa` and its sha256. A UserError if the detector is
+        """Opens the weights; `added` are further detectors by name, `probe` is of `vjepa`. A UserError if the detector is
         unknown, or its weights are missing or another network's."""
         assert self.weights is not None
         added = added or {}
@@ -94,16 +94,16 @@ class VideoDetectorSettings:
                 return network(x=video, rescale=own, resize=own, return_features=True)
         else:
             path, sha256 = weight_file(self.weights, self.sha256, "evaluation.video")
-            state = _read_state(path)
+            state = read_state(path)
             if self.detector == "i3d":
                 features = I3D.from_state_dict(state, self.batch_norm_eps).to(device)
             elif self.detector == "videomae":
                 features = VideoMAE.from_state_dict(state).to(device)
             else:
-                if probe[0] is None:
+                if probe is None or probe.weights is None:
                     raise UserError("detector=vjepa needs evaluation.probe.weights too; give ssv2-probe.pth.tar")
-                path, probe_sha256 = weight_file(probe[0], probe[1], "evaluation.probe")
-                features = VJEPA.from_state_dict(state | _read_state(path)).to(device)
+                path, probe_sha256 = weight_file(probe.weights, probe.sha256, "evaluation.probe")
+                features = VJEPA.from_state_dict(state | read_state(path)).to(device)
         record: dict[str, Any] = {"detector": self.detector, "sha256": sha256, "preparation": self.preparation}
         if self.detector == "i3d":
             record["batch_norm_eps"] = self.batch_norm_eps
@@ -189,14 +189,14 @@ class ClipScores:
     `clip_consistency` (b,), the mean cosine of neighboring frames.
 
     Args:
-        name: a folder, or a repository of the hub, such as `openai/clip-vit-base-patch32`.
+        name: a folder, or a repository of the hub, such as `openai/clip-vit-base-patch32`; `key` of the config is for messages.
 
     Raises:
         UserError: not found, or not CLIP.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        failure = f"cannot open evaluation.clip.weights='{name}' as CLIP ({{reason}})"
+    def __init__(self, name: str, device: torch.device | str = "cpu", key: str = "evaluation.clip") -> None:
+        failure = f"cannot open {key}.weights='{name}' as CLIP ({{reason}})"
         with user_errors(f"{failure}; give a folder, or fetch it with hf download"):
             self.network = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
             self.images, self.tokens = CLIPImageProcessor.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
@@ -251,14 +251,13 @@ def load_torchscript(
     return network, actual
 
 
-_STATES = "model", "module", "target_encoder", "classifier"
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, without what training put round their names; a UserError if there are none."""
     with user_errors(f"'{path}' holds no weights ({{reason}}); fetch it again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(state, dict):
-        state = next((state[key] for key in _STATES if isinstance(state.get(key), dict)), state)
+        keys = "model", "module", "target_encoder", "classifier"
+        state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"'{path}' is not a dictionary of weights; give a file that docs/evaluation.md names")
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}

@@ -1,13 +1,13 @@
-"""Vision transformers by whose features videos are compared, with the names of their public files, so that these open as they are: the names of
-transformers' own change from one of its versions to the next.
+"""Vision transformers by whose features videos are compared, with the names of their public files, so that these open as they are.
 
 - VideoMAE v2 (arXiv 2303.16727), ViT-g fine-tuned on Something-Something v2: content-debiased FVD (arXiv 2404.12391).
 - V-JEPA (arXiv 2404.08471), ViT-H, with an attentive probe trained on the same data: JEDi (arXiv 2410.05203).
 - DINO (arXiv 2104.14294), ViT-B/16: consistency of subjects in VBench (arXiv 2311.17982).
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -18,7 +18,6 @@ from microcinema.utils.errors import UserError
 
 SIZE, FRAMES, TUBELET = 224, 16, 2
 _EPS = 1e-6
-_HEADS = ("head.", "linear.")  # classifiers, which say nothing about features
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,24 +45,12 @@ class Block(nn.Module):
     def __init__(self, width: int, hidden: int, head_width: int, key_bias: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, _EPS), nn.LayerNorm(width, _EPS)
-        self.attn, self.mlp = Attention(width, head_width, key_bias), MLP(width, hidden)
+        self.attn, self.mlp = Attention(width, head_width, key_bias), _mlp(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """`b n c` to `b n c`."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class MLP(nn.Module):
-    """Two layers with GELU."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`b n c` to `b n c`."""
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class ViT(nn.Module):
@@ -76,7 +63,7 @@ class ViT(nn.Module):
     def __init__(self, width: int, hidden: int, depth: int):
         super().__init__()
         self.patch_embed = nn.ModuleDict()
-        self.blocks = nn.ModuleList(Block(width, hidden, self.head_width, self.key_bias) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(width, hidden, self.head_width, self.key_bias) for _ in range(depth)))
 
     def patches(self, x: Tensor) -> Tensor:
         """(b, 3, ...) to `b n c`; a UserError for a video of another shape than 16x224x224."""
@@ -85,16 +72,10 @@ class ViT(nn.Module):
             raise UserError(f"clips are {found}; {name} reads {FRAMES}x{SIZE}x{SIZE}: set protocol.num_frames=16")
         return rearrange(self.patch_embed["proj"](x), "b c ... -> b (...) c")
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """`b n c` to `b n c`."""
-        for block in self.blocks:
-            x = block(x)
-        return x
-
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
         """Of the public file's content, or of a smaller one with the same names; a UserError if they do not match."""
-        kept = {name: value for name, value in state.items() if not name.startswith(_HEADS)}
+        kept = {name: value for name, value in state.items() if not name.startswith(("head.", "linear."))}
         try:
             hidden, width = kept["blocks.0.mlp.fc1.weight"].shape
             network = cls(width, hidden, len({name.split(".")[1] for name in kept if name.startswith("blocks.")}))
@@ -115,62 +96,41 @@ class VideoMAE(ViT):
         super().__init__(width, hidden, depth)
         self.patch_embed["proj"] = nn.Conv3d(3, width, kernel := (TUBELET, patch, patch), stride=kernel)
         self.fc_norm = nn.LayerNorm(width, _EPS)
-        count = (FRAMES // TUBELET) * (SIZE // patch) ** 2
-        self.register_buffer("positions", _positions(count, width), persistent=False)
+        places = _positions((FRAMES // TUBELET) * (SIZE // patch) ** 2, width)
+        self.register_buffer("positions", places, persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
         """(b, 3, 16, 224, 224) in [-1, 1], as `PREPARATIONS` give, to (b, width)."""
         x = self.patches((video + 1) / 2)  # without the normalization of colors, as cd-fvd reads clips
-        return self.fc_norm(self.run_blocks(x + self.positions).mean(dim=1))
+        return self.fc_norm(self.blocks(x + self.positions).mean(dim=1))
 
 
 class VJEPA(ViT):
     """What the probe's token reads from all tokens, before its classes: JEDi's features."""
 
-    file, head_width = "vith16.pth.tar, and ssv2-probe.pth.tar as evaluation.video.probe", 80
+    file, head_width = "vith16.pth.tar, and ssv2-probe.pth.tar as evaluation.probe.weights", 80
 
     def __init__(self, width: int = 1280, hidden: int = 5120, depth: int = 32, patch: int = 16):
         super().__init__(width, hidden, depth)
         self.patch_embed["proj"] = nn.Conv3d(3, width, kernel := (TUBELET, patch, patch), stride=kernel)
-        count = (FRAMES // TUBELET) * (SIZE // patch) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, count, width))
-        self.norm, self.pooler = nn.LayerNorm(width, _EPS), AttentivePooler(width, hidden, self.head_width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (FRAMES // TUBELET) * (SIZE // patch) ** 2, width))
+        self.norm, self.pooler = nn.LayerNorm(width, _EPS), nn.Module()
+        self.pooler.query_tokens = nn.Parameter(torch.zeros(1, 1, width))
+        norms = {f"norm{number}": nn.LayerNorm(width) for number in (1, 2)}  # with torch's own epsilon
+        sizes = {"q": width, "kv": 2 * width, "proj": width}
+        reading = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.pooler.cross_attention_block = nn.ModuleDict({**norms, "xattn": reading, "mlp": _mlp(width, hidden)})
 
     def forward(self, video: Tensor) -> Tensor:
         """(b, 3, 16, 224, 224) in [-1, 1], as `PREPARATIONS` give, to (b, width)."""
-        x = self.patches(_normalized((video + 1) / 2)) + self.pos_embed
-        return self.pooler(self.norm(self.run_blocks(x)))
-
-
-class AttentivePooler(nn.Module):
-    """A learned token that reads all others once."""
-
-    def __init__(self, width: int, hidden: int, head_width: int):
-        super().__init__()
-        self.query_tokens = nn.Parameter(torch.zeros(1, 1, width))
-        self.cross_attention_block = CrossAttentionBlock(width, hidden, head_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`b n c` to `b c`."""
-        return self.cross_attention_block(self.query_tokens.expand(len(x), -1, -1), x)[:, 0]
-
-
-class CrossAttentionBlock(nn.Module):
-    """Like `Block`; its norms have torch's own epsilon."""
-
-    def __init__(self, width: int, hidden: int, head_width: int):
-        super().__init__()
-        self.head_width = head_width
-        self.norm1, self.norm2, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), MLP(width, hidden)
-        sizes = {"q": width, "kv": 2 * width, "proj": width}
-        self.xattn = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-
-    def forward(self, query: Tensor, x: Tensor) -> Tensor:
-        """`b m c` and `b n c` to `b m c`."""
-        keys, values = self.xattn["kv"](self.norm1(x)).chunk(2, dim=-1)
+        x = self.norm(self.blocks(self.patches(_normalized((video + 1) / 2)) + self.pos_embed))
+        block: Any = self.pooler.cross_attention_block
+        token: Any = self.pooler.query_tokens
+        keys, values = block["xattn"]["kv"](block["norm1"](x)).chunk(2, dim=-1)
+        read = _attend(self.head_width, block["xattn"]["q"](token).expand(len(x), -1, -1), keys, values)
         # JEDi's code applies `proj`, although V-JEPA's does not: its probe was trained without.
-        query = query + self.xattn["proj"](_attend(self.head_width, self.xattn["q"](query), keys, values))
-        return query + self.mlp(self.norm2(query))
+        token = token + block["xattn"]["proj"](read)
+        return (token + block["mlp"](block["norm2"](token)))[:, 0]
 
 
 class DINO(ViT):
@@ -181,16 +141,15 @@ class DINO(ViT):
     def __init__(self, width: int = 768, hidden: int = 3072, depth: int = 12, patch: int = 16):
         super().__init__(width, hidden, depth)
         self.patch_embed["proj"] = nn.Conv2d(3, width, patch, stride=patch)
-        self.patch, self.side = patch, SIZE // patch
+        self.patch, self.side, self.norm = patch, SIZE // patch, nn.LayerNorm(width, _EPS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
-        self.norm = nn.LayerNorm(width, _EPS)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, 3, h, w) in [0, 1], of any size, to (b, width)."""
         patches = self.patches(_normalized(images))
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self._places(*images.shape[2:])
-        return self.norm(self.run_blocks(x)[:, 0])
+        return self.norm(self.blocks(x)[:, 0])
 
     def _places(self, height: int, width: int) -> Tensor:
         """Positions of images of another size, bicubic; the tenth of a patch is of DINO's code, and shifts them a little."""
@@ -200,6 +159,10 @@ class DINO(ViT):
         factors = [(size // self.patch + 0.1) / self.side for size in (height, width)]
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], rearrange(grid, "1 c h w -> 1 (h w) c")], dim=1)
+
+
+def _mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width)))
 
 
 def _attend(head_width: int, *qkv: Tensor) -> Tensor:

@@ -231,8 +231,7 @@ def load_measures(
 
     def load(key: str, weights: str) -> Measure:
         if key == "video":
-            probe = settings.probe.weights, settings.probe.sha256
-            return settings.video.build().load(device, batch_size, video_detectors, probe)
+            return settings.video.build().load(device, batch_size, video_detectors, settings.probe)
         if key == "clip":
             return detectors.ClipScores(weights, device)
         if key == "c3d":

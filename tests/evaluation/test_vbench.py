@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fixtures import tiny
 from microcinema.commands import cli
 from microcinema.config.compose import compose
-from microcinema.data.video_reader import probe
+from microcinema.data.video_reader import probe, read_clip
 from microcinema.evaluation.vbench import NUM_FLICKERING
+from microcinema.evaluation.vit import DINO
 from microcinema.pipelines.saving import save_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +49,8 @@ def files(tmp_path_factory):
         {"prompt_en": "a dog", "dimension": ["color"]},
     ]
     (folder / "t2v.json").write_text(json.dumps(t2v))
+    torch.manual_seed(0)
+    torch.save(DINO(2 * DINO.head_width, 32, 1).state_dict(), folder / "dino.pth")
     return folder
 
 
@@ -50,6 +58,7 @@ def arguments(files, output_dir, *more, kind="vbench_i2v"):
     info = [f"evaluation.protocol.info={files / ('i2v.json' if kind == 'vbench_i2v' else 't2v.json')}"]
     info += [f"evaluation.protocol.images={files / 'crop' / '1-1'}"] if kind == "vbench_i2v" else []
     common = [f"pipeline={files / 'model'}", "evaluation.num_inference_steps=1", f"evaluation.num_frames={FRAMES}"]
+    common += [f"evaluation.dino.weights={files / 'dino.pth'}"]
     return ["evaluate", f"evaluation={kind}", *info, *common, f"output_dir={output_dir}", "batch_size=2", *more]
 
 
@@ -100,33 +109,66 @@ def write_results(path, folder):
 
 
 def test_results_of_the_suite_stand_in_the_report_and_can_be_compared(files, made, tmp_path, capsys):
+    made = shutil.copytree(made, tmp_path / "made")
     write_results(tmp_path / "results", made)
     more = "evaluation.protocol.num_videos=2", f"evaluation.results={tmp_path / 'results'}"
     assert cli.main(arguments(files, made, *more)) == 0
     said = capsys.readouterr().out
-    assert "i2v subject" in said and "80.00" in said and "subject_consistency not measured" in said
+    assert "i2v subject" in said and "80.00" in said and "i2v subject here" in said
     results = json.loads((made / "results.json").read_text())
-    assert (
-        results["clips"][1]["measures"] == {"i2v_subject": 0.7, "imaging_quality": 0.61} and results["shortfalls"] == []
-    )
+    clip = results["clips"][1]["measures"]
+    assert clip.pop("i2v_subject") == 0.7 and clip.pop("imaging_quality") == 0.61 and results["shortfalls"] == []
+    assert clip.keys() == {"i2v_subject_here", "subject_consistency_here", "temporal_flickering_here"}
+    assert results["not_measured"] == {} and set(results["detectors"]["i2v_subject"]) == {"dimension", "dino"}
+    keys = [measure["key"] for measure in results["measures"]]
+    assert keys[:3] == ["i2v_subject", "i2v_subject_here", "subject_consistency_here"]
+    assert results["values"]["i2v_subject_here"]["n"] == 2
     page = (made / "report.html").read_text()
     assert "<h1>model on vbench_i2v</h1>" in page and "What others published" not in page
     assert cli.main(["evaluate", f"compare=[{made},{made}/../{made.name}]", f"output_dir={tmp_path / 'out'}"]) == 0
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     texts = {row["key"]: row["cells"][1]["text"] for row in rows}
-    assert texts == {"i2v_subject": "80.00", "camera_motion": "50.00", "imaging_quality": "61.00"}
+    assert texts["i2v_subject"] == "80.00" and texts["camera_motion"] == "50.00" and "i2v_subject_here" in texts
     assert all(row["cells"][1]["difference"]["value"] == 0 for row in rows)
 
 
+def test_dimensions_are_computed_of_the_videos_as_the_suite_reads_them(made):
+    results = json.loads((made / "results.json").read_text())
+    videos = [read_clip(made / "videos" / f"a cat, sitting-{index}.mp4", FRAMES) for index in range(2)]
+    changes = [np.abs(np.diff(video.astype(float), axis=0)).mean() / 255 for video in videos]
+    found = results["values"]["temporal_flickering_here"]
+    assert found["value"] == pytest.approx(1 - np.mean(changes), abs=1e-6) and found["n"] == 2
+    assert results["not_measured"] == {
+        "imaging_quality": "evaluation.musiq.weights not set",
+        "camera_motion": "its network CoTracker is in research code only",
+    }
+
+
+def test_without_images_there_is_no_subject_of_them(files, tmp_path, capsys):
+    few = "evaluation.protocol.dimensions=[i2v_subject]", "evaluation.protocol.num_videos=1"
+    assert cli.main(arguments(files, tmp_path / "out", "evaluation.protocol.images=null", *few)) == 0
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert "1 videos; measure the rest by VBench's code" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_same_videos(files, made, tmp_path):
+def test_killed_and_resumed_by_two_processes_the_results_are_the_same(files, made, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    overrides = arguments(files, tmp_path / "out", "evaluation.protocol.num_videos=2")
+    samples = tmp_path / "out" / "samples"
+    killed = subprocess.Popen([sys.executable, "-m", "microcinema", *overrides], env=environment)
+    deadline = time.monotonic() + 300
+    while not list(samples.glob("[0-9]*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 0 < len(list(samples.glob("[0-9]*.npz"))) <= 4 and not (tmp_path / "out" / "results.json").exists()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "microcinema"]
-    command = [*launch, *arguments(files, tmp_path / "out", "evaluation.protocol.num_videos=2")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launch, *overrides], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in names(made):
         assert (tmp_path / "out" / "videos" / name).read_bytes() == (made / "videos" / name).read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (made / "results.json").read_bytes()
 
 
 @pytest.mark.parametrize(

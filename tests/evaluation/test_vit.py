@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from microcinema.config.schema import Weights
 from microcinema.evaluation.detectors import VideoDetectorSettings
 from microcinema.evaluation.vit import DINO, FRAMES, SIZE, VJEPA, VideoMAE
 from microcinema.utils.errors import UserError
@@ -63,7 +64,7 @@ def public(network, tmp_path):
 def test_the_public_layout_is_opened_and_another_refused(network, tmp_path):
     path, probe = public(network, tmp_path)
     kind, name = type(network), type(network).__name__.lower()
-    detector = VideoDetectorSettings(name, path, preparation="cd_fvd").load("cpu", 2, probe=(probe, None))
+    detector = VideoDetectorSettings(name, path, preparation="cd_fvd").load("cpu", 2, probe=Weights(probe))
     clips = (torch.rand(2, FRAMES, 32, 40, 3) * 255).byte().numpy()
     features = detector.network(clips)
     assert features.shape == (2, 2 * kind.head_width) and detector.record["detector"] == name
@@ -74,7 +75,7 @@ def test_the_public_layout_is_opened_and_another_refused(network, tmp_path):
     del state["blocks.1.norm1.weight"]
     torch.save(state, path)
     with pytest.raises(UserError, match=f"not the weights of {kind.__name__} .*blocks.1.norm1.weight"):
-        VideoDetectorSettings(name, path).load("cpu", 2, probe=(probe, None))
+        VideoDetectorSettings(name, path).load("cpu", 2, probe=Weights(probe))
     with pytest.raises(UserError, match=f"preparation=own is unknown to {name}"):
         VideoDetectorSettings(name, path, preparation="own")
 
@@ -84,7 +85,7 @@ def test_jedi_needs_the_probe(tmp_path):
     with pytest.raises(UserError, match=r"needs evaluation.probe.weights too; give ssv2-probe.pth.tar"):
         VideoDetectorSettings("vjepa", path).load("cpu", 2)
     with pytest.raises(UserError, match=r"evaluation.probe.weights='gone' is no file"):
-        VideoDetectorSettings("vjepa", path).load("cpu", 2, probe=("gone", None))
+        VideoDetectorSettings("vjepa", path).load("cpu", 2, probe=Weights("gone"))
 
 
 def dino_by_hand(state, images, positions):
