@@ -87,6 +87,7 @@ class DataParallel:
 class Consistency:
     teacher: types.PathText
     num_ode_steps: Annotated[types.Count, Field(ge=20, le=1000)]  # from 20 on its sampler can be tried
+    phases: types.Count
     guidance_scale: types.NotNegative | None
     image_guidance_scale: types.NotNegative | None
     huber_c: types.Positive

@@ -24,7 +24,7 @@ from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.profiling.memory_tracker import LiveMemory
 from microcinema.training.batch_encoder import BatchEncoder
 from microcinema.training.build import build_networks, build_pipeline, check_schedule
-from microcinema.training.consistency import Consistency, few_step_sampler
+from microcinema.training.consistency import Consistency
 from microcinema.training.ema import Averages, ema_weights
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
 from microcinema.training.trainer import make_optimizer
@@ -163,8 +163,9 @@ def _objective(pipeline: ImageToVideoPipeline, config: Train) -> tuple[Consisten
         teacher = TrainableModel(load_component(folder, VideoUNet, weights=False))
     # One evaluation of the teacher holds as much as several, which follow one another.
     denoiser, guidance = partial(_predict, teacher, config.mixed_precision), Guidance(1.0, 1.0)
-    sampler = few_step_sampler(pipeline.training_scheduler, config.objective.num_ode_steps)
-    return Consistency(denoiser, guidance, sampler, huber_c=1.0), list(teacher.parameters())
+    settings = config.objective
+    objective = Consistency(denoiser, guidance, settings.num_ode_steps, settings.phases, settings.huber_c)
+    return objective, list(teacher.parameters())
 
 
 def _predict(

@@ -172,7 +172,8 @@ def build_pipeline(
     """
     prior = config.diffusion.noise_prior.build()
     schedule = make_scheduler(base_scheduler.config, vars(config.diffusion.scheduler))
-    few_steps = config.objective and few_step_sampler(schedule, config.objective.num_ode_steps)
+    objective = config.objective
+    few_steps = objective and few_step_sampler(schedule, objective.num_ode_steps, objective.phases)
     ignored = {"prediction_type": None}  # it does not change the noise levels
     levels = dict(levels or schedule_summary(base_scheduler))
     same_levels = levels | ignored == schedule_summary(schedule) | ignored

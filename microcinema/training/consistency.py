@@ -1,7 +1,8 @@
 """Consistency distillation: of a video model of many steps, the teacher, comes one of few (LCM, arXiv 2310.04378; AnimateLCM, 2402.00769).
 
-The student learns `f(z_t, t) = c_skip(t) z_t + c_out(t) z0`, with the z0 that its prediction stands for, c_skip(0) = 1 and c_out(0) = 0. Along
-a path of the guided teacher's ODE it is constant, so it is the end of that path. The noise prior is in z_t; an ODE draws no noise.
+The times of diffusion are cut into phases (Phased Consistency Model, arXiv 2405.18407). The student learns where a path of the guided
+teacher's ODE leaves its phase: `f(z_t, t)`, a step of DDIM by the student from t to the end of the phase, is constant along the path. With one
+phase, which ends at the clip, that is LCM. The noise prior is in z_t; an ODE draws no noise.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import LCMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from einops import reduce
 
 from microcinema.config import schema
@@ -25,14 +26,21 @@ from microcinema.utils.fingerprint import differences
 from microcinema.utils.hashing import hash_networks
 
 
-def few_step_sampler(training: SchedulerMixin, num_ode_steps: int) -> LCMScheduler:
-    """The sampler of a student that learned from n steps of the teacher, at `i k - 1`, i = n ... 1, k = T // n, and then to no noise."""
-    return make_sampler(training, "LCMScheduler", original_inference_steps=num_ode_steps)
+def few_step_sampler(training: SchedulerMixin, num_ode_steps: int, phases: int) -> SchedulerMixin:
+    """The sampler of a student that learned from n steps of the teacher, at `i k - 1`, i = n ... 1, k = T / n, and then to no noise: of one phase
+    LCM's, of several one whose steps are the phases. A UserError if n divides no T, or the phases do not divide n."""
+    total = training.config["num_train_timesteps"]
+    if total % num_ode_steps or num_ode_steps % phases:
+        fault = f"objective.num_ode_steps is {num_ode_steps}, with {phases} phases and {total} times of diffusion"
+        raise UserError(f"{fault}; use a number that divides the times, and that the phases divide")
+    if phases == 1:
+        return make_sampler(training, "LCMScheduler", original_inference_steps=num_ode_steps)
+    return make_sampler(training, timestep_spacing="trailing", set_alpha_to_one=True)
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """The objective of a `LossConfig`: the distance between f at both ends of a step of the teacher.
+    """The objective of a `LossConfig`: the distance between f at both ends of a step of the teacher, each phase's in units of the z0 at its start.
 
     The target is the student's own f without gradient (arXiv 2310.14189, section 3.2), not LCM's with averaged weights. Guidance is one, and
     becomes part of the student, which is sampled without; LCM's has a range of scales and tells the network which.
@@ -40,13 +48,14 @@ class Consistency:
     Args:
         teacher: frozen.
         guidance: of the teacher.
-        sampler: see `few_step_sampler`.
+        num_ode_steps, phases: see `few_step_sampler`.
         huber_c: c of the distance `sqrt(d^2 + c^2) - c` of two numbers.
     """
 
     teacher: loss.Denoiser
     guidance: Guidance
-    sampler: LCMScheduler
+    num_ode_steps: int
+    phases: int
     huber_c: float
 
     def __call__(
@@ -66,41 +75,46 @@ class Consistency:
         null: loss.NullConditioning,
         config: loss.LossConfig,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """f at the teacher's last time that is not before `noise.t`, its target, both (b, f, c, h, w), and PredictNet's flow, or None."""
-        steps, given = self.sampler.config["original_inference_steps"], (batch, noise, null, config)
-        skip = self.sampler.config["num_train_timesteps"] // steps
-        t = (noise.t // skip + 1).clamp(max=steps) * skip - 1
-        s = (t - skip).clamp(min=0)  # at 0 there is no noise
-        z_t = add_noise(config.scheduler, batch.latents, config.noise(batch, noise), t)
+        """f at the teacher's last time that is not before `noise.t`, and its target, both (b, f, c, h, w) and divided by the share of z0 in f at the
+        start of the phase; and PredictNet's flow, or None."""
+        steps, given = self.num_ode_steps // self.phases, (batch, noise, null, config)
+        times = config.scheduler.config["num_train_timesteps"] // self.num_ode_steps
+        t = (noise.t // times + 1).clamp(max=self.num_ode_steps)  # in steps of the teacher; 0: no noise
+        end = (t - 1) // steps * steps
+        at_t, at_s, at_end, at_start = (_Levels(i * times, batch.latents, config) for i in (t, t - 1, end, end + steps))
+        z_t = add_noise(config.scheduler, batch.latents, config.noise(batch, noise), at_t.time)
         with torch.no_grad():
-            z_s = self._ode_step(z_t, t, s, *given)
-            expected = self._function(loss.evaluate(denoiser, z_s, s, *given)[0], z_s, s, config)
-        prediction, flow = loss.evaluate(denoiser, z_t, t, *given)
-        return self._function(prediction, z_t, t, config), expected, flow
+            z_s = at_t.step(self._guided(z_t, at_t.time, *given), z_t, at_s)
+            expected = at_s.step(loss.evaluate(denoiser, z_s, at_s.time, *given)[0], z_s, at_end)
+            share = at_end.signal - at_end.sigma * at_start.signal / at_start.sigma
+        prediction, flow = loss.evaluate(denoiser, z_t, at_t.time, *given)
+        return at_t.step(prediction, z_t, at_end) / share, expected / share, flow
 
-    def _function(
-        self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor, config: loss.LossConfig
-    ) -> torch.Tensor:
-        scales = self.sampler.get_scalings_for_boundary_condition_discrete(t)
-        c_skip, c_out = (torch.as_tensor(scale).reshape(-1, 1, 1, 1, 1) for scale in scales)
-        return c_skip * z + c_out * _z0(prediction, z, t, config)
-
-    def _ode_step(self, z_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, *given: Any) -> torch.Tensor:
-        """One step of DDIM (arXiv 2010.02502, eq. 12) from `t` to `s`, (b,), by the guided teacher."""
+    def _guided(self, z_t: torch.Tensor, t: torch.Tensor, *given: Any) -> torch.Tensor:
         batch, noise, null, config = given
         prediction: Any = 0.0
         for term in self.guidance.terms:
             masks = {"text_mask": noise.text_mask & term.text, "image_mask": noise.image_mask & term.image}
             output, _ = loss.evaluate(self.teacher, z_t, t, batch, replace(noise, **masks), null, config)
             prediction = prediction + term.factor * output
-        z0, (signal, sigma) = _z0(prediction, z_t, t, config), signal_and_noise(config.scheduler, t, z_t)
-        z_s = add_noise(config.scheduler, z0, (z_t - signal * z0) / sigma, s)
-        return torch.where((s == 0).reshape(-1, 1, 1, 1, 1), z0, z_s)
+        return prediction
 
 
-def _z0(prediction: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, config: loss.LossConfig) -> torch.Tensor:
-    gains = predicted_z0_gains(config.scheduler, t, z_t)
-    return gains[0] * z_t + gains[1] * prediction
+class _Levels:
+    """Signal and noise of a batch after so many times of diffusion, (b,); after none, where the schedule still has noise, there is none."""
+
+    def __init__(self, after: torch.Tensor, like: torch.Tensor, config: loss.LossConfig) -> None:
+        self.time, self.config = (after - 1).clamp(min=0), config
+        self.after = after.reshape(-1, 1, 1, 1, 1)
+        signal, sigma = signal_and_noise(config.scheduler, self.time, like)
+        self.signal, self.sigma = signal.where(self.after > 0, 1.0), sigma.where(self.after > 0, 0.0)
+
+    def step(self, prediction: torch.Tensor, z: torch.Tensor, to: "_Levels") -> torch.Tensor:
+        """A step of DDIM (arXiv 2010.02502, eq. 12) by what was predicted here; at its end it is z itself."""
+        gains = predicted_z0_gains(self.config.scheduler, self.time, z)
+        z0 = gains[0] * z + gains[1] * prediction
+        stepped = to.signal * z0 + to.sigma * (z - self.signal * z0) / self.sigma
+        return torch.where(self.after == to.after, z, stepped)
 
 
 def load_objective(
@@ -120,9 +134,7 @@ def load_objective(
 
     scales = {name: getattr(settings, name) for name in ("guidance_scale", "image_guidance_scale")}
     guidance = Guidance(*(teacher.config[name] if scale is None else scale for name, scale in scales.items()))
-    return Consistency(
-        denoiser, guidance, few_step_sampler(pipeline.training_scheduler, settings.num_ode_steps), settings.huber_c
-    )
+    return Consistency(denoiser, guidance, settings.num_ode_steps, settings.phases, settings.huber_c)
 
 
 def in_common(pipeline: ImageToVideoPipeline) -> dict[str, Any]:
