@@ -26,7 +26,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "balanced": {**_PLAIN, "num_inference_steps": 15, "keyframe_num_inference_steps": 25},
     "fast": {**_PLAIN, "num_inference_steps": 10, "keyframe_num_inference_steps": 25},  # of one frame: they cost little
 }
-"""Settings for which None stands, by the name of the preset; what one does not name is the model's own."""
+"""Settings for which None stands, by the name of the preset; what one does not name is the model's own, as are steps of videos that are fewer."""
 
 OWN = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "image_guidance_scale")
 _DEFAULTS = {**dict(zip(OWN, OWN, strict=True)), "gamma": "noise_prior_gamma"}
@@ -110,6 +110,8 @@ class SamplingSettings(DenoisingSettings):
     def resolve(self, defaults: Mapping[str, Any], stride: int) -> "SamplingSettings":
         """The settings with the values of a pipeline's config in place of None; a UserError if no size of this stride results."""
         values = {name: defaults[key] for name, key in _DEFAULTS.items()} | PRESETS[self.preset]
+        # A model of few steps samples in these with every preset.
+        values["num_inference_steps"] = min(values["num_inference_steps"], defaults["num_inference_steps"])
         settings = replace(self, **{name: value for name, value in values.items() if getattr(self, name, 0) is None})
         if settings.height is None or settings.width is None:
             raise UserError("the model does not say at which size it was trained; give height and width")

@@ -132,3 +132,5 @@ def test_explicit_settings_come_before_those_of_a_preset_and_the_model_s_own_las
 
     assert steps() == {"quality": (40, 30), "balanced": (15, 25), "fast": (10, 25)}[preset]
     assert steps({"num_inference_steps": 7}, num_inference_steps=9, cache_interval=2) == (9, 7)
+    own["num_inference_steps"] = 4  # a model of few steps
+    assert steps()[0] == 4 and steps(num_inference_steps=9)[0] == 9
