@@ -266,6 +266,25 @@ def test_a_resumed_run_has_the_same_bits_and_no_other_teacher(tmp_path, teacher)
             train(pipeline(tmp_path), LatentClips(), tmp_path / "parts", **{**resumed, "objective": objective})
 
 
+def test_a_student_may_be_a_lora_of_its_teacher(tmp_path, teacher):
+    lora = schema.LoRA(rank=2, alpha=2.0, targets="both", dropout=0.0)
+    folder = train(
+        load_pipeline(teacher),
+        LatentClips(),
+        tmp_path / "run",
+        objective=settings(teacher),
+        lora=lora,
+        init_weights_from=str(teacher),
+        max_train_steps=2,
+    )
+    student, began = load_pipeline(teacher), load_pipeline(teacher).unet.state_dict()
+    student.load_lora_weights(folder)
+    student.fuse_lora()
+    student.unload_lora_weights()
+    moved = [(began[name] - value).abs().max().item() for name, value in student.unet.state_dict().items()]
+    assert 0 < max(moved) < 0.01
+
+
 def another_vae(model: Any) -> None:
     torch.nn.init.zeros_(model.vae.decoder.conv_in.bias)
 
