@@ -6,7 +6,6 @@ Shapes: b clips, f frames, c channels, h w spatial size, d inner width, m tokens
 """
 
 import math
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,50 +23,34 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-class _SumOfShiftedFrames(torch.autograd.Function):
-    """`h_i + next_{i-1} + self_i + previous_{i+1}`, zero-padded, of `h`, `b f c h w`, and its `taps`, (next, self, previous) `b f 3c h w`.
+class FrameTaps(nn.Conv2d):
+    """The weights of a FrameConv, `3c c 1 1`, as a 1x1 convolution whose outputs go to the next, the same and the previous frame."""
 
-    As one function, since autograd's own derivative of a sum into a slice copies all of it, twice for each slice.
-    """
-
-    @staticmethod
-    def forward(h: Tensor, taps: Tensor) -> Tensor:
-        to_next, to_self, to_previous = taps.chunk(3, dim=2)
-        out = h + to_self
-        out[:, 1:].add_(to_next[:, :-1])
-        out[:, :-1].add_(to_previous[:, 1:])
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtypes = [x.dtype for x in inputs]  # they differ under autocast
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        b, frames, channels, height, width = gradient.shape
-        taps = gradient.new_empty((b, frames, 3, channels, height, width), dtype=ctx.dtypes[1])
-        taps[:, :-1, 0] = gradient[:, 1:]
-        taps[:, -1, 0] = 0
-        taps[:, :, 1] = gradient
-        taps[:, 1:, 2] = gradient[:, :-1]
-        taps[:, 0, 2] = 0
-        return gradient.to(ctx.dtypes[0]), taps.flatten(2, 3)
+    def forward(self, x: Tensor, over_frames: bool = False) -> Tensor:
+        """Maps `n c h w` to `n 3c h w`; `over_frames`: `b c f p` to the sums `b c f p`, by one convolution over three frames."""
+        if not over_frames:
+            return super().forward(x)
+        kernel = rearrange(self.weight, "(k c) d 1 1 -> c d k 1", k=3)
+        return functional.conv2d(x, kernel, padding=(1, 0))
 
 
 class FrameConv(nn.Module):
-    """Residual convolution over three frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, zero-padded and zero-initialized.
-
-    One 1x1 convolution computes the three products of every frame; shifting them is then a sum over views, without copies.
-    """
+    """Residual convolution over three frames: `h_i + W_-1 x_{i-1} + W_0 x_i + W_1 x_{i+1}`, zero-padded and zero-initialized."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.taps = zero_init(nn.Conv2d(channels, 3 * channels, 1, bias=False))
+        self.taps = zero_init(FrameTaps(channels, 3 * channels, 1, bias=False))
 
     def forward(self, h: Tensor, frames: int, x: Tensor | None = None) -> Tensor:
         """Maps `h`, `(b f) c h w`, to the same shape; `frames` is f, and x is h if it is None."""
-        h, taps = (rearrange(y, "(b f) c h w -> b f c h w", f=frames) for y in (h, self.taps(h if x is None else x)))
-        return rearrange(_SumOfShiftedFrames.apply(h, taps), "b f c h w -> (b f) c h w")
+        x, height = h if x is None else x, h.shape[-2]
+        h = rearrange(h, "(b f) c h w -> b c f (h w)", f=frames)
+        if isinstance(self.taps, FrameTaps):
+            h = h + self.taps(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames), over_frames=True)
+        else:  # LoRA has wrapped it, or its weights have eight bits
+            taps = rearrange(self.taps(x), "(b f) (k c) h w -> k b c f (h w)", f=frames, k=3)
+            h = h + functional.pad(taps[0], (0, 0, 1, -1)) + taps[1] + functional.pad(taps[2], (0, 0, -1, 1))
+        return rearrange(h, "b c f (h w) -> (b f) c h w", h=height)
 
 
 class TemporalConv(FrameConv):

@@ -97,6 +97,15 @@ def test_frame_conv_is_a_plain_convolution_over_frames_with_its_derivatives(fram
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_frame_conv_whose_taps_are_of_another_kind_is_the_same():
+    """As with LoRA or weights in eight bits: the products of every frame are computed, and shifted."""
+    layer = randomise(FrameConv(6)).double()
+    h, x = (torch.randn(8, 6, 3, 3, dtype=torch.float64) for _ in range(2))
+    expected = layer(h, 4, x), layer(h, 4), layer(h, 1)
+    layer.taps.__class__ = nn.Conv2d
+    torch.testing.assert_close((layer(h, 4, x), layer(h, 4), layer(h, 1)), expected)
+
+
 def test_the_derivatives_of_frame_conv_have_the_dtypes_of_their_tensors_under_autocast():
     layer = randomise(FrameConv(6))
     h = torch.randn(4, 6, 3, 3, requires_grad=True)
