@@ -21,6 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from microcinema.config.compose import compose
+from microcinema.models.int8 import quantize_frozen
 from microcinema.pipelines.base_model import load_base
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import ASSETS, INDEX
@@ -85,12 +86,18 @@ NARROW: dict[str, dict[str, Any]] = {
     "vae": {"block_out_channels": [32, 32, 64, 64]},
     "text_encoder": {"num_hidden_layers": 1},
 }
-HALF, CAST = "memory.torch_dtype=float16", "memory.layerwise_casting=true"
+HALF, INT8 = "memory.torch_dtype=float16", "memory.quantization=int8"
+TEMPORAL = "train trainable_parameters=temporal gradient_checkpointing=true"
 RUNS: dict[str, dict[str, Any]] = {
     "sample": {},
     f"sample {HALF}": {"dtype": torch.float16},
     f"sample {HALF} decode_chunk_size=1": {"dtype": torch.float16, "decode_chunk_size": 1},
-    f"sample {HALF} decode_chunk_size=1 {CAST}": {"dtype": torch.float16, "decode_chunk_size": 1, "cast": True},
+    f"sample {HALF} decode_chunk_size=1 {INT8}": {"dtype": torch.float16, "decode_chunk_size": 1, "int8": True},
+    f"sample {HALF} decode_chunk_size=1 memory.offload=group": {
+        "dtype": torch.float16,
+        "decode_chunk_size": 1,
+        "group": True,
+    },
     **{
         f"train trainable_parameters={layers}{checkpointing and f' gradient_checkpointing={checkpointing}'}": {
             "trainable_parameters": layers,
@@ -99,11 +106,17 @@ RUNS: dict[str, dict[str, Any]] = {
         for layers in ("temporal", "all")
         for checkpointing in ("", "first_level", "true")
     },
-    "train trainable_parameters=temporal gradient_checkpointing=true use_8bit_adam=true use_ema=false": {
-        "trainable_parameters": "temporal",
-        "gradient_checkpointing": True,
-        "use_8bit_adam": True,
-        "use_ema": False,
+    **{
+        f"{TEMPORAL} {keys}": {"trainable_parameters": "temporal", "gradient_checkpointing": True, **values}
+        for keys, values in {
+            "quantization=int8": {"quantization": "int8"},
+            "use_8bit_adam=true use_ema=false": {"use_8bit_adam": True, "use_ema": False},
+            "use_8bit_adam=true use_ema=false quantization=int8": {
+                "use_8bit_adam": True,
+                "use_ema": False,
+                "quantization": "int8",
+            },
+        }.items()
     },
 }
 
@@ -139,8 +152,10 @@ def estimate(composed: Any, run: dict[str, Any]) -> memory_estimate.Estimate:
     sample = compose("sample")
     guidance = {key: getattr(sample, key) for key in ("guidance_scale", "image_guidance_scale")}
     pipeline = memory_estimate.empty_pipeline(composed, run.get("dtype", torch.float32))
+    if "int8" in run:
+        quantize_frozen(pipeline.unet.requires_grad_(False))
     found = memory_estimate.sampling_memory(pipeline, **guidance, decode_chunk_size=run.get("decode_chunk_size"))
-    return memory_estimate.layerwise_casting_memory(found, pipeline.unet) if "cast" in run else found
+    return memory_estimate.group_offload_memory(found, pipeline) if "group" in run else found
 
 
 def resident() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from microcinema.config.schema import Train
 from microcinema.data.indexed import IndexedDataset
 from microcinema.data.latents import EncodedClips
 from microcinema.data.source import ClipSource
+from microcinema.models.int8 import quantize_frozen
 from microcinema.pipelines.base_model import base_components
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import check_weight_files, is_embedded, resolve_model_path, resolve_snapshot
@@ -30,7 +31,7 @@ from microcinema.pipelines.single_file import is_single_file
 from microcinema.profiling.memory_estimate import (
     Estimate,
     empty_pipeline,
-    layerwise_casting_memory,
+    group_offload_memory,
     sampling_memory,
     training_memory,
 )
@@ -248,13 +249,16 @@ def needs(
             check(pipeline)
             networks = sum(parameter.nbytes for parameter in pipeline.unet.parameters())
             bar.update()
-            sampling, with_less = sampling_memory(pipeline, **arguments), ["memory.offload=model"]
+            sampling = sampling_memory(pipeline, **arguments)
+            with_less = [f"memory.offload=group ({_gib(group_offload_memory(sampling, pipeline).peak)})"]
             if free < MARGIN * sampling.peak:
                 halved = empty_pipeline(config, torch.float16)
                 half = sampling_memory(halved, **{**arguments, "decode_chunk_size": 1})
                 way = "memory.torch_dtype=float16 decode_chunk_size=1"
                 if free < MARGIN * half.peak:
-                    way, half = f"{way} memory.layerwise_casting=true", layerwise_casting_memory(half, halved.unet)
+                    quantize_frozen(halved.unet.requires_grad_(False))
+                    half = sampling_memory(halved, **{**arguments, "decode_chunk_size": 1})
+                    way = f"{way} memory.quantization=int8"
                 with_less.insert(0, f"{way} ({_gib(half.peak)})")
             bar.update()
             training = training_memory(pipeline, config, config.cached_latents is not None, device.type)
@@ -312,6 +316,7 @@ def ways_to_train_with_less(config: Train, training: Estimate) -> list[str]:
         "train_batch_size=1 (and gradient_accumulation_steps for it)": config.train_batch_size > 1,
         "data to clips that are encoded already": training.worst == "encoding",
         "validation_prompts=[]": training.worst == "validating",
+        "quantization=int8": config.quantization is None and config.trainable_parameters != "all",
         "use_8bit_adam=true": not config.use_8bit_adam,
         "use_ema=false": config.use_ema,
         "trainable_parameters=temporal": config.trainable_parameters == "all",

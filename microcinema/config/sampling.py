@@ -168,13 +168,14 @@ class MemorySettings:
     Args:
         torch_dtype: of the networks; latents and schedule stay in float32.
         offload: where networks wait until they are used. `none`: on the device; `model`: in CPU memory, and each network is moved to
-            the device as a whole; `sequential`: the same for each layer, which needs the least memory and is by far the slowest.
+            the device as a whole; `group`: the same for each layer, on CUDA while the one before it computes; `sequential`: for each
+            layer once it is its turn, which is by far the slowest.
         vae_slicing: the VAE encodes and decodes one frame at a time.
         vae_tiling: the VAE encodes and decodes frames larger than it was trained with in overlapping tiles, which are blended. Its
             attention then sees a tile instead of the whole frame, which changes frames by more than rounding.
         attention: `sdpa`, torch's scaled dot-product attention, or `xformers` in all spatial layers.
         compile: compile the denoiser with torch.compile; the first step takes minutes.
-        layerwise_casting: the denoiser's linear layers and convolutions are stored as float8_e4m3fn and brought to `torch_dtype` one by
+        quantization: `int8`, the denoiser's linear layers and convolutions are stored in eight bits and brought to `torch_dtype` one by
             one; frames change by more than rounding.
         preview_vae: folder or hub repository of an `AutoencoderTiny` for the base's latents, which decodes the videos in the place of the
             VAE and in less memory; None: the VAE does.
@@ -184,21 +185,20 @@ class MemorySettings:
     """
 
     torch_dtype: types.Dtype = "float32"
-    offload: Literal["none", "model", "sequential"] = "none"
+    offload: Literal["none", "model", "group", "sequential"] = "none"
     vae_slicing: bool = False
     vae_tiling: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: bool = False
-    layerwise_casting: bool = False
+    quantization: Literal["int8"] | None = None
     preview_vae: types.PathText | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "memory.")
-        if self.compile and self.offload == "sequential":
-            raise UserError("compile=true and offload=sequential exclude each other; use offload=model, or none")
-        if self.layerwise_casting and (self.compile or self.offload == "sequential"):
-            others = f"compile={str(self.compile).lower()} and offload={self.offload}"
-            raise UserError(f"layerwise_casting=true with {others}; use compile=false and offload=model, or none")
+        if self.compile and self.offload in ("group", "sequential"):
+            raise UserError(f"compile=true and offload={self.offload} exclude each other; use offload=model, or none")
+        if self.quantization is not None and self.offload == "sequential":
+            raise UserError("quantization=int8 and offload=sequential exclude each other; use offload=group, or none")
 
 
 @with_config(types.CONFIG)

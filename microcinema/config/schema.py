@@ -149,6 +149,7 @@ class Train(Clips):
     allow_tf32: bool
     compile: bool
     ddp: DataParallel
+    quantization: Literal["int8"] | None
     gradient_checkpointing: bool | Literal["first_level"]
     dataloader_num_workers: types.CountOrZero
     clip_retries: types.CountOrZero
@@ -170,6 +171,10 @@ class Train(Clips):
         if self.trainable_parameters == "all" and self.trainable_unet_layers:
             layers = f"every layer trains, not {self.trainable_unet_layers} alone; set trainable_unet_layers=[]"
             raise ValueError(f"with trainable_parameters=all {layers}, or trainable_parameters=temporal")
+        if self.quantization is not None and self.trainable_parameters == "all":
+            raise ValueError(
+                "quantization=int8 is for frozen weights, and all train; set trainable_parameters=temporal, or quantization=null"
+            )
         if self.objective is not None and self.snr_gamma is not None:
             raise ValueError(
                 f"snr_gamma={self.snr_gamma} weights the denoising loss, not the objective; set snr_gamma=null"

@@ -8,10 +8,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from microcinema.config.sampling import MemorySettings
+from microcinema.models.int8 import quantize_frozen
 from microcinema.models.vae import overflows, vae_scale_factor
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.utils.errors import UserError, user_errors
+
+_GROUP_OFFLOADING = "group_offloading"  # the name of diffusers' hook
 
 
 def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.device | str) -> None:
@@ -30,10 +33,10 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
             raise UserError(f"attention=xformers, but xformers is not installed; {advice}")
         if device.type != "cuda":
             raise UserError(f"attention=xformers runs on CUDA devices only, not on {device}; use attention=sdpa")
-    for option in ("compile", "layerwise_casting"):
+    for option, unset in (("compile", "false"), ("quantization", "null")):
         if getattr(settings, option) and denoiser is None:
             name = type(pipeline).__name__
-            raise UserError(f"{option}=true, but {name} has neither a unet nor a transformer; use {option}=false")
+            raise UserError(f"{option} is set, but {name} has neither a unet nor a transformer; use {option}={unset}")
     for option in ("slicing", "tiling"):
         if getattr(settings, f"vae_{option}") and "vae" in networks:
             vae = type(networks["vae"]).__name__
@@ -44,8 +47,8 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         keeps = isinstance(pipeline, ImageToVideoPipeline) and name == "vae" and overflows(network, dtype)
         if network.dtype != dtype and not keeps:
             torch.nn.Module.to(network, dtype)
-    if settings.layerwise_casting and denoiser is not None:
-        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    if settings.quantization is not None and denoiser is not None:
+        quantize_frozen(denoiser.requires_grad_(False))
     if settings.preview_vae is not None and isinstance(pipeline, ImageToVideoPipeline):
         pipeline.preview_vae = load_preview_vae(settings.preview_vae, pipeline.vae, dtype).to(device)
     if device.type == "cuda" and "vae" in networks:
@@ -54,12 +57,25 @@ def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.d
         pipeline.enable_xformers_memory_efficient_attention()
     if settings.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
+    elif settings.offload == "group":
+        group_offload(pipeline, device)
     elif settings.offload == "sequential":
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
         pipeline.to(device)
     if settings.compile and denoiser is not None:
         denoiser.compile()
+
+
+def group_offload(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Group offloading of diffusers, each layer a group; on CUDA a stream fetches the next one while a layer computes."""
+    pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    for network in pipeline.components.values():
+        for module in network.modules() if isinstance(network, torch.nn.Module) else ():
+            # Others read its parameters, so that no call of its own would fetch them; they are small.
+            if isinstance(module, torch.nn.ParameterDict) and (hooks := getattr(module, "_diffusers_hook", None)):
+                hooks.get_hook(_GROUP_OFFLOADING).group.onload_()
+                hooks.remove_hook(_GROUP_OFFLOADING)
 
 
 def load_preview_vae(name: str, vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderTiny:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from microcinema.config.schema import Train
 from microcinema.diffusion.guidance import Guidance
+from microcinema.models.int8 import quantize_frozen
 from microcinema.models.predict_net import PredictNet
 from microcinema.models.video_unet import VideoUNet
 from microcinema.pipelines.base_model import load_base
@@ -85,14 +86,14 @@ def sampling_memory(pipeline: ImageToVideoPipeline, **arguments: Any) -> Estimat
     return Estimate(weights, phases)
 
 
-def layerwise_casting_memory(estimate: Estimate, unet: nn.Module) -> Estimate:
-    """What sampling, as estimated without it, takes with `memory.layerwise_casting`: a byte per stored weight, one layer cast at a time."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    layers = [layer for name, layer in unet.named_modules() if isinstance(layer, kinds) and "norm" not in name]
-    sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
-    saved = sum(sizes) - sum(weight.numel() for layer in layers for weight in layer.parameters())
-    phases = {name: peak - saved + max(sizes) * (name == "denoising") for name, peak in estimate.phases.items()}
-    return replace(estimate, weights=estimate.weights - saved, phases=phases)
+def group_offload_memory(estimate: Estimate, pipeline: ImageToVideoPipeline) -> Estimate:
+    """What sampling, as estimated without it, takes on the device with `memory.offload=group`: two layers at a time, this one and the next."""
+    networks = [network for network in pipeline.components.values() if isinstance(network, nn.Module)]
+    layers = [layer for network in networks for layer in network.modules()]
+    sizes = [sum(tensor.nbytes for tensor in (*layer.parameters(False), *layer.buffers(False))) for layer in layers]
+    held = sum(sorted(sizes)[-2:])
+    phases = {name: peak - estimate.weights + held for name, peak in estimate.phases.items()}
+    return replace(estimate, weights=held, phases=phases)
 
 
 def training_memory(
@@ -114,6 +115,11 @@ def training_memory(
     gradients = sum(parameter.nbytes for parameter in parameters)
     loss_config, encode = make_loss_config(pipeline, config), BatchEncoder(pipeline, torch.device("cpu"))
     objective, teacher = _objective(pipeline, config)
+    if config.quantization is not None:
+        layers = quantize_frozen(model, keep_originals=True)
+        teacher += [
+            layer.original for layer in layers if device == "cpu"
+        ]  # elsewhere they take none of the device's memory
     loss_config = replace(loss_config, objective=objective)
     with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
         live.watch([*tensors(pipeline), *teacher])

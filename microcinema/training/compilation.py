@@ -8,27 +8,24 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microcinema.models.temporal import TemporalConv, TemporalTransformer
 from microcinema.models.unet2d import HalvedResnetBlock2D
+from microcinema.training.distributed import check_replicated
 from microcinema.training.mfu import ModelFlops
 from microcinema.utils.errors import UserError, first_line
 
 BLOCKS = (HalvedResnetBlock2D, BasicTransformerBlock, TemporalTransformer, TemporalConv)
 _MAX_GRAPHS = 2**14
-_WRAPPERS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
     """Compiles the blocks of a network, each when it is first called, whole, and for its own width and shape; a UserError if the parameters
     are sharded."""
-    if accelerator.distributed_type not in _WRAPPERS:
-        kind = accelerator.distributed_type.value
-        raise UserError(f"compile=true works with DistributedDataParallel, not with {kind}; set compile=false")
+    check_replicated(accelerator, "compile=true", "compile=false")
     # Each width and each shape of clips is one graph: torch's limits, 8 and 256, are too few for buckets.
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = _MAX_GRAPHS

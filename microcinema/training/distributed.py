@@ -25,6 +25,7 @@ from microcinema.utils.device import set_precision
 from microcinema.utils.errors import UserError, first_line, user_errors
 
 T = TypeVar("T")
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def make_accelerator(config: Train, *handlers: KwargsHandler) -> Accelerator:
@@ -86,6 +87,12 @@ def raise_on_all_ranks(message: str, errors: tuple[type[BaseException], ...]) ->
     reason = next((text for text in gather_object([reason]) if text is not None), None)
     if reason is not None:
         raise UserError(message.replace("{reason}", reason))
+
+
+def check_replicated(accelerator: Accelerator, setting: str, without: str) -> None:
+    """A UserError about a setting, and the one without it, if the parameters are sharded."""
+    if (kind := accelerator.distributed_type) not in _REPLICATED:
+        raise UserError(f"{setting} works with DistributedDataParallel, not with {kind.value}; set {without}")
 
 
 def is_sharded(module: nn.Module) -> bool:

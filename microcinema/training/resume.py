@@ -26,7 +26,7 @@ Identity = dict[str, dict[str, Any]]
 # A checkpoint restores the optimizer's own settings: another value would silently change nothing.
 FIXED = ("seed", "learning_rate", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 BATCH = ("train_batch_size", "gradient_accumulation_steps", "lr_scheduler", "lr_warmup_steps", "max_grad_norm")
-FREE = (*BATCH, *LOSS_KEYS, "use_ema", "ema_decay")
+FREE = (*BATCH, *LOSS_KEYS, "use_ema", "ema_decay", "quantization")
 PIPELINE = (
     *("num_frames", "height", "width", "fps", "noise_prior", "noise_prior_strength", "keyframe_position"),
     "network_schedule",

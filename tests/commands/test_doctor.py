@@ -327,7 +327,7 @@ def test_sampling_that_does_not_fit_is_told_what_half_precision_and_eight_bits_t
         replace(composed, train_batch_size=1, mixed_precision="no"), where, doctor.CPU
     )
     assert (disk.status, training.status, sampling.status) == (OK, PROBLEM, WARNING)
-    least = r"memory.torch_dtype=float16 decode_chunk_size=1 memory.layerwise_casting=true \(([\d.]+) GiB\)"
+    least = r"memory.torch_dtype=float16 decode_chunk_size=1 memory.quantization=int8 \(([\d.]+) GiB\)"
     half = re.search(least, sampling.advice)[1]
     assert 0 < float(half) < float(sampling.found.partition(" GiB")[0])
 

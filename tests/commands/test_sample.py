@@ -308,7 +308,7 @@ def test_memory_settings_reach_both_stages_and_their_provenance(run, tmp_path, m
         "vae_tiling": True,
         "attention": "sdpa",
         "compile": False,
-        "layerwise_casting": False,
+        "quantization": None,
         "preview_vae": None,
     }
     assert record["keyframe"]["memory"] == record["memory"] | {"torch_dtype": "float32"}

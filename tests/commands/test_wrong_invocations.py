@@ -209,6 +209,10 @@ def test_yaml_that_breaks_its_reader_is_refused(answer, value: str):
     "arguments, said",
     [
         (["train", "trainable_parameters=all", "trainable_unet_layers=[conv_out]"], "every layer trains, not"),
+        (
+            ["train", "trainable_parameters=all", "quantization=int8"],
+            "quantization=int8 is for frozen weights, and all train",
+        ),
         (["train", "data.num_frames=8"], "data.num_frames is 8, but num_frames is 16"),
         (["train", "num_frames=33"], "model.max_frames=32"),
         (["train", "model.keyframe_position=16"], "model.keyframe_position=16"),

@@ -129,6 +129,7 @@ RUNS = {
         "gradient_accumulation_steps": 2,
     },
     "bf16, no average": {"mixed_precision": "bf16", "use_ema": False},
+    "int8, bf16, with checkpoints": {"quantization": "int8", "mixed_precision": "bf16", "gradient_checkpointing": True},
     "pixels, validation": {"validation_prompts": ["a red star"]},
 }
 
@@ -166,6 +167,8 @@ def test_what_is_held_is_told_apart(composed):
         estimate(trainable_parameters="all", gradient_checkpointing=True, use_8bit_adam=True, use_ema=False),
     )
     assert temporal.weights == everything.weights
+    int8 = estimate(quantization="int8")
+    assert int8.gradients == temporal.gradients and int8.activations < temporal.activations
     assert temporal.gradients < everything.gradients < everything.weights
     assert temporal.optimizer == pytest.approx(2 * temporal.gradients, rel=0.01)
     assert temporal.average == temporal.gradients

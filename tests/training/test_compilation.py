@@ -19,6 +19,7 @@ from fixtures.tiny_unet import options
 from microcinema.models.temporal import TemporalConv
 from microcinema.models.video_unet import VideoUNet, set_trainable
 from microcinema.training import compilation
+from microcinema.training.distributed import check_replicated
 from microcinema.training.loss import TrainableModel
 from microcinema.training.mfu import ModelFlops
 from microcinema.utils.errors import UserError
@@ -95,6 +96,8 @@ def test_shards_are_refused(kind):
     accelerator = type("Accelerator", (), {"distributed_type": kind})()
     with pytest.raises(UserError, match=f"compile=true works with DistributedDataParallel, not with {kind.value}"):
         compilation.compile_blocks(torch.nn.Linear(1, 1), accelerator)
+    with pytest.raises(UserError, match=f"quantization=int8 works .*, not with {kind.value}; set quantization=null"):
+        check_replicated(accelerator, "quantization=int8", "quantization=null")
 
 
 def test_a_compiler_that_fails_is_told_in_one_line():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from wandb.sdk.wandb_run import Run
 
@@ -212,6 +213,25 @@ def test_memory_savers_train_alike(tmp_path, changes):
     for step, loss in logged(plain).items():
         assert logged(saving)[step] == pytest.approx(loss, abs=tolerance)
     assert all(tensor.dtype == torch.float32 for tensor in weights(saving / "checkpoint-2").values())
+
+
+def test_frozen_weights_in_eight_bits_train_nearly_alike_and_are_saved_as_they_were(tmp_path):
+    settings = {"checkpointing_steps": 2, "checkpoints_total_limit": None, "trainable_unet_layers": ["up_blocks.1"]}
+    train(pipeline(tmp_path), LatentClips(), tmp_path / "plain", **settings)
+    settings |= {"quantization": "int8"}
+    model, plain = pipeline(tmp_path), pipeline(tmp_path).unet.state_dict()
+    train(model, LatentClips(), tmp_path / "int8", **settings)
+    stored = {name for name, parameter in model.unet.named_parameters() if parameter.dtype == torch.int8}
+    assert len(stored) > 50 and not any(name.startswith(("up_blocks.1", "temporal_")) for name in stored)
+    one, other = logged(tmp_path / "plain"), logged(tmp_path / "int8")
+    assert one != other and other == pytest.approx(one, abs=5e-3)
+    for folder in ("int8/checkpoint-2", "int8/checkpoint-4", "int8"):
+        saved = load_file(tmp_path / folder / "unet/diffusion_pytorch_model.safetensors")
+        assert saved.keys() == plain.keys() and all(torch.equal(saved[name], plain[name]) for name in stored)
+    shutil.copytree(tmp_path / "int8/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    train(pipeline(tmp_path), LatentClips(), tmp_path / "resumed", resume_from_checkpoint="latest", **settings)
+    one, other = (weights(tmp_path / run / "checkpoint-4") for run in ("int8", "resumed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, clips):
