@@ -17,6 +17,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from microcinema.config.schema import Train
@@ -98,6 +99,31 @@ def check_replicated(accelerator: Accelerator, setting: str, without: str) -> No
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds only shards of the parameters."""
     return any(isinstance(parameter, DTensor) or is_zero3(parameter) for parameter in module.parameters())
+
+
+def prefetch_layers(model: nn.Module) -> None:
+    """Lets each layer that FSDP2 shards, while it computes, gather the two that come after it, in forward and in backward.
+
+    Unless it is told, FSDP2 gathers one in backward and none in forward. The order is that of the model's first forward.
+    """
+    started: list[FSDPModule] = []
+    ended: list[FSDPModule] = []
+    hooks: list[Any] = []
+    for layer in model.modules():
+        if isinstance(layer, FSDPModule) and layer is not model:
+            hooks.append(layer.register_forward_pre_hook(lambda layer, _: started.append(layer)))
+            hooks.append(layer.register_forward_hook(lambda layer, *_: ended.append(layer)))
+
+    def finish(*_: Any) -> None:
+        for hook in hooks:
+            hook.remove()
+        for number, layer in enumerate(started):
+            layer.set_modules_to_forward_prefetch(started[number + 1 : number + 3])
+        ended.reverse()
+        for number, layer in enumerate(ended):
+            layer.set_modules_to_backward_prefetch(ended[number + 1 : number + 3])
+
+    hooks.append(model.register_forward_hook(finish))
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from microcinema.training.batch_encoder import BatchEncoder, Region
 from microcinema.training.checkpoint import Checkpoints
 from microcinema.training.compilation import compilation_errors, compile_blocks, count_flops, count_graphs
 from microcinema.training.consistency import load_objective
-from microcinema.training.distributed import broadcast_from_main, check_replicated, is_zero3, unshard
+from microcinema.training.distributed import broadcast_from_main, check_replicated, is_zero3, prefetch_layers, unshard
 from microcinema.training.ema import Averages, ema_pipeline
 from microcinema.training.lora import save_lora
 from microcinema.training.loss import TrainableModel, make_loss_config, training_loss
@@ -233,6 +233,8 @@ class Trainer:
         lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         lr_schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
         self.model, self.optimizer, self.lr_schedule = self.accelerator.prepare(model, optimizer, lr_schedule)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            prefetch_layers(self.model)
         if config.quantization is not None:
             check_replicated(self.accelerator, "quantization=int8", "quantization=null")
             quantize_frozen(self.model, keep_originals=True)
