@@ -316,7 +316,8 @@ def ways_to_train_with_less(config: Train, training: Estimate) -> list[str]:
         "train_batch_size=1 (and gradient_accumulation_steps for it)": config.train_batch_size > 1,
         "data to clips that are encoded already": training.worst == "encoding",
         "validation_prompts=[]": training.worst == "validating",
-        "quantization=int8": config.quantization is None and config.trainable_parameters != "all",
+        "quantization=int8": torch.cuda.is_available()
+        and (config.quantization, config.trainable_parameters) == (None, "temporal"),
         "use_8bit_adam=true": not config.use_8bit_adam,
         "use_ema=false": config.use_ema,
         "trainable_parameters=temporal": config.trainable_parameters == "all",

@@ -312,6 +312,7 @@ def test_what_to_set_where_memory_is_short():
     assert not any("gradient_checkpointing" in way for way in ways)  # least_checkpointing tells it
     assert any("encoded" in way for way in ways) and not any("validation" in way or "train=" in way for way in ways)
     thrifty = {"gradient_checkpointing": True, "use_8bit_adam": True, "use_ema": False, "train_batch_size": 1}
+    thrifty |= {"mixed_precision": "bf16", "quantization": "int8"}
     needed = Estimate(GIB, {"training": 2 * GIB})
     assert doctor.ways_to_train_with_less(replace(SETTINGS, **thrifty), needed) == ["a lower resolution or num_frames"]
     assert "trainable_parameters=temporal" in doctor.ways_to_train_with_less(
