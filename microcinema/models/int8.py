@@ -88,8 +88,7 @@ _CLASSES: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d, Fram
 def quantize_frozen(network: nn.Module, keep_originals: bool = False) -> list[Any]:
     """Stores in eight bits the weights of a network's linear layers and convolutions of which nothing trains; returns these layers.
 
-    Args:
-        keep_originals: the plain weights stay in the memory of the CPU, for the network's state.
+    `keep_originals`: the plain weights stay in the memory of the CPU, for the network's state.
     """
     layers: list[Any] = []
     for layer in network.modules():

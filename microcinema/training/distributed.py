@@ -102,7 +102,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def prefetch_layers(model: nn.Module) -> None:
-    """Lets each layer that FSDP2 shards, while it computes, gather the two that come after it, in forward and in backward.
+    """Lets each layer that FSDP2 shards, if any, while it computes, gather the two that come after it, in forward and in backward.
 
     Unless it is told, FSDP2 gathers one in backward and none in forward. The order is that of the model's first forward.
     """

@@ -233,8 +233,7 @@ class Trainer:
         lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         lr_schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
         self.model, self.optimizer, self.lr_schedule = self.accelerator.prepare(model, optimizer, lr_schedule)
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            prefetch_layers(self.model)
+        prefetch_layers(self.model)
         if config.quantization is not None:
             check_replicated(self.accelerator, "quantization=int8", "quantization=null")
             quantize_frozen(self.model, keep_originals=True)
