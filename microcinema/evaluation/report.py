@@ -119,7 +119,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     identifier, lines = results["protocol"]["identifier"], []
     for row in rows(results):
         more = ", ".join(filter(None, (row["detail"], f"real {row['real']}" if row["real"] else "")))
-        lines.append(f"{row['label']:17} {row['value']:>10}  [{identifier}]  {more}".rstrip())
+        lines.append(f"{row['label']:28} {row['value']:>10}  [{identifier}]  {more}".rstrip())
     lines += [f"{names} not measured: {why}" for names, why in results["not_measured"].items()]
     lines += [f"INCOMPLETE: {shortfall}" for shortfall in results["shortfalls"]]
     lines += [f"warning: {warning}" for warning in results["warnings"]]
