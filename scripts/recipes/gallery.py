@@ -58,8 +58,8 @@ ROWS = (
                 LEFT,
                 "moving quickly to the right",
                 "rotating quickly clockwise",
-                "growing quickly",
-                "static",
+                "growing slowly",
+                "staying still",
             )
         ),
     ),
