@@ -14,8 +14,6 @@ from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.loading import load_component, resolve_snapshot
 from microcinema.utils.errors import UserError, user_errors
 
-_GROUP_OFFLOADING = "group_offloading"  # the name of diffusers' hook
-
 
 def apply(pipeline: DiffusionPipeline, settings: MemorySettings, device: torch.device | str) -> None:
     """Applies memory settings to a newly opened pipeline of diffusers and moves it to a device; a UserError for a setting that this machine
@@ -74,8 +72,8 @@ def group_offload(pipeline: DiffusionPipeline, device: torch.device) -> None:
         for module in network.modules() if isinstance(network, torch.nn.Module) else ():
             # Others read its parameters, so that no call of its own would fetch them; they are small.
             if isinstance(module, torch.nn.ParameterDict) and (hooks := getattr(module, "_diffusers_hook", None)):
-                hooks.get_hook(_GROUP_OFFLOADING).group.onload_()
-                hooks.remove_hook(_GROUP_OFFLOADING)
+                hooks.get_hook("group_offloading").group.onload_()
+                hooks.remove_hook("group_offloading")
 
 
 def load_preview_vae(name: str, vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderTiny:

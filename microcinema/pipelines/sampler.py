@@ -17,6 +17,7 @@ from microcinema.pipelines.encoders import unread_texts
 from microcinema.pipelines.image_to_video import ImageToVideoPipeline
 from microcinema.pipelines.keyframe import Keyframe, KeyframePipeline, check_flagged
 from microcinema.pipelines.keyframe_places import split_keyframes
+from microcinema.pipelines.loading import is_embedded
 from microcinema.pipelines.lora import Lora, fuse_loras
 from microcinema.pipelines.memory import apply
 from microcinema.pipelines.prompts import PromptItem, check_motion_prompt
@@ -175,7 +176,8 @@ class Sampler:
 
     def _load_stage1(self, masked: bool = False) -> KeyframePipeline:
         if self._stage1 is None:
-            if torch.device(self.device).type == "cpu":  # one memory for both: the video model is opened again
+            # One memory for both: the video model is opened again, unless it is a small one.
+            if torch.device(self.device).type == "cpu" and not is_embedded(self.pipeline):
                 self._video = None
             model = self.keyframe
             origin = model.pretrained_model_name_or_path, model.revision, model.variant

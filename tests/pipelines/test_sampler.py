@@ -276,6 +276,17 @@ def test_with_key_frames_given_the_video_model_is_opened_once(plain_model, tmp_p
         assert len(opened) == count and (tmp_path / f"{name}.npz").is_file()
 
 
+@pytest.mark.parametrize("embedded, count", [(True, 1), (False, 2)])
+def test_a_small_video_model_stays_while_its_key_frames_are_drawn(plain_model, tmp_path, monkeypatch, embedded, count):
+    opened = []
+    monkeypatch.setattr(sampler, "load_pipeline", lambda *a, **k: opened.append(a) or load_pipeline(*a, **k))
+    monkeypatch.setattr(sampler, "is_embedded", lambda name: embedded)
+    settings = SamplingSettings(num_inference_steps=1)
+    maker = Sampler(str(plain_model), settings, KeyframeSettings(), MemorySettings(), "cpu", progress=False)
+    maker.run([PromptItem("a star", "a")], SampleFolder(tmp_path, ("frames",)))
+    assert len(opened) == count and (tmp_path / "a.npz").is_file()
+
+
 def test_pixels_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="'x' has pixels that are not finite"):
         to_uint8(np.array([0.0, np.nan]), "'x'")
