@@ -61,6 +61,7 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
     new_prefixes = (
         *UNet3D.new_prefixes,
         "keyframe_conv_in.",
+        "placed_gates.",
         "appear_net.",
         "reference_net.",
         "injections.",
@@ -100,6 +101,9 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
             # A separate convolution, since that of a concatenation is a sum. No bias: a dropped key frame must add nothing.
             conv_in = nn.Conv2d(self.conv_in.in_channels, self.conv_in.out_channels, 3, padding=1, bias=False)
             self.keyframe_conv_in = zero_init(conv_in)
+        if options.keyframe_places:
+            width, channels = self.time_embedding.linear_2.out_features, self.conv_out.out_channels
+            self.placed_gates = zero_init(nn.Linear(width, 2 * channels))
         self._build_appearance(options, specs)
         self._build_adapter(options, specs)
         self._build_pixel_attention(options, specs)
@@ -266,8 +270,7 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
         Raises:
             UserError: the latents or the conditions do not fit the network.
         """
-        h = self.head(self.features(z_t, t, conditions, cache))
-        return rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))
+        return self.head(self.features(z_t, t, conditions, cache), z_t, t, conditions)
 
     def features(
         self, z_t: Tensor, t: Tensor | float, conditions: Conditions, cache: StepCache | None = None
@@ -312,9 +315,20 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
             h = fuse(h, self.keyframe_conv_in(conditions.keyframe), "add", groups)
         return self.run_blocks(h, layer, lambda number, x: self.after_resampling(number, x, frames), cache)[0]
 
-    def head(self, features: Tensor) -> Tensor:
-        """The prediction `(b f) c h w` of the decoder's last features."""
-        return self.conv_out(self.conv_act(self.conv_norm_out(features)))
+    def head(self, features: Tensor, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """The prediction `b f c h w` of the decoder's last features, for the arguments of `forward`.
+
+        Key frames at places, and their blend between, have a share of their own in it, one number for each channel that hangs on diffusion
+        time: a network that has to draw both anew from features loses fine detail.
+        """
+        h = self.conv_out(self.conv_act(self.conv_norm_out(features)))
+        h = rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))
+        if self.options.keyframe_places and conditions.placed is not None:
+            gates = self.placed_gates(self.embed_time_and_frames(z_t, t, conditions))
+            at_places, between = rearrange(gates, "(b f) (n c) -> n b f c 1 1", b=len(z_t), n=2)
+            latents, mask = conditions.placed[:, :, :-1], conditions.placed[:, :, -1:]
+            h = h + (between + mask * (at_places - between)) * latents
+        return h
 
     def _check_inputs(self, z_t: Tensor, conditions: Conditions) -> None:
         channels = self.options.unet2d.get("in_channels", 4)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import SchedulerMixin
-from einops import rearrange
 from torch import nn
 
 from microcinema.config.schema import Train
@@ -243,8 +242,9 @@ class TrainableModel(nn.Module):
         Args:
             text, z_ref, fps, image_mask, inputs: of `VideoUNet.encode`: (b, n, d), (b, c, h, w), (b,), (b,), by name.
         """
-        features = self.unet.features(z_t, t, self.unet.encode(text, z_ref, fps, image_mask, **inputs))
-        prediction = rearrange(self.unet.head(features), "(b f) c h w -> b f c h w", b=len(z_t))
+        conditions = self.unet.encode(text, z_ref, fps, image_mask, **inputs)
+        features = self.unet.features(z_t, t, conditions)
+        prediction = self.unet.head(features, z_t, t, conditions)
         return prediction, None if self.predict_net is None else self.predict_net(features, z_t.shape[1])
 
 

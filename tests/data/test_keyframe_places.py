@@ -36,10 +36,14 @@ def test_the_main_key_frame_is_the_nearest_to_the_models_own_place():
     assert (main(4), main(0, 8), main(0, 3, 5), main(1, 8), main(8), main(0, 8, own=8)) == (4, 0, 3, 1, 8, 8)
 
 
-def test_placed_key_frames_are_zero_elsewhere():
-    latents, places = torch.full((2, 3, 4, 2, 2), torch.nan), torch.tensor([[True, False, True], [False, True, False]])
+def test_between_placed_key_frames_is_their_blend_and_beyond_them_the_nearest():
+    latents = torch.full((2, 6, 4, 2, 2), torch.nan)
+    places = torch.tensor([[False, True, False, False, False, True], [False, False, True, False, False, False]])
     latents[places] = torch.randn(3, 4, 2, 2)
     placed = place_keyframes(latents, places)  # not even a NaN of the other frames is in it
-    assert placed.shape == (2, 3, 5, 2, 2)
-    assert torch.equal(placed[places][:, :4], latents[places]) and (placed[places][:, 4] == 1).all()
-    assert not placed[~places].any()
+    assert placed.shape == (2, 6, 5, 2, 2)
+    assert torch.equal(placed[:, :, 4].eq(1).all((2, 3)), places) and placed[:, :, 4].sum() == 4 * places.sum()
+    first, last, only = latents[places]
+    wanted = [first, first, 0.75 * first + 0.25 * last, (first + last) / 2, 0.25 * first + 0.75 * last, last]
+    torch.testing.assert_close(placed[0, :, :4], torch.stack(wanted))
+    assert torch.equal(placed[1, :, :4], only.expand(6, -1, -1, -1))

@@ -1,4 +1,4 @@
-"""Key frames at their places in the network: zero at the start, one convolution of each branch, nothing for others."""
+"""Key frames at their places in the network: zero at the start, one convolution of each branch, one share, nothing for others."""
 
 import pytest
 import torch
@@ -31,10 +31,32 @@ def test_it_starts_as_the_2d_unet_and_each_place_reaches_its_own_frame_by_the_ne
     torch.testing.assert_close(predict(0, 3), per_frame(unet, z_t, t, text), atol=1e-5, rtol=1e-5)
     convolutions = [part.placed_conv_in for part in (video, getattr(video, "appear_net", None)) if part is not None]
     assert len(convolutions) == sum("placed_conv_in" in name for name in video.state_dict())
-    # By these weights alone does a place change anything, and while temporal layers are zero only its own frame.
+    # By these weights alone does a place change anything, and while temporal layers are zero only frames of which it is a neighbor.
     randomise(*convolutions)
-    changed = (predict(0, 3) - predict(0)).abs().amax(dim=(0, 2, 3, 4))
-    assert changed[3] > 1e-4 and changed[:3].max() == 0
+    changed = (predict(0, 1, 3) - predict(0, 1)).abs().amax(dim=(0, 2, 3, 4))
+    assert changed[2:].min() > 1e-4 and changed[:2].max() == 0
+
+
+@torch.no_grad()
+def test_the_prediction_has_a_share_of_what_is_placed_that_hangs_on_time_and_on_whether_a_key_frame_is_there():
+    video = network(base(), "plain", *PLACES)
+    z_t, t, text, z_ref, fps = inputs(4)
+    given = placed(0, 2)
+    conditions = video.encode(text, z_ref, fps, **encoder_outputs(), placed=given)
+    without = video(z_t, t, conditions)
+    randomise(video.placed_gates)
+    share = (video(z_t, t, conditions) - without) / given[:, :, :4]
+    torch.testing.assert_close(share, share[:, :, :, :1, :1].expand_as(share), rtol=1e-2, atol=1e-4)
+    share = share.mean((3, 4))
+    # Frame 1 lies between, frame 3 beyond; frames have their own embedding, which is zero here.
+    torch.testing.assert_close(share[:, [0, 1]], share[:, [2, 3]], rtol=1e-2, atol=1e-4)
+    assert (share[:, 0] - share[:, 1]).abs().min() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert video(z_t, t, conditions).isfinite().all()
+    other = (video(z_t, t / 2, conditions) - network(base(), "plain", *PLACES)(z_t, t / 2, conditions)) / given[
+        :, :, :4
+    ]
+    assert (other.mean((3, 4)) - share).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -42,6 +64,8 @@ def test_other_networks_have_neither_the_weights_nor_the_condition():
     video, with_places = network(base(), "microcinema"), network(base(), "microcinema", *PLACES)
     assert with_places.state_dict().keys() - video.state_dict().keys() == {
         "placed_conv_in.weight",
+        "placed_gates.weight",
+        "placed_gates.bias",
         "appear_net.placed_conv_in.weight",
     }
     _, _, text, z_ref, fps = inputs(4)
