@@ -479,7 +479,7 @@ def test_only_similarity_is_measured_where_nothing_is_compared(run, chosen, file
     assert code == 0, told
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8"))
     assert "clipsim" in results["values"] and "fvd" not in results["values"] and results["counts"]["real"] == 0
-    assert results["values"]["clipsim"]["n"] == 10 and "FVD, KVD not measured" in said
+    assert results["values"]["clipsim"]["n"] == 10 and "FVD, KVD, JEDi not measured" in said
 
 
 def test_the_codec_of_the_report_plays(whole, tmp_path):
