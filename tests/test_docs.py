@@ -225,7 +225,8 @@ def test_keys_in_the_text_of_the_guides_are_keys():
     """Such as `memory.offload=model` between two words."""
     commands = ("train", "sample", "ui", "sweep", "export", "prepare check", "prepare preview", "prepare latents")
     composed = [plain(compose(command)) for command in commands]
-    composed.append(plain(compose("train", ["lora=motion", "init_weights_from=runs/my-model"])))
+    groups = (["lora=motion", "init_weights_from=runs/my-model"], ["objective=consistency"])
+    composed += [plain(compose("train", chosen)) for chosen in groups]
     composed += [plain(compose("evaluate", [f"evaluation={protocol}"])) for protocol in ("ucf101", "sprites")]
     valid = {name for config in composed for name in dotted(config)}
     for page in PAGES[1:]:
