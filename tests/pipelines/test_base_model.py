@@ -170,6 +170,7 @@ def test_a_cached_repository_without_its_weights_is_named(folders, cache, tmp_pa
     assert load_index(SD15)["_class_name"] == "StableDiffusionPipeline"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_how_to_fetch_what_is_not_there_while_offline(tmp_path):
     """As a user has it: by environment variables, in a process of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
