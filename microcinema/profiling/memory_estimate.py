@@ -113,16 +113,14 @@ def training_memory(
     model = TrainableModel.for_training(pipeline, config, predict_net)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in parameters)
-    loss_config, encode = make_loss_config(pipeline, config), BatchEncoder(pipeline, torch.device("cpu"))
-    objective, teacher = _objective(pipeline, config)
+    objective, others = _objective(pipeline, config)
+    loss_config = replace(make_loss_config(pipeline, config), objective=objective)
+    encode = BatchEncoder(pipeline, torch.device("cpu"))
     if config.quantization is not None:
-        layers = quantize_frozen(model, keep_originals=True)
-        teacher += [
-            layer.original for layer in layers if device == "cpu"
-        ]  # elsewhere they take none of the device's memory
-    loss_config = replace(loss_config, objective=objective)
+        # Originals are in the memory of the CPU.
+        others += [layer.original for layer in quantize_frozen(model, keep_originals=True) if device == "cpu"]
     with LiveMemory() as live, cuda_autocast() if device == "cuda" else nullcontext():
-        live.watch([*tensors(pipeline), *teacher])
+        live.watch([*tensors(pipeline), *others])
         weights = live.now
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
