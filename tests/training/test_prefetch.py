@@ -1,7 +1,9 @@
 """FSDP2 in two processes gathers layers before their turn, and computes the same."""
 
+import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +22,15 @@ LAYERS = (HalvedResnetBlock2D, TemporalConv, TemporalTransformer)
 
 
 @pytest.mark.slow
-def test_layers_are_gathered_before_their_turn_and_nothing_else_changes():
+def test_layers_are_gathered_before_their_turn_and_nothing_else_changes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_compare, (port,), nprocs=2)
+    torch.multiprocessing.spawn(_compare, (port, tmp_path), nprocs=2)
+    losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for plain, prefetched in losses:
+        assert len(plain) == 2 and prefetched == plain
+    assert losses[0] != losses[1]  # each has data of its own
 
 
 def _sharded() -> nn.Module:
@@ -53,11 +59,12 @@ def _train(model: nn.Module, rank: int) -> list[float]:
     return losses
 
 
-def _compare(rank: int, port: int) -> None:
+def _compare(rank: int, port: int, folder: Path) -> None:
+    """Leaves the losses of both runs in the folder; fails if layers are not gathered in their order."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     distributed.init_process_group("gloo")
-    wanted = _train(_sharded(), rank)
+    plain = _train(_sharded(), rank)
     model = _sharded()
     prefetch_layers(model)
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, FSDPModule) and name}
@@ -70,7 +77,7 @@ def _compare(rank: int, port: int) -> None:
 
     for layer in layers:
         layer.register_forward_pre_hook(record)
-    assert _train(model, rank) == wanted
+    (folder / f"{rank}.json").write_text(json.dumps([plain, _train(model, rank)]))
     count = len(layers)
     assert len(order) == 2 * count > 30 and set(order) == set(layers)
     assert not any(there[:count])  # the first step finds the order
