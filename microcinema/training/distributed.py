@@ -123,7 +123,8 @@ def prefetch_layers(model: nn.Module) -> None:
         for number, layer in enumerate(ended):
             layer.set_modules_to_backward_prefetch(ended[number + 1 : number + 3])
 
-    hooks.append(model.register_forward_hook(finish))
+    if hooks:
+        hooks.append(model.register_forward_hook(finish))
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
