@@ -318,8 +318,8 @@ class VideoUNet(UNet3D, ModelMixin, PeftAdapterMixin, ConfigMixin):
     def head(self, features: Tensor, z_t: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """The prediction `b f c h w` of the decoder's last features, for the arguments of `forward`.
 
-        Key frames at places, and their blend between, have a share of their own in it, one number for each channel that hangs on diffusion
-        time: a network that has to draw both anew from features loses fine detail.
+        Placed key frames, and the blend between two of them, are added with a learned gate for each channel, which depends on diffusion time
+        and frame: a network that has to draw both anew from features loses fine detail.
         """
         h = self.conv_out(self.conv_act(self.conv_norm_out(features)))
         h = rearrange(h, "(b f) c h w -> b f c h w", b=len(z_t))

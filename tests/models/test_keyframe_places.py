@@ -38,7 +38,7 @@ def test_it_starts_as_the_2d_unet_and_each_place_reaches_its_own_frame_by_the_ne
 
 
 @torch.no_grad()
-def test_the_prediction_has_a_share_of_what_is_placed_that_hangs_on_time_and_on_whether_a_key_frame_is_there():
+def test_what_is_placed_is_added_with_a_gate_that_depends_on_time_and_on_whether_a_key_frame_is_there():
     video = network(base(), "plain", *PLACES)
     z_t, t, text, z_ref, fps = inputs(4)
     given = placed(0, 2)
